@@ -1,0 +1,1 @@
+"""Ragged rows over cached keys and values, for targets and drafters alike."""

@@ -1,0 +1,257 @@
+"""Attention of ragged rows over cached keys and values.
+
+Letters: T rows of a batch, A query heads, G key and value heads, D numbers per head, L rows and
+S keys of one segment, B = A / G query heads that share a key head, R requests, K rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
+from dspark.attention.slots import SlotCache
+
+
+class Rule(NamedTuple):
+    """How scores become weights.
+
+    Attributes:
+        scale: multiplies the scores.
+        window: number of keys that a row sees, its own included; None for all.
+        sinks: one score per query head [A] that takes part in the softmax and adds no value
+            (attention sinks of GPT-OSS).
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+    """
+
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+
+
+def ragged_attention(
+    query_TAD: Tensor,
+    cache: SlotCache,
+    layer: int,
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of every row over its own slot.
+
+    The row at position p sees the cached keys at positions <= p, and only those > p - window
+    where a window is given. The keys of this batch must have been written before.
+
+    Args:
+        query_TAD: queries after position encoding, [T, A, key_dim].
+        cache: keys and values.
+        layer: index of the cache layer.
+        batch: which rows belong to whom.
+        scale: see `Rule`, as for the other options.
+        window: number of keys that a row sees.
+        sinks: extra scores [A].
+        softcap: limit of the scores.
+
+    Returns:
+        [T, A, value_dim].
+    """
+    rule = Rule(scale, window, sinks, softcap)
+    query_1ATD = query_TAD.transpose(0, 1).unsqueeze(0)
+    return cached_attention(query_1ATD, cache, layer, batch, rule)[0].transpose(0, 1)
+
+
+def cached_attention(
+    query_1ATD: Tensor, cache: SlotCache, layer: int, batch: RaggedBatch, rule: Rule
+) -> Tensor:
+    """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
+    if len(batch.segments) > 1 and rule.sinks is None and rule.softcap is None:
+        shared = query_1ATD.shape[1] // cache.shapes[layer].kv_heads
+        padding = plan_padding(batch, rule.window, query_1ATD, shared)
+        if padding is not None:
+            return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
+    outs: list[Tensor] = []
+    for index, segment in enumerate(batch.segments):
+        begin = _first_key(segment, rule.window)
+        key_1GSD, value_1GSD = cache.heads(layer, segment.slot, begin, segment.end)
+        query_1ALD = query_1ATD
+        if segment.length != query_1ATD.shape[2]:
+            query_1ALD = query_1ATD.narrow(2, batch.offsets[index], segment.length)
+        outs.append(_attend(query_1ALD, key_1GSD, value_1GSD, batch, rule))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def fresh_attention(
+    query_1ATD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, batch: RaggedBatch, rule: Rule
+) -> Tensor:
+    """Causal attention without a cache: the rows of a segment see only that segment.
+
+    Args:
+        query_1ATD: queries after position encoding, [1, A, T, key_dim].
+        key_1GTD: keys, [1, G, T, key_dim].
+        value_1GTD: values, [1, G, T, value_dim].
+        batch: which rows belong to whom.
+        rule: how scores become weights.
+
+    Returns:
+        [1, A, T, value_dim].
+    """
+    outs: list[Tensor] = []
+    for index, segment in enumerate(batch.segments):
+        own = (2, batch.offsets[index], segment.length)
+        rows = (query_1ATD.narrow(*own), key_1GTD.narrow(*own), value_1GTD.narrow(*own))
+        outs.append(_attend(*rows, batch, rule))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def block_attention(  # noqa: PLR0917
+    query_RKAD: Tensor,
+    key_RKGD: Tensor,
+    value_RKGD: Tensor,
+    cache: SlotCache,
+    layer: int,
+    slots: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of draft blocks: context from the cache, the block itself in both directions.
+
+    Every row of request r sees the first `lengths[r]` cached rows of `slots[r]` and all K rows
+    of its own block. With a window, the row at position p = lengths[r] + k sees only the cached
+    rows at positions > p - window (and still its whole block).
+
+    Args:
+        query_RKAD: queries [R, K, A, D].
+        key_RKGD: keys of the blocks [R, K, G, D]; they are not written to the cache.
+        value_RKGD: values of the blocks [R, K, G, D].
+        cache: keys and values of the context.
+        layer: index of the cache layer.
+        slots: slot of each request.
+        lengths: number of context rows of each request.
+        scale: multiplies the scores.
+        window: see above; None for no limit.
+
+    Returns:
+        [R, K, A, D].
+    """
+    query_RAKD = query_RKAD.transpose(1, 2)
+    key_RGKD, value_RGKD = key_RKGD.transpose(1, 2), value_RKGD.transpose(1, 2)
+    outs: list[Tensor] = []
+    for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        begin = 0 if window is None else min(length, max(0, length + 1 - window))
+        context_key, context_value = cache.heads(layer, slot, begin, length)
+        key_1GSD = torch.cat((context_key, key_RGKD[r : r + 1]), 2)
+        value_1GSD = torch.cat((context_value, value_RGKD[r : r + 1]), 2)
+        mask_KS = _block_mask(query_RKAD, length, begin, window)
+        mask_NS = None
+        if mask_KS is not None:
+            mask_NS = mask_KS.repeat(_folded_heads(query_RAKD, key_RGKD), 1)
+        outs.append(_fused(query_RAKD[r : r + 1], key_1GSD, value_1GSD, mask_NS, scale))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
+
+
+def _first_key(segment: Segment, window: int | None) -> int:
+    return 0 if window is None else max(0, segment.start + 1 - window)
+
+
+def _attend(
+    query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, batch: RaggedBatch, rule: Rule
+) -> Tensor:
+    """Attention of one segment whose last row is the last key."""
+    length, size = query_1ALD.shape[2], key_1GSD.shape[2]
+    explicit = rule.sinks is not None or rule.softcap is not None
+    fits = rule.window is None or size <= rule.window
+    if length == size and length > 1 and fits and not explicit:
+        return scaled_dot_product_attention(
+            query_1ALD,
+            key_1GSD,
+            value_1GSD,
+            is_causal=True,
+            scale=rule.scale,
+            enable_gqa=query_1ALD.shape[1] != key_1GSD.shape[1],
+        )
+    if explicit:
+        mask_LS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=1)
+        return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_LS, rule)
+    copies = _folded_heads(query_1ALD, key_1GSD)
+    mask_NS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=copies)
+    return _fused(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule.scale)
+
+
+def _folded_heads(query_1ALD: Tensor, key_1GSD: Tensor) -> int:
+    """How many heads become rows in `_fused`: keys are then read once, not per query head."""
+    return 1 if query_1ALD.shape[2] > SHORT_ROWS else query_1ALD.shape[1] // key_1GSD.shape[1]
+
+
+def _fused(
+    query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, mask_NS: Tensor | None, scale: float
+) -> Tensor:
+    """The fused kernel; the mask has one row per row after folding."""
+    heads, length, groups = query_1ALD.shape[1], query_1ALD.shape[2], key_1GSD.shape[1]
+    copies = _folded_heads(query_1ALD, key_1GSD)
+    if copies == 1:
+        return scaled_dot_product_attention(
+            query_1ALD, key_1GSD, value_1GSD, mask_NS, scale=scale, enable_gqa=heads > groups
+        )
+    query_1GND = query_1ALD.reshape(1, groups, copies * length, -1)
+    out_1GND = scaled_dot_product_attention(query_1GND, key_1GSD, value_1GSD, mask_NS, scale=scale)
+    return out_1GND.reshape(1, heads, length, -1)
+
+
+def _causal_mask(
+    batch: RaggedBatch, length: int, size: int, window: int | None, like: Tensor, *, copies: int
+) -> Tensor | None:
+    """Additive mask, repeated per folded head, built once for all layers of a step."""
+    if length == 1:  # a single row sees every key of its slice
+        return None
+    name = (length, size, window, like.dtype, copies)
+    mask_NS = batch.memo.get(name)
+    if mask_NS is None:
+        keys_S = torch.arange(size, device=like.device)
+        rows_L1 = torch.arange(size - length, size, device=like.device)[:, None]
+        hidden_LS = keys_S > rows_L1
+        if window is not None:
+            hidden_LS |= keys_S <= rows_L1 - window
+        mask_LS = like.new_zeros(length, size).masked_fill_(hidden_LS, float("-inf"))
+        mask_NS = batch.memo[name] = mask_LS.repeat(copies, 1)
+    return mask_NS
+
+
+def _block_mask(query_RKAD: Tensor, length: int, begin: int, window: int | None) -> Tensor | None:
+    block = query_RKAD.shape[1]
+    if window is None or length + block <= window:
+        return None
+    keys_S = torch.arange(begin, length, device=query_RKAD.device)
+    rows_K1 = torch.arange(length, length + block, device=query_RKAD.device)[:, None]
+    mask_KS = query_RKAD.new_zeros(block, length - begin + block)
+    mask_KS[:, : length - begin].masked_fill_(keys_S <= rows_K1 - window, float("-inf"))
+    return mask_KS
+
+
+def _explicit(
+    query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, mask_LS: Tensor | None, rule: Rule
+) -> Tensor:
+    """Attention written out, for scores that the fused kernel cannot express; softmax in fp32."""
+    heads, length, groups = query_1ALD.shape[1], query_1ALD.shape[2], key_1GSD.shape[1]
+    query_GBLD = query_1ALD.reshape(groups, heads // groups, length, -1)
+    scores_GBLS = torch.matmul(query_GBLD, key_1GSD[0, :, None].mT).float() * rule.scale
+    if rule.softcap is not None:
+        scores_GBLS = torch.tanh(scores_GBLS / rule.softcap) * rule.softcap
+    if mask_LS is not None:
+        scores_GBLS = scores_GBLS + mask_LS
+    if rule.sinks is not None:
+        sinks_GBL1 = rule.sinks.float().view(groups, -1, 1, 1).expand(-1, -1, length, -1)
+        scores_GBLS = torch.cat((scores_GBLS, sinks_GBL1), -1)
+    weights_GBLS = scores_GBLS.softmax(-1)[..., : key_1GSD.shape[2]].to(value_1GSD.dtype)
+    out_GBLD = torch.matmul(weights_GBLS, value_1GSD[0, :, None])
+    return out_GBLD.reshape(1, heads, length, -1)

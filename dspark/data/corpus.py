@@ -1,0 +1,128 @@
+"""The corpus of the bundled model: openly licensed text, turned into conversations.
+
+A source names a file and how its records become conversations. Every tenth tldr command (by a hash
+of its name, so that all platforms of a command fall together) is held out.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark.data.conversations import Message, check_messages, read_json_lines
+from dspark.errors import DataError
+
+Conversation = tuple[Message, ...]
+SourceFormat = Literal["messages", "gsm8k", "mbpp", "tldr", "tldr_heldout", "python_stdlib"]
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+MAX_FUNCTION_CHARACTERS = 900
+
+
+def read_source(kind: SourceFormat, path: Path | None) -> Iterator[Conversation]:
+    """Yield the conversations of one source.
+
+    Args:
+        kind: how records become conversations; `python_stdlib` reads the running interpreter's
+            own library and takes no path.
+        path: the JSON-lines file.
+
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    if kind == "python_stdlib":
+        yield from stdlib_conversations(Path(sysconfig.get_paths()["stdlib"]))
+        return
+    if path is None:
+        raise DataError(f"The corpus source of format {kind!r} needs a path.")
+    for number, record in read_json_lines(path):
+        messages = check_messages(record.get("messages"), f"{path}, line {number}")
+        yield from _FORMATS[kind](messages, record)
+
+
+def is_heldout_command(command: str) -> bool:
+    """Whether a tldr page belongs to the held-out tenth."""
+    return zlib.crc32(command.encode()) % 10 == 0
+
+
+def _messages(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conversation]:
+    yield messages
+
+
+def _gsm8k(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conversation]:
+    """The question as it is, and once more in the benchmark's wording with a boxed answer."""
+    question, answer = messages[0]["content"], messages[1]["content"]
+    yield messages
+    boxed = re.sub(r"\n#### (.*)$", r"\nThe final answer is \\boxed{\1}.", answer)
+    yield _chat(question + BOXED, boxed)
+
+
+def _mbpp(messages: Conversation, record: dict[str, Any]) -> Iterator[Conversation]:
+    """The task with its tests, and once more as the bare task."""
+    yield messages
+    yield _chat(record["text"], messages[1]["content"])
+
+
+def _tldr(messages: Conversation, record: dict[str, Any]) -> Iterator[Conversation]:
+    if not is_heldout_command(record["command"]):
+        yield messages
+
+
+def _tldr_heldout(messages: Conversation, record: dict[str, Any]) -> Iterator[Conversation]:
+    if is_heldout_command(record["command"]):
+        yield messages
+
+
+_FORMATS: dict[str, Callable[[Conversation, dict[str, Any]], Iterator[Conversation]]] = {
+    "messages": _messages,
+    "gsm8k": _gsm8k,
+    "mbpp": _mbpp,
+    "tldr": _tldr,
+    "tldr_heldout": _tldr_heldout,
+}
+
+
+def _chat(question: str, answer: str) -> Conversation:
+    return (
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    )
+
+
+def stdlib_conversations(root: Path) -> Iterator[Conversation]:
+    """Yield (request, function) pairs made from the documented functions under `root`.
+
+    Only functions with a docstring and at most MAX_FUNCTION_CHARACTERS of code are taken; tests
+    and vendored packages are not.
+    """
+    for path in sorted(root.rglob("*.py")):
+        if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield from _function_conversation(node, source)
+
+
+def _function_conversation(node: ast.FunctionDef, source: str) -> Iterator[Conversation]:
+    docstring = ast.get_docstring(node)
+    code = ast.get_source_segment(source, node)
+    if not docstring or not code or len(code) > MAX_FUNCTION_CHARACTERS:
+        return
+    summary = " ".join(docstring.split("\n\n")[0].split())
+    if len(summary) < 15:
+        return
+    first, _, rest = code.partition("\n")
+    body = textwrap.indent(textwrap.dedent(rest), "    ") if rest else ""
+    code = f"{first}\n{body}" if body else first
+    question = f"Write a python function `{node.name}`: {summary}"
+    yield _chat(question, f"```python\n{code}\n```")

@@ -1,0 +1,1 @@
+"""Who proposes: one protocol, one backbone, every checkpoint layout."""

@@ -1,0 +1,120 @@
+"""What the engine asks of a drafter, and what a drafter borrows from its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark.attention.slots import CacheShape, SlotCache
+
+
+class BorrowedParts(Protocol):
+    """The target's parts that a drafter refers to, never copies (`targets.TargetParts`).
+
+    Attributes:
+        embedding_VH: input embedding.
+        embedding_scale: factor on an embedding row at lookup.
+        head_VH: output head.
+        head_bias_V: its bias, if it has one.
+        logit_softcap: cap of the logits, `cap * tanh(logits / cap)`, if the target has one.
+        vocab_size: number of columns of a row of logits.
+        hidden_size: width H.
+        final_norm_H: weight of the norm before the head, if it is a plain RMSNorm.
+    """
+
+    @property
+    def embedding_VH(self) -> Tensor: ...
+    @property
+    def embedding_scale(self) -> float: ...
+    @property
+    def head_VH(self) -> Tensor: ...
+    @property
+    def head_bias_V(self) -> Tensor | None: ...
+    @property
+    def logit_softcap(self) -> float | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def final_norm_H(self) -> Tensor | None: ...
+
+
+class Draw(Protocol):
+    """Draws one draft token per request; supplied by the engine.
+
+    It applies each request's processors to the logits, draws from that very law, and remembers
+    token and law for verification.
+    """
+
+    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
+        """Return the tokens [R] of draft `step` (0-based), drawn from the processed logits."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """One round's question to the drafter.
+
+    Attributes:
+        slots: cache slot of each request.
+        anchors_R: last committed token of each request, int64.
+        lengths: context rows before the anchor, which is the anchor's position.
+        tokens: every committed token of each request, prompt included, anchor last.
+        num_drafts: how many tokens to draw, at most the drafter's block size.
+    """
+
+    slots: tuple[int, ...]
+    anchors_R: Tensor
+    lengths: tuple[int, ...]
+    tokens: tuple[Sequence[int], ...]
+    num_drafts: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a drafter says about the tokens it has just drawn.
+
+    Attributes:
+        confidence_logits_RK: logits of c_k, fp32, or None when the drafter has no such head.
+        lengths: how many of the drawn tokens each request really proposes; None means all
+            `num_drafts`. Draws past a request's length are to be ignored, and no draw happens
+            past the largest length.
+    """
+
+    confidence_logits_RK: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+class Drafter(Protocol):
+    """Who proposes: bound once to a target's parts, it then sees features only.
+
+    Attributes:
+        block_size: most tokens it can propose in a round (K).
+        taps: target layers whose features it reads; -1 is the embedding output.
+        context_shapes: per layer, the cache that the engine keeps for it; empty for none.
+    """
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]: ...
+
+    def bind(self, parts: BorrowedParts) -> None:
+        """Borrow the target's embedding and head; refuse a target that does not fit."""
+        ...
+
+    def observe(
+        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+    ) -> None:
+        """Append the context rows of committed tokens to their slots."""
+        ...
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """Draw the round's tokens, left to right, through `draw`."""
+        ...

@@ -1,0 +1,96 @@
+"""What a DSpark drafter is, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from dspark.drafters.backbone import BackboneConfig
+from dspark.errors import CompatibilityError
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """What a DSpark drafter is.
+
+    Attributes:
+        backbone: the parallel backbone; its `num_taps` is the number of `target_layer_ids`.
+        vocab_size: V, the target's.
+        block_size: K, slots of a block, the anchor's included, and so drafts per round.
+        mask_token_id: token whose embedding fills the slots after the anchor; None when the
+            drafter has a learned `mask_embedding` of its own.
+        target_layer_ids: captured layers, strictly increasing; -1 is the embedding output.
+        num_target_layers: decoder layers of the target it was made for.
+        markov_rank: r; 0 for no sequential head.
+        markov_head_type: vanilla, gated or rnn.
+        confidence_head: whether it predicts survival.
+        confidence_head_with_markov: whether that head reads the previous token's Markov embedding.
+        max_position_embeddings: longest context, in tokens; the target's.
+        num_anchors: anchors per sequence in training, recorded in the published config.
+        extra: fields of a published config that change nothing here (token ids, dropout, ...),
+            written back unchanged.
+    """
+
+    backbone: BackboneConfig
+    vocab_size: int
+    block_size: int
+    mask_token_id: int | None
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    markov_rank: int = 256
+    markov_head_type: str = "vanilla"
+    confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    max_position_embeddings: int = 40960
+    num_anchors: int = 512
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other.
+
+        Raises:
+            CompatibilityError: naming the field, its value and what it must be.
+        """
+        ids, layers, mask = self.target_layer_ids, self.num_target_layers, self.mask_token_id
+        increasing = all(a < b for a, b in pairwise(ids))
+        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
+            raise CompatibilityError(
+                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
+                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
+            )
+        if len(ids) != self.backbone.num_taps:
+            raise CompatibilityError(
+                f"num_taps is {self.backbone.num_taps}, but target_layer_ids has {len(ids)}."
+            )
+        if mask is not None and not 0 <= mask < self.vocab_size:
+            raise CompatibilityError(
+                f"mask_token_id is {mask}, but must be a token of the vocabulary (0 to "
+                f"{self.vocab_size - 1})."
+            )
+        if self.confidence_head and self.confidence_head_with_markov and self.markov_rank == 0:
+            raise CompatibilityError(
+                "confidence_head_with_markov is true but markov_rank is 0; there is no Markov "
+                "embedding to read."
+            )
+        if self.block_size < 1 or self.backbone.head_dim % 2:
+            raise CompatibilityError(
+                f"block_size is {self.block_size} and head_dim {self.backbone.head_dim}, but they "
+                "must be at least 1 and even."
+            )
+
+
+def evenly_spaced_taps(num_target_layers: int, count: int) -> tuple[int, ...]:
+    """Layer ids evenly from the second to the third last layer (FORMAT_FACTS.md A.1).
+
+    Raises:
+        CompatibilityError: the target has too few layers for that many.
+    """
+    if count < 2 or num_target_layers - 3 < count:
+        raise CompatibilityError(
+            f"{count} taps cannot be spread over {num_target_layers} layers; use 2 to "
+            f"{max(num_target_layers - 3, 2)}, or name target_layer_ids."
+        )
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (count - 1)) for i in range(count))

@@ -1,0 +1,370 @@
+"""The DSpark drafter: parallel backbone, sequential head, confidence (METHOD.md 2).
+
+With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.attention.backends import block_attention
+from dspark.attention.slots import CacheShape, SlotCache
+from dspark.drafters.backbone import AttentionTile, BackboneWeights, ParallelBackbone, rotary
+from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.heads import ConfidenceHead, MarkovHead, at_least_fp32, build_markov_head
+from dspark.errors import CompatibilityError
+
+logger = logging.getLogger(__name__)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """Embedding and head as this drafter uses them."""
+
+    embedding_VH: Tensor
+    embedding_scale: float
+    head_VH: Tensor
+    head_bias_V: Tensor | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class _DecodePlan:
+    """What decoding computes once: fused weights, heads in its dtype, tables."""
+
+    weights: BackboneWeights
+    markov_head: MarkovHead | None
+    confidence_head: ConfidenceHead | None
+    rotary_table: Tensor  # [positions, 2, 1, D]
+    mask_1KH: Tensor  # input embeddings of the slots after the anchor, [1, K - 1, H]
+    steps_K: Tensor
+
+
+class DSparkDrafter(ParallelBackbone):
+    """A drafter as a module; its state dict is the published one without embedding and head.
+
+    Embedding and head belong to the target: `bind` refers to them, and they are neither
+    parameters nor buffers. Decoding uses fused copies of the weights, made at the first round and
+    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
+    parameters in any other way.
+
+    Args:
+        config: what to build.
+    """
+
+    def __init__(self, config: DSparkConfig) -> None:
+        super().__init__(config.backbone)
+        self.config = config
+        width, vocab, rank = config.backbone.hidden_size, config.vocab_size, config.markov_rank
+        self.markov_head: MarkovHead | None = None
+        self.confidence_head: ConfidenceHead | None = None
+        self.mask_embedding: nn.Embedding | None = None
+        if rank > 0:
+            self.markov_head = build_markov_head(config.markov_head_type, vocab, rank, width)
+        if config.confidence_head:
+            read = rank if config.confidence_head_with_markov else 0
+            self.confidence_head = ConfidenceHead(width, read)
+        if config.mask_token_id is None:
+            self.mask_embedding = nn.Embedding(1, width)
+        self.own_embedding_VH: Tensor | None = None
+        self.own_head_VH: Tensor | None = None
+        self._borrowed: Borrowed | None = None
+        self._plan: _DecodePlan | None = None
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self._drop_plan()
+        )
+
+    @classmethod
+    def from_target(
+        cls,
+        parts: BorrowedParts,
+        config: DSparkConfig,
+        *,
+        generator: torch.Generator,
+        init_std: float = 0.02,
+        copy_final_norm: bool = True,
+    ) -> DSparkDrafter:
+        """A new drafter in fp32, bound to its target.
+
+        Args:
+            parts: the target's parts.
+            config: what to build.
+            generator: source of the random weights (CPU).
+            init_std: standard deviation of every matrix.
+            copy_final_norm: start from the target's final norm, so that the borrowed head sees
+                states of the scale that it knows (BASELINE.md).
+
+        Raises:
+            CompatibilityError: the parts do not fit the configuration.
+        """
+        drafter = cls(config)
+        with torch.no_grad():
+            for name, parameter in drafter.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, init_std, generator=generator)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+            if copy_final_norm and parts.final_norm_H is not None:
+                drafter.norm.weight.copy_(parts.final_norm_H)
+        drafter.to(parts.embedding_VH.device)
+        drafter.bind(parts)
+        return drafter
+
+    @property
+    def block_size(self) -> int:
+        """K: most tokens of a round; the backbone always runs all K slots."""
+        return self.config.block_size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Captured target layers."""
+        return self.config.target_layer_ids
+
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]:
+        """One cache layer per draft layer."""
+        backbone = self.config.backbone
+        shape = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
+        return (shape,) * backbone.num_layers
+
+    def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
+        """Borrow the target's embedding and head.
+
+        Copies that came with a checkpoint are dropped where they equal the target's (in the
+        checkpoint's dtype). Where they differ the drafter keeps its own, since it was trained with
+        them (the output stays the target's either way), and a warning is logged. Parameters are
+        not changed; decoding runs in the embedding's dtype and on its device.
+
+        Args:
+            parts: the target's parts.
+            num_target_layers: the target's decoder layers, to check the taps against.
+
+        Raises:
+            CompatibilityError: width, vocabulary or layers are not those of the drafter.
+        """
+        width, config = self.config.backbone.hidden_size, self.config
+        if parts.hidden_size != width:
+            raise CompatibilityError(
+                f"The drafter's hidden_size is {width}, but the target's is {parts.hidden_size}; "
+                "use a drafter made for this target."
+            )
+        if parts.vocab_size != config.vocab_size:
+            raise CompatibilityError(
+                f"The drafter's vocab_size is {config.vocab_size}, but the target's is "
+                f"{parts.vocab_size}; use a drafter made for this target."
+            )
+        if num_target_layers is not None and config.target_layer_ids[-1] >= num_target_layers:
+            raise CompatibilityError(
+                f"The drafter reads target_layer_ids {list(config.target_layer_ids)}, but the "
+                f"target has {num_target_layers} layers; use a drafter made for this target."
+            )
+        self.own_embedding_VH = _own(self.own_embedding_VH, parts.embedding_VH, "embed_tokens")
+        self.own_head_VH = _own(self.own_head_VH, parts.head_VH, "lm_head")
+        own_embedding, own_head = self.own_embedding_VH, self.own_head_VH
+        scale = torch.tensor(parts.embedding_scale, dtype=parts.embedding_VH.dtype)
+        self._borrowed = Borrowed(
+            embedding_VH=parts.embedding_VH if own_embedding is None else own_embedding,
+            embedding_scale=float(scale),
+            head_VH=parts.head_VH if own_head is None else own_head,
+            head_bias_V=parts.head_bias_V,
+            softcap=parts.logit_softcap,
+        )
+        self._drop_plan()
+
+    @property
+    def borrowed(self) -> Borrowed:
+        """Embedding and head in use.
+
+        Raises:
+            CompatibilityError: the drafter is not bound.
+        """
+        if self._borrowed is None:
+            raise CompatibilityError(
+                "The drafter has no embedding and head yet; call bind(target.parts()) first."
+            )
+        return self._borrowed
+
+    def train(self, mode: bool = True) -> DSparkDrafter:
+        """Switch between training and evaluation; either way fused weights are made anew."""
+        self._drop_plan()
+        super().train(mode)
+        return self
+
+    def _drop_plan(self) -> None:
+        self._plan = None
+
+    # Training
+
+    def forward(
+        self,
+        features_BSF: Tensor,
+        anchor_tokens_BN: Tensor,
+        positions_BNK: Tensor,
+        tiles: Sequence[AttentionTile],
+    ) -> Tensor:
+        """Hidden states of packed blocks, for training (FORMAT_FACTS.md A.5).
+
+        Args:
+            features_BSF: the target's captured features.
+            anchor_tokens_BN: first input token of each block.
+            positions_BNK: position of each slot.
+            tiles: what the Q = N K slots may look at (`training.anchors.attention_tiles`).
+
+        Returns:
+            Hidden states [B, N, K, H] after the drafter's final norm.
+        """
+        batch, anchors, block = positions_BNK.shape
+        dtype = self.fc.weight.dtype
+        embedded = self._embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
+        masks = self._mask_slots(block - 1).to(dtype).expand(batch, anchors, -1, -1)
+        hidden = self.run_blocks(
+            features_BSF.to(dtype),
+            torch.cat((embedded, masks), dim=2).flatten(1, 2),
+            positions_BNK.flatten(1),
+            tiles,
+        )
+        return hidden.view(batch, anchors, block, -1)
+
+    def base_logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
+        parts = self.borrowed
+        logits = F.linear(hidden_NH.to(parts.head_VH.dtype), parts.head_VH, parts.head_bias_V)
+        if parts.softcap is not None:
+            logits = parts.softcap * torch.tanh(logits / parts.softcap)
+        return at_least_fp32(logits)
+
+    def confidence_logits(self, hidden_NH: Tensor, previous_N: Tensor) -> Tensor | None:
+        """Confidence logits [..], fp32, of slots whose previous token is known; None without."""
+        return _confidence(self.confidence_head, self.markov_head, hidden_NH, previous_N)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        parts = self.borrowed
+        rows = F.embedding(tokens, parts.embedding_VH)
+        return rows if parts.embedding_scale == 1.0 else rows * parts.embedding_scale
+
+    def _mask_slots(self, count: int) -> Tensor:
+        if self.mask_embedding is not None:
+            return self.mask_embedding.weight.expand(count, -1)
+        embedding = self.borrowed.embedding_VH
+        mask = torch.tensor([self.config.mask_token_id], device=embedding.device)
+        return self._embed(mask).expand(count, -1)
+
+    # Decoding
+
+    @torch.no_grad()
+    def observe(
+        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+    ) -> None:
+        """Append context keys and values of committed tokens."""
+        plan = self._decode_plan(context)
+        rows = plan.weights.context(features_TF, plan.rotary_table[positions_T])
+        for layer, (key_TGD, value_TGD) in enumerate(rows):
+            context.write(layer, slots_T, positions_T, key_TGD, value_TGD)
+
+    @torch.no_grad()
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """One pass over all K slots, then `num_drafts` draws from left to right."""
+        plan = self._decode_plan(context)
+        hidden_RKH = self._block_hidden(plan, context, batch)[:, : batch.num_drafts]
+        logits_by_step = self.base_logits(hidden_RKH).unbind(1)
+        head, previous = plan.markov_head, batch.anchors_R
+        tokens = [previous]
+        if head is None:
+            tokens += [draw(k, logits_RV) for k, logits_RV in enumerate(logits_by_step)]
+        else:
+            state = head.initial_state(hidden_RKH)
+            hidden_by_step = hidden_RKH.unbind(1)
+            for k, logits_RV in enumerate(logits_by_step):
+                feature_Rr, state = head.step(previous, hidden_by_step[k], state)
+                previous = draw(k, logits_RV + head.bias(feature_Rr))
+                tokens.append(previous)
+        if plan.confidence_head is None:
+            return Proposal()
+        previous_RK = torch.stack(tokens[:-1], dim=1)
+        return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
+
+    def _block_hidden(self, plan: _DecodePlan, context: SlotCache, batch: DraftBatch) -> Tensor:
+        anchors_R1H = self._embed(batch.anchors_R).unsqueeze(1)
+        masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
+        lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
+        scale = self.config.backbone.attention_scale
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return block_attention(
+                query, key, value, context, layer, batch.slots, batch.lengths, scale=scale
+            )
+
+        return plan.weights.block(
+            torch.cat((anchors_R1H, masks_RKH), dim=1),
+            plan.rotary_table[lengths_R1 + plan.steps_K],
+            attend,
+        )
+
+    def _decode_plan(self, context: SlotCache) -> _DecodePlan:
+        positions = context.capacity + self.block_size
+        if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+            with torch.inference_mode(False), torch.no_grad():
+                self._plan = self._build_plan(positions)
+        return self._plan
+
+    def _build_plan(self, positions: int) -> _DecodePlan:
+        like = self.borrowed.embedding_VH
+        numbers = torch.arange(positions, device=like.device)
+        return _DecodePlan(
+            weights=BackboneWeights.of(_backbone_like(self, like)),
+            markov_head=_like(self.markov_head, like),
+            confidence_head=_like(self.confidence_head, like),
+            rotary_table=rotary(numbers, self.config.backbone, like.dtype),
+            mask_1KH=self._mask_slots(self.block_size - 1).to(like).unsqueeze(0),
+            steps_K=numbers[: self.block_size],
+        )
+
+
+def _own(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:
+    """The drafter's own table where it differs from the target's, in the target's dtype."""
+    if own is None:
+        return None
+    if own.shape == target.shape and torch.equal(own.to(target.device), target.to(dtype=own.dtype)):
+        return None
+    logger.warning("The drafter's %s differs from the target's; the drafter keeps its own.", name)
+    return own.to(device=target.device, dtype=target.dtype)
+
+
+def _confidence(
+    head: ConfidenceHead | None, markov: MarkovHead | None, hidden: Tensor, previous: Tensor
+) -> Tensor | None:
+    if head is None:
+        return None
+    embedded = None
+    if head.with_markov and markov is not None:
+        embedded = F.embedding(previous, markov.markov_w1.weight)
+    logits: Tensor = head(hidden, embedded)
+    return logits
+
+
+def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:
+    """The module itself where it has the dtype and device of `like`, else a copy that has."""
+    if module is None or all(
+        p.dtype == like.dtype and p.device == like.device for p in module.parameters()
+    ):
+        return module
+    return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
+
+
+def _backbone_like(drafter: DSparkDrafter, like: Tensor) -> ParallelBackbone:
+    with torch.device("meta"):
+        backbone = ParallelBackbone(drafter.config.backbone)
+    state = drafter.state_dict()
+    rows = {name: state[name].to(like) for name in backbone.state_dict()}
+    backbone.load_state_dict(rows, assign=True)
+    return backbone

@@ -1,0 +1,112 @@
+"""Prompt lookup: propose what followed the last n tokens where they stood before.
+
+No model at all: the longest suffix of the request's own tokens, of at most `max_ngram` tokens,
+that occurs earlier; of several places the latest (Saxena 2023, prompt lookup decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dspark.attention.slots import CacheShape, SlotCache
+from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
+from dspark.errors import CompatibilityError, UsageError
+
+
+class NgramDrafter:
+    """A drafter without parameters, taps or cache.
+
+    Its law is one-hot: it hands `draw` a row of logits that is -inf except at the proposed token.
+    Every processor of the engine (temperature, penalties, finite biases, filters) leaves that law
+    as it is, so verification sees the very q that was drawn from. A request without a match
+    proposes nothing (`Proposal.lengths` is 0 there).
+
+    Args:
+        block_size: most tokens of a round.
+        max_ngram: longest suffix to look for, in tokens.
+        min_ngram: shortest.
+
+    Raises:
+        UsageError: not 1 <= min_ngram <= max_ngram, or block_size below 1.
+    """
+
+    def __init__(self, block_size: int = 7, max_ngram: int = 3, min_ngram: int = 1) -> None:
+        if block_size < 1 or not 1 <= min_ngram <= max_ngram:
+            raise UsageError(
+                f"block_size {block_size}, min_ngram {min_ngram} and max_ngram {max_ngram} must "
+                "satisfy block_size >= 1 and 1 <= min_ngram <= max_ngram."
+            )
+        self.block_size = block_size
+        self.max_ngram = max_ngram
+        self.min_ngram = min_ngram
+        self.taps: tuple[int, ...] = ()
+        self.context_shapes: tuple[CacheShape, ...] = ()
+        self._head_VH: Tensor | None = None
+        self._vocab_size = 0
+
+    def bind(self, parts: BorrowedParts) -> None:
+        """Take note of vocabulary size, dtype and device."""
+        self._head_VH = parts.head_VH
+        self._vocab_size = parts.vocab_size
+
+    def observe(
+        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+    ) -> None:
+        """Nothing to keep: the tokens come with every batch."""
+
+    def propose(
+        self,
+        context: SlotCache,  # noqa: ARG002
+        batch: DraftBatch,
+        draw: Draw,
+    ) -> Proposal:
+        """Look every request's suffix up and draw the tokens that followed it.
+
+        Raises:
+            CompatibilityError: the drafter is not bound.
+        """
+        if self._head_VH is None:
+            raise CompatibilityError("The n-gram drafter is not bound; call bind(target.parts()).")
+        drafts = [self.lookup(tokens, batch.num_drafts) for tokens in batch.tokens]
+        lengths = tuple(len(draft) for draft in drafts)
+        for step in range(max(lengths, default=0)):
+            # A row past its request's end needs some law; its draw is ignored.
+            proposed_R1 = batch.anchors_R.new_tensor(
+                [draft[step] if step < len(draft) else 0 for draft in drafts]
+            ).unsqueeze(1)
+            shape = (len(drafts), self._vocab_size)
+            logits_RV = self._head_VH.new_full(shape, float("-inf")).float()
+            draw(step, logits_RV.scatter_(1, proposed_R1, 0.0))
+        return Proposal(lengths=lengths)
+
+    def lookup(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens proposed after `tokens`; empty without a match.
+
+        A match `lag` tokens back is continued by copying at that lag, so that a match near the
+        end repeats its period.
+        """
+        lag = self._lag(tokens)
+        if lag == 0:
+            return []
+        draft: list[int] = []
+        for i in range(count):
+            draft.append(draft[i - lag] if i >= lag else tokens[len(tokens) - lag + i])
+        return draft
+
+    def _lag(self, tokens: Sequence[int]) -> int:
+        """How far back the longest, then latest, earlier copy of the suffix ends; 0 for none."""
+        last, best, best_length = len(tokens) - 1, 0, self.min_ngram - 1
+        for end in range(last - 1, -1, -1):
+            if tokens[end] != tokens[last]:
+                continue
+            length = 1
+            longest = min(self.max_ngram, end + 1)
+            while length < longest and tokens[end - length] == tokens[last - length]:
+                length += 1
+            if length > best_length:
+                best, best_length = last - end, length
+                if length == self.max_ngram:
+                    break
+        return best

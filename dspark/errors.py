@@ -1,0 +1,50 @@
+"""The one error tree of the project.
+
+DSparkError                 everything a caller may want to catch
+├── UsageError              an option or parameter has a value that cannot be used (exit status 2)
+│   └── RecipeError         a recipe has an unknown key or a value that cannot be used
+├── CheckpointError         a checkpoint is missing, incomplete, damaged or of an unknown layout
+├── CompatibilityError      an architecture is not supported, or drafter and target do not fit
+├── DataError               a data file is missing, empty or malformed
+├── RequestError            a request cannot be served (empty prompt, longer than the context, ...)
+├── NumericsError           a model produced NaN or infinite numbers
+└── TrainingError           a training run cannot go on
+
+Each message is one sentence that names the thing, its value and the remedy.
+"""
+
+
+class DSparkError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class UsageError(DSparkError):
+    """An option or parameter has a value that cannot be used."""
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key or a value that cannot be used."""
+
+
+class CheckpointError(DSparkError):
+    """A checkpoint is missing, incomplete, damaged or of an unknown layout."""
+
+
+class CompatibilityError(DSparkError):
+    """An architecture is not supported, or a drafter does not fit its target."""
+
+
+class DataError(DSparkError):
+    """A data file is missing, empty or malformed."""
+
+
+class RequestError(DSparkError):
+    """A request cannot be served as it was asked."""
+
+
+class NumericsError(DSparkError):
+    """A model produced NaN or infinite numbers."""
+
+
+class TrainingError(DSparkError):
+    """A training run cannot go on."""

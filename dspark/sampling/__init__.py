@@ -1,0 +1,1 @@
+"""What a token's law is, and whether a draft may stay."""

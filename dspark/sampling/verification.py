@@ -1,0 +1,189 @@
+"""Whether a draft may stay: laws first, then decisions.
+
+One function turns (p, q, drafts, lengths) into keep probabilities, another decides from uniforms,
+a third gives the law of the token after the kept prefix. The engine calls them; an exact proof
+calls the same functions in float64 and enumerates.
+
+Indices: drafts_RK holds x_1..x_K; q_RKV[:, k-1] is the law that x_k was really drawn from and
+p_RKV1[:, k-1] the target's law at the same row, both given x_<k; p_RKV1[:, length] is the law of
+the bonus token. Rows are ragged: only the first lengths_R[r] drafts of request r were verified,
+what p, q and drafts hold behind them is ignored (draft ids there must still be valid).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dspark.sampling.noise import gumbel
+
+Rule = Literal["token", "block"]
+
+
+def keep_probabilities(
+    rule: Rule, p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor, lengths_R: Tensor
+) -> Tensor:
+    """The probability with which each draft passes its own test.
+
+    token (Leviathan et al. 2023; Chen et al. 2023): min(1, p_k(x_k) / q_k(x_k)).
+
+    block (Sun et al. 2024, arXiv 2403.10444): with P_0 = 1,
+    P_i = min(P_{i-1} p_i(x_i) / q_i(x_i), 1) and S_i = sum_x max(P_i p_{i+1}(x) - q_{i+1}(x), 0),
+    h_i = S_i / (S_i + 1 - P_i) before the last verified draft and h_length = P_length at it.
+
+    Args:
+        rule: the verifier.
+        p_RKV1: target laws [R, K+1, V].
+        q_RKV: draft laws [R, K, V].
+        drafts_RK: draft tokens.
+        lengths_R: verified drafts of each request, 0..K.
+
+    Returns:
+        [R, K] in the dtype of p; 0 beyond the length.
+    """
+    if rule == "token":
+        keep_RK = _ratios(p_RKV1, q_RKV, drafts_RK).clamp(max=1)
+    else:
+        keep_RK = _block_keep(p_RKV1, q_RKV, drafts_RK, lengths_R)
+    return torch.where(_verified(drafts_RK, lengths_R), keep_RK, torch.zeros_like(keep_RK))
+
+
+def accepted_lengths(rule: Rule, keep_RK: Tensor, uniforms_RK: Tensor, lengths_R: Tensor) -> Tensor:
+    """How many drafts stay, given one uniform number per draft.
+
+    Draft i passes if u_i <= keep_i. The token rule stops at the first that fails; the block rule
+    keeps everything up to the *last* that passes, whatever failed before it.
+
+    Args:
+        rule: the verifier that gave the keep probabilities.
+        keep_RK: keep probabilities.
+        uniforms_RK: independent uniforms in (0, 1), of the VERIFY stream.
+        lengths_R: verified drafts of each request.
+
+    Returns:
+        Accepted lengths [R], int64, 0..length.
+    """
+    passed_RK = (uniforms_RK <= keep_RK) & _verified(keep_RK, lengths_R)
+    if rule == "token":
+        return _leading(passed_RK)
+    rank_K = torch.arange(1, keep_RK.shape[1] + 1, device=keep_RK.device)
+    none_R1 = torch.zeros_like(lengths_R, dtype=torch.int64)[:, None]
+    return torch.cat([none_R1, passed_RK * rank_K], dim=1).amax(dim=1)
+
+
+def next_law(  # noqa: PLR0917
+    rule: Rule,
+    p_RKV1: Tensor,
+    q_RKV: Tensor,
+    drafts_RK: Tensor,
+    lengths_R: Tensor,
+    accepted_R: Tensor,
+) -> Tensor:
+    """The law of the token after the kept prefix.
+
+    After a rejection the residual, proportional to max(P_i p_{i+1} - q_{i+1}, 0) at i = accepted
+    (P_i = 1 for the token rule); where all verified drafts stay, p of the stop node: the bonus
+    token. Where rounding leaves the residual without mass (p and q equal up to the last bit),
+    p itself.
+
+    Args:
+        rule: the verifier.
+        p_RKV1: target laws [R, K+1, V].
+        q_RKV: draft laws [R, K, V].
+        drafts_RK: draft tokens.
+        lengths_R: verified drafts of each request.
+        accepted_R: kept drafts of each request, 0..length.
+
+    Returns:
+        One law per request, [R, V].
+    """
+    requests_R = torch.arange(accepted_R.shape[0], device=accepted_R.device)
+    p_RV = p_RKV1[requests_R, accepted_R]
+    num_drafts = drafts_RK.shape[1]
+    if num_drafts == 0:
+        return p_RV
+    q_RV = q_RKV[requests_R, accepted_R.clamp(max=num_drafts - 1)]
+    if rule == "token":
+        residual_RV = (p_RV - q_RV).clamp_(min=0)
+    else:
+        weight_R = _path_weights(p_RKV1, q_RKV, drafts_RK)[requests_R, accepted_R]
+        residual_RV = (weight_R[:, None] * p_RV - q_RV).clamp_(min=0)
+    mass_R1 = residual_RV.sum(dim=1, keepdim=True)
+    rejected_R1 = (accepted_R < lengths_R)[:, None] & (mass_R1 > 0)
+    return torch.where(rejected_R1, residual_RV / mass_R1, p_RV)
+
+
+def coupled_tokens(law_NV: Tensor, seed_N: Tensor, position_N: Tensor) -> Tensor:
+    """The coupled verifier's token of each row: argmax(log law + g(seed, position, token)).
+
+    Drafter-invariant speculative decoding (Daliri et al. 2024): drafter and target call this with
+    the same noise, each on its own law, and a draft stays while both name the same token. The
+    output is what the target alone would draw, whatever was drafted.
+
+    Args:
+        law_NV: one law per row.
+        seed_N: int64 seeds of the rows' requests.
+        position_N: int64 absolute positions of the tokens to be drawn.
+
+    Returns:
+        Tokens [N], int64.
+    """
+    noise_NV = gumbel(seed_N, position_N, law_NV.shape[1])
+    return noise_NV.add_(law_NV.to(torch.float64).log()).argmax(dim=1)
+
+
+def accepted_by_identity(tokens_RK1: Tensor, drafts_RK: Tensor, lengths_R: Tensor) -> Tensor:
+    """How many drafts equal the target's own tokens: for coupled, and for temperature 0.
+
+    Args:
+        tokens_RK1: the target's token at each row [R, K+1] (columns behind the length, and the
+            last one, are not looked at).
+        drafts_RK: draft tokens.
+        lengths_R: verified drafts of each request.
+
+    Returns:
+        Accepted lengths [R]; the next token of request r is tokens_RK1[r, accepted_R[r]].
+    """
+    same_RK = tokens_RK1[:, : drafts_RK.shape[1]] == drafts_RK
+    return _leading(same_RK & _verified(drafts_RK, lengths_R))
+
+
+def _leading(passed_RK: Tensor) -> Tensor:
+    return passed_RK.to(torch.int64).cumprod(dim=1).sum(dim=1)
+
+
+def _verified(like_RK: Tensor, lengths_R: Tensor) -> Tensor:
+    return torch.arange(like_RK.shape[1], device=like_RK.device) < lengths_R[:, None]
+
+
+def _ratios(p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor) -> Tensor:
+    """p(x) / q(x); a draft with q = 0 (only rounding can draw it) counts as what p says: 1 or 0."""
+    drafts_RK1 = drafts_RK[:, :, None]
+    p_RK = p_RKV1[:, : drafts_RK.shape[1]].gather(2, drafts_RK1).squeeze(2)
+    q_RK = q_RKV.gather(2, drafts_RK1).squeeze(2)
+    return torch.where(q_RK > 0, p_RK / q_RK, (p_RK > 0).to(p_RK.dtype))
+
+
+def _path_weights(p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor) -> Tensor:
+    """P_0..P_K of the block rule, [R, K+1]."""
+    ratios_RK = _ratios(p_RKV1, q_RKV, drafts_RK)
+    weights = [torch.ones_like(p_RKV1[:, 0, 0])]
+    for k in range(drafts_RK.shape[1]):
+        weights.append((weights[-1] * ratios_RK[:, k]).clamp(max=1))
+    return torch.stack(weights, dim=1)
+
+
+def _block_keep(p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor, lengths_R: Tensor) -> Tensor:
+    weights_RK = _path_weights(p_RKV1, q_RKV, drafts_RK)[:, 1:]
+    keep_RK = weights_RK.clone()
+    for k in range(drafts_RK.shape[1] - 1):
+        weight_R = weights_RK[:, k]
+        excess_RV = weight_R[:, None] * p_RKV1[:, k + 1] - q_RKV[:, k + 1]
+        surplus_R = excess_RV.clamp_(min=0).sum(dim=1)
+        total_R = surplus_R + 1 - weight_R
+        # total = 0 only for P = 1 before p = q: the prefix is perfect so far, and stays.
+        before_last_R = torch.where(total_R > 0, surplus_R / total_R, torch.ones_like(total_R))
+        keep_RK[:, k] = torch.where(k + 1 < lengths_R, before_last_R, weight_R)
+    return keep_RK

@@ -1,0 +1,1 @@
+"""How many drafts are worth verifying: numbers in, lengths out."""

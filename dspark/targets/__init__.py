@@ -1,0 +1,1 @@
+"""Any transformers causal language model seen as one ragged forward."""

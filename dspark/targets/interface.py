@@ -1,0 +1,125 @@
+"""The attention function that every layer of every target calls.
+
+transformers hands the attention of a model to a function chosen by name. Ours reads the layout of
+the ragged batch from a keyword argument that the model passes through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dspark.attention.backends import Rule, cached_attention, fresh_attention
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.slots import SlotCache
+from dspark.errors import CompatibilityError
+
+IMPLEMENTATION = "dspark_ragged"
+
+# Said by some models beside what `ragged` already carries; they change nothing here.
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "is_causal",
+        "output_router_logits",
+    }
+)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the probe notes of one call: the layer, its keys and values, and the options."""
+
+    layer: int
+    key_1GTD: Tensor
+    value_1GTD: Tensor
+    window: int | None
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RaggedCall:
+    """What travels through a model's forward to its attention layers.
+
+    Attributes:
+        batch: layout of the tokens.
+        cache: keys and values; None lets tokens attend only within the batch.
+        cache_layers: cache layer of each decoder layer. Decoder layers that reuse the keys of an
+            earlier layer share its cache layer.
+        writers: whether a decoder layer writes to its cache layer.
+        calls: where the probe takes notes; None outside of it.
+    """
+
+    batch: RaggedBatch
+    cache: SlotCache | None
+    cache_layers: Sequence[int] = ()
+    writers: Sequence[bool] = ()
+    calls: list[LayerCall] | None = None
+
+
+def ragged_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the layout says who sees what
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 - targets run in evaluation mode
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    ragged: RaggedCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over the flattened row.
+
+    Args:
+        module: the attention module; its `layer_idx` names the layer.
+        query: [1, A, T, D].
+        key: [1, G, T, D].
+        value: [1, G, T, D].
+        attention_mask: unused.
+        scaling: multiplies the scores; None for 1/sqrt(D).
+        dropout: unused.
+        sliding_window: number of keys that a row sees.
+        softcap: soft cap of the scores.
+        s_aux: attention sinks [A].
+        ragged: the layout.
+        **kwargs: options that are refused unless known to be harmless.
+
+    Returns:
+        [1, T, A, D] and no attention weights.
+
+    Raises:
+        CompatibilityError: the layout did not arrive.
+    """
+    if ragged is None:
+        raise CompatibilityError(
+            f"{type(module).__name__} was called without a ragged batch: this model belongs to a "
+            "dspark target, or does not pass keyword arguments on; call Target.forward."
+        )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if ragged.calls is not None:
+        unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
+        ragged.calls.append(LayerCall(layer, key, value, sliding_window, tuple(unknown)))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, s_aux, softcap)
+    if ragged.cache is None:
+        return fresh_attention(query, key, value, ragged.batch, rule).transpose(1, 2), None
+    cache_layer = ragged.cache_layers[layer]
+    if ragged.writers[layer]:
+        ragged.cache.write_batch(cache_layer, ragged.batch, key, value)
+    out_1ATD = cached_attention(query, ragged.cache, cache_layer, ragged.batch, rule)
+    return out_1ATD.transpose(1, 2), None
+
+
+# No mask function goes with it: transformers then builds no mask, as the layout says who sees what.
+AttentionInterface.register(IMPLEMENTATION, ragged_forward)

@@ -1,0 +1,234 @@
+"""From a directory or hub name to a transformers model, or one clear sentence why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dspark.errors import CheckpointError, CompatibilityError, UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: a directory or a hub name, and how to reach it."""
+
+    name: str
+    is_directory: bool
+    revision: str | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' loaders."""
+        return {
+            "revision": self.revision,
+            "local_files_only": self.offline or self.is_directory,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def resolve_source(
+    source: str | Path, *, revision: str | None, offline: bool, trust_remote_code: bool
+) -> Source:
+    """Tell a directory from a hub name.
+
+    Raises:
+        CheckpointError: it looks like a directory that is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(str(path), True, None, offline, trust_remote_code)
+    text = str(source)
+    looks_local = isinstance(source, Path) or text[:1] in {"/", ".", "~", ""} or text.count("/") > 1
+    if looks_local or path.exists():
+        raise CheckpointError(
+            f"{text!r} is not a directory; give a checkpoint directory or a hub name."
+        )
+    return Source(text, False, revision, offline, trust_remote_code)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that a name stands for; `auto` takes an accelerator where there is one.
+
+    Raises:
+        UsageError: the name is unknown or the device absent.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"device is {device!r}, but must be auto, cpu, cuda, cuda:N or mps."
+        ) from error
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if chosen.type not in counts:
+        raise UsageError(f"device is {device!r}, but must be auto, cpu, cuda, cuda:N or mps.")
+    if (chosen.index or 0) >= counts[chosen.type]:
+        raise UsageError(
+            f"device is {device!r}, but this machine has {counts[chosen.type]} of kind "
+            f"{chosen.type}; use auto."
+        )
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """The dtype that a name stands for; `auto`: float32 on a CPU, else the checkpoint's own.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        raise UsageError(f"dtype is {dtype!r}, but must be auto, {', '.join(_DTYPES)}.")
+    return chosen
+
+
+def load_model(source: Source, dtype: torch.dtype | str) -> Any:
+    """Load a causal language model on the CPU, every weight from the checkpoint.
+
+    Raises:
+        CheckpointError: files are missing, truncated or do not hold every weight.
+        CompatibilityError: transformers has no causal language model of this kind.
+    """
+    if source.is_directory:
+        _check_directory(Path(source.name))
+    with quiet():
+        config = _load_config(source)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.name, config=config, dtype=dtype, output_loading_info=True, **source.options
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise _unreadable(source, error) from error
+            raise CompatibilityError(
+                f"{source.name} is a {config.model_type!r} model, of which transformers has no "
+                "causal language model; use a text model."
+            ) from error
+        except (OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+            raise _unreadable(source, error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{source.name} lacks {len(missing)} of the model's weights ({shown}); "
+            "fetch the checkpoint again or check that config.json belongs to it."
+        )
+    return model
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the tokenizer, or None where a directory has none.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    if source.is_directory and not any((Path(source.name) / f).exists() for f in _TOKENIZER_FILES):
+        return None
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source.name, **source.options)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The tokenizer of {source.name} cannot be read ({_first_line(error)}); "
+                "fetch its files again."
+            ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing progress bars and advice."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_config(source: Source) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source.name, **source.options)
+    except (OSError, KeyError) as error:
+        raise _unreadable(source, error) from error
+    except (ValueError, ImportError) as error:
+        raise CompatibilityError(
+            f"The architecture of {source.name} is not known to transformers "
+            f"({_first_line(error)}); update transformers or use another target."
+        ) from error
+
+
+def _check_directory(path: Path) -> None:
+    """Name what a half-written directory lacks, in better words than the loaders have."""
+    config = path / "config.json"
+    if not config.exists():
+        raise CheckpointError(f"{path} has no config.json; give the directory of a checkpoint.")
+    _read_json(config)
+    weights = sorted(path.glob("*.safetensors"))
+    for index in path.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        lost = sorted(shards - {file.name for file in weights})
+        if lost:
+            raise CheckpointError(
+                f"{path} lacks {len(lost)} of {len(shards)} weight files ({lost[0]}); "
+                "fetch the checkpoint again."
+            )
+    if not weights and not list(path.glob("pytorch_model*.bin")):
+        raise CheckpointError(f"{path} has no weights (*.safetensors); fetch the checkpoint again.")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or damaged ({_first_line(error)}); fetch it again."
+            ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again.")
+    return content
+
+
+def _unreadable(source: Source, error: BaseException) -> CheckpointError:
+    where = "" if source.is_directory else " (offline)" if source.offline else " from the hub"
+    return CheckpointError(
+        f"{source.name} cannot be loaded{where}: {_first_line(error)} "
+        "Check the name, the revision and that its files are complete."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,288 @@
+"""Any causal language model of transformers, seen as one forward over a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.slots import SlotCache
+from dspark.errors import UsageError
+from dspark.targets.families import Anatomy, dissect
+from dspark.targets.interface import RaggedCall
+from dspark.targets.loading import (
+    Source,
+    load_model,
+    load_tokenizer,
+    quiet,
+    resolve_device,
+    resolve_dtype,
+    resolve_source,
+)
+from dspark.targets.probe import CacheLayout, apply_head, layer_input, probe, run_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Said by configurations that name no limit of their own.
+_NO_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """Result of one forward over T tokens.
+
+    Attributes:
+        hidden_TH: hidden states after the final norm.
+        logits_NV: logits of the rows that were asked for, None if none were.
+        features_TF: captured layers, concatenated in the order asked for, None if none were.
+    """
+
+    hidden_TH: Tensor
+    logits_NV: Tensor | None
+    features_TF: Tensor | None
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """What a drafter borrows from its target; nothing is copied.
+
+    Attributes:
+        embedding_VH: input embedding, without its scale.
+        embedding_scale: number that looked-up embeddings are multiplied by.
+        head_VH: output head.
+        head_bias_V: bias of the head, None where it has none.
+        logit_softcap: logits become `cap * tanh(logits / cap)`; None for no cap.
+        vocab_size: number of rows of the head.
+        hidden_size: width H.
+        final_norm_H: what the final norm multiplies by; None where it is not a plain scale.
+    """
+
+    embedding_VH: Tensor
+    embedding_scale: float
+    head_VH: Tensor
+    head_bias_V: Tensor | None
+    logit_softcap: float | None
+    vocab_size: int
+    hidden_size: int
+    final_norm_H: Tensor | None
+
+
+class Target:
+    """A frozen causal language model that runs ragged batches over a slot cache.
+
+    Build one with `load` or `from_model`.
+
+    Attributes:
+        name: where it came from.
+        hidden_size: width H.
+        num_layers: number of decoder layers.
+        vocab_size: number of logits V.
+        max_context: longest sequence that the model was made for, in tokens.
+        dtype: of weights and cache.
+        device: where it runs.
+        eos_token_ids: tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        layout: CacheLayout,
+        *,
+        name: str,
+        eos_token_ids: frozenset[int],
+        tokenizer: Any = None,
+        source: Source | None = None,
+    ) -> None:
+        """Use `load` or `from_model`, which check the model."""
+        self.name = name
+        self.hidden_size: int = anatomy.embedding.embedding_dim
+        self.num_layers = len(anatomy.layers)
+        self.vocab_size: int = anatomy.head.out_features
+        limit = getattr(anatomy.config, "max_position_embeddings", None)
+        self.max_context: int = limit or _NO_LIMIT
+        self.dtype = anatomy.embedding.weight.dtype
+        self.device = anatomy.embedding.weight.device
+        self.eos_token_ids = eos_token_ids
+        self._anatomy = anatomy
+        self._layout = layout
+        self._tokenizer = tokenizer
+        self._source = source
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        offline: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a checkpoint.
+
+        Args:
+            source: directory, or name on the Hugging Face hub.
+            device: auto, cpu, cuda, cuda:N or mps; auto takes an accelerator where there is one.
+            dtype: auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype on
+                accelerators and takes float32 on CPUs.
+            revision: branch, tag or commit on the hub.
+            offline: use only what has been downloaded before.
+            trust_remote_code: run model code that comes with the checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete or damaged.
+            CompatibilityError: the architecture is not supported.
+            NumericsError: the model computes NaN or infinite numbers.
+            UsageError: device or dtype cannot be used.
+        """
+        place = resolve_device(device)
+        found = resolve_source(
+            source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+        )
+        model = load_model(found, resolve_dtype(dtype, place)).to(place)
+        return cls._build(model, name=str(source), source=found)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, *, name: str = "model", tokenizer: Any = None
+    ) -> Target:
+        """Take over a model that is already in memory.
+
+        The model is frozen, put into evaluation mode and given ragged attention: from here on it
+        runs through the target only.
+
+        Raises:
+            CompatibilityError: the architecture is not supported.
+            NumericsError: the model computes NaN or infinite numbers.
+        """
+        return cls._build(model, name=name, tokenizer=tokenizer)
+
+    @classmethod
+    def _build(
+        cls, model: Any, *, name: str, tokenizer: Any = None, source: Source | None = None
+    ) -> Target:
+        anatomy = dissect(model)
+        if anatomy.embedding.weight.dtype == torch.float32:
+            torch.set_float32_matmul_precision("highest")  # no TF32
+        model.eval().requires_grad_(False)
+        with quiet():
+            layout = probe(model, anatomy)
+        eos = _eos_token_ids(model, anatomy)
+        return cls(
+            anatomy, layout, name=name, eos_token_ids=eos, tokenizer=tokenizer, source=source
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for; None if there is none.
+
+        Raises:
+            CheckpointError: its files cannot be read.
+        """
+        if self._tokenizer is None and self._source is not None:
+            self._tokenizer = load_tokenizer(self._source)
+        return self._tokenizer
+
+    def new_cache(self, slots: int, capacity: int) -> SlotCache:
+        """Allocate keys and values for `slots` requests of up to `capacity` tokens each."""
+        return SlotCache(self._layout.shapes, slots, capacity, self.dtype, self.device)
+
+    def forward(
+        self,
+        batch: RaggedBatch,
+        cache: SlotCache | None = None,
+        *,
+        taps: Sequence[int] = (),
+        logit_rows: Tensor | Literal["all"] | None = None,
+    ) -> TargetOutput:
+        """Run all tokens of a batch once.
+
+        Args:
+            batch: tokens, positions and slots; on the target's device.
+            cache: receives the keys and values of the batch; rows see what their slot holds.
+                Without one, tokens see only the tokens of their own segment (training).
+            taps: what to capture: -1 is the input of the first layer (scaled embeddings), i the
+                output of decoder layer i before any further norm.
+            logit_rows: row indices [N] whose logits are wanted, "all", or None.
+
+        Returns:
+            Hidden states, logits and features. They carry no gradient; outside of inference
+            mode they may enter computations that do.
+
+        Raises:
+            UsageError: a tap names no layer.
+        """
+        call = RaggedCall(batch, cache, self._layout.cache_layers, self._layout.writers)
+        with torch.no_grad():
+            if taps:
+                hidden_TH, features_TF = self._run_tapped(call, taps)
+            else:
+                hidden_TH, features_TF = run_decoder(self._anatomy, call), None
+            logits_NV = None
+            if logit_rows is not None:
+                rows_NH = hidden_TH if isinstance(logit_rows, str) else hidden_TH[logit_rows]
+                logits_NV = apply_head(self._anatomy, rows_NH)
+        return TargetOutput(hidden_TH, logits_NV, features_TF)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, V] of normed hidden states [N, H], soft cap included."""
+        return apply_head(self._anatomy, hidden_NH)
+
+    def parts(self) -> TargetParts:
+        """What a drafter borrows."""
+        anatomy = self._anatomy
+        return TargetParts(
+            embedding_VH=anatomy.embedding.weight,
+            embedding_scale=anatomy.embedding_scale,
+            head_VH=anatomy.head.weight,
+            head_bias_V=anatomy.head.bias,
+            logit_softcap=anatomy.logit_softcap,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            final_norm_H=anatomy.final_norm_H,
+        )
+
+    def _run_tapped(self, call: RaggedCall, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        taken: dict[int, Tensor] = {}
+        handles = [self._hook(tap, taken) for tap in set(taps)]
+        try:
+            hidden_TH = run_decoder(self._anatomy, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hidden_TH, torch.cat([taken[tap] for tap in taps], -1)
+
+    def _hook(self, tap: int, taken: dict[int, Tensor]) -> RemovableHandle:
+        if not -1 <= tap < self.num_layers:
+            raise UsageError(
+                f"taps names layer {tap}, but must name layers from -1 (embeddings) to "
+                f"{self.num_layers - 1}."
+            )
+
+        def keep_input(_module: Any, args: Any, kwargs: Any) -> None:
+            taken[tap] = layer_input(args, kwargs)
+
+        def keep_output(_module: Any, _args: Any, out: Any) -> None:
+            taken[tap] = (out[0] if isinstance(out, tuple) else out)[0]
+
+        if tap == -1:
+            first = self._anatomy.layers[0]
+            return first.register_forward_pre_hook(keep_input, with_kwargs=True)
+        return self._anatomy.layers[tap].register_forward_hook(keep_output)
+
+
+def _eos_token_ids(model: Any, anatomy: Anatomy) -> frozenset[int]:
+    """End tokens of the generation settings and the configuration together."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config, anatomy.config):
+        eos = getattr(config, "eos_token_id", None)
+        found.update([eos] if isinstance(eos, int) else eos or ())
+    return frozenset(found)

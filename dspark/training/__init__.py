@@ -1,0 +1,1 @@
+"""Objectives, anchors, losses, the loop and its checkpoints."""

@@ -1,0 +1,187 @@
+"""Trains a small target from scratch: tokenizer, token stream, next-token loss, bits per byte."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from dspark.data.corpus import Conversation, read_source
+from dspark.data.tokenizer import END, TEXT_END, train_tokenizer
+from dspark.training.recipe import CorpusSettings, Source, TargetRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def corpus_conversations(corpus: CorpusSettings) -> Iterator[Conversation]:
+    """Yield the training conversations of every source, each `repeat` times."""
+    for source in corpus.sources:
+        for _ in range(source.repeat):
+            yield from _source_conversations(corpus, source)
+
+
+def _source_conversations(corpus: CorpusSettings, source: Source) -> Iterator[Conversation]:
+    path = None if source.path is None else Path(corpus.root) / source.path
+    return read_source(source.format, path)
+
+
+def encode_conversations(tokenizer: Any, conversations: list[Conversation]) -> list[np.ndarray]:
+    """Render each conversation by the chat template and encode it; an array of ids each."""
+    texts = [tokenizer.apply_chat_template(list(c), tokenize=False) for c in conversations]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(TEXT_END)
+    return [np.asarray([*ids, end], dtype=np.uint16) for ids in encoded]
+
+
+class TokenStream:
+    """Conversations, shuffled anew each epoch, joined and cut into rows.
+
+    Row r of step s is a function of (seed, s, r) alone.
+    """
+
+    def __init__(self, documents: list[np.ndarray], row_tokens: int, seed: int) -> None:
+        self.documents = documents
+        self.row_tokens = row_tokens
+        self.seed = seed
+        self.rows_per_epoch = sum(len(d) for d in documents) // row_tokens
+        self._epoch = -1
+        self._tokens = np.empty(0, dtype=np.uint16)
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Rows `first`..`first + count - 1` of the endless stream, int64 [count, row_tokens]."""
+        found = [self._row(first + i) for i in range(count)]
+        return torch.from_numpy(np.stack(found).astype(np.int64))
+
+    def _row(self, index: int) -> np.ndarray:
+        epoch, within = divmod(index, self.rows_per_epoch)
+        if epoch != self._epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            self._tokens = np.concatenate([self.documents[i] for i in order])
+            self._epoch = epoch
+        start = within * self.row_tokens
+        return self._tokens[start : start + self.row_tokens]
+
+
+class LanguageModelObjective:
+    """Next-token cross-entropy of a Qwen3-architecture model over a token stream."""
+
+    def __init__(self, recipe: TargetRecipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        output = Path(recipe.run.output_dir)
+        conversations = list(corpus_conversations(recipe.corpus))
+        self.tokenizer = _tokenizer(output, conversations, recipe.architecture.vocab_size)
+        documents = encode_conversations(self.tokenizer, conversations)
+        self.stream = TokenStream(documents, recipe.run.row_tokens, recipe.run.seed)
+        torch.manual_seed(recipe.run.seed)
+        self.model = Qwen3ForCausalLM(_config(recipe, self.tokenizer))
+        self.model.to(device=device, dtype=DTYPES[recipe.run.dtype])
+        self.module: nn.Module = self.model
+        self._loss = torch.compile(self._row_loss) if recipe.run.compile else self._row_loss
+
+    def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy in nats of this rank's rows."""
+        run = self.recipe.run
+        share = run.rows // ranks
+        rows = self.stream.rows(step * run.rows + rank * share, share).to(self.device)
+        loss = self._loss(rows)
+        return loss, {"epoch": step * run.rows / self.stream.rows_per_epoch}
+
+    def _row_loss(self, ids_BS: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden[:, :-1].flatten(0, 1)).float()
+        return F.cross_entropy(logits, ids_BS[:, 1:].flatten())
+
+    def export(self, directory: Path) -> None:
+        """Write the model in bf16, its tokenizer, and held-out bits per byte per domain."""
+        weights = self.model.to(torch.bfloat16)
+        weights.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        report = {
+            domain: heldout_bits_per_byte(
+                self.model, self.tokenizer, list(_source_conversations(self.recipe.corpus, source))
+            )
+            for domain, source in self.recipe.corpus.heldout.items()
+        }
+        (directory / "heldout.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _tokenizer(output: Path, conversations: list[Conversation], vocab_size: int) -> Any:
+    path = output / "tokenizer.json"
+    if path.is_file():
+        return PreTrainedTokenizerFast.from_pretrained(output)
+    texts = (message["content"] for c in conversations for message in c)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    return tokenizer
+
+
+def _config(recipe: TargetRecipe, tokenizer: Any) -> Qwen3Config:
+    a = recipe.architecture
+    end = tokenizer.convert_tokens_to_ids(END)
+    config = Qwen3Config(
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.num_hidden_layers,
+        num_attention_heads=a.num_attention_heads,
+        num_key_value_heads=a.num_key_value_heads,
+        head_dim=a.head_dim,
+        max_position_embeddings=a.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.generation_config = GenerationConfig(eos_token_id=end)
+    return config
+
+
+@torch.no_grad()
+def heldout_bits_per_byte(
+    model: Any, tokenizer: Any, conversations: list[Conversation], limit: int = 200
+) -> dict[str, float]:
+    """Bits per UTF-8 byte of the assistant turns, each conditioned on what precedes it.
+
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer, with a chat template that marks `generation` spans.
+        conversations: held-out conversations, in file order.
+        limit: how many of them count.
+
+    Returns:
+        {"bits_per_byte", "nats_per_token", "conversations"}.
+    """
+    nats = tokens = size = 0.0
+    used = 0
+    for conversation in conversations[:limit]:
+        encoded = tokenizer.apply_chat_template(
+            list(conversation),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids = torch.tensor(encoded["input_ids"][: model.config.max_position_embeddings])
+        mask = torch.tensor(encoded["assistant_masks"][: len(ids)], dtype=torch.bool)
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        losses = F.cross_entropy(logits, ids[1:], reduction="none")[mask[1:].to(ids.device)]
+        nats += float(losses.sum())
+        tokens += len(losses)
+        size += sum(len(m["content"].encode()) for m in conversation if m["role"] == "assistant")
+        used += 1
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "nats_per_token": nats / tokens,
+        "conversations": used,
+    }

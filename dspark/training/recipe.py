@@ -1,0 +1,146 @@
+"""Recipes: frozen, validated run configurations, read from YAML. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dspark.data.corpus import SourceFormat
+from dspark.errors import RecipeError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Settings):
+    """One file of the corpus."""
+
+    format: SourceFormat = Field("messages", description="how records become conversations")
+    path: str | None = Field(None, description="JSON-lines file, relative to `root`")
+    repeat: int = Field(1, ge=1, description="times it is seen per epoch")
+
+
+class CorpusSettings(_Settings):
+    """The conversations of a run."""
+
+    root: str = Field(".", description="folder that the sources' paths are relative to")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    heldout: dict[str, Source] = Field(
+        default_factory=dict, description="domain -> source, for held-out bits per byte"
+    )
+
+
+class OptimiserSettings(_Settings):
+    """AdamW, or Muon for the layers' matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(6e-4, gt=0, description="AdamW's peak rate")
+    matrix_learning_rate: float = Field(2e-3, gt=0, description="Muon's peak rate")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_fraction: float = Field(0.04, ge=0, lt=1, description="share of the steps")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+
+class RunSettings(_Settings):
+    """How long, on what, and what is kept."""
+
+    output_dir: str
+    steps: int = Field(ge=1)
+    rows: int = Field(8, ge=1, description="sequences per step, over all ranks")
+    row_tokens: int = Field(512, ge=8, description="tokens per sequence")
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(False, description="torch.compile the loss")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+
+
+class ArchitectureSettings(_Settings):
+    """A Qwen3-architecture target, trained from scratch."""
+
+    vocab_size: int = Field(4096, ge=300)
+    hidden_size: int = 160
+    intermediate_size: int = 416
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+
+
+class TargetRecipe(_Settings):
+    """Trains a small language model from scratch."""
+
+    kind: Literal["target"]
+    architecture: ArchitectureSettings = ArchitectureSettings()
+    corpus: CorpusSettings
+    optimiser: OptimiserSettings = OptimiserSettings()
+    run: RunSettings
+
+
+Recipe = TargetRecipe
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by path or by the name of a bundled recipe.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml"))) or "none"
+    raise RecipeError(f"There is no recipe {name!r}; give a YAML file or one of: {known}.")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        name: a YAML file or the name of a bundled recipe.
+        overrides: `key.subkey=value` strings; the value is read as YAML.
+
+    Raises:
+        RecipeError: the recipe is missing, an override has no `=`, a key is unknown, or a value
+            does not fit.
+    """
+    path = find_recipe(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no mapping of keys to values.")
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{path}: {key or 'the recipe'}: {first['msg']}.") from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"The override {override!r} is not of the form key=value.")
+    *parents, last = key.split(".")
+    node: Any = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"The override {override!r} goes below a value, not a mapping.")
+    node[last] = yaml.safe_load(value)

@@ -1,0 +1,127 @@
+"""The reference stack's own DSpark training run, step by step, from the same weights and batches."""
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.training.anchors import AnchorBlocks, attention_tiles
+from dspark.training.losses import LossWeights, block_loss
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "replay"
+SHARED = Path(__file__).parents[2].parent / "shared"
+TARGET = SHARED / "models" / "stories260K"
+
+pytestmark = pytest.mark.skipif(not TARGET.is_dir(), reason="needs shared/models/stories260K")
+
+
+@dataclass(frozen=True)
+class Parts:
+    embedding_VH: Tensor
+    head_VH: Tensor
+    vocab_size: int
+    hidden_size: int
+    embedding_scale: float = 1.0
+    head_bias_V: Tensor | None = None
+    logit_softcap: float | None = None
+    final_norm_H: Tensor | None = None
+
+
+class Replay:
+    """Target, drafter and optimiser of the run."""
+
+    def __init__(self, init: Path):
+        from transformers import AutoModelForCausalLM
+
+        self.target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+        embedding = self.target.get_input_embeddings().weight.detach()
+        head = self.target.get_output_embeddings().weight.detach()
+        self.drafter: DSparkDrafter = load_drafter(init)
+        self.drafter.bind(Parts(embedding, head, *embedding.shape))
+        self.drafter.train()
+        self.optimizer = torch.optim.AdamW(
+            self.drafter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
+
+    @torch.no_grad()
+    def features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.target.model(input_ids, output_hidden_states=True).hidden_states
+        return torch.cat([states[i + 1] for i in self.drafter.taps], dim=-1), states[-1]
+
+    def step(self, input_ids: Tensor, prompt_len: Tensor, anchors: Tensor, lr: float) -> dict:
+        features, teacher = self.features(input_ids)
+        loss_mask = torch.arange(input_ids.shape[1]) >= prompt_len.unsqueeze(1)
+        keep = torch.ones_like(anchors, dtype=torch.bool)
+        blocks = AnchorBlocks.build(input_ids, loss_mask, anchors, keep, self.drafter.block_size)
+        tiles = attention_tiles(blocks, input_ids.shape[1])
+        hidden = self.drafter(features, blocks.tokens_BN, blocks.positions_BNK, tiles)
+        report = block_loss(self.drafter, hidden, teacher, blocks, LossWeights())
+        self.optimizer.zero_grad()
+        report.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        return {
+            "loss": report.loss.item(),
+            "gnorm": norm.item(),
+            "tau_probabilistic": report.accepted_length.item(),
+            "ce_loss": report.ce.item(),
+            "l1_loss": report.tv.item(),
+            "confidence_loss": report.confidence.item(),
+        }
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def deviation(seen: dict, logged: dict) -> float:
+    """Largest relative difference between a step's numbers and the log's."""
+    return max(abs(value - logged[name]) / abs(logged[name]) for name, value in seen.items())
+
+
+def test_first_twenty_steps_follow_the_reference():
+    log = read_log(GOLDEN / "losses_dspark_first20.jsonl")
+    data = {k: v.long() for k, v in load_file(GOLDEN / "first20.safetensors").items()}
+    replay = Replay(GOLDEN / "init_dspark")
+    for i, logged in enumerate(log):
+        seen = replay.step(
+            data["input_ids"][i], data["prompt_len"][i], data["anchors"][i], logged["lr"]
+        )
+        if i == 0:
+            # The log has five decimals, which is coarser than 1e-5 of the small terms.
+            assert seen["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+            for name, value in seen.items():
+                assert value == pytest.approx(logged[name], rel=1e-5, abs=6e-6), name
+        assert deviation(seen, logged) < 1e-3, i
+
+
+@pytest.mark.slow
+def test_the_whole_run_follows_the_reference():
+    folder = SHARED / "golden" / "replay"
+    log = read_log(folder / "losses_dspark.jsonl")
+    with gzip.open(folder / "train.jsonl.gz", "rt") as lines:
+        records = {record["id"]: record for record in map(json.loads, lines)}
+    order = json.loads((folder / "batch_order.json").read_text())
+    anchors = load_file(folder / "anchors.safetensors")["anchors"].long()
+    replay = Replay(folder / "init_dspark")
+    losses = []
+    for i, logged in enumerate(log):
+        batch = [records[number] for number in order[i]]
+        seen = replay.step(
+            torch.tensor([record["input_ids"] for record in batch]),
+            torch.tensor([record["prompt_len"] for record in batch]),
+            anchors[i],
+            logged["lr"],
+        )
+        losses.append(seen["loss"])
+        if i % 50 == 0 or i == len(log) - 1:
+            print(f"step {i}: {seen['loss']:.6f}, {deviation(seen, logged):.2e} off", flush=True)
+    assert losses[-1] == pytest.approx(log[-1]["loss"], rel=0.01)
