@@ -131,7 +131,7 @@ class Request:
 
 @dataclass
 class Stats:
-    """What decoding one request, or many, took.
+    """What decoding one request, or many, took. Times are the engine's (`Engine.clock`).
 
     Attributes:
         rounds: target forwards that produced tokens of this request (prefill not counted).
@@ -141,7 +141,6 @@ class Stats:
         accepted: draft tokens kept.
         survived: survived[k] counts rounds that verified more than k drafts and kept more than k.
         offered: offered[k] counts rounds that verified more than k drafts and kept at least k.
-        draft_ms, schedule_ms, verify_ms: time summed over rounds, in milliseconds.
     """
 
     rounds: int = 0
@@ -151,9 +150,6 @@ class Stats:
     accepted: int = 0
     survived: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
-    draft_ms: float = 0.0
-    schedule_ms: float = 0.0
-    verify_ms: float = 0.0
 
     @property
     def accepted_length(self) -> float:
@@ -189,8 +185,6 @@ class Stats:
     def add(self, other: Stats) -> None:
         """Add the counts of another request."""
         for name in ("rounds", "tokens", "drafted", "verified", "accepted"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("draft_ms", "schedule_ms", "verify_ms"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("survived", "offered"):
             mine, theirs = getattr(self, name), getattr(other, name)

@@ -112,7 +112,7 @@ def _plan(batch: RaggedBatch, window: int | None, like: Tensor, shared: int) -> 
         for i in range(segment.length):
             gather.append((segment.slot - first) * length + i)
             spread[gather[-1]] = row + i
-    last = [[end] * length for _ in range(spans)]  # padding sees everything, to stay finite
+    last = [[end - 1] * length for _ in range(spans)]  # padding sees a key, to stay finite
     for segment in segments:
         last[segment.slot - first][: segment.length] = range(segment.start, segment.end)
     mask_RPS = _mask(torch.tensor(last), torch.arange(begin, end), window)

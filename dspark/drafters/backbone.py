@@ -155,30 +155,23 @@ class ParallelBackbone(nn.Module):
         )
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            rows = [x.transpose(1, 2) for x in (*context[layer], query, key, value)]
-            return torch.cat([self._attend_tile(tile, *rows) for tile in tiles], 2).transpose(1, 2)
+            past_key, past_value = (x.transpose(1, 2) for x in context[layer])
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            mixed = []
+            for tile in tiles:
+                past, slots = slice(tile.context), slice(tile.start, tile.stop)
+                out = F.scaled_dot_product_attention(
+                    query[:, :, slots],
+                    torch.cat((past_key[:, :, past], key[:, :, slots]), dim=2),
+                    torch.cat((past_value[:, :, past], value[:, :, slots]), dim=2),
+                    attn_mask=tile.mask_BQP.unsqueeze(1),
+                    scale=config.attention_scale,
+                    enable_gqa=config.num_heads != config.num_kv_heads,
+                )
+                mixed.append(out)
+            return torch.cat(mixed, dim=2).transpose(1, 2)
 
         return weights.block(block_BQH, rotary(positions_BQ, config, block_BQH.dtype), attend)
-
-    def _attend_tile(
-        self,
-        tile: AttentionTile,
-        context_key: Tensor,
-        context_value: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        """Mixed values of a tile's slots; all tensors are [B, heads, rows, D]."""
-        config, slots = self.backbone_config, slice(tile.start, tile.stop)
-        return F.scaled_dot_product_attention(
-            query[:, :, slots],
-            torch.cat((context_key[:, :, : tile.context], key[:, :, slots]), dim=2),
-            torch.cat((context_value[:, :, : tile.context], value[:, :, slots]), dim=2),
-            attn_mask=tile.mask_BQP.unsqueeze(1),
-            scale=config.attention_scale,
-            enable_gqa=config.num_heads != config.num_kv_heads,
-        )
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ def load_drafter(
     """
     directory = _resolve(source, revision, offline)
     config_path = directory / CONFIG
+    config = config_from_json(_read_json(config_path), str(config_path))
     state = _read_weights(directory)
-    data = _read_json(config_path)
-    config = config_from_json(data, str(config_path))
     if config.mask_token_id is None and MASK_EMBEDDING not in state:
         raise CheckpointError(
             f"{config_path} has no mask_token_id and the weights no {MASK_EMBEDDING}; "

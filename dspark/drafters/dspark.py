@@ -5,11 +5,8 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,37 +14,13 @@ from torch import Tensor, nn
 
 from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
-from dspark.drafters.backbone import AttentionTile, BackboneWeights, ParallelBackbone, rotary
+from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
+from dspark.drafters.borrowed import Borrowed, own_table
 from dspark.drafters.config import DSparkConfig
-from dspark.drafters.heads import ConfidenceHead, MarkovHead, at_least_fp32, build_markov_head
+from dspark.drafters.decoding import DecodePlan
+from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.errors import CompatibilityError
-
-logger = logging.getLogger(__name__)
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Borrowed:
-    """Embedding and head as this drafter uses them."""
-
-    embedding_VH: Tensor
-    embedding_scale: float
-    head_VH: Tensor
-    head_bias_V: Tensor | None
-    softcap: float | None
-
-
-@dataclass(frozen=True)
-class _DecodePlan:
-    """What decoding computes once: fused weights, heads in its dtype, tables."""
-
-    weights: BackboneWeights
-    markov_head: MarkovHead | None
-    confidence_head: ConfidenceHead | None
-    rotary_table: Tensor  # [positions, 2, 1, D]
-    mask_1KH: Tensor  # input embeddings of the slots after the anchor, [1, K - 1, H]
-    steps_K: Tensor
 
 
 class DSparkDrafter(ParallelBackbone):
@@ -79,7 +52,8 @@ class DSparkDrafter(ParallelBackbone):
         self.own_embedding_VH: Tensor | None = None
         self.own_head_VH: Tensor | None = None
         self._borrowed: Borrowed | None = None
-        self._plan: _DecodePlan | None = None
+        self._target: Borrowed | None = None
+        self._plan: DecodePlan | None = None
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda *_: self._drop_plan()
         )
@@ -108,6 +82,7 @@ class DSparkDrafter(ParallelBackbone):
             CompatibilityError: the parts do not fit the configuration.
         """
         drafter = cls(config)
+        drafter.bind(parts)
         with torch.no_grad():
             for name, parameter in drafter.named_parameters():
                 if parameter.ndim > 1:
@@ -116,9 +91,7 @@ class DSparkDrafter(ParallelBackbone):
                     parameter.zero_()
             if copy_final_norm and parts.final_norm_H is not None:
                 drafter.norm.weight.copy_(parts.final_norm_H)
-        drafter.to(parts.embedding_VH.device)
-        drafter.bind(parts)
-        return drafter
+        return drafter.to(parts.embedding_VH.device)
 
     @property
     def block_size(self) -> int:
@@ -168,16 +141,17 @@ class DSparkDrafter(ParallelBackbone):
                 f"The drafter reads target_layer_ids {list(config.target_layer_ids)}, but the "
                 f"target has {num_target_layers} layers; use a drafter made for this target."
             )
-        self.own_embedding_VH = _own(self.own_embedding_VH, parts.embedding_VH, "embed_tokens")
-        self.own_head_VH = _own(self.own_head_VH, parts.head_VH, "lm_head")
+        target = Borrowed.of(parts)
+        self.own_embedding_VH = own_table(
+            self.own_embedding_VH, target.embedding_VH, "embed_tokens.weight"
+        )
+        self.own_head_VH = own_table(self.own_head_VH, target.head_VH, "lm_head.weight")
         own_embedding, own_head = self.own_embedding_VH, self.own_head_VH
-        scale = torch.tensor(parts.embedding_scale, dtype=parts.embedding_VH.dtype)
-        self._borrowed = Borrowed(
-            embedding_VH=parts.embedding_VH if own_embedding is None else own_embedding,
-            embedding_scale=float(scale),
-            head_VH=parts.head_VH if own_head is None else own_head,
-            head_bias_V=parts.head_bias_V,
-            softcap=parts.logit_softcap,
+        self._target = target
+        self._borrowed = replace(
+            target,
+            embedding_VH=target.embedding_VH if own_embedding is None else own_embedding,
+            head_VH=target.head_VH if own_head is None else own_head,
         )
         self._drop_plan()
 
@@ -225,7 +199,7 @@ class DSparkDrafter(ParallelBackbone):
         """
         batch, anchors, block = positions_BNK.shape
         dtype = self.fc.weight.dtype
-        embedded = self._embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
+        embedded = self.borrowed.embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
         masks = self._mask_slots(block - 1).to(dtype).expand(batch, anchors, -1, -1)
         hidden = self.run_blocks(
             features_BSF.to(dtype),
@@ -237,27 +211,39 @@ class DSparkDrafter(ParallelBackbone):
 
     def base_logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
-        parts = self.borrowed
-        logits = F.linear(hidden_NH.to(parts.head_VH.dtype), parts.head_VH, parts.head_bias_V)
-        if parts.softcap is not None:
-            logits = parts.softcap * torch.tanh(logits / parts.softcap)
-        return at_least_fp32(logits)
+        return self.borrowed.logits(hidden_NH)
 
-    def confidence_logits(self, hidden_NH: Tensor, previous_N: Tensor) -> Tensor | None:
-        """Confidence logits [..], fp32, of slots whose previous token is known; None without."""
-        return _confidence(self.confidence_head, self.markov_head, hidden_NH, previous_N)
+    def target_logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [.., V] of the target's states after its final norm: the teacher.
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        parts = self.borrowed
-        rows = F.embedding(tokens, parts.embedding_VH)
-        return rows if parts.embedding_scale == 1.0 else rows * parts.embedding_scale
+        They differ from `base_logits` only where the drafter keeps a head of its own.
+
+        Raises:
+            CompatibilityError: the drafter is not bound.
+        """
+        return (self._target or self.borrowed).logits(hidden_NH)
+
+    def confidence_logits(
+        self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False
+    ) -> Tensor | None:
+        """Confidence logits [..], at least fp32, or None without such a head.
+
+        Args:
+            hidden_NH: hidden states of slots.
+            previous_N: the token before each slot's draft.
+            detach_inputs: let gradients reach the confidence head only.
+        """
+        hidden = hidden_NH.detach() if detach_inputs else hidden_NH
+        return _confidence(
+            self.confidence_head, self.markov_head, hidden, previous_N, detach=detach_inputs
+        )
 
     def _mask_slots(self, count: int) -> Tensor:
         if self.mask_embedding is not None:
             return self.mask_embedding.weight.expand(count, -1)
-        embedding = self.borrowed.embedding_VH
-        mask = torch.tensor([self.config.mask_token_id], device=embedding.device)
-        return self._embed(mask).expand(count, -1)
+        device = self.borrowed.embedding_VH.device
+        mask = torch.tensor([self.config.mask_token_id], device=device)
+        return self.borrowed.embed(mask).expand(count, -1)
 
     # Decoding
 
@@ -293,8 +279,8 @@ class DSparkDrafter(ParallelBackbone):
         previous_RK = torch.stack(tokens[:-1], dim=1)
         return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
 
-    def _block_hidden(self, plan: _DecodePlan, context: SlotCache, batch: DraftBatch) -> Tensor:
-        anchors_R1H = self._embed(batch.anchors_R).unsqueeze(1)
+    def _block_hidden(self, plan: DecodePlan, context: SlotCache, batch: DraftBatch) -> Tensor:
+        anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
         masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
         scale = self.config.backbone.attention_scale
@@ -306,65 +292,39 @@ class DSparkDrafter(ParallelBackbone):
 
         return plan.weights.block(
             torch.cat((anchors_R1H, masks_RKH), dim=1),
-            plan.rotary_table[lengths_R1 + plan.steps_K],
+            plan.rotary_table[lengths_R1 + plan.slots_K],
             attend,
         )
 
-    def _decode_plan(self, context: SlotCache) -> _DecodePlan:
+    def _decode_plan(self, context: SlotCache) -> DecodePlan:
         positions = context.capacity + self.block_size
         if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+            # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
-                self._plan = self._build_plan(positions)
+                self._plan = DecodePlan.build(
+                    self,
+                    self.markov_head,
+                    self.confidence_head,
+                    masks=self._mask_slots(self.block_size - 1),
+                    positions=positions,
+                    like=self.borrowed.embedding_VH,
+                )
         return self._plan
-
-    def _build_plan(self, positions: int) -> _DecodePlan:
-        like = self.borrowed.embedding_VH
-        numbers = torch.arange(positions, device=like.device)
-        return _DecodePlan(
-            weights=BackboneWeights.of(_backbone_like(self, like)),
-            markov_head=_like(self.markov_head, like),
-            confidence_head=_like(self.confidence_head, like),
-            rotary_table=rotary(numbers, self.config.backbone, like.dtype),
-            mask_1KH=self._mask_slots(self.block_size - 1).to(like).unsqueeze(0),
-            steps_K=numbers[: self.block_size],
-        )
-
-
-def _own(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:
-    """The drafter's own table where it differs from the target's, in the target's dtype."""
-    if own is None:
-        return None
-    if own.shape == target.shape and torch.equal(own.to(target.device), target.to(dtype=own.dtype)):
-        return None
-    logger.warning("The drafter's %s differs from the target's; the drafter keeps its own.", name)
-    return own.to(device=target.device, dtype=target.dtype)
 
 
 def _confidence(
-    head: ConfidenceHead | None, markov: MarkovHead | None, hidden: Tensor, previous: Tensor
+    head: ConfidenceHead | None,
+    markov: MarkovHead | None,
+    hidden: Tensor,
+    previous: Tensor,
+    *,
+    detach: bool = False,
 ) -> Tensor | None:
     if head is None:
         return None
     embedded = None
     if head.with_markov and markov is not None:
-        embedded = F.embedding(previous, markov.markov_w1.weight)
+        table = markov.markov_w1.weight
+        embedded = F.embedding(previous, table.detach() if detach else table)
     logits: Tensor = head(hidden, embedded)
     return logits
-
-
-def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:
-    """The module itself where it has the dtype and device of `like`, else a copy that has."""
-    if module is None or all(
-        p.dtype == like.dtype and p.device == like.device for p in module.parameters()
-    ):
-        return module
-    return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
-
-
-def _backbone_like(drafter: DSparkDrafter, like: Tensor) -> ParallelBackbone:
-    with torch.device("meta"):
-        backbone = ParallelBackbone(drafter.config.backbone)
-    state = drafter.state_dict()
-    rows = {name: state[name].to(like) for name in backbone.state_dict()}
-    backbone.load_state_dict(rows, assign=True)
-    return backbone

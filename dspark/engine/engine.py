@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,10 @@ import torch
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import Drafter
-from dspark.engine.round import (
-    Drafts,
-    RowState,
-    commit,
-    draft,
-    observe,
-    target_batch,
-    verify,
-)
+from dspark.engine.round import RoundTimes, Speculator, play
 from dspark.engine.schedule import Schedule
-from dspark.engine.sequence import ActiveRequest, Event
+from dspark.engine.sequence import ActiveRequest, Event, Piece
+from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
 from dspark.errors import RequestError, UsageError
 from dspark.request import VERIFIERS, Output, Request, Verifier
@@ -31,12 +24,37 @@ from dspark.targets.target import Target
 
 @dataclass
 class Clock:
-    """Time of the rounds of an engine: steps, and milliseconds summed over them."""
+    """Time of an engine's steps, those that read a prompt apart from the rest.
 
+    Attributes:
+        prefills: steps that read at least one prompt.
+        prefill_ms: milliseconds of all parts of these.
+        steps: steps that read none.
+        draft_ms, schedule_ms, verify_ms: milliseconds of their parts, summed.
+    """
+
+    prefills: int = 0
+    prefill_ms: float = 0.0
     steps: int = 0
     draft_ms: float = 0.0
     schedule_ms: float = 0.0
     verify_ms: float = 0.0
+
+    def record(self, times: RoundTimes, *, prefill: bool) -> None:
+        """Add one step."""
+        if prefill:
+            self.prefills += 1
+            self.prefill_ms += times.draft_ms + times.schedule_ms + times.verify_ms
+            return
+        self.steps += 1
+        self.draft_ms += times.draft_ms
+        self.schedule_ms += times.schedule_ms
+        self.verify_ms += times.verify_ms
+
+    def per_step(self) -> RoundTimes:
+        """Mean times of the steps that read no prompt."""
+        steps = max(self.steps, 1)
+        return RoundTimes(self.draft_ms / steps, self.schedule_ms / steps, self.verify_ms / steps)
 
 
 class Engine:
@@ -49,8 +67,8 @@ class Engine:
         max_requests: requests in a round at most; more wait in the queue.
         max_length: tokens of prompt and output together; the target's context by default.
         verifier: token, block or coupled.
-        schedule: how many drafts are verified.
-        block_size: drafts per round, at most the drafter's own.
+        schedule: how many drafts are verified, all by default; `off` leaves the drafter out.
+        block_size: drafts per round, at most the drafter's own, which is the default.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -68,39 +86,27 @@ class Engine:
         block_size: int | None = None,
     ) -> None:
         self.target = target
+        _check_sizes(verifier, max_requests, max_length)
+        self.target = target
         self.schedule = schedule or Schedule()
         self.drafter = None if self.schedule.name == "off" else drafter
         self.verifier = verifier
         self.max_requests = max_requests
         self.max_length = min(max_length or target.max_context, target.max_context)
+        self.num_drafts = _num_drafts(self.drafter, block_size)
         self.clock = Clock()
-        self.num_drafts = self._checked_num_drafts(block_size)
         self._queue: deque[ActiveRequest] = deque()
         self._running: list[ActiveRequest] = []
-        self._free = list(range(max_requests))
+        self._free = list(range(max_requests))  # a heap: low slots first keeps those in use dense
         self._next_id = 0
-        self._chain: tuple[list[int], Chain] | None = None
+        self._laws: RequestLaws | None = None
         capacity = self.max_length + self.num_drafts + 1
         self._cache = target.new_cache(max_requests, capacity)
-        shapes = self.drafter.context_shapes if self.drafter else ()
-        self._context = SlotCache(shapes, max_requests, capacity, target.dtype, target.device)
-
-    def _checked_num_drafts(self, block_size: int | None) -> int:
-        if self.verifier not in VERIFIERS:
-            raise UsageError(
-                f"The verifier is {self.verifier!r}, but must be one of {', '.join(VERIFIERS)}."
-            )
-        if self.max_requests < 1:
-            raise UsageError(f"max_requests is {self.max_requests}, but must be at least 1.")
-        if self.drafter is None:
-            return 0
-        own = self.drafter.block_size
-        if block_size is not None and not 1 <= block_size <= own:
-            raise UsageError(
-                f"The block size is {block_size}, but must be between 1 and {own}, the block size "
-                "that the drafter was trained with."
-            )
-        return block_size or own
+        self._speculator: Speculator | None = None
+        if self.drafter is not None:
+            shapes = self.drafter.context_shapes
+            context = SlotCache(shapes, max_requests, capacity, target.dtype, target.device)
+            self._speculator = Speculator(self.drafter, context, self.schedule)
 
     @property
     def has_work(self) -> bool:
@@ -119,8 +125,9 @@ class Engine:
             The number that its events carry.
 
         Raises:
-            RequestError: the prompt does not fit the context, or names a token that the model
-                does not have, or stop strings are asked of a model without a tokenizer.
+            RequestError: the prompt does not fit the context; prompt or logit bias name a token
+                that the model does not have; the bias leaves no token; or stop strings are asked
+                of a model without a tokenizer.
         """
         self._check(request)
         params = request.params
@@ -142,18 +149,24 @@ class Engine:
         return active.request_id
 
     def _check(self, request: Request) -> None:
-        length, ids = len(request.prompt_ids), request.prompt_ids
-        if length >= self.max_length:
+        ids, params = request.prompt_ids, request.params
+        if len(ids) >= self.max_length:
             raise RequestError(
-                f"The prompt has {length} tokens, but the context holds {self.max_length} "
+                f"The prompt has {len(ids)} tokens, but the context holds {self.max_length} "
                 "and one token at least is to be generated; shorten the prompt."
             )
-        if min(ids) < 0 or max(ids) >= self.target.vocab_size:
-            raise RequestError(
-                f"The prompt names token {max(ids) if min(ids) >= 0 else min(ids)}, but token ids "
-                f"of this model run from 0 to {self.target.vocab_size - 1}."
-            )
-        if request.params.stop and self.target.tokenizer is None:
+        vocab_size = self.target.vocab_size
+        for what, tokens in (("prompt", ids), ("logit bias", params.logit_bias)):
+            wrong = [token for token in tokens if not 0 <= token < vocab_size]
+            if wrong:
+                raise RequestError(
+                    f"The {what} names token {wrong[0]}, but token ids of this model run from 0 "
+                    f"to {vocab_size - 1}."
+                )
+        Chain.of([params])  # refuses biases that are no numbers
+        if sum(value == float("-inf") for value in params.logit_bias.values()) == vocab_size:
+            raise RequestError("The logit bias bans every token; allow at least one.")
+        if params.stop and self.target.tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this model has none.")
 
     def cancel(self, request_id: int) -> Output | None:
@@ -161,21 +174,20 @@ class Engine:
         for requests in (self._queue, self._running):
             for active in requests:
                 if active.request_id == request_id:
-                    active.finish_reason = "cancelled"
                     requests.remove(active)
                     self._release(active)
-                    return active.output()
+                    return active.cancel()
         return None
 
     def _release(self, active: ActiveRequest) -> None:
         if active.slot >= 0:
-            self._free.append(active.slot)
+            heapq.heappush(self._free, active.slot)
             active.slot = -1
 
     def _admit(self) -> None:
         while self._queue and self._free:
             active = self._queue.popleft()
-            active.slot = self._free.pop()
+            active.slot = heapq.heappop(self._free)
             self._running.append(active)
 
     @torch.inference_mode()
@@ -192,48 +204,23 @@ class Engine:
         requests = self._running
         if not requests:
             return []
-        state = RowState.of(requests, self._chain_of(requests), self.target, self.verifier)
-        drafts = self._draft(requests, state)
-        started = time.perf_counter()
-        batch, judged = target_batch(requests, drafts, self.target.device)
-        output = self.target.forward(
-            batch,
-            self._cache,
-            taps=self.drafter.taps if self.drafter else (),
-            logit_rows=torch.tensor(judged, device=self.target.device),
-        )
-        assert output.logits_NV is not None
-        committed, accepted = verify(output.logits_NV, drafts, state)
-        if self.drafter is not None and output.features_TF is not None:
-            dropped = [v - a for v, a in zip(drafts.lengths, accepted, strict=True)]
-            observe(self.drafter, self._context, batch, output.features_TF, dropped)
-        self.clock.verify_ms += (time.perf_counter() - started) * 1e3
-        self.clock.steps += 1
-        pieces = commit(requests, committed, accepted, drafts)
+        laws = self._laws_of(requests)
+        state = RoundState.of(requests, laws, self.verifier, self.num_drafts)
+        prefill = any(request.cached == 0 for request in requests)
+        pieces, times = play(requests, state, self.target, self._cache, self._speculator)
+        laws.commit([[piece.token_id for piece in new] for new in pieces])
+        self.clock.record(times, prefill=prefill)
         return self._finish_round(requests, pieces)
 
-    def _draft(self, requests: Sequence[ActiveRequest], state: RowState) -> Drafts:
-        none = (0,) * len(requests)
-        if self.drafter is None:
-            empty_DK = torch.zeros(0, 0, dtype=torch.int64, device=self.target.device)
-            return Drafts(empty_DK, None, none, none)
-        drafts, draft_ms, schedule_ms = draft(
-            self.drafter, self._context, requests, state, self.schedule, self.num_drafts
-        )
-        self.clock.draft_ms += draft_ms
-        self.clock.schedule_ms += schedule_ms
-        return drafts
-
-    def _chain_of(self, requests: Sequence[ActiveRequest]) -> Chain:
-        """The processors of the running requests, rebuilt only when these change."""
-        ids = [request.request_id for request in requests]
-        if self._chain is None or self._chain[0] != ids:
-            params = [request.request.params for request in requests]
-            self._chain = (ids, Chain.of(params, self.target.device))
-        return self._chain[1]
+    def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
+        """The laws of the running requests, rebuilt only when other requests run."""
+        ids = tuple(request.request_id for request in requests)
+        if self._laws is None or self._laws.request_ids != ids:
+            self._laws = RequestLaws.of(requests, self.target.vocab_size, self.target.device)
+        return self._laws
 
     def _finish_round(
-        self, requests: Sequence[ActiveRequest], pieces: Sequence[tuple[object, ...]]
+        self, requests: Sequence[ActiveRequest], pieces: Sequence[tuple[Piece, ...]]
     ) -> list[Event]:
         events, still = [], []
         for request, new in zip(requests, pieces, strict=True):
@@ -243,8 +230,9 @@ class Engine:
                 self._release(request)
             else:
                 still.append(request)
-        # Newly admitted requests go last: those with a draft context come first in a round.
-        self._running = still
+        # Newly admitted requests go behind these: who has a draft context comes first in a round.
+        # Neighbouring slots side by side are what attention reads fastest.
+        self._running = sorted(still, key=lambda request: request.slot)
         return events
 
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:
@@ -253,6 +241,8 @@ class Engine:
         Raises:
             RequestError, NumericsError: as `add` and `step`.
         """
+        for request in requests:
+            self._check(request)
         texts = prompts or [""] * len(requests)
         ids = [self.add(r, prompt=t) for r, t in zip(requests, texts, strict=True)]
         outputs: dict[int, Output] = {}
@@ -261,3 +251,31 @@ class Engine:
                 if event.output is not None:
                     outputs[event.request_id] = event.output
         return [outputs[i] for i in ids]
+
+
+def _check_sizes(verifier: str, max_requests: int, max_length: int | None) -> None:
+    if verifier not in VERIFIERS:
+        raise UsageError(
+            f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
+        )
+    if max_requests < 1:
+        raise UsageError(f"max_requests is {max_requests}, but must be at least 1.")
+    if max_length is not None and max_length < 2:
+        raise UsageError(
+            f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "
+            "output."
+        )
+
+
+def _num_drafts(drafter: Drafter | None, block_size: int | None) -> int:
+    if drafter is None:
+        return 0
+    own = drafter.block_size
+    if block_size is None:
+        return own
+    if not 1 <= block_size <= own:
+        raise UsageError(
+            f"The block size is {block_size}, but must be between 1 and {own}, the block size "
+            "that the drafter was trained with."
+        )
+    return block_size

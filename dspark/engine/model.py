@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from jinja2 import TemplateError
+
 from dspark.drafters.base import Drafter
 from dspark.drafters.checkpoint import ATTACHED, CONFIG, load_drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule, ScheduleName
 from dspark.engine.sequence import Piece
-from dspark.errors import CheckpointError, RequestError
+from dspark.errors import CheckpointError, RequestError, UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
 from dspark.targets.target import Target
 
@@ -107,7 +109,16 @@ class Model:
         threshold: float | None = None,
         block_size: int | None = None,
     ) -> Engine:
-        """An engine with room for these requests, `batch_size` of them at once."""
+        """An engine with room for these requests, `batch_size` of them at once.
+
+        Raises:
+            RequestError: there are no requests.
+            UsageError: an option has a value that cannot be used.
+        """
+        if not requests:
+            raise RequestError("There are no requests; give at least one prompt.")
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
         longest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
         return Engine(
             self.target,
@@ -128,7 +139,7 @@ class Model:
 
         Raises:
             RequestError: there is no tokenizer, no chat template for messages, or nothing to
-                encode.
+                encode; or the chat template refuses the messages.
         """
         tokenizer = self.target.tokenizer
         if tokenizer is None:
@@ -141,14 +152,16 @@ class Model:
             prompt = [{"role": "user", "content": prompt}]
         if not tokenizer.chat_template:
             raise RequestError(f"{self.target.name} has no chat template; give a plain prompt.")
-        if not prompt:
-            raise RequestError("The list of messages is empty; give at least one user message.")
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-        )
+        _check_messages(prompt)
+        try:
+            encoded = tokenizer.apply_chat_template(
+                [dict(message) for message in prompt],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+        except TemplateError as error:
+            raise RequestError(f"The chat template refuses the messages: {error}.") from error
         return tuple(encoded["input_ids"])
 
     @overload
@@ -182,21 +195,20 @@ class Model:
             RequestError: a prompt is empty or does not fit the context.
             UsageError: an option is unknown or has a value that cannot be used.
         """
-        prompts: list[str | Messages]
-        if isinstance(prompt, str) or prompt is None:
-            prompts = [_one_prompt(prompt, messages)]
-        else:
-            prompts = list(prompt)
         params, engine_options = split_options(options)
+        if isinstance(prompt, str) or prompt is None:
+            one = _one_prompt(prompt, messages)
+            request = Request(self.encode(one), params)
+            text = one if isinstance(one, str) else one[-1]["content"]
+            return self.engine([request], **engine_options).run([request], [text])[0]
+        if messages is not None:
+            raise RequestError("Give either prompts or messages.")
         requests = [
-            Request(self.encode(p), params if i == 0 else params.with_seed(params.seed + i))
-            for i, p in enumerate(prompts)
+            Request(self.encode(p), params.with_seed(params.seed + i)) for i, p in enumerate(prompt)
         ]
         if not requests:
             return []
-        texts = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
-        outputs = self.engine(requests, **engine_options).run(requests, texts)
-        return outputs[0] if isinstance(prompt, str) or prompt is None else outputs
+        return self.engine(requests, **engine_options).run(requests, prompt)
 
     def stream(
         self, prompt: str | None = None, *, messages: Messages | None = None, **options: Any
@@ -231,7 +243,19 @@ def split_options(options: Mapping[str, Any]) -> tuple[SamplingParams, dict[str,
 
 
 def _one_prompt(prompt: str | None, messages: Messages | None) -> str | Messages:
-    if (prompt is None) == (messages is None):
-        raise RequestError("Give either a prompt or messages.")
-    return prompt if messages is None else messages  # type: ignore[return-value]
+    if prompt is not None and messages is None:
+        return prompt
+    if messages is not None and prompt is None:
+        return messages
+    raise RequestError("Give either a prompt or messages.")
 
+
+def _check_messages(messages: Messages) -> None:
+    if not messages:
+        raise RequestError("The list of messages is empty; give at least one user message.")
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise RequestError(
+                f"A message is {dict(message)!r}, but must have a 'role' and a 'content', both "
+                "text."
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,18 +40,18 @@ class Schedule:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"The threshold is {self.threshold}, but must be between 0 and 1.")
 
-    def lengths(self, proposal: Proposal, num_requests: int, num_drafts: int) -> Sequence[int]:
+    def lengths(self, proposal: Proposal, num_requests: int, num_drafts: int) -> list[int]:
         """Verification length of each request, before limits of its own.
 
         Raises:
             CompatibilityError: `threshold` is asked of a drafter without confidences.
         """
         if self.threshold is None:
-            return [int(k) for k in fixed_lengths(num_requests, num_drafts)]
+            return list(map(int, fixed_lengths(num_requests, num_drafts)))
         if proposal.confidence_logits_RK is None:
             raise CompatibilityError(
                 "The schedule 'threshold' needs confidences, but this drafter has no confidence "
                 "head; use the schedule 'fixed'."
             )
         confidence_RK = confidence(proposal.confidence_logits_RK.double().cpu().numpy())
-        return [int(k) for k in threshold_lengths(confidence_RK, self.threshold)]
+        return list(map(int, threshold_lengths(confidence_RK, self.threshold)))

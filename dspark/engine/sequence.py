@@ -36,7 +36,7 @@ class Event:
     output: Output | None
 
 
-@dataclass
+@dataclass(eq=False)
 class ActiveRequest:
     """The state of a request between rounds.
 
@@ -113,25 +113,35 @@ class ActiveRequest:
         """Append text and decide whether the request ends at this token."""
         if token in self.end_ids:
             self.finish_reason = "stop"
-            return self.text.finish() if self.text else ""
+            return self._finish_text()
         shown = ""
         if self.text and self.live:
             shown = self.text.push(token)
         elif self.text:
             self.text.hold(token)
+        if self.room <= 0:
+            self.finish_reason = "length"
+            shown += self._finish_text()
         if self.text and self.text.stopped:
             self.finish_reason = "stop"
-        elif self.room <= 0:
-            self.finish_reason = "length"
-            shown += self.text.finish() if self.text else ""
         return shown
+
+    def _finish_text(self) -> str:
+        return self.text.finish() if self.text else ""
+
+    def cancel(self) -> Output:
+        """End the request as it is."""
+        self.finish_reason = "cancelled"
+        self._finish_text()
+        return self.output()
 
     def output(self) -> Output:
         """The finished request."""
+        assert self.finish_reason is not None
         return Output(
             prompt=self.prompt,
             text=self.text.text if self.text else "",
             token_ids=tuple(self.output_ids),
-            finish_reason=self.finish_reason or "cancelled",
+            finish_reason=self.finish_reason,
             stats=self.stats,
         )

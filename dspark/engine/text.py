@@ -21,7 +21,10 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
+        # ids[prefix:read] are settled, and decode to `context`; they are decoded again with what
+        # follows, since a token's text may hang on the one before it.
         self._prefix = self._read = 0
+        self._context = ""
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -29,11 +32,10 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Add a token and return the text that it settles; sets `stopped` at a stop string."""
         self._ids.append(token_id)
-        before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            self._prefix, self._read = self._read, len(self._ids)
-            self._held += after[len(before) :]
+        if len(after) > len(self._context) and not after.endswith("\ufffd"):
+            self._held += after[len(self._context) :]
+            self._advance()
         return self._settle()
 
     def hold(self, token_id: int) -> None:
@@ -41,15 +43,19 @@ class TextStream:
         self._ids.append(token_id)
 
     def finish(self) -> str:
-        """Return what is still held back, when no further token comes."""
+        """Return what is still held back, when no further token comes; may set `stopped`."""
         if self.stopped:
             return ""
-        rest = self._decode(self._ids[self._prefix :])
-        rest = rest[len(self._decode(self._ids[self._prefix : self._read])) :]
-        given, self._held = self._held + rest, ""
-        self._prefix = self._read = len(self._ids)
-        self.text += given
+        self._held += self._decode(self._ids[self._prefix :])[len(self._context) :]
+        self._advance()
+        given = self._settle() + self._held
+        self.text += self._held
+        self._held = ""
         return given
+
+    def _advance(self) -> None:
+        self._prefix, self._read = self._read, len(self._ids)
+        self._context = self._decode(self._ids[self._prefix :])
 
     def _settle(self) -> str:
         found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]

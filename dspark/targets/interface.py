@@ -33,6 +33,10 @@ _HARMLESS = frozenset(
 )
 
 
+class LayoutLostError(CompatibilityError):
+    """The attention of a model was called without the layout of the batch."""
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What the probe notes of one call: the layer, its keys and values, and the options."""
@@ -99,12 +103,12 @@ def ragged_forward(
         [1, T, A, D] and no attention weights.
 
     Raises:
-        CompatibilityError: the layout did not arrive.
+        LayoutLostError: the layout did not arrive.
     """
     if ragged is None:
-        raise CompatibilityError(
-            f"{type(module).__name__} was called without a ragged batch: this model belongs to a "
-            "dspark target, or does not pass keyword arguments on; call Target.forward."
+        raise LayoutLostError(
+            f"{type(module).__name__} was called without a ragged batch: the model belongs to a "
+            "dspark target; call Target.forward."
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
     if ragged.calls is not None:

@@ -49,7 +49,7 @@ def resolve_source(
         CheckpointError: it looks like a directory that is not there.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if str(source) and path.is_dir():
         return Source(str(path), True, None, offline, trust_remote_code)
     text = str(source)
     looks_local = isinstance(source, Path) or text[:1] in {"/", ".", "~", ""} or text.count("/") > 1

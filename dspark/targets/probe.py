@@ -20,7 +20,7 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets.families import Anatomy
-from dspark.targets.interface import IMPLEMENTATION, LayerCall, RaggedCall
+from dspark.targets.interface import IMPLEMENTATION, LayerCall, LayoutLostError, RaggedCall
 
 # Tokens of the two probe requests; the first is fed in two pieces of 3 and 2.
 _LONG, _SHORT, _CUT = 5, 2, 3
@@ -115,6 +115,9 @@ def _check_whole(model: Any, anatomy: Anatomy, ids: list[int]) -> list[LayerCall
             use_cache=False,
             ragged=RaggedCall(batch, None, calls=calls),
         ).logits[0]
+    except LayoutLostError as error:
+        reason = "it does not pass keyword arguments on to its attention"
+        raise _refusal(anatomy, reason) from error
     finally:
         for hook in hooks:
             hook.remove()

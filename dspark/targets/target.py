@@ -181,6 +181,11 @@ class Target:
         )
 
     @property
+    def config(self) -> Any:
+        """The text model's transformers configuration."""
+        return self._anatomy.config
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when first asked for; None if there is none.
 
@@ -251,6 +256,12 @@ class Target:
         )
 
     def _run_tapped(self, call: RaggedCall, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        for tap in taps:
+            if not -1 <= tap < self.num_layers:
+                raise UsageError(
+                    f"taps names layer {tap}, but must name layers from -1 (embeddings) to "
+                    f"{self.num_layers - 1}."
+                )
         taken: dict[int, Tensor] = {}
         handles = [self._hook(tap, taken) for tap in set(taps)]
         try:
@@ -261,12 +272,6 @@ class Target:
         return hidden_TH, torch.cat([taken[tap] for tap in taps], -1)
 
     def _hook(self, tap: int, taken: dict[int, Tensor]) -> RemovableHandle:
-        if not -1 <= tap < self.num_layers:
-            raise UsageError(
-                f"taps names layer {tap}, but must name layers from -1 (embeddings) to "
-                f"{self.num_layers - 1}."
-            )
-
         def keep_input(_module: Any, args: Any, kwargs: Any) -> None:
             taken[tap] = layer_input(args, kwargs)
 

@@ -123,7 +123,7 @@ def attention_tiles(
     tiles = []
     starts = range(0, blocks.anchors_BN.shape[1], anchors_per_tile)
     reach_BN = blocks.anchors_BN * blocks.keep_BN
-    limits = [part.amax() for part in reach_BN.split(anchors_per_tile, dim=1)]
+    limits = [part.amax() for part in torch.split(reach_BN, anchors_per_tile, dim=1)]
     for start, context in zip(starts, torch.stack(limits).tolist(), strict=True):
         reach = reach_BN[:, start : start + anchors_per_tile]
         before = (columns[:context] < reach.unsqueeze(-1)).repeat_interleave(block, dim=1)

@@ -73,7 +73,7 @@ class TokenStream:
 class LanguageModelObjective:
     """Next-token cross-entropy of a Qwen3-architecture model over a token stream."""
 
-    def __init__(self, recipe: TargetRecipe, device: torch.device) -> None:
+    def __init__(self, recipe: TargetRecipe, device: str) -> None:
         self.recipe = recipe
         self.device = device
         output = Path(recipe.run.output_dir)

@@ -73,10 +73,13 @@ class LossReport:
     supervised: int
 
 
-def position_weights(blocks: AnchorBlocks, decay: float) -> Tensor:
-    """Weights [B, N, K], fp32: exp(-k / decay) where supervised, else 0."""
-    slots = torch.arange(blocks.supervised_BNK.shape[-1], device=blocks.supervised_BNK.device)
-    return blocks.supervised_BNK * torch.exp(-slots / decay)
+def position_weights(
+    blocks: AnchorBlocks, decay: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights [B, N, K]: exp(-k / decay) where supervised, else 0."""
+    chosen = blocks.supervised_BNK
+    slots = torch.arange(chosen.shape[-1], device=chosen.device, dtype=dtype)
+    return chosen * torch.exp(-slots / decay)
 
 
 def block_loss(
@@ -105,7 +108,8 @@ def block_loss(
     block_rows = blocks.supervised_BNK[..., 0].nonzero(as_tuple=True)
     hidden_MKH, previous_MK = hidden_BNKH[block_rows], blocks.previous_BNK[block_rows]
     chosen_MK = blocks.supervised_BNK[block_rows]
-    weight_M = position_weights(blocks, weights.decay)[block_rows][chosen_MK]
+    dtype = torch.promote_types(hidden_BNKH.dtype, torch.float32)
+    weight_M = position_weights(blocks, weights.decay, dtype)[block_rows][chosen_MK]
     normalizer = (weight_M.sum() if total_weight is None else total_weight) + 1e-6
 
     hidden_MH, head = hidden_MKH[chosen_MK], drafter.markov_head
@@ -126,8 +130,9 @@ def block_loss(
     )
     accept_M = (1 - 0.5 * tv_M).clamp(0, 1)  # c*, eq. 8
 
-    inputs = hidden_MH.detach() if weights.detach_confidence else hidden_MH
-    logits_M = drafter.confidence_logits(inputs, previous_MK[chosen_MK])
+    logits_M = drafter.confidence_logits(
+        hidden_MH, previous_MK[chosen_MK], detach_inputs=weights.detach_confidence
+    )
     confidence = weight_M.new_zeros(())
     if logits_M is not None:
         entropy_M = F.binary_cross_entropy_with_logits(logits_M, accept_M, reduction="none")
@@ -193,7 +198,7 @@ class _Rows:
             logits = logits + F.linear(feature, bias_Vr)
         log_draft = F.log_softmax(logits, dim=-1)
         with torch.no_grad():
-            teacher = F.softmax(self.drafter.base_logits(self.teacher_MH[rows]), dim=-1)
+            teacher = F.softmax(self.drafter.target_logits(self.teacher_MH[rows]), dim=-1)
         ce = F.nll_loss(log_draft, self.labels_M[rows], reduction="none")
         tv = (log_draft.exp() - teacher).abs().sum(dim=-1)
         combined = self.weights.ce * ce + self.weights.tv * tv

@@ -38,3 +38,10 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def pick_device(device: str) -> str:
+    """Resolve `auto`: this process's CUDA device where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

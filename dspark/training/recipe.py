@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -89,7 +89,59 @@ class TargetRecipe(_Settings):
     run: RunSettings
 
 
-Recipe = TargetRecipe
+class DrafterSettings(_Settings):
+    """A DSpark drafter; what is not given is the target's."""
+
+    num_layers: int = Field(5, ge=1, description="draft layers")
+    block_size: int = Field(7, ge=1, description="drafts per round")
+    markov_rank: int = Field(256, ge=0, description="rank of the sequential head, 0 for none")
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    num_taps: int = Field(5, ge=2, description="captured layers, spread evenly")
+    target_layer_ids: tuple[int, ...] | None = Field(None, description="captured layers, by id")
+    intermediate_size: int | None = Field(None, description="width of the gated MLP")
+    mask_token_id: int | None = Field(None, description="what fills a block; found if absent")
+    copy_final_norm: bool = Field(True, description="start from the target's final norm")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of new matrices")
+
+
+class LossSettings(_Settings):
+    """Weights of the losses (METHOD.md 3); cross-entropy first, if asked for."""
+
+    ce: float = Field(0.1, ge=0)
+    tv: float = Field(0.9, ge=0)
+    confidence: float = Field(1.0, ge=0)
+    decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
+    detach_confidence: bool = False
+    ce_first_steps: int = Field(
+        0, ge=0, description="steps with cross-entropy in the place of total variation"
+    )
+
+
+class SampleSettings(_Settings):
+    """The conversations that a drafter learns from."""
+
+    root: str = Field(".", description="folder that the paths are relative to")
+    paths: tuple[str, ...] = Field(min_length=1, description="JSON lines, see data/samples.py")
+    max_length: int = Field(4096, ge=8, description="tokens per sample; the rest is cut")
+    min_supervised: int = Field(14, ge=2, description="samples with fewer answer tokens are left")
+    num_anchors: int = Field(512, ge=1, description="blocks per sample at most")
+
+
+class DrafterRecipe(_Settings):
+    """Trains a DSpark drafter online against a frozen target: no cache on disk."""
+
+    kind: Literal["drafter"]
+    target: str = Field(description="directory or hub id of the target")
+    drafter: DrafterSettings = DrafterSettings()
+    loss: LossSettings = LossSettings()
+    samples: SampleSettings
+    optimiser: OptimiserSettings = OptimiserSettings()
+    run: RunSettings
+
+
+Recipe = Annotated[TargetRecipe | DrafterRecipe, Field(discriminator="kind")]
 
 
 def find_recipe(name: str) -> Path:
@@ -105,7 +157,7 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(f"There is no recipe {name!r}; give a YAML file or one of: {known}.")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> TargetRecipe | DrafterRecipe:
     """Read and validate a recipe.
 
     Args:
@@ -126,7 +178,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(data, override)
     try:
-        return TypeAdapter(Recipe).validate_python(data)
+        recipe: TargetRecipe | DrafterRecipe = TypeAdapter(Recipe).validate_python(data)
+        return recipe
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

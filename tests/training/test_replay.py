@@ -1,4 +1,4 @@
-"""The reference stack's own DSpark training run, step by step, from the same weights and batches."""
+"""The reference stack's own DSpark training run, step by step, from its weights and batches."""
 
 import gzip
 import json

@@ -1,0 +1,42 @@
+# make demo   from a fresh clone: creates .venv, installs the pinned dependencies, runs the demo
+# make test   the same set-up, then the whole CPU test suite
+# make lint   ruff and mypy
+# make bench  the README's figures; DATA names the folder with eval/ and corpus/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data
+
+.PHONY: demo test lint bench clean
+
+# Stamps make both set-ups idempotent: they run again only when what they install from changes.
+$(VENV)/.run: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "dspark needs Python 3.10 or newer, but $(PYTHON) is older; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.run
+	@$(BIN)/dspark demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/identity.py --data $(DATA)
+	$(BIN)/python benchmarks/bundled.py --data $(DATA)
+	$(BIN)/python benchmarks/inflated.py --data $(DATA)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measurements: each module ends with one JSON line; run them as `python -m benchmarks.NAME`."""

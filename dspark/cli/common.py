@@ -1,0 +1,149 @@
+"""What the subcommands share: options, consoles, and loading a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dspark.engine.model import Model
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+VERIFIER_NAMES = ("token", "block", "coupled")
+
+
+class Commands(Protocol):
+    """What a subcommand adds its parser to (argparse gives its own class no public name)."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser:
+        """Add a subcommand."""
+        ...
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a command writes.
+
+    Attributes:
+        out: the answer: standard output, or standard error under `--json`.
+        log: progress and remarks: standard error.
+    """
+
+    out: Console = field(default_factory=lambda: Console(highlight=False))
+    log: Console = field(default_factory=lambda: Console(highlight=False, stderr=True))
+
+    def write(self, text: str, style: str = "") -> None:
+        """Write a model's text, no line end added: coloured on a terminal, else just as it is."""
+        if self.out.is_terminal:
+            self.out.print(Text(printable(text), style), end="", soft_wrap=True)
+        else:
+            self.out.file.write(text)
+            self.out.file.flush()
+
+
+def new_parser(
+    commands: Commands, name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand's parser, whose help ends with an example."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes."""
+    group = parser.add_argument_group("common options")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="dtype of the weights; auto is float32 on a CPU, else the checkpoint's own",
+    )
+    group.add_argument(
+        "--seed", type=seed_number, metavar="N", help="names all randomness (default: 0)"
+    )
+    group.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="make the last line of standard output a JSON object; all else goes to standard error",
+    )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add what commands take that load a model from a directory or the hub."""
+    group = parser.add_argument_group("loading")
+    group.add_argument("--revision", help="branch, tag or commit of TARGET on the hub")
+    group.add_argument("--offline", action="store_true", help="use what is on this machine only")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that TARGET brings along"
+    )
+
+
+def seed_number(text: str) -> int:
+    """Parse a seed."""
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2^63 - 1")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of threads."""
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 4096")
+    return int(text)
+
+
+def use_threads(options: argparse.Namespace) -> None:
+    """Apply `--threads`."""
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -> Model:
+    """Load the target that the options name, with a drafter.
+
+    Raises:
+        CheckpointError, CompatibilityError, UsageError: as `dspark.load`.
+    """
+    with screen.log.status(f"Loading {options.target} ..."):
+        from dspark.engine.model import load
+
+        use_threads(options)
+        return load(
+            options.target,
+            draft,
+            device=options.device,
+            dtype=options.dtype,
+            revision=options.revision,
+            offline=options.offline,
+            trust_remote_code=options.trust_remote_code,
+        )
+
+
+def printable(text: str) -> str:
+    """Drop control characters, with which a model's text could take over the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON cannot hold, by None."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,99 @@
+"""`dspark data`: prepares what a drafter is trained on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from dspark.cli.common import (
+    Commands,
+    Screen,
+    add_common_options,
+    add_loading_options,
+    load_model,
+    new_parser,
+)
+from dspark.errors import UsageError
+from dspark.request import SamplingParams
+
+EXAMPLE = """\
+  dspark data regenerate bundled --prompts questions.jsonl --out answers.jsonl"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `data` and its own subcommands."""
+    parser = new_parser(commands, "data", "prepare what a drafter is trained on", EXAMPLE)
+    _add_regenerate(parser.add_subparsers(metavar="COMMAND", required=True))
+
+
+def _add_regenerate(commands: Commands) -> None:
+    parser = new_parser(
+        commands, "regenerate", "answer the prompts of a file with the target itself", EXAMPLE
+    )
+    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="JSON lines with `messages`, `turns` or `prompt`",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSON lines, .gz compresses (default: regenerated.jsonl)"
+    )
+    parser.add_argument(
+        "--draft", metavar="D", help="a drafter, which makes it faster (default: the attached one)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="R", help="requests at once (default: 16)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="read at most so many lines")
+    add_loading_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run_regenerate)
+
+
+def run_regenerate(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run `data regenerate`; its JSON object."""
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed or 0,
+    )
+    for name, count in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name} is {count}, but must be at least 1.")
+    out = Path(options.out or "regenerated.jsonl")
+    model = load_model(options, options.draft, screen)
+    from dspark.data.regenerate import regenerate
+
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen.log) as bar:
+        task = bar.add_task("", total=None)
+        report = regenerate(
+            model,
+            options.prompts,
+            out,
+            params=params,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            progress=lambda done, known: bar.update(task, completed=done, total=known),
+        )
+    failed = f"; {report.failed} failed" if report.failed else ""
+    screen.out.print(Text(f"{report.records} records in {out}{failed}."), soft_wrap=True)
+    return {
+        "records": report.records,
+        "failed": report.failed,
+        "bytes": report.bytes,
+        "bytes_per_token": report.bytes / report.tokens if report.tokens else None,
+        "out": str(out),
+    }

@@ -1,0 +1,187 @@
+"""Decodes requests and takes the time of the engine alone, without the time of showing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dspark.engine.engine import Clock, Engine
+from dspark.engine.model import Model
+from dspark.engine.sequence import Piece
+from dspark.request import Output, Request, Stats, merge_stats
+
+WARM_UP_TOKENS = 12
+Show = Callable[[int, Sequence[Piece], Output | None], None]
+"""(index of the request, its new pieces, its output once it has ended)"""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine decodes, whatever the drafter.
+
+    Attributes:
+        verifier: token, block or coupled.
+        schedule: off, fixed or threshold.
+        threshold: of the schedule `threshold`.
+        block_size: drafts per round; None for the drafter's own.
+        batch_size: requests at once.
+    """
+
+    verifier: str = "block"
+    schedule: str = "fixed"
+    threshold: float | None = None
+    block_size: int | None = None
+    batch_size: int = 8
+
+    def engine(self, model: Model, requests: Sequence[Request]) -> Engine:
+        """An engine of the model for these requests."""
+        return model.engine(
+            requests,
+            batch_size=self.batch_size,
+            verifier=self.verifier,  # type: ignore[arg-type]
+            schedule=self.schedule,  # type: ignore[arg-type]
+            threshold=self.threshold,
+            block_size=self.block_size,
+        )
+
+    def plain_engine(self, model: Model, requests: Sequence[Request]) -> Engine:
+        """The same target without any drafter, hooks or draft context."""
+        plain = Model(model.target)
+        return replace(self, schedule="fixed", threshold=None, block_size=None).engine(
+            plain, requests
+        )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished run over some requests.
+
+    Attributes:
+        outputs: in the order of the requests.
+        seconds: from the first request's admission to the last one's end, prefill included,
+            display excluded.
+        moments: (seconds, pieces) of every step, all requests together.
+        num_drafts: drafts per round at most.
+        round_ms: mean `draft_ms`, `schedule_ms` and `verify_ms` of a round. The first step only
+            reads prompts and is left out.
+    """
+
+    outputs: list[Output]
+    seconds: float
+    moments: list[tuple[float, list[Piece]]]
+    num_drafts: int
+    round_ms: dict[str, float]
+
+    @property
+    def stats(self) -> Stats:
+        """The counts of all requests."""
+        return merge_stats(self.outputs)
+
+    @property
+    def generated_tokens(self) -> int:
+        """All generated tokens, first and end tokens included."""
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second, end to end."""
+        return self.generated_tokens / self.seconds
+
+
+def warm_up(engine: Engine, request: Request) -> None:
+    """Decode a few tokens, so that nothing is done for the first time under the stop-watch."""
+    few = min(WARM_UP_TOKENS, request.params.max_new_tokens)
+    engine.run([Request(request.prompt_ids, replace(request.params, max_new_tokens=few))])
+
+
+def decode(
+    engine: Engine,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    *,
+    live: bool = False,
+    show: Show | None = None,
+) -> Decoded:
+    """Decode all requests to their end.
+
+    Args:
+        engine: has nothing else to do.
+        requests: what to decode.
+        prompts: their texts, for the outputs.
+        live: settle text token by token.
+        show: told after every step what it did for each request; its time is not counted.
+    """
+    seconds, before, first = 0.0, replace(engine.clock), None
+    moments: list[tuple[float, list[Piece]]] = []
+    started = time.perf_counter()
+    index = {
+        engine.add(request, prompt=prompt, live=live): i
+        for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+    }
+    outputs: dict[int, Output] = {}
+    while engine.has_work:
+        events = engine.step()
+        seconds += time.perf_counter() - started
+        first = first or replace(engine.clock)
+        moments.append((seconds, [piece for event in events for piece in event.pieces]))
+        for event in events:
+            if event.output is not None:
+                outputs[index[event.request_id]] = event.output
+            if show is not None:
+                show(index[event.request_id], event.pieces, event.output)
+        started = time.perf_counter()
+    return Decoded(
+        outputs=[outputs[i] for i in range(len(requests))],
+        seconds=seconds,
+        moments=moments,
+        num_drafts=engine.num_drafts,
+        round_ms=_round_ms(engine.clock, first or before),
+    )
+
+
+def _round_ms(clock: Clock, since: Clock) -> dict[str, float]:
+    rounds = max(clock.steps - since.steps, 1)
+    return {
+        name: (getattr(clock, name) - getattr(since, name)) / rounds
+        for name in ("draft_ms", "schedule_ms", "verify_ms")
+    }
+
+
+def run_report(runs: Sequence[Decoded]) -> dict[str, Any]:
+    """The JSON keys of decoding, over one run or several together."""
+    stats, seconds = Stats(), sum(run.seconds for run in runs)
+    for run in runs:
+        stats.add(run.stats)
+    generated = sum(run.generated_tokens for run in runs)
+    acceptance = stats.conditional_acceptance
+    longest = max(run.num_drafts for run in runs)
+    rounds = [max(run.stats.rounds, 1) for run in runs]
+    means = {
+        name: sum(run.round_ms[name] * n for run, n in zip(runs, rounds, strict=True)) / sum(rounds)
+        for name in ("draft_ms", "schedule_ms", "verify_ms")
+    }
+    return {
+        "outputs": [
+            {
+                "prompt": output.prompt,
+                "text": output.text,
+                "token_ids": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+            }
+            for run in runs
+            for output in run.outputs
+        ],
+        "rounds": stats.rounds,
+        "tokens": stats.tokens,
+        "generated_tokens": generated,
+        "drafted": stats.drafted,
+        "verified": stats.verified,
+        "accepted": stats.accepted,
+        "accepted_length": stats.accepted_length,
+        "conditional_acceptance": acceptance + [None] * (longest - len(acceptance)),
+        "seconds": seconds,
+        "tokens_per_s": generated / seconds,
+        **means,
+    }

@@ -1,0 +1,231 @@
+"""`dspark generate`: continues prompts, and with --compare sets plain decoding beside it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspark.cli.common import (
+    VERIFIER_NAMES,
+    Commands,
+    Screen,
+    add_common_options,
+    add_loading_options,
+    load_model,
+    new_parser,
+)
+from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
+from dspark.errors import UsageError
+from dspark.request import Output, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from dspark.cli.comparison import Difference
+    from dspark.cli.decoding import Decoded, EngineOptions
+    from dspark.engine.engine import Engine
+    from dspark.engine.model import Model
+    from dspark.engine.sequence import Piece
+
+SCHEDULE_NAMES = ("off", "fixed", "threshold")
+EXAMPLE = """\
+  dspark generate bundled --prompt "What does the command `tar` do?" --compare
+  dspark generate ./target --draft ./drafter --prompts questions.jsonl --temperature 1 --json"""
+DRAFTED = "green"
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `generate`."""
+    parser = new_parser(commands, "generate", "continue prompts with a model", EXAMPLE)
+    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument(
+        "--draft",
+        metavar="D",
+        help="a drafter's directory or hub id, `ngram` (prompt lookup) or `none`; by default the "
+        "drafter attached to TARGET, or none where there is none",
+    )
+    add_prompt_options(parser)
+    _add_sampling_options(parser)
+    _add_decoding_options(parser)
+    add_loading_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default) is off")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default) is off")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="0 (default) is off")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="S", help="ends the output; repeatable"
+    )
+
+
+def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculation")
+    group.add_argument(
+        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
+    )
+    group.add_argument(
+        "--verifier", choices=VERIFIER_NAMES, default="block", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--schedule", choices=SCHEDULE_NAMES, help="which drafts are verified (default: fixed)"
+    )
+    group.add_argument(
+        "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=8, metavar="R", help="requests at once (default: 8)"
+    )
+    group.add_argument(
+        "--compare", action="store_true", help="also decode plainly, and compare speed and output"
+    )
+
+
+def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        stop=tuple(options.stop),
+        seed=options.seed or 0,
+    )
+    prompts = read_prompt_texts(options)
+    model = load_model(options, options.draft, screen)
+    from dspark.cli.decoding import run_report, warm_up
+
+    engine_options = _engine_options(options, model)
+    requests = _requests(model, prompts, params, raw=options.raw)
+    engine = engine_options.engine(model, requests)
+    if options.compare:
+        warm_up(engine, requests[0])
+    decoded = _decode_and_show(engine, requests, prompts, screen)
+    report = run_report([decoded])
+    if options.compare:
+        report |= _compare(model, engine_options, requests, decoded, screen)
+    _summarise(report, screen)
+    return report
+
+
+def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
+    """Check what only makes sense with a drafter, or with one schedule."""
+    from dspark.cli.decoding import EngineOptions
+    from dspark.engine.schedule import Schedule
+
+    if options.batch_size < 1:
+        raise UsageError(f"--batch-size is {options.batch_size}, but must be at least 1.")
+    schedule = Schedule(options.schedule or "fixed", options.threshold)
+    idle = model.drafter is None or schedule.name == "off"
+    for name, given in (("--block-size", options.block_size), ("--schedule", options.schedule)):
+        if idle and given not in (None, "off"):
+            raise UsageError(
+                f"{name} is {given}, but nothing is drafted here; give a drafter with --draft."
+            )
+    return EngineOptions(
+        verifier=options.verifier,
+        schedule=schedule.name,
+        threshold=options.threshold,
+        block_size=options.block_size,
+        batch_size=options.batch_size,
+    )
+
+
+def _requests(
+    model: Model, prompts: Sequence[PromptText], params: SamplingParams, *, raw: bool
+) -> list[Request]:
+    """Prompt i draws with seed + i."""
+    return [
+        Request(prompt.encode(model, raw=raw), params.with_seed(params.seed + i))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _decode_and_show(
+    engine: Engine, requests: Sequence[Request], prompts: Sequence[PromptText], screen: Screen
+) -> Decoded:
+    """One prompt is streamed; of several, each is printed once those before it are."""
+    from dspark.cli.decoding import decode
+
+    texts = [prompt.text for prompt in prompts]
+    if len(requests) == 1:
+
+        def stream(_index: int, pieces: Sequence[Piece], _output: Output | None) -> None:
+            for piece in pieces:
+                screen.write(piece.text, DRAFTED if piece.drafted else "")
+
+        decoded = decode(engine, requests, texts, live=True, show=stream)
+        screen.write("\n")
+        return decoded
+    waiting: dict[int, Output] = {}
+    printed = 0
+
+    def show_finished(index: int, _pieces: Sequence[Piece], output: Output | None) -> None:
+        nonlocal printed
+        if output is not None:
+            waiting[index] = output
+        while printed in waiting:
+            done = waiting.pop(printed)
+            printed += 1
+            screen.out.rule(f"{printed} of {len(requests)}", align="left")
+            screen.write(done.text + "\n")
+
+    return decode(engine, requests, texts, show=show_finished)
+
+
+def _compare(
+    model: Model,
+    engine_options: EngineOptions,
+    requests: Sequence[Request],
+    decoded: Decoded,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Decode plainly, and set both beside each other."""
+    from dspark.cli.comparison import comparable, compare_report, differences
+    from dspark.cli.decoding import decode, warm_up
+
+    plain_engine = engine_options.plain_engine(model, requests)
+    with screen.log.status("Decoding plainly ..."):
+        warm_up(plain_engine, requests[0])
+        texts = [output.prompt for output in decoded.outputs]
+        plain = decode(plain_engine, requests, texts, live=len(requests) == 1)
+    temperature = requests[0].params.temperature
+    must_agree = comparable(temperature, engine_options.verifier)
+    report = compare_report([decoded], [plain], comparable=must_agree)
+    found: list[Difference] = []
+    if temperature == 0:
+        found = differences(model.target, requests, decoded.outputs, plain.outputs)
+    for difference in found:
+        screen.log.print(difference.sentence(model.target.dtype), style="yellow")
+    report["differences"] = [
+        {"request": d.request, "position": d.position, "top2_gap": d.top2_gap} for d in found
+    ]
+    return report
+
+
+def _summarise(report: dict[str, Any], screen: Screen) -> None:
+    parts = [f"{report['generated_tokens']} tokens, {report['tokens_per_s']:.1f} tokens/s"]
+    if report["drafted"]:
+        parts.append(
+            f"accepted length {report['accepted_length']:.2f} in {report['rounds']} rounds"
+        )
+    if "speedup" in report:
+        parts.append(
+            f"{report['speedup']:.2f} x plain decoding ({report['plain_tokens_per_s']:.1f} "
+            f"tokens/s), {verdict(report['identical'])}"
+        )
+    screen.log.print("; ".join(parts) + ".", style="dim", soft_wrap=True)
+
+
+def verdict(identical: bool | None) -> str:
+    """Say whether the outputs agree."""
+    if identical is None:
+        return "same law, other draws"
+    return "identical output" if identical else "DIFFERENT output"

@@ -1,0 +1,79 @@
+"""The command `dspark`: reads the command line, runs one subcommand, turns errors into statuses."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from dspark import __version__
+from dspark.cli import data, demo, generate, train
+from dspark.cli.common import Screen, without_nan
+from dspark.errors import DSparkError, UsageError
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the words after `dspark`; those of the process by default.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 130 interrupted. With `--json` the last line of standard
+        output is one JSON object, and all else goes to standard error.
+    """
+    parser = build_parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help, or what is wrong
+        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
+    try:
+        return _run(options)
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from flushing into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        sentence, status = "Interrupted.", INTERRUPTED
+    except UsageError as error:
+        sentence, status = str(error), WRONG_USAGE
+    except DSparkError as error:
+        sentence, status = str(error), FAILED
+    except OSError as error:
+        sentence, status = f"{error.filename or 'A file'}: {error.strerror or error}.", FAILED
+    print(f"dspark: {sentence}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each names its function as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="dspark",
+        description="Speculative decoding that makes a language model faster and changes nothing.",
+        epilog="Each command has --help with an example. Start with: dspark demo",
+    )
+    parser.add_argument("--version", action="version", version=f"dspark {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (demo, generate, train, data):
+        command.add_parser(commands)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    stdout = sys.stdout
+    rest = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    with rest:
+        result = options.run(options, Screen())
+    if options.json:
+        print(json.dumps(without_nan(result), allow_nan=False), file=stdout)
+    stdout.flush()
+    return DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

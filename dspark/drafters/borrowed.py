@@ -1,0 +1,72 @@
+"""The target's embedding and output head, as a drafter uses them: references, never copies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.drafters.base import BorrowedParts
+from dspark.drafters.heads import at_least_fp32
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """An embedding and a head.
+
+    Attributes:
+        embedding_VH: input embedding.
+        embedding_scale: factor on its rows, rounded to its dtype as the target does.
+        head_VH: output head.
+        head_bias_V: its bias, if any.
+        softcap: cap of the logits, if any.
+    """
+
+    embedding_VH: Tensor
+    embedding_scale: float
+    head_VH: Tensor
+    head_bias_V: Tensor | None
+    softcap: float | None
+
+    @classmethod
+    def of(cls, parts: BorrowedParts) -> Borrowed:
+        """The target's own."""
+        scale = torch.tensor(parts.embedding_scale, dtype=parts.embedding_VH.dtype)
+        return cls(
+            embedding_VH=parts.embedding_VH,
+            embedding_scale=float(scale),
+            head_VH=parts.head_VH,
+            head_bias_V=parts.head_bias_V,
+            softcap=parts.logit_softcap,
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Scaled embedding rows [.., H]."""
+        rows = F.embedding(tokens, self.embedding_VH)
+        return rows if self.embedding_scale == 1.0 else rows * self.embedding_scale
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [.., V], soft-capped, at least fp32."""
+        logits = F.linear(hidden_NH.to(self.head_VH.dtype), self.head_VH, self.head_bias_V)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return at_least_fp32(logits)
+
+
+def own_table(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:
+    """A checkpoint's table where it differs from the target's (in the checkpoint's dtype).
+
+    Logs a warning then, and returns it in the target's dtype; None where they are equal.
+    """
+    if own is None:
+        return None
+    same_shape = own.shape == target.shape
+    if same_shape and torch.equal(own.to(target.device), target.to(own.dtype)):
+        return None
+    logger.warning("The drafter's %s differs from the target's; the drafter keeps its own.", name)
+    return own.to(device=target.device, dtype=target.dtype)

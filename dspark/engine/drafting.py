@@ -1,0 +1,153 @@
+"""Drafting: ask the drafter, draw its tokens, and decide how many of them are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dspark.attention.slots import SlotCache
+from dspark.drafters.base import DraftBatch, Drafter, Proposal
+from dspark.engine.schedule import Schedule
+from dspark.engine.sequence import ActiveRequest
+from dspark.engine.state import RoundState
+from dspark.errors import NumericsError
+from dspark.sampling.counts import TokenCounts
+from dspark.sampling.processors import greedy_tokens, law, sample
+from dspark.sampling.verification import coupled_tokens
+
+
+@dataclass
+class Drawing:
+    """The engine's side of a proposal: draws each draft token and remembers its very law.
+
+    Implements `drafters.base.Draw`.
+    """
+
+    state: RoundState
+    tokens: list[Tensor] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
+        """Draw draft `step` of every request from its processed logits."""
+        state, chain = self.state, self.state.laws.draft_chain
+        counts = self._counts(step)
+        if chain.greedy:
+            tokens_R = greedy_tokens(logits_RV, chain, counts)
+        else:
+            law_RV = law(logits_RV, chain, counts)
+            self.laws.append(law_RV)
+            if state.verifier == "coupled":
+                positions_R = state.anchors_R + step + 1
+                tokens_R = coupled_tokens(law_RV, state.laws.seeds_R, positions_R)
+            else:
+                tokens_R = sample(law_RV, state.draft_uniform(step))
+        self.tokens.append(tokens_R)
+        return tokens_R
+
+    def _counts(self, step: int) -> TokenCounts | None:
+        counts = self.state.laws.counts
+        if counts is None or step == 0:
+            return counts
+        requests_R = torch.arange(len(self.tokens[0]), device=self.tokens[0].device)
+        steps_R = torch.full_like(requests_R, step)
+        return counts.after_drafts(requests_R, steps_R, torch.stack(self.tokens, dim=1))
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a round verifies of R requests.
+
+    Attributes:
+        tokens_RK: draft tokens; K may be 0, and rows behind a request's length hold anything.
+        laws_RKV: the laws they were drawn from; None when all requests are greedy, or K is 0.
+        tokens: per request, the draft tokens that are verified.
+        proposed: per request, how many drafts it was offered.
+    """
+
+    tokens_RK: Tensor
+    laws_RKV: Tensor | None
+    tokens: tuple[tuple[int, ...], ...]
+    proposed: tuple[int, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Drafts of each request that are verified."""
+        return tuple(map(len, self.tokens))
+
+    @classmethod
+    def none(cls, num_requests: int, device: torch.device) -> Drafts:
+        """A round without drafts."""
+        empty_RK = torch.empty(num_requests, 0, dtype=torch.int64, device=device)
+        return cls(empty_RK, None, ((),) * num_requests, (0,) * num_requests)
+
+
+def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int]:
+    """Drafts of each request that can be of use.
+
+    A request without a context (its prompt is read in this round) gets none. The last token that a
+    request may take is the one after its drafts, so a draft in its place would be wasted.
+    """
+    return [min(r.room - 1, num_drafts) if r.cached > 0 else 0 for r in requests]
+
+
+def propose(
+    drafter: Drafter,
+    context: SlotCache,
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    num_drafts: int,
+) -> tuple[Drawing, Proposal]:
+    """Ask the drafter for up to `num_drafts` tokens of each request.
+
+    Raises:
+        NumericsError: the drafter produced NaN or infinite logits.
+    """
+    batch = DraftBatch(
+        slots=tuple(request.slot for request in requests),
+        anchors_R=torch.tensor(
+            [request.tokens[-1] for request in requests], device=state.laws.seeds_R.device
+        ),
+        lengths=tuple(request.cached for request in requests),
+        tokens=tuple(request.tokens for request in requests),
+        num_drafts=num_drafts,
+    )
+    drawing = Drawing(state)
+    try:
+        return drawing, drafter.propose(context, batch, drawing)
+    except NumericsError as error:
+        raise NumericsError(f"The drafter failed: {error}") from error
+
+
+def choose(
+    drawing: Drawing, proposal: Proposal, limits: Sequence[int], schedule: Schedule
+) -> Drafts:
+    """Keep what the schedule wants verified.
+
+    Args:
+        drawing: the tokens drawn for the first D requests.
+        proposal: what the drafter says about them.
+        limits: most drafts of each of the R requests; 0 behind the first D.
+        schedule: decides the lengths.
+    """
+    drawn = len(drawing.tokens)
+    num_drafted, num_requests = len(drawing.state.rounds), len(limits)
+    if drawn == 0:
+        return Drafts.none(num_requests, drawing.state.laws.seeds_R.device)
+    wanted = schedule.lengths(proposal, num_drafted, drawn)
+    offered = proposal.lengths or (drawn,) * num_drafted
+    proposed = [min(o, most) for o, most in zip(offered, limits, strict=False)]
+    tokens_RK = torch.stack(drawing.tokens, dim=1)
+    kept = [
+        tuple(row[: min(p, w)])
+        for row, p, w in zip(tokens_RK.tolist(), proposed, wanted, strict=True)
+    ]
+    laws_RKV = torch.stack(drawing.laws, dim=1) if drawing.laws else None
+    joining = num_requests - num_drafted
+    if joining:
+        tokens_RK = pad(tokens_RK, (0, 0, 0, joining))
+        laws_RKV = None if laws_RKV is None else pad(laws_RKV, (0, 0, 0, 0, 0, joining))
+    return Drafts(tokens_RK, laws_RKV, (*kept, *((),) * joining), (*proposed, *(0,) * joining))

@@ -1,0 +1,170 @@
+"""What the laws and draws of a round depend on, beside the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dspark.engine.sequence import ActiveRequest
+from dspark.request import Verifier
+from dspark.sampling.counts import TokenCounts
+from dspark.sampling.noise import Stream, seed_tensor, uniform
+from dspark.sampling.processors import Chain
+
+# Bans a token in a draft law as surely as minus infinity, but a draft law that has no other token
+# (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.
+_DRAFT_BAN = -1e9
+
+
+@dataclass(frozen=True)
+class RequestLaws:
+    """What stays the same for R running requests from round to round.
+
+    Attributes:
+        request_ids: whose they are.
+        chain: their processors.
+        draft_chain: the same for drafts: a logit bias of minus infinity is a large finite one.
+        seeds_R: their seeds, int64.
+        counts: token counts where a request has penalties, else None.
+    """
+
+    request_ids: tuple[int, ...]
+    chain: Chain
+    draft_chain: Chain
+    seeds_R: Tensor
+    counts: TokenCounts | None
+    _chain_rows: dict[tuple[int, ...], Chain] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(
+        cls, requests: Sequence[ActiveRequest], vocab_size: int, device: torch.device
+    ) -> RequestLaws:
+        """Read the parameters and tokens of `requests`."""
+        chain = Chain.of([r.request.params for r in requests], device)
+        draft_chain, counts = chain, None
+        if chain.max_bias_token >= 0:
+            bias_values_NB = chain.bias_values_NB.clamp(min=_DRAFT_BAN)
+            draft_chain = replace(chain, bias_values_NB=bias_values_NB)
+        if chain.penalised:
+            prompts = [r.request.prompt_ids for r in requests]
+            outputs = [r.output_ids for r in requests]
+            counts = TokenCounts.of(prompts, outputs, vocab_size, device)
+        return cls(
+            request_ids=tuple(r.request_id for r in requests),
+            chain=chain,
+            draft_chain=draft_chain,
+            seeds_R=seed_tensor([r.request.params.seed for r in requests], device),
+            counts=counts,
+        )
+
+    def first(self, count: int) -> RequestLaws:
+        """The laws of the first `count` requests."""
+        if count == len(self.request_ids):
+            return self
+        counts = self.counts
+        if counts is not None:
+            counts = TokenCounts(counts.prompt_NV[:count], counts.output_NV[:count])
+        return RequestLaws(
+            request_ids=self.request_ids[:count],
+            chain=self.chain.rows(range(count)),
+            draft_chain=self.draft_chain.rows(range(count)),
+            seeds_R=self.seeds_R[:count],
+            counts=counts,
+        )
+
+    def chain_rows(self, lengths: tuple[int, ...], request_N: Tensor) -> Chain:
+        """The processors of ragged rows, 1 + length of each request; the last are remembered."""
+        if lengths not in self._chain_rows:
+            self._chain_rows.clear()
+            self._chain_rows[lengths] = self.chain.rows(request_N)
+        return self._chain_rows[lengths]
+
+    def commit(self, committed: Sequence[Sequence[int]]) -> None:
+        """Count the tokens that a round committed."""
+        if self.counts is None:
+            return
+        rows = [r for r, tokens in enumerate(committed) for _ in tokens]
+        flat = [token for tokens in committed for token in tokens]
+        device = self.seeds_R.device
+        self.counts.commit(torch.tensor(rows, device=device), torch.tensor(flat, device=device))
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """One round of R requests: their laws, and the keys of its randomness.
+
+    Uniform numbers are keyed by (seed, round, slot in the block, stream), so that drafting,
+    verification and the next token are independent, and every look at a position is fresh.
+    Coupled noise is keyed by (seed, position, token) instead, and shared.
+
+    Attributes:
+        laws: processors, seeds and counts.
+        verifier: which rule decides.
+        rounds: round number of each request.
+        anchors: position of each anchor (the last committed token).
+        num_drafts: drafts per request at most, K.
+    """
+
+    laws: RequestLaws
+    verifier: Verifier
+    rounds: tuple[int, ...]
+    anchors: tuple[int, ...]
+    num_drafts: int
+
+    @classmethod
+    def of(
+        cls,
+        requests: Sequence[ActiveRequest],
+        laws: RequestLaws,
+        verifier: Verifier,
+        num_drafts: int,
+    ) -> RoundState:
+        """Read where `requests` stand."""
+        return cls(
+            laws=laws,
+            verifier=verifier,
+            rounds=tuple(r.round for r in requests),
+            anchors=tuple(len(r.tokens) - 1 for r in requests),
+            num_drafts=num_drafts,
+        )
+
+    def first(self, count: int) -> RoundState:
+        """The state of the first `count` requests."""
+        if count == len(self.rounds):
+            return self
+        laws, rounds, anchors = self.laws.first(count), self.rounds[:count], self.anchors[:count]
+        return RoundState(laws, self.verifier, rounds, anchors, self.num_drafts)
+
+    @cached_property
+    def anchors_R(self) -> Tensor:
+        """The anchors' positions, int64."""
+        return torch.tensor(self.anchors, device=self.laws.seeds_R.device)
+
+    def draft_uniform(self, step: int) -> Tensor:
+        """Uniform numbers [R] that draw draft `step` (0-based)."""
+        return self._uniforms[Stream.DRAFT][:, step]
+
+    def verify_uniforms(self, count: int) -> Tensor:
+        """Uniform numbers [R, count] that decide about the first `count` drafts."""
+        return self._uniforms[Stream.VERIFY][:, :count]
+
+    def next_uniform(self, accepted_R: Tensor) -> Tensor:
+        """Uniform numbers [R] that draw the token after the kept drafts."""
+        return self._uniforms[Stream.NEXT].gather(1, accepted_R[:, None]).squeeze(1)
+
+    @cached_property
+    def _uniforms(self) -> tuple[Tensor, ...]:
+        """Per stream [R, K + 1], computed at once: a call costs more than its numbers."""
+        seeds_R = self.laws.seeds_R
+        rounds_R = torch.tensor(self.rounds, device=seeds_R.device)
+        slots_L = torch.arange(self.num_drafts + 1, device=seeds_R.device)
+        streams_S = torch.tensor((Stream.DRAFT, Stream.VERIFY, Stream.NEXT), device=seeds_R.device)
+        uniforms_RLS = uniform(
+            seeds_R[:, None, None], rounds_R[:, None, None], slots_L[:, None], streams_S
+        )
+        draft_RL, verify_RL, next_RL = uniforms_RLS.unbind(2)
+        return draft_RL, verify_RL, next_RL

@@ -1,0 +1,65 @@
+"""From a recipe's name to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dspark.training.drafter import DrafterObjective, load_frozen_target
+from dspark.training.language_model import LanguageModelObjective
+from dspark.training.loop import Objective, TrainingResult, train
+from dspark.training.parallel import barrier, pick_device, start_parallel
+from dspark.training.recipe import DrafterRecipe, TargetRecipe, load_recipe
+
+
+def run_recipe(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> TrainingResult:
+    """Train what a recipe describes.
+
+    Under torchrun the rows of a step are shared between its processes.
+
+    Args:
+        name: a YAML file or the name of a bundled recipe.
+        overrides: `key.subkey=value` strings.
+        resume: go on from the last checkpoint in the output directory, if there is one.
+        device: overrides the recipe's device unless `auto`.
+        console: where the progress bar goes; standard error by default.
+
+    Raises:
+        RecipeError: the recipe cannot be used.
+        DataError, CheckpointError, CompatibilityError: as its parts raise.
+        TrainingError: the run cannot go on.
+    """
+    recipe = load_recipe(name, overrides)
+    place = pick_device(recipe.run.device if device == "auto" else device)
+    rank, ranks = start_parallel(place)
+    # Rank 0 goes first: what it writes (a tokenizer), the others read.
+    if rank > 0:
+        barrier()
+    objective = _objective(recipe, place)
+    if rank == 0:
+        barrier()
+    return train(
+        objective,
+        recipe.run,
+        recipe.optimiser,
+        rank=rank,
+        ranks=ranks,
+        resume=resume,
+        console=console,
+    )
+
+
+def _objective(recipe: TargetRecipe | DrafterRecipe, device: str) -> Objective:
+    if isinstance(recipe, DrafterRecipe):
+        return DrafterObjective(recipe, load_frozen_target(recipe, device, recipe.run.dtype))
+    Path(recipe.run.output_dir).mkdir(parents=True, exist_ok=True)
+    return LanguageModelObjective(recipe, device)

@@ -1,0 +1,209 @@
+"""The measurements run from end to end on a tiny pair, and see what they are there to see."""
+
+import gzip
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks import bundled, identity, inflate, inflated
+from benchmarks.common import Tally, load_pair, rounded, side_by_side
+from benchmarks.prompts import DOMAINS, domain_requests
+from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
+from dspark.drafters.backbone import BackboneConfig
+from dspark.drafters.checkpoint import save_attached
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.errors import DataError
+from dspark.request import Output, SamplingParams, Stats
+from dspark.targets.target import Target
+
+SHAPE = "4,32,4,2,16,48"
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a few made-up prompts per domain."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def talk(*turns):
+        roles = ("user", "assistant") * len(turns)
+        pairs = zip(roles, turns, strict=False)
+        return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+
+    questions = [{"turns": [f"What is {i} plus {i}?"]} for i in range(4)]
+    write_lines(folder / "eval" / "gsm8k.jsonl", questions)
+    pages = [talk(f"What does tool{i} do?", "Much.") | {"command": f"tool{i}"} for i in range(60)]
+    write_lines(folder / "corpus" / "tldr_pages_en.jsonl.gz", pages)
+    dialogues = [talk("Hello.", "Hi!", f"A table for {i}.", "Done.", "Bye.") for i in range(4)]
+    write_lines(folder / "corpus" / "sgd_dialogues_dev.jsonl.gz", [*dialogues, talk("a", "b")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A directory with a tiny random target, its tokenizer and an attached drafter."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = train_tokenizer(["What does it do? A table for two.\n"] * 4, 300)
+    end, start = (tokenizer.convert_tokens_to_ids(token) for token in (END, TEXT_END))
+    config = Qwen3Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        bos_token_id=None,
+        pad_token_id=start,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(3)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=start)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    drafter_config = DSparkConfig(
+        BackboneConfig(16, 24, 1, 2, 1, 8, num_taps=2, rope_theta=1e4),
+        vocab_size=300,
+        block_size=3,
+        mask_token_id=tokenizer.convert_tokens_to_ids(MASK),
+        target_layer_ids=(-1, 1),
+        num_target_layers=2,
+        markov_rank=4,
+    )
+    parts = Target.from_model(model).parts()
+    random = torch.Generator().manual_seed(1)
+    save_attached(DSparkDrafter.from_target(parts, drafter_config, generator=random), folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, pair, data):
+    """Call a measurement's main with options; returns its JSON line."""
+
+    def call(module, *options, source=pair, use_data=True):
+        argv = [module.__name__, "--model", str(source), "--threads", "1", *options]
+        monkeypatch.setattr(sys, "argv", [*argv, "--data", str(data)] if use_data else argv)
+        module.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+def test_bundled_compares_all_ways(run):
+    line = run(bundled, "--prompts", "2", "--max-new-tokens", "5")
+    assert line["environment"]["dtype"] == "float32"
+    greedy = [line["domains"][domain]["t0"] for domain in DOMAINS]
+    assert [row["identical"] for row in greedy] == [2, 2, 2]
+    assert [row["identical_to_transformers"] for row in greedy] == [2, 2, 2]
+    speedups = [row["speedup"] for row in greedy]
+    assert line["macro"]["speedup_t0"] == pytest.approx(sum(speedups) / 3, rel=1e-3)
+    reached = line["macro"]["speedup_t0"] >= 2.0
+    assert line["floors"]["speedup_t0"]["reached"] is reached
+
+
+def test_identity_passes_on_an_honest_engine(run):
+    options = ("--prompts", "4", "--coupled-prompts", "3", "--max-new-tokens", "5")
+    with pytest.raises(SystemExit) as ended:
+        run(identity, *options)
+    assert ended.value.code == 0
+
+
+def test_identity_reports_a_wrong_token(pair, data):
+    model = load_pair(str(pair), "float32")
+    params = SamplingParams(max_new_tokens=5)
+    requests = domain_requests(model, data, "gsm8k", 2, params)
+    right = identity.Setting("block", 1).run(model.target, None, requests)
+    first = right[1].token_ids
+    wrong = replace(right[1], token_ids=(*first[:2], first[2] ^ 1, *first[3:]))
+    (place,) = identity.differences(model.target, requests, right, [right[0], wrong])
+    assert (place["prompt"], place["position"], place["tolerated"]) == (1, 2, False)
+    assert place["gap"] > identity.TOLERATED_GAP
+
+
+def test_inflated_checks_and_times(run):
+    line = run(
+        inflated, "--prompts", "2", "--max-new-tokens", "5", "--shape", SHAPE,
+        "--check-prompts", "1",
+    )  # fmt: skip
+    check = line["check_fp32"]
+    assert (check["answers"], check["same_tokens"], check["same_accepted"]) == (6, 6, 6)
+    assert check["logit_deviation"] < 1e-4
+    assert line["environment"]["dtype"] == "bfloat16"
+    assert line["macro"]["speedup_t1"] > 0
+
+
+def test_inflate_writes_a_pair_that_loads(run, tmp_path, pair, data):
+    options = ("--shape", SHAPE, "--dtype", "float32", str(tmp_path))
+    line = run(inflate, *options, use_data=False)
+    assert line["logit_deviation"] < 1e-4
+    small, large = (load_pair(str(path), "float32") for path in (pair, tmp_path))
+    assert large.target.num_layers == 4
+    (request,) = domain_requests(small, data, "chat", 1, SamplingParams(max_new_tokens=6))
+    outputs = [model.engine([request]).run([request])[0] for model in (small, large)]
+    assert outputs[0].token_ids == outputs[1].token_ids
+
+
+def test_prompts_end_with_a_user_turn_and_have_their_own_seeds(pair, data):
+    model = load_pair(str(pair), "float32")
+    params = SamplingParams(max_new_tokens=4, seed=7)
+    chat = domain_requests(model, data, "chat", 3, params)
+    text = model.target.tokenizer.decode(chat[0].prompt_ids)
+    assert text.count("<|im_start|>user") == 2
+    assert text.endswith("<|im_start|>assistant\n")
+    assert [request.params.seed for request in chat] == [7, 8, 9]
+    assert domain_requests(model, data, "chat", 3, params) == chat
+    assert len({request.prompt_ids for request in chat}) == 3
+    with pytest.raises(DataError, match="prompts of gsm8k that fit, but 9 are wanted"):
+        domain_requests(model, data, "gsm8k", 9, params)
+
+
+def test_a_repeated_gram_is_seen():
+    assert bundled.repeats_gram([*range(8), *range(8)])
+    assert bundled.repeats_gram("a" * 9)
+    assert not bundled.repeats_gram([*range(8), *range(7)])
+    assert not bundled.repeats_gram("ab")
+
+
+def test_every_way_decodes_every_request_in_turn(pair, data):
+    model = load_pair(str(pair), "float32")
+    requests = domain_requests(model, data, "gsm8k", 3, SamplingParams(max_new_tokens=4))
+    calls = []
+
+    def way(name):
+        def decode(request):
+            calls.append((name, request.params.max_new_tokens))
+            return Output("", "", (1, 2), "length", Stats(rounds=1, tokens=2))
+
+        return decode
+
+    tallies = side_by_side({"a": way("a"), "b": way("b")}, requests, repeats=2, label="test")
+    assert "".join(name for name, _ in calls) == "ab" + "abba" + "baab" + "abba"
+    assert len(tallies["a"].outputs) == len(tallies["b"].seconds) == 3
+    assert tallies["a"].stats.accepted_length == 2
+
+
+def test_a_tally_counts_tokens_over_seconds():
+    output = Output("", "", (1, 2, 3), "length", Stats())
+    assert Tally([output, output], [1.0, 2.0]).tokens_per_s == 2.0
+
+
+def test_numbers_are_cut_to_four_digits():
+    assert rounded({"a": [1.23456, 3], "b": (2e-7 / 3, None)}) == {
+        "a": [1.235, 3],
+        "b": [6.667e-8, None],
+    }

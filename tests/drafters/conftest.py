@@ -1,0 +1,142 @@
+"""Golden files, tiny drafters and targets' parts for the drafters' tests."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspark.attention.slots import SlotCache
+from dspark.drafters.backbone import BackboneConfig
+from dspark.drafters.base import DraftBatch
+from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.dspark import DSparkDrafter
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a target lends."""
+
+    embedding_VH: Tensor
+    head_VH: Tensor
+    vocab_size: int
+    hidden_size: int
+    embedding_scale: float = 1.0
+    head_bias_V: Tensor | None = None
+    logit_softcap: float | None = None
+    final_norm_H: Tensor | None = None
+
+
+class Greedy:
+    """A draw that takes the argmax, or given tokens, and remembers the logits."""
+
+    def __init__(self, forced=None):
+        self.logits, self.tokens, self.forced = [], [], forced
+
+    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
+        assert step == len(self.tokens)
+        self.logits.append(logits_RV)
+        tokens_R = logits_RV.argmax(-1)
+        if self.forced is not None:
+            tokens_R = torch.full_like(tokens_R, self.forced[step])
+        self.tokens.append(tokens_R)
+        return self.tokens[-1]
+
+
+@pytest.fixture
+def golden():
+    return GOLDEN
+
+
+@pytest.fixture
+def golden_parts():
+    tensors = load_file(GOLDEN / "target" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = tensors.get("lm_head.weight", embedding)
+    return Parts(embedding, head, *embedding.shape, final_norm_H=tensors["model.norm.weight"])
+
+
+@pytest.fixture
+def golden_drafter(golden_parts):
+    drafter = load_drafter(GOLDEN / "draft")
+    drafter.bind(golden_parts)
+    return drafter
+
+
+@pytest.fixture
+def tiny_config():
+    backbone = BackboneConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        num_taps=3,
+        attention_bias=True,
+    )
+    return DSparkConfig(
+        backbone=backbone,
+        vocab_size=37,
+        block_size=5,
+        mask_token_id=36,
+        target_layer_ids=(-1, 1, 4),
+        num_target_layers=6,
+        markov_rank=4,
+    )
+
+
+@pytest.fixture
+def make_parts():
+    def make(vocab: int = 37, width: int = 16, seed: int = 0, **changes: object) -> Parts:
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randn(vocab, width, generator=generator)
+        head = torch.randn(vocab, width, generator=generator)
+        norm = torch.rand(width, generator=generator)
+        return replace(Parts(table, head, vocab, width, final_norm_H=norm), **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_drafter(tiny_config, make_parts):
+    def make(parts: Parts | None = None, seed: int = 1, **changes: object) -> DSparkDrafter:
+        generator = torch.Generator().manual_seed(seed)
+        config = replace(tiny_config, **changes)
+        return DSparkDrafter.from_target(
+            parts or make_parts(), config, generator=generator, init_std=0.3
+        ).eval()
+
+    return make
+
+
+@pytest.fixture
+def draft():
+    """Run one round: contexts [S_r, F] per request -> (draw, proposal)."""
+
+    def run(drafter, contexts, anchors, *, num_drafts=None, chunks=1, forced=None):
+        cache = SlotCache(drafter.context_shapes, len(contexts) + 1, 64, torch.float32, "cpu")
+        slots = tuple(range(len(contexts), 0, -1))
+        for slot, features in zip(slots, contexts, strict=True):
+            at = 0
+            for part in features.tensor_split(chunks):
+                positions = torch.arange(at, at + len(part))
+                at += len(part)
+                drafter.observe(cache, torch.full_like(positions, slot), positions, part)
+        lengths = tuple(len(features) for features in contexts)
+        batch = DraftBatch(
+            slots=slots,
+            anchors_R=torch.tensor(anchors),
+            lengths=lengths,
+            tokens=tuple([0] * length + [a] for length, a in zip(lengths, anchors, strict=True)),
+            num_drafts=num_drafts or drafter.block_size,
+        )
+        draw = Greedy(forced)
+        return draw, drafter.propose(cache, batch, draw)
+
+    return run

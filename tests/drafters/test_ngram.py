@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from dspark.drafters.base import DraftBatch
+from dspark.drafters.ngram import NgramDrafter
+from dspark.errors import CompatibilityError, UsageError
+
+
+def obvious(tokens, count, longest=3, shortest=1):
+    """Search as the words say it: longest suffix first, then the latest earlier place."""
+    n = len(tokens)
+    for size in range(min(longest, n - 1), shortest - 1, -1):
+        for start in range(n - size - 1, -1, -1):
+            if tokens[start : start + size] == tokens[n - size :]:
+                text = list(tokens)
+                for _ in range(count):
+                    text.append(text[start + size + len(text) - n])
+                return text[n:]
+    return []
+
+
+def test_lookup_equals_the_obvious_search():
+    generator = torch.Generator().manual_seed(0)
+    drafter = NgramDrafter(block_size=6)
+    found = 0
+    for _ in range(300):
+        length = int(torch.randint(1, 25, (), generator=generator))
+        tokens = torch.randint(6, (length,), generator=generator).tolist()
+        found += bool(drafter.lookup(tokens, 6))
+        assert drafter.lookup(tokens, 6) == obvious(tokens, 6), tokens
+    assert 100 < found < 300
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 9, 1, 2, 3], [4, 9, 9, 1]),  # three tokens beat the later single one
+        ([1, 5, 2, 1, 6, 2, 1], [6, 2, 1, 6]),  # the latest place, repeated at its distance
+        ([7, 7], [7, 7, 7, 7]),
+        ([1, 2, 3], []),
+        ([4], []),
+    ],
+)
+def test_lookup_examples(tokens, expected):
+    assert NgramDrafter().lookup(tokens, 4) == expected
+
+
+def test_minimum_length_is_kept():
+    assert NgramDrafter(min_ngram=2).lookup([1, 5, 2, 1], 4) == []
+    assert NgramDrafter(min_ngram=2).lookup([1, 5, 2, 1, 5], 2) == [2, 1]
+
+
+def test_proposals_are_one_hot_and_their_lengths_are_told(make_parts):
+    drafter = NgramDrafter()
+    drafter.bind(make_parts())
+    tokens = ([1, 2, 3, 1], [4, 5, 6])
+    batch = DraftBatch((0, 1), torch.tensor([1, 6]), (3, 2), tokens, 3)
+    laws = []
+
+    def draw(step, logits):
+        laws.append(logits.softmax(-1))
+        return laws[-1].argmax(-1)
+
+    proposal = drafter.propose(None, batch, draw)
+    assert proposal.lengths == (3, 0)
+    assert proposal.confidence_logits_RK is None
+    assert [int(law[0].argmax()) for law in laws] == [2, 3, 1]
+    for law in laws:
+        assert law.shape == (2, 37)
+        assert torch.equal(law.amax(-1), torch.ones(2))
+        assert torch.equal(law.sum(-1), torch.ones(2))
+
+
+def test_nothing_is_drawn_when_nothing_matches(make_parts):
+    drafter = NgramDrafter()
+    drafter.bind(make_parts())
+    batch = DraftBatch((0,), torch.tensor([3]), (2,), ([1, 2, 3],), 3)
+
+    def draw(step, logits):
+        raise AssertionError("no draw expected")
+
+    assert drafter.propose(None, batch, draw).lengths == (0,)
+
+
+def test_bad_options_and_an_unbound_drafter_are_refused():
+    with pytest.raises(UsageError, match="max_ngram 1"):
+        NgramDrafter(max_ngram=1, min_ngram=2)
+    with pytest.raises(CompatibilityError, match="bind"):
+        NgramDrafter().propose(None, DraftBatch((), torch.zeros(0), (), (), 1), None)

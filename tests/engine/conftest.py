@@ -1,0 +1,233 @@
+"""Tiny random targets and drafters, some of them made up, that every test of this room shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.slots import CacheShape, SlotCache
+from dspark.data.tokenizer import train_tokenizer
+from dspark.drafters.backbone import BackboneConfig
+from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.ngram import NgramDrafter
+from dspark.engine.engine import Engine
+from dspark.engine.schedule import Schedule
+from dspark.request import Output, Request, SamplingParams
+from dspark.targets.target import Target
+
+MAX_CONTEXT = 96
+
+
+def make_model(
+    *, vocab: int = 64, layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A random Qwen3 whose logits are spread wide enough for argmaxes to be clear."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=MAX_CONTEXT,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+def make_target(*, tokenizer: Any = None, **options: Any) -> Target:
+    return Target.from_model(make_model(**options), name="tiny", tokenizer=tokenizer)
+
+
+def make_drafter(
+    target: Target, *, head: str = "vanilla", block_size: int = 5, seed: int = 1, std: float = 0.3
+) -> DSparkDrafter:
+    """A random DSpark drafter, bound to the target."""
+    taps = (0, target.num_layers - 2)
+    backbone = BackboneConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        num_taps=len(taps),
+    )
+    config = DSparkConfig(
+        backbone,
+        vocab_size=target.vocab_size,
+        block_size=block_size,
+        mask_token_id=3,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        markov_rank=8,
+        markov_head_type=head,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    drafter = DSparkDrafter.from_target(
+        target.parts(), config, generator=generator, init_std=std
+    )
+    drafter.eval()
+    return drafter
+
+
+@dataclass
+class MadeUpDrafter:
+    """The part that drafters without parameters, taps and context share."""
+
+    block_size: int = 5
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]:
+        return ()
+
+    def bind(self, parts: BorrowedParts) -> None:
+        """Nothing to borrow."""
+
+    def observe(
+        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+    ) -> None:
+        """Nothing to keep."""
+
+
+class TargetDrafter(MadeUpDrafter):
+    """Drafts from the target itself: `factor` 1 is nearly always right, -1 nearly never.
+
+    With `spoil` n, each token that follows one divisible by n is drafted from reversed logits.
+    """
+
+    def __init__(
+        self, target: Target, *, factor: float = 1.0, spoil: int = 0, block_size: int = 5
+    ) -> None:
+        super().__init__(block_size)
+        self.target, self.factor, self.spoil = target, factor, spoil
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        sequences = [list(tokens) for tokens in batch.tokens]
+        for step in range(batch.num_drafts):
+            ragged = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
+            last = torch.tensor(ragged.offsets[1:]) - 1
+            logits_RV = self.target.forward(ragged, logit_rows=last).logits_NV
+            assert logits_RV is not None
+            factors = [
+                -1.0 if self.spoil and ids[-1] % self.spoil == 0 else self.factor
+                for ids in sequences
+            ]
+            tokens = draw(step, logits_RV * logits_RV.new_tensor(factors)[:, None]).tolist()
+            for ids, token in zip(sequences, tokens, strict=True):
+                ids.append(token)
+        return Proposal(torch.zeros(len(sequences), batch.num_drafts))
+
+
+class MarkovDrafter(MadeUpDrafter):
+    """Law and confidence of a draft hang on the token before it, by random tables."""
+
+    def __init__(self, vocab: int, *, block_size: int = 4, seed: int = 0) -> None:
+        super().__init__(block_size)
+        generator = torch.Generator().manual_seed(seed)
+        self.logits_VV = torch.randn(vocab, vocab, generator=generator)
+        self.confidence_V = torch.randn(vocab, generator=generator) + 0.7
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        tokens = [batch.anchors_R]
+        for step in range(batch.num_drafts):
+            tokens.append(draw(step, self.logits_VV[tokens[-1]]))
+        return Proposal(self.confidence_V[torch.stack(tokens[:-1], dim=1)])
+
+
+def make_prompts(count: int, vocab: int, *, seed: int = 0, longest: int = 20) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def make_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Request]:
+    """One request per prompt; prompt i draws with `seed + i`."""
+    base = SamplingParams(**params)
+    return [
+        Request(tuple(prompt), base.with_seed(base.seed + i)) for i, prompt in enumerate(prompts)
+    ]
+
+
+def decode(
+    target: Target, drafter: Any, requests: Sequence[Request], *, threshold: Any = None, **options: Any
+) -> list[Output]:
+    """Outputs of a fresh engine."""
+    if threshold is not None:
+        options["schedule"] = Schedule("threshold", threshold)
+    options.setdefault("max_length", MAX_CONTEXT)
+    return Engine(target, drafter, **options).run(requests)
+
+
+def token_ids(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+def ngram(target: Target) -> NgramDrafter:
+    drafter = NgramDrafter(block_size=4)
+    drafter.bind(target.parts())
+    return drafter
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """Everything above."""
+    return SimpleNamespace(
+        max_context=MAX_CONTEXT,
+        make_model=make_model,
+        make_target=make_target,
+        make_drafter=make_drafter,
+        TargetDrafter=TargetDrafter,
+        MarkovDrafter=MarkovDrafter,
+        ngram=ngram,
+        make_prompts=make_prompts,
+        make_requests=make_requests,
+        decode=decode,
+        token_ids=token_ids,
+    )
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    """A target of 64 tokens in fp32, without a tokenizer."""
+    return make_target()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level tokenizer that has learned hardly any merges."""
+    texts = ["the cat sat on the mat, and the dog sat on the cat"] * 4
+    return train_tokenizer(texts, 280)
+
+
+@pytest.fixture(scope="session")
+def talker(tokenizer: Any) -> Target:
+    """A target with that tokenizer."""
+    return make_target(vocab=len(tokenizer), tokenizer=tokenizer, layers=3, seed=3)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the project that holds larger test material."""
+    return Path(__file__).parents[2].parent / "shared"

@@ -1,0 +1,71 @@
+"""The coupled verifier: sampled tokens, and yet the very tokens of plain decoding."""
+
+from __future__ import annotations
+
+import pytest
+
+NEW_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return tiny.make_prompts(10, 64, seed=5)
+
+
+def coupled(tiny, target, drafter, prompts, **options):
+    requests = tiny.make_requests(
+        prompts,
+        max_new_tokens=NEW_TOKENS,
+        temperature=1.0,
+        top_p=0.95,
+        presence_penalty=0.2,
+        seed=100,
+    )
+    return tiny.decode(target, drafter, requests, verifier="coupled", **options)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, target, prompts):
+    return tiny.token_ids(coupled(tiny, target, None, prompts, max_requests=1))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.8])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_tokens_do_not_hang_on_how_they_were_drafted(
+    tiny, target, prompts, plain, block_size, threshold, batch
+):
+    drafter = tiny.make_drafter(target, head="rnn")
+    outputs = coupled(
+        tiny,
+        target,
+        drafter,
+        prompts,
+        block_size=block_size,
+        threshold=threshold,
+        max_requests=batch,
+    )
+    assert tiny.token_ids(outputs) == plain
+
+
+@pytest.mark.parametrize("kind", ["target", "spoiled", "markov", "ngram"])
+def test_tokens_do_not_hang_on_the_drafter(tiny, target, prompts, plain, kind):
+    drafter = {
+        "target": tiny.TargetDrafter(target),
+        "spoiled": tiny.TargetDrafter(target, spoil=3),
+        "markov": tiny.MarkovDrafter(64),
+        "ngram": tiny.ngram(target),
+    }[kind]
+    outputs = coupled(tiny, target, drafter, prompts, max_requests=3)
+    assert tiny.token_ids(outputs) == plain
+    if kind == "target":  # same law and same noise on both sides
+        assert all(output.stats.accepted == output.stats.verified > 0 for output in outputs)
+
+
+def test_the_sample_is_one(tiny, target, prompts, plain):
+    """Control: other seeds, and other verifiers, give other tokens."""
+    assert len(set(plain)) == len(plain)
+    other = tiny.make_requests(prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=101)
+    assert tiny.token_ids(tiny.decode(target, None, other, verifier="coupled")) != plain
+    same = tiny.make_requests(prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=100)
+    assert tiny.token_ids(tiny.decode(target, None, same)) != plain

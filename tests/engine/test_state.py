@@ -1,0 +1,88 @@
+"""After any mixture of acceptance and rejection, caches hold exactly what was committed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.slots import SlotCache
+from dspark.engine.engine import Engine
+from dspark.request import Request, SamplingParams
+
+
+def next_logits(target, cache, slot, tokens, cached):
+    batch = RaggedBatch.build([(slot, cached, tokens[cached:])])
+    last = torch.tensor([len(tokens) - cached - 1])
+    with torch.inference_mode():
+        return target.forward(batch, cache, logit_rows=last).logits_NV[0]
+
+
+def fresh_context(target, drafter, tokens, capacity):
+    """The drafter's context after one prefill of these tokens."""
+    context = SlotCache(drafter.context_shapes, 1, capacity, target.dtype, target.device)
+    batch = RaggedBatch.build([(0, 0, tokens)])
+    with torch.inference_mode():
+        output = target.forward(batch, target.new_cache(1, capacity), taps=drafter.taps)
+        drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF)
+    return context
+
+
+def check_caches(engine, request, *, tolerance=1e-9):
+    """Compare a running request with a fresh prefill of its tokens."""
+    target, tokens = engine.target, list(request.tokens)
+    assert request.cached == len(tokens) - 1
+    capacity = engine._cache.capacity
+    fresh = next_logits(target, target.new_cache(1, capacity), 0, tokens, 0)
+    own = next_logits(target, engine._cache, request.slot, tokens, request.cached)
+    torch.testing.assert_close(own, fresh, rtol=tolerance, atol=tolerance)
+    speculator = engine._speculator
+    expected = fresh_context(target, speculator.drafter, tokens[:-1], capacity)
+    for layer in range(len(speculator.drafter.context_shapes)):
+        own_pair = speculator.context.view(layer, request.slot, request.cached)
+        for mine, theirs in zip(own_pair, expected.view(layer, 0, request.cached), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+class DistractedDrafter:
+    """A DSpark drafter whose logits are mixed with the target's, to be accepted now and then."""
+
+    def __new__(cls, tiny, target):
+        drafter = tiny.make_drafter(target, std=0.05)
+        helper = tiny.TargetDrafter(target, spoil=4)
+        propose = helper.propose
+        drafter.propose = propose  # observes as a DSpark drafter, proposes as the helper
+        return drafter
+
+
+@pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
+    target = tiny.make_target(dtype=torch.float64)
+    drafter = DistractedDrafter(tiny, target)
+    engine = Engine(target, drafter, max_requests=3, max_length=80, verifier=verifier)
+    for i, prompt in enumerate(tiny.make_prompts(7, 64, seed=2)):
+        params = SamplingParams(12 + 3 * i, temperature=temperature, seed=i)
+        engine.add(Request(tuple(prompt), params))
+    outcomes = set()
+    while engine.has_work:
+        engine.step()
+        for request in engine._running:
+            check_caches(engine, request)
+            stats = request.stats
+            outcomes.add((stats.accepted > 0, stats.accepted < stats.verified))
+    assert (True, True) in outcomes  # drafts were kept, and drafts were rejected
+
+
+def test_the_check_sees_a_rejected_token(tiny):
+    """Control: a cache that is one token off is not taken for the right one."""
+    target = tiny.make_target(dtype=torch.float64)
+    engine = Engine(target, DistractedDrafter(tiny, target), max_requests=1, max_length=60)
+    engine.add(Request((1, 2, 3, 4), SamplingParams(30)))
+    for _ in range(4):
+        engine.step()
+    [request] = engine._running
+    check_caches(engine, request)
+    request.tokens[-2] = (request.tokens[-2] + 1) % 64
+    with pytest.raises(AssertionError, match="not close"):
+        check_caches(engine, request)

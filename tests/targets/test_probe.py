@@ -1,0 +1,139 @@
+"""What cannot run as a ragged target is refused by name, whatever way it differs."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dspark.attention.slots import CacheShape
+from dspark.errors import CompatibilityError, NumericsError
+from dspark.targets import families
+from dspark.targets.families import Family
+from dspark.targets.target import Target
+
+SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
+HYBRID = {
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+FALCON = HYBRID | {
+    "mamba_d_ssm": 16,
+    "mamba_n_heads": 2,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
+}
+
+
+def new_model(model_type, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **(SMALL | options))
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def test_layers_that_share_keys_share_a_cache_layer(tiny_model):
+    target = Target.from_model(tiny_model("gemma4 shared"))
+    layout = target._layout
+    assert layout.cache_layers == (0, 1, 0, 1)
+    assert layout.writers == (True, True, False, False)
+    assert layout.shapes == (CacheShape(2, 8, 8), CacheShape(2, 16, 16))
+
+
+def test_shapes_may_differ_between_layers(tiny_model):
+    shapes = Target.from_model(tiny_model("gemma4 k_eq_v")).new_cache(1, 2).shapes
+    assert shapes == (CacheShape(2, 8, 8), CacheShape(1, 16, 16)) * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("qwen3_next", HYBRID | {
+            "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8, "linear_num_value_heads": 2,
+            "linear_num_key_heads": 1, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        }),
+        ("falcon_h1", FALCON),
+        ("bloom", {"n_head": 2}),
+        ("stablelm", HYBRID),
+    ],
+)  # fmt: skip
+def test_other_architectures_are_refused_by_name(model_type, options):
+    model = new_model(model_type, **options)
+    with pytest.raises(CompatibilityError, match=f"^{type(model).__name__} is not supported"):
+        Target.from_model(model)
+
+
+def test_recurrent_state_beside_attention_shows_in_the_logits(monkeypatch):
+    declared = Family(norm="final_layernorm")
+    monkeypatch.setitem(families.FAMILIES, "falcon_h1", declared)
+    monkeypatch.setattr(families, "_ATTENTION_TYPES", frozenset({"hybrid"}))
+    model = new_model("falcon_h1", **FALCON)
+    with pytest.raises(CompatibilityError, match=r"FalconH1ForCausalLM .* fed in pieces"):
+        Target.from_model(model)
+
+
+def test_undeclared_embedding_scale_is_refused(tiny_model, monkeypatch):
+    plain = dataclasses.replace(families.FAMILIES["gemma3_text"], scaled_embedding=False)
+    monkeypatch.setitem(families.FAMILIES, "gemma3_text", plain)
+    with pytest.raises(CompatibilityError, match="embeddings are scaled"):
+        Target.from_model(tiny_model("gemma3"))
+
+
+def test_undeclared_logit_scale_is_refused():
+    model = new_model("cohere", intermediate_size=16, num_attention_heads=2, logit_scale=0.25)
+    with pytest.raises(CompatibilityError, match=r"CohereForCausalLM .* soft-capped as declared"):
+        Target.from_model(model)
+
+
+def test_window_that_the_attention_does_not_pass_is_refused(tiny_model):
+    model = tiny_model("qwen3 windows")
+    model.model.layers[2].self_attn.sliding_window = None
+    with pytest.raises(CompatibilityError, match="layer 2 is declared 'sliding_attention'"):
+        Target.from_model(model)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotation_that_depends_on_the_batch_is_refused(tiny_model, kind):
+    model = tiny_model("llama")
+    model.config.rope_parameters["rope_type"] = kind
+    with pytest.raises(CompatibilityError, match=f"LlamaForCausalLM .* {kind} depends"):
+        Target.from_model(model)
+
+
+def test_attention_that_drops_an_option_is_refused(tiny_model, monkeypatch):
+    model = tiny_model("gpt_oss")
+    forward = type(model.model.layers[0].self_attn).forward
+
+    def with_option(self, *args, **kwargs):
+        return forward(self, *args, position_bias=torch.ones(1), **kwargs)
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", with_option)
+    with pytest.raises(CompatibilityError, match="its attention uses position_bias"):
+        Target.from_model(model)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_model):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="LlamaForCausalLM computes logits that are not finite"):
+        Target.from_model(model)
+
+
+def test_a_taken_over_model_says_whose_it_is(tiny_model):
+    model = tiny_model("llama")
+    Target.from_model(model)
+    with pytest.raises(CompatibilityError, match=r"call Target\.forward"):
+        model(torch.tensor([[1, 2]]))

@@ -1,0 +1,146 @@
+"""Imports point down only, and heavy packages stay in their rooms (ARCHITECTURE: rooms)."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dspark"
+LAYERS = (
+    ("errors",),
+    ("request",),
+    ("attention", "scheduling", "sampling"),
+    ("targets", "drafters"),
+    ("engine",),
+    ("",),  # dspark/__init__.py: the public API, loaded lazily
+    ("data",),
+    ("evaluation", "training"),
+    ("serving", "simulation"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+# Where each heavy package may be imported: a room, or one file of it.
+HEAVY = {
+    "transformers": (
+        "targets",
+        "drafters.checkpoint",
+        "data",
+        "training.language_model",  # builds the bundled target from scratch: a Qwen3 model
+    ),
+    "fastapi": ("serving",),
+    "starlette": ("serving",),
+    "uvicorn": ("serving",),
+    "aiohttp": ("serving",),
+    "matplotlib": ("evaluation", "simulation"),
+    "torch": (
+        "attention",
+        "sampling",
+        "targets",
+        "drafters",
+        "engine",
+        "data",
+        "evaluation",
+        "training",
+        "serving",
+        "cli",
+    ),
+}
+
+
+def module_name(path: Path, root: Path) -> str:
+    """Dotted name below the package; empty for the package itself."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a file imports anywhere, functions and type checks included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            base = node.module or ""
+            # `from dspark import cli` imports the module dspark.cli.
+            yield from (f"{base}.{a.name}" if base == "dspark" else base for a in node.names)
+
+
+def violations(name: str, source: str) -> list[str]:
+    """What is wrong with a module's imports."""
+    room = name.partition(".")[0]
+    if room not in LEVEL:
+        return [f"{name} belongs to no known room"]
+    found = []
+    for module in imported(source):
+        top, _, rest = module.partition(".")
+        if top == "dspark":
+            other = rest.split(".")[0] if rest.split(".")[0] in LEVEL else ""
+            if other != room and LEVEL[other] >= LEVEL[room]:
+                found.append(f"{name} imports {module}")
+        elif top in HEAVY:
+            homes = HEAVY[top]
+            if not any(name == home or name.startswith(f"{home}.") for home in homes):
+                found.append(f"{name} imports {module}")
+    return found
+
+
+def test_imports_point_down_and_heavy_packages_stay_home():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 30
+    found = [
+        problem
+        for path in files
+        for problem in violations(module_name(path, PACKAGE), path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("engine.engine", "from dspark.cli.main import main"),
+        ("targets.target", "from dspark.drafters.base import Drafter"),
+        ("drafters.base", "import dspark.targets.target"),
+        ("drafters.dspark", "from transformers import AutoModel"),
+        ("training.loop", "def f():\n    import transformers.models"),
+        ("training.loop", "from dspark import evaluation"),
+        ("engine.model", "from dspark import load"),
+        ("scheduling.prefix", "import torch"),
+        ("engine.engine", "if TYPE_CHECKING:\n    from dspark.data.tokenizer import END"),
+        ("errors", "from dspark.request import Output"),
+        ("unheard.of", "import json"),
+    ],
+)
+def test_control_a_bad_import_is_caught(name, source):
+    assert len(violations(name, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("cli.main", "from dspark import __version__\nfrom dspark.cli import demo"),
+        ("engine.engine", "import torch\nfrom dspark.targets.target import Target"),
+        ("drafters.checkpoint", "import transformers"),
+        ("", "from dspark.request import Output\nfrom dspark.engine import model"),
+    ],
+)
+def test_control_a_good_import_passes(name, source):
+    assert violations(name, source) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import dspark",
+        "import dspark.scheduling.survival, dspark.scheduling.prefix, dspark.request",
+        "from dspark.cli.main import main; main(['generate', '--help'])",
+    ],
+)
+def test_torch_is_not_imported_where_it_is_not_needed(statement):
+    code = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,71 @@
+import pytest
+
+from dspark.errors import RecipeError
+from dspark.training.recipe import RECIPES, DrafterRecipe, TargetRecipe, load_recipe
+
+MINIMAL = """
+kind: drafter
+target: some/where
+samples: {paths: [a.jsonl]}
+run: {output_dir: out, steps: 10}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_bundled_recipes_are_valid(name):
+    assert isinstance(load_recipe(name), TargetRecipe | DrafterRecipe)
+
+
+def test_defaults_are_the_papers(minimal):
+    recipe = load_recipe(str(minimal))
+    assert isinstance(recipe, DrafterRecipe)
+    assert (recipe.loss.ce, recipe.loss.tv, recipe.loss.confidence) == (0.1, 0.9, 1.0)
+    assert (recipe.drafter.num_layers, recipe.drafter.block_size) == (5, 7)
+    assert recipe.drafter.markov_rank == 256
+
+
+def test_overrides_reach_nested_keys(minimal):
+    recipe = load_recipe(str(minimal), ["run.steps=3", "samples.paths=[x, y]", "loss.ce=1.0"])
+    assert recipe.run.steps == 3
+    assert recipe.samples.paths == ("x", "y")
+    assert recipe.loss.ce == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.stepz=3", "run.stepz"),
+        ("speed=3", "speed"),
+        ("run.steps=none", "run.steps"),
+        ("run.steps=0", "run.steps"),
+        ("optimiser.learning_rate=-1", "learning_rate"),
+        ("run.steps", "not of the form key=value"),
+        ("target.deeper=1", "goes below a value"),
+        ("kind=painter", "painter"),
+    ],
+)
+def test_what_does_not_fit_is_named(minimal, override, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(str(minimal), [override])
+
+
+def test_missing_recipe_lists_the_bundled_ones():
+    with pytest.raises(RecipeError, match="bundled_target"):
+        load_recipe("nonsense")
+
+
+def test_invalid_yaml_and_a_bare_list(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("a: [1\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(str(path))
+    path.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="no mapping"):
+        load_recipe(str(path))
