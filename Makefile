@@ -34,9 +34,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/identity.py --data $(DATA)
-	$(BIN)/python benchmarks/bundled.py --data $(DATA)
-	$(BIN)/python benchmarks/inflated.py --data $(DATA)
+	$(BIN)/python -m benchmarks.identity --data $(DATA)
+	$(BIN)/python -m benchmarks.bundled --data $(DATA)
+	$(BIN)/python -m benchmarks.inflated --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -95,9 +95,12 @@ class SlotCache:
         keys, values = self._keys[layer], self._values[layer]
         for segment, row in zip(batch.segments, batch.offsets, strict=False):
             slot, start, end = segment.slot, segment.start, segment.end
-            new = slice(row, row + segment.length)
-            keys[slot, :, start:end] = key_1GTD[0, :, new]
-            values[slot, :, start:end] = value_1GTD[0, :, new]
+            key_GLD, value_GLD = key_1GTD[0], value_1GTD[0]
+            if segment.length != rows:
+                key_GLD = key_GLD.narrow(1, row, segment.length)
+                value_GLD = value_GLD.narrow(1, row, segment.length)
+            keys[slot, :, start:end] = key_GLD
+            values[slot, :, start:end] = value_GLD
 
     def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Look at the first `length` rows of a slot.

@@ -17,17 +17,43 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
+from dspark.data.formats import FORMATS
 from dspark.errors import UsageError
 from dspark.request import SamplingParams
 
 EXAMPLE = """\
-  dspark data regenerate bundled --prompts questions.jsonl --out answers.jsonl"""
+  dspark data corpus gsm8k --path gsm8k_train.jsonl.gz --out questions.jsonl.gz
+  dspark data regenerate bundled --prompts questions.jsonl.gz --out answers.jsonl.gz"""
 
 
 def add_parser(commands: Commands) -> None:
     """Add `data` and its own subcommands."""
     parser = new_parser(commands, "data", "prepare what a drafter is trained on", EXAMPLE)
-    _add_regenerate(parser.add_subparsers(metavar="COMMAND", required=True))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_corpus(commands)
+    _add_regenerate(commands)
+
+
+def _add_corpus(commands: Commands) -> None:
+    parser = new_parser(
+        commands, "corpus", "turn a corpus file into conversations, in a seeded order", EXAMPLE
+    )
+    parser.add_argument("format", choices=FORMATS, help="how its records become conversations")
+    parser.add_argument("--path", metavar="FILE", help="JSON lines (python_stdlib takes none)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, .gz compresses")
+    add_common_options(parser)
+    parser.set_defaults(run=run_corpus)
+
+
+def run_corpus(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run `data corpus`; its JSON object."""
+    from dspark.data.corpus import write_source
+
+    out = Path(options.out)
+    path = Path(options.path) if options.path else None
+    records = write_source(options.format, path, out, seed=options.seed or 0)
+    screen.out.print(Text(f"{records} conversations in {out}."), soft_wrap=True)
+    return {"records": records, "failed": 0, "bytes": out.stat().st_size, "out": str(out)}
 
 
 def _add_regenerate(commands: Commands) -> None:

@@ -130,9 +130,9 @@ def _verdict(identical: bool | None) -> Text:
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Speed of both, and how much of the drafts was kept, a row per domain."""
     table = Table(caption="Kept: percent of drafts kept at each position, given all before it.")
-    for heading in ("", "plain tokens/s", "DSpark tokens/s", "speed-up", "accepted length"):
+    for heading in ("", "plain\ntokens/s", "DSpark\ntokens/s", "speed-up", "accepted\nlength"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_column("kept")
+    table.add_column("kept", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
             name,

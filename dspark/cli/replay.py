@@ -33,7 +33,7 @@ class Side:
 
     def text_at(self, seconds: float) -> Text:
         """What had been decoded by then; accepted drafts are coloured."""
-        text = Text()
+        text = Text(overflow="fold")
         for moment, pieces in self.run.moments:
             if moment > seconds:
                 break
@@ -69,10 +69,8 @@ def replay(sides: Sequence[Side], console: Console) -> None:
 
 def _frame(sides: Sequence[Side], seconds: float, stretch: float) -> Table:
     grid = Table.grid(expand=True)
-    grid.caption = (
-        f"Timed one after the other, replayed together at 1/{stretch:.1f} of their speed. "
-        "Green: drafted and accepted."
-    )
+    pace = f"replayed together at {1 / stretch:.2g} x their speed"
+    grid.caption = f"Timed in turn, {pace}. Green: drafted and accepted."
     for _ in sides:
         grid.add_column(ratio=1)
     grid.add_row(*[side.panel_at(seconds) for side in sides])

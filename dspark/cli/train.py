@@ -10,8 +10,8 @@ from rich.text import Text
 from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
 
 EXAMPLE = """\
-  dspark train bundled_drafter --set run.output_dir=runs/drafter --set run.steps=2000
-  dspark train bundled_drafter --set run.output_dir=runs/drafter --set run.steps=2000 --resume"""
+  dspark train bundled_dspark --set run.output_dir=runs/drafter --set run.steps=2000
+  dspark train bundled_dspark --set run.output_dir=runs/drafter --set run.steps=2000 --resume"""
 
 
 def add_parser(commands: Commands) -> None:

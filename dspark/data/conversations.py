@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,21 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(f"{path}, line {number} is not valid JSON: {error.msg}.") from error
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read to its end: {error}.") from error
+
+
+@contextmanager
+def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
+    """Open a JSON-lines file (`.gz` compresses) and yield the function that adds a line.
+
+    The file takes its place once it is complete; until then an older one stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    file = gzip.open(fresh, "wt", encoding="utf-8") if path.suffix == ".gz" else fresh.open("w")
+    with file:
+        yield lambda record: print(json.dumps(record), file=file)
+    os.replace(fresh, path)
 
 
 def check_messages(messages: object, where: str) -> tuple[Message, ...]:

@@ -7,19 +7,20 @@ of its name, so that all platforms of a command fall together) is held out.
 from __future__ import annotations
 
 import ast
+import random
 import re
 import sysconfig
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dspark.data.conversations import Message, check_messages, read_json_lines
+from dspark.data.conversations import Message, check_messages, read_json_lines, write_json_lines
+from dspark.data.formats import SourceFormat
 from dspark.errors import DataError
 
 Conversation = tuple[Message, ...]
-SourceFormat = Literal["messages", "gsm8k", "mbpp", "tldr", "tldr_heldout", "python_stdlib"]
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 MAX_FUNCTION_CHARACTERS = 900
 
@@ -43,6 +44,25 @@ def read_source(kind: SourceFormat, path: Path | None) -> Iterator[Conversation]
     for number, record in read_json_lines(path):
         messages = check_messages(record.get("messages"), f"{path}, line {number}")
         yield from _FORMATS[kind](messages, record)
+
+
+def write_source(kind: SourceFormat, path: Path | None, out: Path, *, seed: int) -> int:
+    """Write a source's conversations as JSON lines with `messages`, in an order that `seed` names.
+
+    Returns:
+        Their number.
+
+    Raises:
+        DataError: the source is missing, malformed or empty.
+    """
+    conversations = list(read_source(kind, path))
+    if not conversations:
+        raise DataError(f"The corpus source {path or kind} holds no conversation.")
+    random.Random(seed).shuffle(conversations)
+    with write_json_lines(out) as write:
+        for conversation in conversations:
+            write({"messages": conversation})
+    return len(conversations)
 
 
 def is_heldout_command(command: str) -> bool:
@@ -108,21 +128,20 @@ def stdlib_conversations(root: Path) -> Iterator[Conversation]:
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue
+        lines = source.splitlines()
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                yield from _function_conversation(node, source)
+                yield from _function_conversation(node, lines)
 
 
-def _function_conversation(node: ast.FunctionDef, source: str) -> Iterator[Conversation]:
+def _function_conversation(node: ast.FunctionDef, lines: Sequence[str]) -> Iterator[Conversation]:
     docstring = ast.get_docstring(node)
-    code = ast.get_source_segment(source, node)
-    if not docstring or not code or len(code) > MAX_FUNCTION_CHARACTERS:
+    code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+    # Text that starts left of the function keeps it from being dedented.
+    if not docstring or not code.startswith("def ") or len(code) > MAX_FUNCTION_CHARACTERS:
         return
     summary = " ".join(docstring.split("\n\n")[0].split())
     if len(summary) < 15:
         return
-    first, _, rest = code.partition("\n")
-    body = textwrap.indent(textwrap.dedent(rest), "    ") if rest else ""
-    code = f"{first}\n{body}" if body else first
     question = f"Write a python function `{node.name}`: {summary}"
     yield _chat(question, f"```python\n{code}\n```")

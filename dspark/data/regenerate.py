@@ -6,15 +6,18 @@ before it. All conversations advance together, turn by turn, so that the engine'
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from dspark.data.conversations import Message, as_prompt, check_messages, read_json_lines
+from dspark.data.conversations import (
+    Message,
+    as_prompt,
+    check_messages,
+    read_json_lines,
+    write_json_lines,
+)
 from dspark.engine.model import Model
 from dspark.errors import DataError, RequestError
 from dspark.request import Request, SamplingParams
@@ -200,15 +203,11 @@ def _answer(
 def _write(path: Path, dialogues: Sequence[_Dialogue], raw: bool) -> None:
     if not dialogues:
         raise RequestError("No prompt could be answered: each fills the model's whole context.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
-    with opener(fresh, "wt", encoding="utf-8") as file:
+    with write_json_lines(path) as write:
         for d in dialogues:
             content: dict[str, Any] = (
                 {"input_ids": d.input_ids, "prompt_len": d.prompt_len}
                 if raw
                 else {"messages": d.said}
             )
-            file.write(json.dumps(content | {"finish_reason": d.finish_reason}) + "\n")
-    os.replace(fresh, path)
+            write(content | {"finish_reason": d.finish_reason})

@@ -146,8 +146,14 @@ class DrafterObjective:
         return LossWeights(ce, tv, s.confidence, s.decay, s.detach_confidence)
 
     def export(self, directory: Path) -> None:
-        """Write the drafter in the published layout, or attached where that cannot carry it."""
-        if self.drafter.mask_embedding is not None:
+        """Write the drafter in bf16.
+
+        In the published layout, or attached: to the target's directory where the recipe says so,
+        to the run's own where a learned mask embedding has no place in the published layout.
+        """
+        if self.recipe.layout == "attached":
+            save_attached(self.drafter, self.recipe.target)
+        elif self.drafter.mask_embedding is not None:
             save_attached(self.drafter, directory)
         else:
             save_published(self.drafter, directory)

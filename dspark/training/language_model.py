@@ -83,6 +83,7 @@ class LanguageModelObjective:
         self.stream = TokenStream(documents, recipe.run.row_tokens, recipe.run.seed)
         torch.manual_seed(recipe.run.seed)
         self.model = Qwen3ForCausalLM(_config(recipe, self.tokenizer))
+        self.model.generation_config = GenerationConfig(eos_token_id=self.tokenizer.eos_token_id)
         self.model.to(device=device, dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.model
         self._loss = torch.compile(self._row_loss) if recipe.run.compile else self._row_loss
@@ -128,7 +129,7 @@ def _tokenizer(output: Path, conversations: list[Conversation], vocab_size: int)
 def _config(recipe: TargetRecipe, tokenizer: Any) -> Qwen3Config:
     a = recipe.architecture
     end = tokenizer.convert_tokens_to_ids(END)
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         intermediate_size=a.intermediate_size,
@@ -143,8 +144,6 @@ def _config(recipe: TargetRecipe, tokenizer: Any) -> Qwen3Config:
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config.generation_config = GenerationConfig(eos_token_id=end)
-    return config
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dspark.data.corpus import SourceFormat
+from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -135,6 +135,9 @@ class DrafterRecipe(_Settings):
     kind: Literal["drafter"]
     target: str = Field(description="directory or hub id of the target")
     drafter: DrafterSettings = DrafterSettings()
+    layout: Literal["published", "attached"] = Field(
+        "published", description="attached writes it into the target's directory"
+    )
     loss: LossSettings = LossSettings()
     samples: SampleSettings
     optimiser: OptimiserSettings = OptimiserSettings()

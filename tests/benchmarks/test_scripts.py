@@ -141,7 +141,8 @@ def test_inflated_checks_and_times(run):
         "--check-prompts", "1",
     )  # fmt: skip
     check = line["check_fp32"]
-    assert (check["answers"], check["same_tokens"], check["same_accepted"]) == (6, 6, 6)
+    for name in ("t0", "t1"):
+        assert check[name] == {"answers": 3, "same_tokens": 3, "same_accepted": 3}
     assert check["logit_deviation"] < 1e-4
     assert line["environment"]["dtype"] == "bfloat16"
     assert line["macro"]["speedup_t1"] > 0

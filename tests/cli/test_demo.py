@@ -112,7 +112,7 @@ def test_a_terminal_gets_both_panels_in_the_end(monkeypatch):
     last = shown[shown.rindex("plain") :]
     assert "slow end" in last
     assert "quick" in last
-    assert "1/10.0 of their speed" in shown
+    assert "replayed together at 0.1 x their speed" in shown
     assert shown.count("DSpark") > 10
 
 

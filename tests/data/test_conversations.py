@@ -4,7 +4,12 @@ import json
 import pytest
 
 from dspark.data.conversations import as_prompt, read_conversations, read_prompts
-from dspark.data.corpus import is_heldout_command, read_source, stdlib_conversations
+from dspark.data.corpus import (
+    is_heldout_command,
+    read_source,
+    stdlib_conversations,
+    write_source,
+)
 from dspark.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -115,3 +120,22 @@ def test_stdlib_functions_become_requests(tmp_path):
         "```python\ndef area(self, w, h):\n"
         '    """Return the area of a rectangle."""\n    return w * h\n```'
     )
+
+
+def test_a_source_is_written_shuffled_by_seed(tmp_path):
+    turns = [[{**CHAT[0], "content": str(i)}, CHAT[1]] for i in range(30)]
+    path = write(tmp_path / "c.jsonl", *({"messages": t} for t in turns))
+    outs = [tmp_path / f"{i}.jsonl.gz" for i in range(3)]
+    for out, seed in zip(outs, (0, 0, 1), strict=True):
+        assert write_source("messages", path, out, seed=seed) == 30
+    first, again, other = (list(read_conversations(out)) for out in outs)
+    assert first == again != other
+    assert sorted(c[0]["content"] for c in first) == sorted(c[0]["content"] for c in other)
+
+
+def test_an_empty_source_leaves_an_older_file_alone(tmp_path):
+    out = tmp_path / "o.jsonl"
+    out.write_text("precious")
+    with pytest.raises(DataError, match="holds no conversation"):
+        write_source("messages", write(tmp_path / "e.jsonl"), out, seed=0)
+    assert out.read_text() == "precious"

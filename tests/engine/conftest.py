@@ -30,7 +30,7 @@ MAX_CONTEXT = 96
 
 
 def make_model(
-    *, vocab: int = 64, layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0
+    *, vocab: int = 64, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Any:
     """A random Qwen3 whose logits are spread wide enough for argmaxes to be clear."""
     torch.manual_seed(seed)
@@ -60,11 +60,11 @@ def make_drafter(
     target: Target, *, head: str = "vanilla", block_size: int = 5, seed: int = 1, std: float = 0.3
 ) -> DSparkDrafter:
     """A random DSpark drafter, bound to the target."""
-    taps = (0, target.num_layers - 2)
+    taps = (-1, 0)
     backbone = BackboneConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -81,9 +81,7 @@ def make_drafter(
         markov_head_type=head,
     )
     generator = torch.Generator().manual_seed(seed)
-    drafter = DSparkDrafter.from_target(
-        target.parts(), config, generator=generator, init_std=std
-    )
+    drafter = DSparkDrafter.from_target(target.parts(), config, generator=generator, init_std=std)
     drafter.eval()
     return drafter
 
@@ -171,7 +169,12 @@ def make_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Reque
 
 
 def decode(
-    target: Target, drafter: Any, requests: Sequence[Request], *, threshold: Any = None, **options: Any
+    target: Target,
+    drafter: Any,
+    requests: Sequence[Request],
+    *,
+    threshold: Any = None,
+    **options: Any,
 ) -> list[Output]:
     """Outputs of a fresh engine."""
     if threshold is not None:
@@ -224,7 +227,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def talker(tokenizer: Any) -> Target:
     """A target with that tokenizer."""
-    return make_target(vocab=len(tokenizer), tokenizer=tokenizer, layers=3, seed=3)
+    return make_target(vocab=len(tokenizer), tokenizer=tokenizer, seed=3)
 
 
 @pytest.fixture(scope="session")

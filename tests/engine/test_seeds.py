@@ -20,8 +20,8 @@ SETTINGS = {
 def test_a_seed_reproduces_in_any_company(tiny, target, schedule, verifier):
     drafter = tiny.make_drafter(target)
     options = {"verifier": verifier, **SETTINGS[schedule]}
-    prompts = tiny.make_prompts(9, 64, seed=8)
-    requests = tiny.make_requests(prompts, max_new_tokens=16, temperature=0.9, seed=50)
+    prompts = tiny.make_prompts(6, 64, seed=8)
+    requests = tiny.make_requests(prompts, max_new_tokens=12, temperature=0.9, seed=50)
     alone = [tiny.decode(target, drafter, [r], max_requests=1, **options)[0] for r in requests]
     for batch in (2, 4):
         together = tiny.decode(target, drafter, requests, max_requests=batch, **options)

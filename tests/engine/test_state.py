@@ -61,8 +61,8 @@ def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
     target = tiny.make_target(dtype=torch.float64)
     drafter = DistractedDrafter(tiny, target)
     engine = Engine(target, drafter, max_requests=3, max_length=80, verifier=verifier)
-    for i, prompt in enumerate(tiny.make_prompts(7, 64, seed=2)):
-        params = SamplingParams(12 + 3 * i, temperature=temperature, seed=i)
+    for i, prompt in enumerate(tiny.make_prompts(5, 64, seed=2)):
+        params = SamplingParams(8 + 2 * i, temperature=temperature, seed=i)
         engine.add(Request(tuple(prompt), params))
     outcomes = set()
     while engine.has_work:

@@ -1,0 +1,8 @@
+"""How a corpus file's records become conversations: the names, without what it takes to read."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+SourceFormat = Literal["messages", "gsm8k", "mbpp", "tldr", "tldr_heldout", "python_stdlib"]
+FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)

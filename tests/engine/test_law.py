@@ -1,0 +1,202 @@
+"""The engine end to end at T > 0: its tokens follow the target's exact law.
+
+Thousands of requests with a vocabulary of six: the first three tokens of each against the law of
+the target alone, worked out by hand over all prefixes. Requests of three kinds, with different
+lengths, join and leave a batch all the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.attention.layout import RaggedBatch
+from dspark.drafters.base import Proposal
+from dspark.engine.drafting import Drawing
+from dspark.engine.engine import Engine
+from dspark.engine.schedule import Schedule
+from dspark.engine.state import RoundState
+from dspark.request import Request, SamplingParams
+from dspark.sampling.noise import Stream
+
+VOCAB, TOKENS, PER_KIND = 6, 3, 1500
+EXACT, BIASED = 4.0, 6.0  # standard deviations
+KINDS = (
+    ((1, 2, 3), {"temperature": 1.0}),
+    (
+        (4, 4),
+        {
+            "temperature": 0.9,
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.4,
+            "frequency_penalty": 0.3,
+            "logit_bias": {2: 0.7, 5: -0.5},
+        },
+    ),
+    ((0, 5, 2, 1, 3), {"temperature": 1.4, "top_p": 0.85}),
+)
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    target = tiny.make_target(vocab=VOCAB, seed=4)
+    target._anatomy.head.weight.mul_(0.5)  # closer to even, so that all outcomes are seen
+    return target
+
+
+def raw_logits(target, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    batch = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
+    last = torch.tensor(batch.offsets[1:]) - 1
+    with torch.inference_mode():
+        return target.forward(batch, logit_rows=last).logits_NV.double().numpy()
+
+
+def hand_made_law(logits, params: SamplingParams, prompt, output) -> np.ndarray:
+    """Processors written out, slowly and obviously."""
+    scores = logits.copy()
+    for token in range(VOCAB):
+        count = list(output).count(token)
+        if count or token in prompt:
+            factor = params.repetition_penalty
+            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+        scores[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        scores[token] += params.logit_bias.get(token, 0.0)
+    probs = np.exp((scores - scores.max()) / params.temperature)
+    probs /= probs.sum()
+    kept, mass = np.zeros(VOCAB, dtype=bool), 0.0
+    for token in np.argsort(-probs):
+        if mass >= params.top_p:
+            break
+        kept[token], mass = True, mass + probs[token]
+    return np.where(kept, probs, 0.0) / probs[kept].sum()
+
+
+def exact_law(target, prompt, params) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence of the first TOKENS tokens."""
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(TOKENS):
+        prefixes = list(law)
+        logits = raw_logits(target, [[*prompt, *prefix] for prefix in prefixes])
+        law = {
+            (*prefix, token): law[prefix] * p
+            for prefix, row in zip(prefixes, logits, strict=True)
+            for token, p in enumerate(hand_made_law(row, params, prompt, prefix))
+        }
+    return law
+
+
+def deviation(counts: Counter, law: dict) -> float:
+    """Chi-squared as standard deviations of a normal (Wilson & Hilferty 1931)."""
+    total = sum(counts.values())
+    assert all(law[outcome] > 0 for outcome in counts)
+    cells = [(counts[x], total * p) for x, p in law.items() if total * p >= 5]
+    rare = (total - sum(n for n, _ in cells), total - sum(e for _, e in cells))
+    if rare[1] >= 5:
+        cells.append(rare)
+    statistic = sum((n - e) ** 2 / e for n, e in cells)
+    degrees = len(cells) - 1
+    assert degrees > 20
+    spread = 2 / (9 * degrees)
+    return ((statistic / degrees) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+
+
+def sampled(target, drafter, *, kinds=KINDS, threshold=None, per_kind=PER_KIND, **options):
+    """Outputs of many requests of every kind, decoded 96 at a time, joining and leaving."""
+    schedule = None if threshold is None else Schedule("threshold", threshold)
+    engine = Engine(target, drafter, max_requests=96, max_length=16, schedule=schedule, **options)
+    requests = [
+        Request(prompt, SamplingParams(5 + i % 4, seed=1000 * i + kind, **params))
+        for i in range(per_kind)
+        for kind, (prompt, params) in enumerate(kinds)
+    ]
+    outputs = engine.run(requests)
+    return [outputs[kind :: len(kinds)] for kind in range(len(kinds))]
+
+
+def deviations(target, outputs_by_kind, kinds=KINDS) -> list[float]:
+    return [
+        deviation(
+            Counter(output.token_ids[:TOKENS] for output in outputs),
+            exact_law(target, prompt, SamplingParams(**params)),
+        )
+        for outputs, (prompt, params) in zip(outputs_by_kind, kinds, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.6])
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_tokens_follow_the_law_of_the_target(tiny, small, verifier, threshold):
+    drafter = tiny.MarkovDrafter(VOCAB)
+    outputs = sampled(small, drafter, verifier=verifier, threshold=threshold)
+    assert max(deviations(small, outputs)) < EXACT
+    stats = [output.stats for kind in outputs for output in kind]
+    accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
+    assert 0.2 < accepted / verified < 0.9
+    assert (verified < sum(s.drafted for s in stats)) == (threshold is not None)
+
+
+def test_a_dspark_drafter_and_the_joint_law_of_neighbours(tiny, small):
+    drafter = tiny.make_drafter(small, head="rnn", block_size=4)
+    outputs = sampled(small, drafter, verifier="block", threshold=0.5)
+    assert max(deviations(small, outputs)) < EXACT
+    prompt, params = KINDS[0]
+    law = exact_law(small, prompt, SamplingParams(**params))
+    second = np.zeros(VOCAB)
+    for outcome, p in law.items():
+        second[outcome[1]] += p
+    pairs = {(a, b): second[a] * second[b] for a, b in product(range(VOCAB), repeat=2)}
+    tokens = [output.token_ids[1] for output in outputs[0]]
+    assert deviation(Counter(pairwise(tokens)), pairs) < EXACT
+
+
+def test_coupled_follows_the_law_too(tiny, small):
+    outputs = sampled(small, tiny.MarkovDrafter(VOCAB), verifier="coupled", per_kind=800)
+    assert max(deviations(small, outputs)) < EXACT
+
+
+# Controls: each wrong engine must fail the test above.
+
+
+def control(target, drafter, **options) -> float:
+    outputs = sampled(target, drafter, kinds=KINDS[:1], per_kind=2500, **options)
+    return deviations(target, outputs, KINDS[:1])[0]
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, monkeypatch):
+    draw = Drawing.__call__
+
+    def misreport(self, step, logits_RV):
+        tokens_R = draw(self, step, logits_RV)
+        self.laws[-1] = self.laws[-1].sqrt() / self.laws[-1].sqrt().sum(dim=1, keepdim=True)
+        return tokens_R
+
+    monkeypatch.setattr(Drawing, "__call__", misreport)
+    assert control(small, tiny.MarkovDrafter(VOCAB), verifier=verifier) > BIASED
+
+
+@pytest.mark.parametrize("stream", [Stream.VERIFY, Stream.NEXT])
+def test_control_drafts_drawn_with_the_noise_of_verification(tiny, small, stream, monkeypatch):
+    def shared(self, step):
+        return self._uniforms[stream][:, step]
+
+    monkeypatch.setattr(RoundState, "draft_uniform", shared)
+    assert control(small, tiny.MarkovDrafter(VOCAB), verifier="token") > BIASED
+
+
+def test_control_confidence_that_has_seen_the_token_it_judges(tiny, small):
+    class Peeking(tiny.MarkovDrafter):
+        def propose(self, context, batch, draw):
+            tokens = [batch.anchors_R]
+            for step in range(batch.num_drafts):
+                tokens.append(draw(step, self.logits_VV[tokens[-1]]))
+            return Proposal(self.confidence_V[torch.stack(tokens[1:], dim=1)])
+
+    assert control(small, tiny.MarkovDrafter(VOCAB), threshold=0.6) < EXACT
+    assert control(small, Peeking(VOCAB), threshold=0.6) > BIASED
