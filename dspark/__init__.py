@@ -1,8 +1,8 @@
 """DSpark: speculative decoding that is trained, served and proven lossless.
 
-    import dspark
-    model = dspark.load("bundled")
-    print(model.generate("Once upon a time", max_new_tokens=64).text)
+import dspark
+model = dspark.load("bundled")
+print(model.generate("Once upon a time", max_new_tokens=64).text)
 """
 
 from __future__ import annotations

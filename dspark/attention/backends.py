@@ -112,7 +112,7 @@ def fresh_attention(
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
-def block_attention(  # noqa: PLR0917
+def block_attention(
     query_RKAD: Tensor,
     key_RKGD: Tensor,
     value_RKGD: Tensor,

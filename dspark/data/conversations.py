@@ -68,8 +68,8 @@ def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
-    file = gzip.open(fresh, "wt", encoding="utf-8") if path.suffix == ".gz" else fresh.open("w")
-    with file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(fresh, "wt", encoding="utf-8") as file:
         yield lambda record: print(json.dumps(record), file=file)
     os.replace(fresh, path)
 

@@ -151,7 +151,9 @@ class SampleStream:
 
     def __init__(self, samples: Sequence[Sample], rows: int, seed: int) -> None:
         if len(samples) < rows:
-            raise DataError(f"There are {len(samples)} usable samples, fewer than a batch of {rows}.")
+            raise DataError(
+                f"There are {len(samples)} usable samples, fewer than a batch of {rows}."
+            )
         self.samples = samples
         self.rows = rows
         self.seed = seed

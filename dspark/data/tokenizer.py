@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer with a chat template, trained from text (the bundled model's)."""
+"""A small byte-level BPE tokenizer with a chat template, trained from text."""
 
 from __future__ import annotations
 

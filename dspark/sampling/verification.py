@@ -73,7 +73,7 @@ def accepted_lengths(rule: Rule, keep_RK: Tensor, uniforms_RK: Tensor, lengths_R
     return torch.cat([none_R1, passed_RK * rank_K], dim=1).amax(dim=1)
 
 
-def next_law(  # noqa: PLR0917
+def next_law(
     rule: Rule,
     p_RKV1: Tensor,
     q_RKV: Tensor,

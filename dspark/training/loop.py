@@ -141,9 +141,7 @@ def _resume_step(output: Path, optimiser: MasterOptimiser, run: RunSettings, res
     return int(state["step"])
 
 
-def _save(
-    output: Path, optimiser: MasterOptimiser, step: int, run: RunSettings, rank: int
-) -> None:
+def _save(output: Path, optimiser: MasterOptimiser, step: int, run: RunSettings, rank: int) -> None:
     """Write the checkpoint beside the last one, then swap: a crash leaves one of them whole."""
     if rank == 0:
         fresh, old = output / f"{LATEST}.new", output / f"{LATEST}.old"

@@ -30,8 +30,10 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
     flat = torch.cat([t.detach().float().reshape(-1) for t in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    start = 0
+    for tensor in tensors:
+        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+        start += tensor.numel()
 
 
 def barrier() -> None:

@@ -1,7 +1,9 @@
 import pytest
 
 
-@pytest.mark.parametrize("text", ["The cat 123 sat.", "naïve 你好\n\tx = 7", "  two  spaces ", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["The cat 123 sat.", "naïve 你好\n\tx = 7", "  two  spaces ", "\x00"]
+)
 def test_any_text_survives_a_round_trip(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
