@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,20 @@ def save_attached(
     _save(drafter, target / ATTACHED, tables, dtype)
 
 
+def has_attached_drafter(
+    source: str | Path, *, revision: str | None = None, offline: bool = False
+) -> bool:
+    """Whether a target, a directory or a hub id, carries a drafter in `dspark/`.
+
+    Raises:
+        CheckpointError: the hub id cannot be looked up.
+    """
+    directory = Path(source)
+    if not directory.exists():
+        directory = _fetch(str(source), revision, offline, (f"{ATTACHED}/{CONFIG}",))
+    return (directory / ATTACHED / CONFIG).is_file()
+
+
 def _resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
     """The directory that holds the drafter's two files."""
     directory = Path(source)
@@ -127,20 +141,22 @@ def _resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
 
 
 def _download(name: str, revision: str | None, offline: bool) -> Path:
+    attached = (CONFIG, f"{ATTACHED}/*.json", f"{ATTACHED}/*.safetensors")
+    directory = _fetch(name, revision, offline, attached)
+    if not (directory / ATTACHED / CONFIG).is_file():
+        directory = _fetch(name, revision, offline, (CONFIG, "*.safetensors", INDEX))
+    return directory
+
+
+def _fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str]) -> Path:
     # Here, since only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def fetch(*patterns: str) -> Path:
+    try:
         path = snapshot_download(
             name, revision=revision, local_files_only=offline, allow_patterns=list(patterns)
         )
-        return Path(path)
-
-    try:
-        directory = fetch(CONFIG, f"{ATTACHED}/*.json", f"{ATTACHED}/*.safetensors")
-        if not (directory / ATTACHED / CONFIG).is_file():
-            directory = fetch(CONFIG, "*.safetensors", INDEX)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = "is not in the local hub cache" if offline else "cannot be fetched from the hub"
@@ -148,7 +164,7 @@ def _download(name: str, revision: str | None, offline: bool) -> Path:
         raise CheckpointError(
             f"{name}{at} is no directory here and {reason} ({first}); check name and network."
         ) from error
-    return directory
+    return Path(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

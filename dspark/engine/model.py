@@ -9,7 +9,7 @@ from typing import Any, overload
 from jinja2 import TemplateError
 
 from dspark.drafters.base import Drafter
-from dspark.drafters.checkpoint import ATTACHED, CONFIG, load_drafter
+from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule, ScheduleName
@@ -77,7 +77,7 @@ def _load_draft(
         lookup.bind(target.parts())
         return lookup
     if draft is None:
-        if not (Path(source) / ATTACHED / CONFIG).is_file():
+        if not has_attached_drafter(source, revision=revision, offline=offline):
             return None
         draft = source
     drafter = load_drafter(draft, revision=revision if draft == source else None, offline=offline)

@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.drafters import checkpoint
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoint import (
+    has_attached_drafter,
+    load_drafter,
+    save_attached,
+    save_published,
+)
 from dspark.errors import CheckpointError, CompatibilityError
 
 
@@ -254,6 +259,9 @@ def test_hub_ids_are_fetched_and_their_failures_told(golden, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert load_drafter("owner/draft", revision="v1", offline=True).block_size == 4
     assert asked == [("owner/draft", "v1", True)] * 2
+    assert not has_attached_drafter("owner/draft")
+    with pytest.raises(CheckpointError, match="cannot be fetched"):
+        has_attached_drafter("owner/absent")
     with pytest.raises(CheckpointError, match=r"cannot be fetched.*no such repository") as caught:
         load_drafter("owner/absent")
     assert "\n" not in str(caught.value)
