@@ -10,7 +10,9 @@ class TextStream:
     """Decodes a growing list of tokens.
 
     Text is given out once it can no longer change: bytes of an unfinished character wait for the
-    rest, and an end that could grow into a stop string waits until it does or does not.
+    rest, and an end that could grow into a stop string waits until it does or does not. Where
+    bytes are no valid text at all, what they look like may hang on when they were decoded; the
+    text is then what pushing token by token gives, also where the tokens were held.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -21,6 +23,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
+        self._waiting: list[int] = []
         # ids[prefix:read] are settled, and decode to `context`; they are decoded again with what
         # follows, since a token's text may hang on the one before it.
         self._prefix = self._read = 0
@@ -40,18 +43,26 @@ class TextStream:
 
     def hold(self, token_id: int) -> None:
         """Add a token without decoding; `finish` decodes all that was held. Not after `push`."""
-        self._ids.append(token_id)
+        self._waiting.append(token_id)
 
     def finish(self) -> str:
         """Return what is still held back, when no further token comes; may set `stopped`."""
         if self.stopped:
             return ""
+        given = self._push_waiting()
         self._held += self._decode(self._ids[self._prefix :])[len(self._context) :]
         self._advance()
-        given = self._settle() + self._held
+        given += self._settle() + self._held
         self.text += self._held
         self._held = ""
         return given
+
+    def _push_waiting(self) -> str:
+        waiting, self._waiting = self._waiting, []
+        if "\ufffd" in self._decode(waiting):
+            return "".join(map(self.push, waiting))
+        self._ids += waiting
+        return ""
 
     def _advance(self) -> None:
         self._prefix, self._read = self._read, len(self._ids)

@@ -177,13 +177,15 @@ def _path_weights(p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor) -> Tensor:
 
 def _block_keep(p_RKV1: Tensor, q_RKV: Tensor, drafts_RK: Tensor, lengths_R: Tensor) -> Tensor:
     weights_RK = _path_weights(p_RKV1, q_RKV, drafts_RK)[:, 1:]
-    keep_RK = weights_RK.clone()
-    for k in range(drafts_RK.shape[1] - 1):
-        weight_R = weights_RK[:, k]
-        excess_RV = weight_R[:, None] * p_RKV1[:, k + 1] - q_RKV[:, k + 1]
-        surplus_R = excess_RV.clamp_(min=0).sum(dim=1)
-        total_R = surplus_R + 1 - weight_R
-        # total = 0 only for P = 1 before p = q: the prefix is perfect so far, and stays.
-        before_last_R = torch.where(total_R > 0, surplus_R / total_R, torch.ones_like(total_R))
-        keep_RK[:, k] = torch.where(k + 1 < lengths_R, before_last_R, weight_R)
-    return keep_RK
+    num_drafts = drafts_RK.shape[1]
+    if num_drafts == 0:
+        return weights_RK
+    weights_RJ = weights_RK[:, :-1]  # J = K - 1: a surplus needs a draft behind it
+    excess_RJV = weights_RJ[:, :, None] * p_RKV1[:, 1:num_drafts] - q_RKV[:, 1:]
+    surplus_RJ = excess_RJV.clamp_(min=0).sum(dim=2)
+    total_RJ = surplus_RJ + 1 - weights_RJ
+    # total = 0 only for P = 1 before p = q: the prefix is perfect so far, and stays.
+    inner_RJ = torch.where(total_RJ > 0, surplus_RJ / total_RJ, torch.ones_like(total_RJ))
+    is_inner_RJ = torch.arange(1, num_drafts, device=lengths_R.device) < lengths_R[:, None]
+    keep_RJ = torch.where(is_inner_RJ, inner_RJ, weights_RJ)
+    return torch.cat([keep_RJ, weights_RK[:, -1:]], dim=1)

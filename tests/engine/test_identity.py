@@ -160,9 +160,12 @@ def test_penalties_and_bias_act_on_drafts_as_on_the_target(precise, prompts, tin
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_the_request_bans_is_rejected(target, tiny, temperature):
-    """Prompt lookup proposes one token only; a ban must not leave its law empty."""
+    """Prompt lookup proposes one token only; a ban must not leave its law empty.
+
+    The first token is 9, the suffix (7, 9) is found in the prompt, and 8 followed it there.
+    """
     requests = tiny.make_requests(
-        [[9, 8, 9, 8, 9]],
+        [[7, 9, 8, 1, 7]],
         max_new_tokens=30,
         temperature=temperature,
         logit_bias={8: float("-inf"), 9: 50.0},

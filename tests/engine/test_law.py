@@ -25,7 +25,7 @@ from dspark.engine.state import RoundState
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 
-VOCAB, TOKENS, PER_KIND = 6, 3, 1500
+VOCAB, TOKENS, PER_KIND = 6, 3, 1000
 EXACT, BIASED = 4.0, 6.0  # standard deviations
 KINDS = (
     ((1, 2, 3), {"temperature": 1.0}),
@@ -107,9 +107,9 @@ def deviation(counts: Counter, law: dict) -> float:
 
 
 def sampled(target, drafter, *, kinds=KINDS, threshold=None, per_kind=PER_KIND, **options):
-    """Outputs of many requests of every kind, decoded 96 at a time, joining and leaving."""
+    """Outputs of many requests of every kind, decoded 192 at a time, joining and leaving."""
     schedule = None if threshold is None else Schedule("threshold", threshold)
-    engine = Engine(target, drafter, max_requests=96, max_length=16, schedule=schedule, **options)
+    engine = Engine(target, drafter, max_requests=192, max_length=16, schedule=schedule, **options)
     requests = [
         Request(prompt, SamplingParams(5 + i % 4, seed=1000 * i + kind, **params))
         for i in range(per_kind)
@@ -163,8 +163,8 @@ def test_coupled_follows_the_law_too(tiny, small):
 # Controls: each wrong engine must fail the test above.
 
 
-def control(target, drafter, **options) -> float:
-    outputs = sampled(target, drafter, kinds=KINDS[:1], per_kind=2500, **options)
+def control(target, drafter, *, requests=2500, **options) -> float:
+    outputs = sampled(target, drafter, kinds=KINDS[:1], per_kind=requests, **options)
     return deviations(target, outputs, KINDS[:1])[0]
 
 
@@ -187,7 +187,8 @@ def test_control_drafts_drawn_with_the_noise_of_verification(tiny, small, stream
         return self._uniforms[stream][:, step]
 
     monkeypatch.setattr(RoundState, "draft_uniform", shared)
-    assert control(small, tiny.MarkovDrafter(VOCAB), verifier="token") > BIASED
+    drafter = tiny.MarkovDrafter(VOCAB)
+    assert control(small, drafter, verifier="token", requests=4000) > BIASED
 
 
 def test_control_confidence_that_has_seen_the_token_it_judges(tiny, small):

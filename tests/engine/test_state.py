@@ -44,22 +44,18 @@ def check_caches(engine, request, *, tolerance=1e-9):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-class DistractedDrafter:
-    """A DSpark drafter whose logits are mixed with the target's, to be accepted now and then."""
-
-    def __new__(cls, tiny, target):
-        drafter = tiny.make_drafter(target, std=0.05)
-        helper = tiny.TargetDrafter(target, spoil=4)
-        propose = helper.propose
-        drafter.propose = propose  # observes as a DSpark drafter, proposes as the helper
-        return drafter
+def distracted_drafter(tiny, target):
+    """A DSpark drafter that observes, and proposes what is accepted now and then."""
+    drafter = tiny.make_drafter(target)
+    drafter.propose = tiny.TargetDrafter(target, spoil=4).propose
+    return drafter
 
 
 @pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
     target = tiny.make_target(dtype=torch.float64)
-    drafter = DistractedDrafter(tiny, target)
+    drafter = distracted_drafter(tiny, target)
     engine = Engine(target, drafter, max_requests=3, max_length=80, verifier=verifier)
     for i, prompt in enumerate(tiny.make_prompts(5, 64, seed=2)):
         params = SamplingParams(8 + 2 * i, temperature=temperature, seed=i)
@@ -77,7 +73,7 @@ def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
 def test_the_check_sees_a_rejected_token(tiny):
     """Control: a cache that is one token off is not taken for the right one."""
     target = tiny.make_target(dtype=torch.float64)
-    engine = Engine(target, DistractedDrafter(tiny, target), max_requests=1, max_length=60)
+    engine = Engine(target, distracted_drafter(tiny, target), max_requests=1, max_length=60)
     engine.add(Request((1, 2, 3, 4), SamplingParams(30)))
     for _ in range(4):
         engine.step()
@@ -86,3 +82,30 @@ def test_the_check_sees_a_rejected_token(tiny):
     request.tokens[-2] = (request.tokens[-2] + 1) % 64
     with pytest.raises(AssertionError, match="not close"):
         check_caches(engine, request)
+
+
+def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
+    """Drafters that fold rows into a state could not take a rejected one back."""
+    target = tiny.make_target(dtype=torch.float64)
+    drafter = distracted_drafter(tiny, target)
+    seen, observe = {}, drafter.observe
+
+    def spy(context, slots_T, positions_T, features_TF):
+        assert len(features_TF) == len(positions_T)
+        for slot, position in zip(slots_T.tolist(), positions_T.tolist(), strict=True):
+            seen.setdefault(slot, []).append(position)
+        observe(context, slots_T, positions_T, features_TF)
+
+    drafter.observe = spy
+    engine = Engine(target, drafter, max_requests=2, max_length=40)
+    for tokens in ((1, 2, 3), (4, 5)):
+        engine.add(Request(tokens, SamplingParams(20, temperature=1.0, seed=tokens[0])))
+    for _ in range(4):
+        engine.step()
+        for request in engine._running:
+            assert seen[request.slot] == list(range(request.cached))
+    verified, accepted = (
+        sum(getattr(request.stats, name) for request in engine._running)
+        for name in ("verified", "accepted")
+    )
+    assert 0 < accepted < verified
