@@ -1,6 +1,5 @@
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from dspark.training.drafter import DrafterObjective, find_mask_token, target_fe
 from dspark.training.run import run_recipe
 
 QUIET = Console(quiet=True)
-SHARED = Path(__file__).parents[2].parent / "shared"
 RECIPE = """
 kind: drafter
 target: {target}
@@ -141,36 +139,3 @@ def test_samples_of_another_vocabulary_are_refused(recipe, tmp_path):
         file.write(json.dumps({"input_ids": [99] * 20, "prompt_len": 1}) + "\n")
     with pytest.raises(DataError, match="token 99"):
         run_recipe(str(recipe), [], device="cpu", console=QUIET)
-
-
-@pytest.mark.skipif(not (SHARED / "models" / "stories260K").is_dir(), reason="needs ../shared")
-def test_a_third_party_model_end_to_end(tmp_path):
-    """Sample stories from stories260K, train a drafter on them, decode faster than one a round."""
-    from dspark.data.regenerate import regenerate
-
-    source = SHARED / "models" / "stories260K"
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Once upon a time"}\n' * 48)
-    model = dspark.load(source, device="cpu")
-    params = dspark.SamplingParams(max_new_tokens=80, temperature=1.0, ignore_eos=True)
-    report = regenerate(
-        model, tmp_path / "p.jsonl", tmp_path / "s.jsonl.gz", params=params, batch_size=48
-    )
-    assert (report.records, report.failed, report.tokens) == (48, 0, 48 * 80)
-    path = tmp_path / "r.yaml"
-    path.write_text(RECIPE.format(target=source, root=tmp_path))
-    overrides = [
-        "run.steps=60", "run.rows=8", "samples.max_length=96", "samples.num_anchors=24",
-        "loss.ce_first_steps=60", "loss.ce=1.0", "drafter.target_layer_ids=[0, 2, 4]",
-        "drafter.markov_rank=32",
-    ]  # fmt: skip
-    run_recipe(str(path), overrides, device="cpu", console=QUIET)
-    served = dspark.load(source, draft=tmp_path / "run", device="cpu")
-    prompts = ["Once upon a time", "Lily and Tom", "The little dog"]
-    outputs = served.generate(prompts, max_new_tokens=64)
-    assert [o.token_ids for o in outputs] == [
-        o.token_ids for o in model.generate(prompts, max_new_tokens=64)
-    ]
-    total = dspark.Stats()
-    for output in outputs:
-        total.add(output.stats)
-    assert total.accepted_length > 1.1
