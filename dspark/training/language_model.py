@@ -76,9 +76,8 @@ class LanguageModelObjective:
     def __init__(self, recipe: TargetRecipe, device: str) -> None:
         self.recipe = recipe
         self.device = device
-        output = Path(recipe.run.output_dir)
+        self.tokenizer = prepare_tokenizer(recipe)
         conversations = list(corpus_conversations(recipe.corpus))
-        self.tokenizer = _tokenizer(output, conversations, recipe.architecture.vocab_size)
         documents = encode_conversations(self.tokenizer, conversations)
         self.stream = TokenStream(documents, recipe.run.row_tokens, recipe.run.seed)
         torch.manual_seed(recipe.run.seed)
@@ -115,12 +114,13 @@ class LanguageModelObjective:
         (directory / "heldout.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _tokenizer(output: Path, conversations: list[Conversation], vocab_size: int) -> Any:
-    path = output / "tokenizer.json"
-    if path.is_file():
+def prepare_tokenizer(recipe: TargetRecipe) -> Any:
+    """The tokenizer in the recipe's output directory, trained from its corpus if there is none."""
+    output = Path(recipe.run.output_dir)
+    if (output / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(output)
-    texts = (message["content"] for c in conversations for message in c)
-    tokenizer = train_tokenizer(texts, vocab_size)
+    texts = (m["content"] for c in corpus_conversations(recipe.corpus) for m in c)
+    tokenizer = train_tokenizer(texts, recipe.architecture.vocab_size)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     return tokenizer

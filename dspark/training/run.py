@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from dspark.training.drafter import DrafterObjective, load_frozen_target
-from dspark.training.language_model import LanguageModelObjective
+from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
 from dspark.training.loop import Objective, TrainingResult, train
 from dspark.training.parallel import barrier, pick_device, start_parallel
 from dspark.training.recipe import DrafterRecipe, TargetRecipe, load_recipe
@@ -41,14 +40,11 @@ def run_recipe(
     recipe = load_recipe(name, overrides)
     place = pick_device(recipe.run.device if device == "auto" else device)
     rank, ranks = start_parallel(place)
-    # Rank 0 goes first: what it writes (a tokenizer), the others read.
-    if rank > 0:
-        barrier()
-    objective = _objective(recipe, place)
-    if rank == 0:
-        barrier()
+    if isinstance(recipe, TargetRecipe) and rank == 0:
+        prepare_tokenizer(recipe)  # the other ranks read what this one writes
+    barrier()
     return train(
-        objective,
+        _objective(recipe, place),
         recipe.run,
         recipe.optimiser,
         rank=rank,
@@ -61,5 +57,4 @@ def run_recipe(
 def _objective(recipe: TargetRecipe | DrafterRecipe, device: str) -> Objective:
     if isinstance(recipe, DrafterRecipe):
         return DrafterObjective(recipe, load_frozen_target(recipe, device, recipe.run.dtype))
-    Path(recipe.run.output_dir).mkdir(parents=True, exist_ok=True)
     return LanguageModelObjective(recipe, device)
