@@ -184,9 +184,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> TargetRecipe | Draf
         recipe: TargetRecipe | DrafterRecipe = TypeAdapter(Recipe).validate_python(data)
         return recipe
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{path}: {key or 'the recipe'}: {first['msg']}.") from error
+        raise RecipeError(_sentence(path, error)) from error
+
+
+def _sentence(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    # The first part names the kind of recipe, where that is known.
+    parts = first["loc"][1:] if len(first["loc"]) > 1 else first["loc"]
+    key = ".".join(str(part) for part in parts) or "kind"
+    if first["type"].startswith("union_tag"):
+        return f"{path}: {first['msg']}; kind says what is trained."
+    if first["type"] == "extra_forbidden":
+        return f"{path}: a recipe has no key {key!r}; remove it or correct its name."
+    return f"{path}: {key} is {first['input']!r}: {first['msg']}."
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
