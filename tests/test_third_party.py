@@ -15,7 +15,7 @@ drafter: {{num_layers: 1, block_size: 4, markov_rank: 32, target_layer_ids: [0, 
 loss: {{ce: 1.0, ce_first_steps: 60}}
 samples: {{root: {root}, paths: [stories.jsonl.gz], max_length: 96, num_anchors: 24}}
 optimiser: {{name: muon, learning_rate: 0.01, matrix_learning_rate: 0.01}}
-run: {{output_dir: {root}/drafter, steps: 60, rows: 8, row_tokens: 96}}
+run: {{output_dir: {root}/drafter, steps: 60, rows: 8}}
 """
 
 

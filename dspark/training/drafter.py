@@ -111,6 +111,7 @@ class DrafterObjective:
         """Loss of this rank's share of the step's samples."""
         share = self.recipe.run.rows // ranks
         mine = self.stream.batch(step)[rank * share : (rank + 1) * share]
+        self.tokens_seen += sum(len(sample.input_ids) for sample in mine)
         batch = SampleBatch.of(mine, self.target.device)
         features_BSF, hidden_BSH = target_features(self.target, mine, self.drafter.taps)
         generator = torch.Generator().manual_seed(

@@ -85,6 +85,7 @@ class LanguageModelObjective:
         self.model.generation_config = GenerationConfig(eos_token_id=self.tokenizer.eos_token_id)
         self.model.to(device=device, dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.model
+        self.tokens_seen = 0
         self._loss = torch.compile(self._row_loss) if recipe.run.compile else self._row_loss
 
     def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
@@ -92,6 +93,7 @@ class LanguageModelObjective:
         run = self.recipe.run
         share = run.rows // ranks
         rows = self.stream.rows(step * run.rows + rank * share, share).to(self.device)
+        self.tokens_seen += rows.numel()
         loss = self._loss(rows)
         return loss, {"epoch": step * run.rows / self.stream.rows_per_epoch}
 

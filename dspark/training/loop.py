@@ -30,9 +30,15 @@ LATEST = "latest"
 
 
 class Objective(Protocol):
-    """What is trained: a module, and the loss of a step's batch."""
+    """What is trained: a module, and the loss of a step's batch.
+
+    Attributes:
+        module: whose parameters the optimiser steps.
+        tokens_seen: tokens of the sequences that this rank's steps have read so far.
+    """
 
     module: nn.Module
+    tokens_seen: int
 
     def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of this rank's share of the step's batch, and numbers worth logging."""
@@ -51,7 +57,7 @@ class TrainingResult:
         steps: steps done in all, earlier sittings included.
         loss: mean loss of the last logged steps.
         metrics: the last logged metrics.
-        tokens_per_s: tokens of sequences per second of this sitting.
+        tokens_per_s: tokens of sequences per second of this sitting, over all ranks.
         peak_memory_bytes: the largest resident memory (CPU) or allocation (CUDA).
         output_dir: where the exported weights lie.
     """
@@ -104,7 +110,7 @@ def train(
     if rank == 0:
         objective.export(output)
     barrier()
-    done = (run.steps - first) * run.rows * run.row_tokens
+    done = objective.tokens_seen * ranks  # the ranks' shares are alike
     return TrainingResult(
         steps=run.steps,
         loss=metrics.get("loss", math.nan),

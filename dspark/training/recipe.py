@@ -56,13 +56,18 @@ class RunSettings(_Settings):
     output_dir: str
     steps: int = Field(ge=1)
     rows: int = Field(8, ge=1, description="sequences per step, over all ranks")
-    row_tokens: int = Field(512, ge=8, description="tokens per sequence")
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = Field(False, description="torch.compile the loss")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
+
+
+class TargetRunSettings(RunSettings):
+    """A run over a token stream, whose rows are all of one length."""
+
+    row_tokens: int = Field(512, ge=8, description="tokens per sequence")
+    compile: bool = Field(False, description="torch.compile the loss")
 
 
 class ArchitectureSettings(_Settings):
@@ -86,7 +91,7 @@ class TargetRecipe(_Settings):
     architecture: ArchitectureSettings = ArchitectureSettings()
     corpus: CorpusSettings
     optimiser: OptimiserSettings = OptimiserSettings()
-    run: RunSettings
+    run: TargetRunSettings
 
 
 class DrafterSettings(_Settings):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from dspark.errors import RecipeError
 from dspark.training.drafter import DrafterObjective, load_frozen_target
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
 from dspark.training.loop import Objective, TrainingResult, train
@@ -40,6 +41,11 @@ def run_recipe(
     recipe = load_recipe(name, overrides)
     place = pick_device(recipe.run.device if device == "auto" else device)
     rank, ranks = start_parallel(place)
+    if recipe.run.rows % ranks:
+        raise RecipeError(
+            f"run.rows is {recipe.run.rows}, but must be a multiple of the {ranks} processes that "
+            "share a step."
+        )
     if isinstance(recipe, TargetRecipe) and rank == 0:
         prepare_tokenizer(recipe)  # the other ranks read what this one writes
     barrier()

@@ -22,7 +22,7 @@ drafter: {{num_layers: 1, block_size: 4, markov_rank: 8, target_layer_ids: [0, 2
 loss: {{ce_first_steps: 5}}
 samples: {{root: {root}, paths: [s.jsonl.gz], max_length: 32, min_supervised: 4, num_anchors: 8}}
 optimiser: {{name: muon, learning_rate: 0.01, matrix_learning_rate: 0.01}}
-run: {{output_dir: {root}/run, steps: 30, rows: 4, row_tokens: 24, save_every: 10, log_every: 1}}
+run: {{output_dir: {root}/run, steps: 30, rows: 4, save_every: 10, log_every: 1}}
 """
 
 
@@ -66,6 +66,7 @@ def test_training_writes_a_drafter_that_serves(recipe, tmp_path):
         total = ce * entry["ce"] + tv * entry["tv"] + entry["confidence"]
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
     assert 1 <= result.metrics["accepted_length"] <= 5
+    assert result.tokens_per_s > 0
     assert load_drafter(tmp_path / "run").config.mask_token_id == 39
     plain = dspark.load(tmp_path / "target", device="cpu").engine
     served = dspark.load(tmp_path / "target", draft=tmp_path / "run", device="cpu")
@@ -119,6 +120,12 @@ def test_without_a_tokenizer_the_mask_is_learned_and_saved_attached(recipe, tmp_
     run_recipe(str(recipe), ["run.steps=2"], device="cpu", console=QUIET)
     drafter = load_drafter(tmp_path / "run")
     assert drafter.mask_embedding is not None
+
+
+def test_rows_must_divide_over_the_processes(recipe, monkeypatch):
+    monkeypatch.setattr("dspark.training.run.start_parallel", lambda _: (0, 3))
+    with pytest.raises(RecipeError, match=r"rows is 4, .* multiple of the 3 processes"):
+        run_recipe(str(recipe), [], device="cpu", console=QUIET)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,10 @@ class Toy:
         self.module = Net().to(dtype)
         self.fail_at, self.die_at = fail_at, die_at
         self.exported = None
+        self.tokens_seen = 0
 
     def loss(self, step, rank, ranks):
+        self.tokens_seen += 16
         if step == self.die_at:
             raise KeyboardInterrupt
         generator = torch.Generator().manual_seed(step)

@@ -43,6 +43,8 @@ def test_overrides_reach_nested_keys(minimal):
     [
         ("run.stepz=3", "run.stepz"),
         ("speed=3", "speed"),
+        ("run.row_tokens=64", "no key 'run.row_tokens'"),
+        ("run.compile=true", "no key 'run.compile'"),
         ("run.steps=none", "run.steps"),
         ("run.steps=0", "run.steps"),
         ("optimiser.learning_rate=-1", "learning_rate"),
