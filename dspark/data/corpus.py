@@ -1,7 +1,8 @@
 """The corpus of the bundled model: openly licensed text, turned into conversations.
 
 A source names a file and how its records become conversations. Every tenth tldr command (by a hash
-of its name, so that all platforms of a command fall together) is held out.
+of its name, so that all platforms of a command fall together) and every twentieth GSM8K problem are
+held out.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def is_heldout_command(command: str) -> bool:
     return zlib.crc32(command.encode()) % 10 == 0
 
 
+def is_heldout_problem(question: str) -> bool:
+    """Whether a GSM8K problem belongs to the held-out twentieth."""
+    return zlib.crc32(question.encode()) % 20 == 0
+
+
 def _messages(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conversation]:
     yield messages
 
@@ -77,9 +83,16 @@ def _messages(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conve
 def _gsm8k(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conversation]:
     """The question as it is, and once more in the benchmark's wording with a boxed answer."""
     question, answer = messages[0]["content"], messages[1]["content"]
+    if is_heldout_problem(question):
+        return
     yield messages
     boxed = re.sub(r"\n#### (.*)$", r"\nThe final answer is \\boxed{\1}.", answer)
     yield _chat(question + BOXED, boxed)
+
+
+def _gsm8k_heldout(messages: Conversation, _record: dict[str, Any]) -> Iterator[Conversation]:
+    if is_heldout_problem(messages[0]["content"]):
+        yield messages
 
 
 def _mbpp(messages: Conversation, record: dict[str, Any]) -> Iterator[Conversation]:
@@ -101,6 +114,7 @@ def _tldr_heldout(messages: Conversation, record: dict[str, Any]) -> Iterator[Co
 _FORMATS: dict[str, Callable[[Conversation, dict[str, Any]], Iterator[Conversation]]] = {
     "messages": _messages,
     "gsm8k": _gsm8k,
+    "gsm8k_heldout": _gsm8k_heldout,
     "mbpp": _mbpp,
     "tldr": _tldr,
     "tldr_heldout": _tldr_heldout,

@@ -81,7 +81,10 @@ class LanguageModelObjective:
         documents = encode_conversations(self.tokenizer, conversations)
         self.stream = TokenStream(documents, recipe.run.row_tokens, recipe.run.seed)
         torch.manual_seed(recipe.run.seed)
-        self.model = Qwen3ForCausalLM(_config(recipe, self.tokenizer))
+        config = _config(recipe, self.tokenizer)
+        # On a CPU, compiled products of whole score matrices beat the flash kernel (docs/LOG.md).
+        config._attn_implementation = "eager" if device == "cpu" else "sdpa"
+        self.model = Qwen3ForCausalLM(config)
         self.model.generation_config = GenerationConfig(eos_token_id=self.tokenizer.eos_token_id)
         self.model.to(device=device, dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.model
