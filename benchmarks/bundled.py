@@ -8,7 +8,6 @@ decoding (an engine without drafter), DSpark, prompt lookup, and at temperature 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from benchmarks.common import (
     single_engine,
 )
 from benchmarks.prompts import DOMAINS, domain_requests
+from dspark.data.regenerate import repeats_gram
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams, Stats
@@ -48,12 +48,6 @@ FLOORS = {
 }
 MOST_REPEATING = 0.1
 GRAM = 8
-
-
-def repeats_gram(items: Sequence[object], size: int = GRAM) -> bool:
-    """Whether any `size` neighbouring items stand twice in a row of items."""
-    grams = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
-    return len(set(grams)) < len(grams)
 
 
 def transformers_decoder(target: Target, source: str) -> Decoder:
@@ -93,8 +87,8 @@ def domain_results(tallies: dict[str, Tally], temperature: float) -> dict[str, A
         "tokens_per_answer": sum(len(o.token_ids) for o in plain.outputs) / len(plain.outputs),
     }
     answers = plain.outputs
-    by_tokens = [repeats_gram(output.token_ids) for output in answers]
-    by_words = [repeats_gram(output.text.split()) for output in answers]
+    by_tokens = [repeats_gram(output.token_ids, GRAM) for output in answers]
+    by_words = [repeats_gram(output.text.split(), GRAM) for output in answers]
     results["repeating_share_tokens"] = sum(by_tokens) / len(answers)
     results["repeating_share_words"] = sum(by_words) / len(answers)
     if temperature == 0:

@@ -83,6 +83,16 @@ def _add_regenerate(commands: Commands) -> None:
         "--batch-size", type=int, default=16, metavar="R", help="requests at once (default: 16)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="read at most so many lines")
+    parser.add_argument(
+        "--only-finished", action="store_true", help="drop answers cut at --max-new-tokens"
+    )
+    parser.add_argument(
+        "--drop-repeats",
+        type=int,
+        default=0,
+        metavar="N",
+        help="drop answers in which N neighbouring words or tokens stand twice",
+    )
     add_loading_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run_regenerate)
@@ -98,9 +108,11 @@ def run_regenerate(options: argparse.Namespace, screen: Screen) -> dict[str, Any
     for name, count in (("--batch-size", options.batch_size), ("--limit", options.limit)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}, but must be at least 1.")
+    if options.drop_repeats < 0:
+        raise UsageError(f"--drop-repeats is {options.drop_repeats}, but must be 0 (off) or more.")
     out = Path(options.out or "regenerated.jsonl")
     model = load_model(options, options.draft, screen)
-    from dspark.data.regenerate import regenerate
+    from dspark.data.regenerate import Wanted, regenerate
 
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen.log) as bar:
@@ -110,15 +122,21 @@ def run_regenerate(options: argparse.Namespace, screen: Screen) -> dict[str, Any
             options.prompts,
             out,
             params=params,
+            wanted=Wanted(finished=options.only_finished, repeat_gram=options.drop_repeats),
             batch_size=options.batch_size,
             limit=options.limit,
             progress=lambda done, known: bar.update(task, completed=done, total=known),
         )
-    failed = f"; {report.failed} failed" if report.failed else ""
-    screen.out.print(Text(f"{report.records} records in {out}{failed}."), soft_wrap=True)
+    others = "".join(
+        f"; {count} {what}"
+        for what, count in (("failed", report.failed), ("dropped", report.dropped))
+        if count
+    )
+    screen.out.print(Text(f"{report.records} records in {out}{others}."), soft_wrap=True)
     return {
         "records": report.records,
         "failed": report.failed,
+        "dropped": report.dropped,
         "bytes": report.bytes,
         "bytes_per_token": report.bytes / report.tokens if report.tokens else None,
         "out": str(out),

@@ -20,10 +20,37 @@ from dspark.data.conversations import (
 )
 from dspark.engine.model import Model
 from dspark.errors import DataError, RequestError
-from dspark.request import Request, SamplingParams
+from dspark.request import Output, Request, SamplingParams
 
 Progress = Callable[[int, int], None]
 """(turns done, turns known so far)"""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which answers are worth keeping; by default all.
+
+    Attributes:
+        finished: only those that the model ended itself, within the limit of tokens.
+        repeat_gram: only those in which no row of so many neighbouring words or tokens stands
+            twice; 0 does not look.
+    """
+
+    finished: bool = False
+    repeat_gram: int = 0
+
+    def keeps(self, output: Output) -> bool:
+        """Whether an answer is wanted."""
+        if self.finished and output.finish_reason != "stop":
+            return False
+        rows = (output.token_ids, output.text.split())
+        return not self.repeat_gram or not any(repeats_gram(r, self.repeat_gram) for r in rows)
+
+
+def repeats_gram(items: Sequence[object], size: int) -> bool:
+    """Whether any `size` neighbouring items stand twice in a row of items."""
+    grams = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
+    return len(set(grams)) < len(grams)
 
 
 @dataclass(frozen=True)
@@ -33,12 +60,14 @@ class RegenerateReport:
     Attributes:
         records: lines with regenerated answers.
         failed: inputs that gave no line (nothing to answer, or longer than the context).
+        dropped: inputs whose answers were not wanted (`Wanted`).
         tokens: generated tokens.
         bytes: size of the file.
     """
 
     records: int
     failed: int
+    dropped: int
     tokens: int
     bytes: int
 
@@ -53,6 +82,11 @@ class _Dialogue:
     prompt_len: int = 0
     finish_reason: str = ""
     failed: bool = False
+    dropped: bool = False
+
+    def end(self) -> None:
+        """Ask nothing more."""
+        self.script = []
 
     def next_messages(self) -> list[Message] | None:
         """Say the user's next turns; the messages to answer, or None at the end."""
@@ -70,6 +104,7 @@ def regenerate(
     out_path: str | Path,
     *,
     params: SamplingParams,
+    wanted: Wanted | None = None,
     batch_size: int = 16,
     limit: int | None = None,
     max_turns: int = 8,
@@ -87,6 +122,7 @@ def regenerate(
         prompts_path: JSON lines.
         out_path: where to write; `.gz` compresses.
         params: how to sample; prompt i draws with seed + i.
+        wanted: which answers are kept; a conversation with another one is dropped. All by default.
         batch_size: requests at once.
         limit: lines to read at most.
         max_turns: assistant turns per conversation at most.
@@ -101,13 +137,20 @@ def regenerate(
         waiting = [d for d in dialogues if not d.failed and _prepare(d, turn, raw)]
         if not waiting:
             break
-        tokens += _answer(model, waiting, params, batch_size, raw, progress)
-    written = [d for d in dialogues if not d.failed and d.finish_reason]
+        tokens += _answer(model, waiting, params, wanted or Wanted(), batch_size, raw, progress)
+    dropped = sum(d.dropped for d in dialogues)
+    written = [d for d in dialogues if not (d.failed or d.dropped) and d.finish_reason]
+    if not written and dropped:
+        raise DataError(
+            f"None of the {dropped} answers was wanted; allow unfinished or repeating ones, or "
+            "train the model for longer."
+        )
     out = Path(out_path)
     _write(out, written, raw)
     return RegenerateReport(
         records=len(written),
-        failed=len(dialogues) - len(written),
+        failed=len(dialogues) - len(written) - dropped,
+        dropped=dropped,
         tokens=tokens,
         bytes=out.stat().st_size,
     )
@@ -162,6 +205,7 @@ def _answer(
     model: Model,
     waiting: Sequence[_Dialogue],
     params: SamplingParams,
+    wanted: Wanted,
     batch_size: int,
     raw: bool,
     progress: Progress | None,
@@ -172,7 +216,7 @@ def _answer(
         ids = dialogue.input_ids if raw else model.encode(dialogue.said)
         if len(ids) >= model.target.max_context:
             dialogue.failed = not dialogue.finish_reason
-            dialogue.script = []
+            dialogue.end()
             continue
         requests.append(Request(ids, params.with_seed(params.seed + index)))
         asked.append(dialogue)
@@ -189,12 +233,13 @@ def _answer(
             dialogue.finish_reason = output.finish_reason
             tokens += len(output.token_ids)
             done += 1
+            dialogue.dropped = not wanted.keeps(output)
             if raw:
                 dialogue.input_ids += output.token_ids
             else:
                 dialogue.said.append({"role": "assistant", "content": output.text})
-                if output.finish_reason != "stop":
-                    dialogue.script = []
+                if dialogue.dropped or output.finish_reason != "stop":
+                    dialogue.end()
             if progress:
                 progress(done, len(asked))
     return tokens

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dspark.data.corpus import Conversation, read_source
 from dspark.data.tokenizer import END, TEXT_END, train_tokenizer
+from dspark.errors import RecipeError
 from dspark.training.recipe import CorpusSettings, Source, TargetRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,6 +87,8 @@ class LanguageModelObjective:
         # On a CPU, compiled products of whole score matrices beat the flash kernel (docs/LOG.md).
         config._attn_implementation = "eager" if device == "cpu" else "sdpa"
         self.model = Qwen3ForCausalLM(config)
+        if recipe.initial is not None:
+            _load_initial(self.model, Path(recipe.initial))
         self.model.generation_config = GenerationConfig(eos_token_id=self.tokenizer.eos_token_id)
         self.model.to(device=device, dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.model
@@ -122,13 +126,37 @@ class LanguageModelObjective:
 def prepare_tokenizer(recipe: TargetRecipe) -> Any:
     """The tokenizer in the recipe's output directory, trained from its corpus if there is none."""
     output = Path(recipe.run.output_dir)
-    if (output / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(output)
+    for directory in (output, Path(recipe.initial or output)):
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+            tokenizer.save_pretrained(output)
+            return tokenizer
+    if recipe.initial is not None:
+        raise RecipeError(f"initial is {recipe.initial!r}, which holds no tokenizer.json.")
     texts = (m["content"] for c in corpus_conversations(recipe.corpus) for m in c)
     tokenizer = train_tokenizer(texts, recipe.architecture.vocab_size)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     return tokenizer
+
+
+def _load_initial(model: Qwen3ForCausalLM, directory: Path) -> None:
+    """Copy a checkpoint's weights into the model.
+
+    Raises:
+        RecipeError: there is none, or its tensors are not the model's.
+    """
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise RecipeError(f"initial is {str(directory)!r}, which holds no model.safetensors.")
+    state = load_file(path)
+    own = {name: p.shape for name, p in model.named_parameters()}
+    if own != {name: tensor.shape for name, tensor in state.items()}:
+        raise RecipeError(
+            f"initial is {str(directory)!r}, whose tensors are not those of the recipe's "
+            "architecture; give the architecture that it was trained with."
+        )
+    model.load_state_dict(state, strict=False)  # a tied head is stored once
 
 
 def _config(recipe: TargetRecipe, tokenizer: Any) -> Qwen3Config:

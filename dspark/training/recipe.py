@@ -85,9 +85,14 @@ class ArchitectureSettings(_Settings):
 
 
 class TargetRecipe(_Settings):
-    """Trains a small language model from scratch."""
+    """Trains a small language model, from scratch or from an earlier one."""
 
     kind: Literal["target"]
+    initial: str | None = Field(
+        None,
+        description="directory of a model to go on from, its tokenizer included; its architecture "
+        "must be the recipe's",
+    )
     architecture: ArchitectureSettings = ArchitectureSettings()
     corpus: CorpusSettings
     optimiser: OptimiserSettings = OptimiserSettings()

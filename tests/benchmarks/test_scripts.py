@@ -173,13 +173,6 @@ def test_prompts_end_with_a_user_turn_and_have_their_own_seeds(pair, data):
         domain_requests(model, data, "gsm8k", 9, params)
 
 
-def test_a_repeated_gram_is_seen():
-    assert bundled.repeats_gram([*range(8), *range(8)])
-    assert bundled.repeats_gram("a" * 9)
-    assert not bundled.repeats_gram([*range(8), *range(7)])
-    assert not bundled.repeats_gram("ab")
-
-
 def test_every_way_decodes_every_request_in_turn(pair, data):
     model = load_pair(str(pair), "float32")
     requests = domain_requests(model, data, "gsm8k", 3, SamplingParams(max_new_tokens=4))

@@ -45,11 +45,41 @@ def test_limit_seed_and_temperature_act(dspark, pair, prompts, in_tmp_path):
     assert answers(*greedy, "--seed", 1) == answers(*greedy, "--seed", 2, "--draft", "none")
 
 
+def test_unwanted_answers_are_dropped_and_counted(dspark, pair, prompts, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    words = ["data", "regenerate", pair.attached, "--prompts", prompts, "--out", out]
+
+    def lines(*more):
+        report = dspark(*words, "--max-new-tokens", 40, "--json", *more).json
+        found = out.read_text().splitlines()
+        assert (report["records"], report["dropped"]) == (len(found), 3 - len(found))
+        return found
+
+    everything = lines()
+    assert len(everything) == 3
+    finished = [line for line in everything if '"finish_reason": "stop"' in line]
+    assert 0 < len(finished) < 3
+    assert lines("--only-finished") == finished
+    once = lines("--drop-repeats", 1)
+    assert len(once) < 3
+    assert set(once) < set(everything)
+
+
+def test_a_file_of_unwanted_answers_is_not_written(dspark, pair, prompts, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    words = ["data", "regenerate", pair.attached, "--prompts", prompts, "--out", out]
+    result = dspark(*words, "--max-new-tokens", 1, "--only-finished")
+    assert result.status == 1
+    assert "None of the 3 answers was wanted" in result.err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         (["--batch-size", 0], 2, "--batch-size is 0"),
         (["--limit", 0], 2, "--limit is 0"),
+        (["--drop-repeats", -1], 2, "--drop-repeats is -1"),
         (["--max-new-tokens", 0], 2, "max_new_tokens is 0"),
         (["--prompts", "absent.jsonl"], 1, "absent.jsonl does not exist"),
         (["--draft", "/absent"], 1, "/absent"),
