@@ -107,15 +107,15 @@ class DrafterObjective:
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
 
-    def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of this rank's share of the step's samples."""
-        share = self.recipe.run.rows // ranks
-        mine = self.stream.batch(step)[rank * share : (rank + 1) * share]
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one part of the step's samples."""
+        share = self.recipe.run.rows // parts
+        mine = self.stream.batch(step)[part * share : (part + 1) * share]
         self.tokens_seen += sum(len(sample.input_ids) for sample in mine)
         batch = SampleBatch.of(mine, self.target.device)
         features_BSF, hidden_BSH = target_features(self.target, mine, self.drafter.taps)
         generator = torch.Generator().manual_seed(
-            (self.recipe.run.seed * 1_000_003 + step) * ranks + rank
+            (self.recipe.run.seed * 1_000_003 + step) * parts + part
         )
         anchors_BN, keep_BN = sample_anchors(
             batch.loss_mask_BS, self.recipe.samples.num_anchors, generator

@@ -95,11 +95,11 @@ class LanguageModelObjective:
         self.tokens_seen = 0
         self._loss = torch.compile(self._row_loss) if recipe.run.compile else self._row_loss
 
-    def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats of this rank's rows."""
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy in nats of this part's rows."""
         run = self.recipe.run
-        share = run.rows // ranks
-        rows = self.stream.rows(step * run.rows + rank * share, share).to(self.device)
+        share = run.rows // parts
+        rows = self.stream.rows(step * run.rows + part * share, share).to(self.device)
         self.tokens_seen += rows.numel()
         loss = self._loss(rows)
         return loss, {"epoch": step * run.rows / self.stream.rows_per_epoch}

@@ -40,8 +40,8 @@ class Objective(Protocol):
     module: nn.Module
     tokens_seen: int
 
-    def loss(self, step: int, rank: int, ranks: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of this rank's share of the step's batch, and numbers worth logging."""
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one of the `parts` of the step's batch, and numbers worth logging."""
         ...
 
     def export(self, directory: Path) -> None:
@@ -93,12 +93,10 @@ def train(
     metrics: dict[str, float] = {}
     with _progress(run, first, console, rank) as (report, log):
         for step in range(first, run.steps):
-            loss, step_metrics = objective.loss(step, rank, ranks)
-            loss.backward()  # type: ignore[no-untyped-call]
+            metrics = _gradients(objective, optimiser, run.accumulate, step, rank, ranks)
             average_over_ranks(optimiser.gradients())
             norm, rate = optimiser.step(step)
-            _check_finite(float(loss.detach()), norm, step, output)
-            metrics = {"loss": float(loss.detach()), **step_metrics}
+            _check_finite(metrics["loss"], norm, step, output)
             metrics |= {"learning_rate": rate, "gradient_norm": norm}
             report(step + 1, metrics)
             if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
@@ -119,6 +117,25 @@ def train(
         peak_memory_bytes=_peak_memory_bytes(),
         output_dir=output,
     )
+
+
+def _gradients(
+    objective: Objective,
+    optimiser: MasterOptimiser,
+    accumulate: int,
+    step: int,
+    rank: int,
+    ranks: int,
+) -> dict[str, float]:
+    """Collect the mean gradient of this rank's parts of a step; the means of their metrics."""
+    total: dict[str, float] = {}
+    for part in range(rank * accumulate, (rank + 1) * accumulate):
+        loss, metrics = objective.loss(step, part, ranks * accumulate)
+        (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+        optimiser.collect()
+        for name, value in {"loss": float(loss.detach()), **metrics}.items():
+            total[name] = total.get(name, 0.0) + value / accumulate
+    return total
 
 
 def _check_finite(loss: float, norm: float, step: int, output: Path) -> None:

@@ -79,8 +79,19 @@ class MasterOptimiser:
             )
         return found
 
+    def collect(self) -> None:
+        """Add what the last backward pass left in the model to the masters' fp32 gradients."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
     def step(self, step: int) -> tuple[float, float]:
-        """Clip, step and clear the gradients.
+        """Clip, step and clear the collected gradients.
 
         Args:
             step: the index of this step from 0, which sets the learning rate.
@@ -88,9 +99,6 @@ class MasterOptimiser:
         Returns:
             (gradient norm before clipping, learning rate of the AdamW part).
         """
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
         factor = learning_rate_factor(step, self.steps, self.warmup_steps)
         for optimiser, base in zip(self._optimisers, self._base_rates(), strict=True):
@@ -102,7 +110,6 @@ class MasterOptimiser:
             for master, parameter in zip(self.masters, self.parameters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-                parameter.grad = None
         return float(norm), self.settings.learning_rate * factor
 
     def _base_rates(self) -> list[float]:
@@ -114,8 +121,8 @@ class MasterOptimiser:
         ]
 
     def gradients(self) -> list[Tensor]:
-        """The model's gradients that exist, for averaging over ranks."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """The collected gradients that exist, for averaging over ranks."""
+        return [m.grad for m in self.masters if m.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """Masters and optimiser states: what an exact resume needs beside the step."""

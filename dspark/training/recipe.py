@@ -56,6 +56,9 @@ class RunSettings(_Settings):
     output_dir: str
     steps: int = Field(ge=1)
     rows: int = Field(8, ge=1, description="sequences per step, over all ranks")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a rank's rows that are computed one after the other"
+    )
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -41,10 +41,11 @@ def run_recipe(
     recipe = load_recipe(name, overrides)
     place = pick_device(recipe.run.device if device == "auto" else device)
     rank, ranks = start_parallel(place)
-    if recipe.run.rows % ranks:
+    parts = ranks * recipe.run.accumulate
+    if recipe.run.rows % parts:
         raise RecipeError(
-            f"run.rows is {recipe.run.rows}, but must be a multiple of the {ranks} processes that "
-            "share a step."
+            f"run.rows is {recipe.run.rows}, but must be a multiple of the {parts} parts that a "
+            f"step has ({ranks} processes, run.accumulate {recipe.run.accumulate})."
         )
     if isinstance(recipe, TargetRecipe) and rank == 0:
         prepare_tokenizer(recipe)  # the other ranks read what this one writes

@@ -124,7 +124,7 @@ def test_without_a_tokenizer_the_mask_is_learned_and_saved_attached(recipe, tmp_
 
 def test_rows_must_divide_over_the_processes(recipe, monkeypatch):
     monkeypatch.setattr("dspark.training.run.start_parallel", lambda _: (0, 3))
-    with pytest.raises(RecipeError, match=r"rows is 4, .* multiple of the 3 processes"):
+    with pytest.raises(RecipeError, match=r"rows is 4, .* multiple of the 3 parts"):
         run_recipe(str(recipe), [], device="cpu", console=QUIET)
 
 

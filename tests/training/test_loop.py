@@ -7,7 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from dspark.errors import TrainingError
-from dspark.training.loop import train
+from dspark.training.loop import _gradients, train
 from dspark.training.optim import MasterOptimiser, learning_rate_factor
 from dspark.training.recipe import OptimiserSettings, RunSettings
 
@@ -143,6 +143,38 @@ def test_masters_keep_what_bfloat16_would_lose():
     )
     for step in range(60):
         layer.weight.grad = torch.ones_like(layer.weight)
+        optimiser.collect()
         optimiser.step(step)
     # Sixty steps of 1e-4 are more than bfloat16's spacing below 1 (2^-8); one alone is less.
     assert layer.weight.item() == pytest.approx(1 - 60e-4, abs=2**-9)
+
+
+class Sum:
+    """The loss is a mean over eight numbers times a weight, read in equal parts."""
+
+    def __init__(self, dtype):
+        self.module = nn.Linear(1, 1, bias=False, dtype=dtype)
+        self.module.weight.data.fill_(0.5)
+        self.tokens_seen = 0
+
+    def loss(self, step, part, parts):
+        numbers = torch.arange(1.0, 9.0).view(parts, -1)[part].to(self.module.weight.dtype)
+        return (self.module.weight.view(()) * numbers).mean(), {"mean": float(numbers.mean())}
+
+    def export(self, directory):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_parts_are_summed_in_fp32(dtype):
+    whole, parted = Sum(dtype), Sum(dtype)
+    found = []
+    for objective, accumulate in ((whole, 1), (parted, 8)):
+        named = objective.module.named_parameters()
+        optimiser = MasterOptimiser(named, OptimiserSettings(), 10)
+        metrics = _gradients(objective, optimiser, accumulate, 0, 0, 1)
+        found.append((optimiser.gradients()[0], metrics))
+    assert all(gradient.dtype == torch.float32 for gradient, _ in found)
+    assert float(found[1][0]) == float(found[0][0]) == 4.5
+    assert found[1][1]["mean"] == found[0][1]["mean"] == 4.5
+    assert found[1][1]["loss"] == pytest.approx(2.25, rel=1e-2)
