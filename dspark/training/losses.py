@@ -90,7 +90,7 @@ def block_loss(
     weights: LossWeights,
     *,
     total_weight: Tensor | float | None = None,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
 ) -> LossReport:
     """Loss of a batch of blocks.
 
@@ -102,7 +102,8 @@ def block_loss(
         weights: how the losses are combined.
         total_weight: what to divide by; None for the sum of this batch's position weights. Give
             the sum over all ranks where several share a step.
-        chunk_rows: supervised slots that meet the vocabulary at once.
+        chunk_rows: supervised slots that meet the vocabulary at once; None for as many as suit
+            the device.
     """
     # Blocks first and slots later: a recurrent head needs whole blocks.
     block_rows = blocks.supervised_BNK[..., 0].nonzero(as_tuple=True)
@@ -121,7 +122,7 @@ def block_loss(
         labels_M=blocks.labels_BNK[block_rows][chosen_MK],
         weight_M=weight_M / normalizer,
         weights=weights,
-        chunk_rows=chunk_rows,
+        chunk_rows=chunk_rows or _chunk_rows(hidden_BNKH.device, drafter.config.vocab_size),
         with_gradient=torch.is_grad_enabled(),
     )
     bias_Vr = None if head is None else head.markov_w2.weight
@@ -149,6 +150,13 @@ def block_loss(
         **means,
         **_metrics(chosen_MK, weight_M, accept_M, logits_M),
     )
+
+
+def _chunk_rows(device: torch.device, vocab_size: int) -> int:
+    # A CPU's passes over the logits are fastest while those stay in its cache (1 MiB here); an
+    # accelerator wants few, large chunks (256 MiB).
+    numbers = 2**18 if device.type == "cpu" else 2**26
+    return max(numbers // vocab_size, 16)
 
 
 def _metrics(
@@ -219,7 +227,9 @@ class _VocabularyLoss(torch.autograd.Function):
         inputs = (hidden_MH, feature_Mr, bias_Vr)
         wanted = [terms.with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         grads = [
-            torch.zeros_like(x) if w and x is not None else None
+            x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+            if w and x is not None
+            else None
             for x, w in zip(inputs, wanted, strict=True)
         ]
         losses, ces, tvs = [], [], []
@@ -244,7 +254,12 @@ class _VocabularyLoss(torch.autograd.Function):
             losses.append(loss.detach())
             ces.append(ce)
             tvs.append(tv)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(
+            *(
+                None if g is None or x is None else g.to(x.dtype)
+                for g, x in zip(grads, inputs, strict=True)
+            )
+        )
         zero = terms.weight_M.new_zeros(0)
         ce_M, tv_M = torch.cat([zero, *ces]), torch.cat([zero, *tvs])
         ctx.mark_non_differentiable(ce_M, tv_M)
