@@ -41,6 +41,8 @@ def _add_corpus(commands: Commands) -> None:
     parser.add_argument("format", choices=FORMATS, help="how its records become conversations")
     parser.add_argument("--path", metavar="FILE", help="JSON lines (python_stdlib takes none)")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, .gz compresses")
+    parser.add_argument("--limit", type=int, metavar="N", help="write at most so many")
+    _add_drop_containing(parser, "conversations")
     add_common_options(parser)
     parser.set_defaults(run=run_corpus)
 
@@ -51,9 +53,28 @@ def run_corpus(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     out = Path(options.out)
     path = Path(options.path) if options.path else None
-    records = write_source(options.format, path, out, seed=options.seed or 0)
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit is {options.limit}, but must be at least 1.")
+    records = write_source(
+        options.format,
+        path,
+        out,
+        seed=options.seed or 0,
+        without=tuple(options.drop_containing),
+        limit=options.limit,
+    )
     screen.out.print(Text(f"{records} conversations in {out}."), soft_wrap=True)
     return {"records": records, "failed": 0, "bytes": out.stat().st_size, "out": str(out)}
+
+
+def _add_drop_containing(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--drop-containing",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"drop {what} that contain TEXT; repeatable",
+    )
 
 
 def _add_regenerate(commands: Commands) -> None:
@@ -86,13 +107,15 @@ def _add_regenerate(commands: Commands) -> None:
     parser.add_argument(
         "--only-finished", action="store_true", help="drop answers cut at --max-new-tokens"
     )
-    parser.add_argument(
-        "--drop-repeats",
-        type=int,
-        default=0,
-        metavar="N",
-        help="drop answers in which N neighbouring words or tokens stand twice",
-    )
+    for unit in ("tokens", "words"):
+        parser.add_argument(
+            f"--drop-repeated-{unit}",
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"drop answers in which N neighbouring {unit} stand twice",
+        )
+    _add_drop_containing(parser, "answers")
     add_loading_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run_regenerate)
@@ -105,14 +128,24 @@ def run_regenerate(options: argparse.Namespace, screen: Screen) -> dict[str, Any
         temperature=options.temperature,
         seed=options.seed or 0,
     )
-    for name, count in (("--batch-size", options.batch_size), ("--limit", options.limit)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name} is {count}, but must be at least 1.")
-    if options.drop_repeats < 0:
-        raise UsageError(f"--drop-repeats is {options.drop_repeats}, but must be 0 (off) or more.")
+    for name, count, least in (
+        ("--batch-size", options.batch_size, 1),
+        ("--limit", options.limit, 1),
+        ("--drop-repeated-tokens", options.drop_repeated_tokens, 0),
+        ("--drop-repeated-words", options.drop_repeated_words, 0),
+    ):
+        if count is not None and count < least:
+            raise UsageError(f"{name} is {count}, but must be at least {least}.")
+    from dspark.data.regenerate import Wanted, regenerate
+
+    wanted = Wanted(
+        finished=options.only_finished,
+        token_gram=options.drop_repeated_tokens,
+        word_gram=options.drop_repeated_words,
+        without=tuple(options.drop_containing),
+    )
     out = Path(options.out or "regenerated.jsonl")
     model = load_model(options, options.draft, screen)
-    from dspark.data.regenerate import Wanted, regenerate
 
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen.log) as bar:
@@ -122,7 +155,7 @@ def run_regenerate(options: argparse.Namespace, screen: Screen) -> dict[str, Any
             options.prompts,
             out,
             params=params,
-            wanted=Wanted(finished=options.only_finished, repeat_gram=options.drop_repeats),
+            wanted=wanted,
             batch_size=options.batch_size,
             limit=options.limit,
             progress=lambda done, known: bar.update(task, completed=done, total=known),

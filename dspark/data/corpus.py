@@ -47,8 +47,19 @@ def read_source(kind: SourceFormat, path: Path | None) -> Iterator[Conversation]
         yield from _FORMATS[kind](messages, record)
 
 
-def write_source(kind: SourceFormat, path: Path | None, out: Path, *, seed: int) -> int:
+def write_source(
+    kind: SourceFormat,
+    path: Path | None,
+    out: Path,
+    *,
+    seed: int,
+    without: Sequence[str] = (),
+    limit: int | None = None,
+) -> int:
     """Write a source's conversations as JSON lines with `messages`, in an order that `seed` names.
+
+    Conversations with any text of `without` in a message are left out, and all after the first
+    `limit` of that order.
 
     Returns:
         Their number.
@@ -56,10 +67,15 @@ def write_source(kind: SourceFormat, path: Path | None, out: Path, *, seed: int)
     Raises:
         DataError: the source is missing, malformed or empty.
     """
-    conversations = list(read_source(kind, path))
+    conversations = [
+        conversation
+        for conversation in read_source(kind, path)
+        if not any(text in message["content"] for message in conversation for text in without)
+    ]
     if not conversations:
         raise DataError(f"The corpus source {path or kind} holds no conversation.")
     random.Random(seed).shuffle(conversations)
+    conversations = conversations[:limit]
     with write_json_lines(out) as write:
         for conversation in conversations:
             write({"messages": conversation})

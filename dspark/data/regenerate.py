@@ -32,23 +32,31 @@ class Wanted:
 
     Attributes:
         finished: only those that the model ended itself, within the limit of tokens.
-        repeat_gram: only those in which no row of so many neighbouring words or tokens stands
-            twice; 0 does not look.
+        token_gram: only those in which no row of so many neighbouring tokens stands twice; 0 does
+            not look.
+        word_gram: the same of words, as split at white space.
+        without: only those that contain none of these texts.
     """
 
     finished: bool = False
-    repeat_gram: int = 0
+    token_gram: int = 0
+    word_gram: int = 0
+    without: tuple[str, ...] = ()
 
     def keeps(self, output: Output) -> bool:
         """Whether an answer is wanted."""
         if self.finished and output.finish_reason != "stop":
             return False
-        rows = (output.token_ids, output.text.split())
-        return not self.repeat_gram or not any(repeats_gram(r, self.repeat_gram) for r in rows)
+        if any(text in output.text for text in self.without):
+            return False
+        rows = ((output.token_ids, self.token_gram), (output.text.split(), self.word_gram))
+        return not any(repeats_gram(items, size) for items, size in rows)
 
 
 def repeats_gram(items: Sequence[object], size: int) -> bool:
-    """Whether any `size` neighbouring items stand twice in a row of items."""
+    """Whether any `size` neighbouring items stand twice in a row of items; for 0, False."""
+    if size == 0:
+        return False
     grams = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
     return len(set(grams)) < len(grams)
 

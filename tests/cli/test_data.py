@@ -60,9 +60,11 @@ def test_unwanted_answers_are_dropped_and_counted(dspark, pair, prompts, tmp_pat
     finished = [line for line in everything if '"finish_reason": "stop"' in line]
     assert 0 < len(finished) < 3
     assert lines("--only-finished") == finished
-    once = lines("--drop-repeats", 1)
+    once = lines("--drop-repeated-tokens", 1)
     assert len(once) < 3
     assert set(once) < set(everything)
+    letter = json.loads(everything[0])["messages"][-1]["content"][0]
+    assert everything[0] not in lines("--drop-containing", letter, "--limit", 3)
 
 
 def test_a_file_of_unwanted_answers_is_not_written(dspark, pair, prompts, tmp_path):
@@ -79,7 +81,7 @@ def test_a_file_of_unwanted_answers_is_not_written(dspark, pair, prompts, tmp_pa
     [
         (["--batch-size", 0], 2, "--batch-size is 0"),
         (["--limit", 0], 2, "--limit is 0"),
-        (["--drop-repeats", -1], 2, "--drop-repeats is -1"),
+        (["--drop-repeated-tokens", -1], 2, "--drop-repeated-tokens is -1"),
         (["--max-new-tokens", 0], 2, "max_new_tokens is 0"),
         (["--prompts", "absent.jsonl"], 1, "absent.jsonl does not exist"),
         (["--draft", "/absent"], 1, "/absent"),

@@ -131,6 +131,17 @@ def test_a_source_is_written_shuffled_by_seed(tmp_path):
     first, again, other = (list(read_conversations(out)) for out in outs)
     assert first == again != other
     assert sorted(c[0]["content"] for c in first) == sorted(c[0]["content"] for c in other)
+    few = tmp_path / "few.jsonl"
+    assert write_source("messages", path, few, seed=0, limit=5) == 5
+    assert list(read_conversations(few)) == first[:5]
+
+
+def test_conversations_that_contain_a_text_are_left_out(tmp_path):
+    asides = [[{**CHAT[0], "content": text}, CHAT[1]] for text in ("plain", "an alias of ls")]
+    path = write(tmp_path / "c.jsonl", *({"messages": t} for t in asides))
+    out = tmp_path / "o.jsonl"
+    assert write_source("messages", path, out, seed=0, without=("absent", "alias of")) == 1
+    assert [c[0]["content"] for c in read_conversations(out)] == ["plain"]
 
 
 def test_an_empty_source_leaves_an_older_file_alone(tmp_path):

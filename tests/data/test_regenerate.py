@@ -13,6 +13,7 @@ def test_a_repeated_gram_is_seen():
     assert repeats_gram("a" * 9, 8)
     assert not repeats_gram([*range(8), *range(7)], 8)
     assert not repeats_gram("ab", 8)
+    assert not repeats_gram("aa", 0)
 
 
 @pytest.mark.parametrize(
@@ -21,9 +22,13 @@ def test_a_repeated_gram_is_seen():
         (Wanted(), answer(reason="length"), True),
         (Wanted(finished=True), answer(reason="length"), False),
         (Wanted(finished=True), answer(), True),
-        (Wanted(repeat_gram=2), answer("a b a b", range(4)), False),
-        (Wanted(repeat_gram=2), answer("a b", (1, 2, 1, 2)), False),
-        (Wanted(repeat_gram=3), answer("a b a b", (1, 2, 1, 2)), True),
+        (Wanted(word_gram=2), answer("a b a b", range(4)), False),
+        (Wanted(word_gram=2), answer("a b", (1, 2, 1, 2)), True),
+        (Wanted(token_gram=2), answer("a b", (1, 2, 1, 2)), False),
+        (Wanted(token_gram=2), answer("a b a b", range(4)), True),
+        (Wanted(token_gram=3, word_gram=3), answer("a b a b", (1, 2, 1, 2)), True),
+        (Wanted(without=("c", "b")), answer("a b"), False),
+        (Wanted(without=("c",)), answer("a b"), True),
     ],
 )
 def test_wanted_answers(wanted, output, kept):
