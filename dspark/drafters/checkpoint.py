@@ -20,21 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.drafters.config import DSparkConfig
-from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.published import config_from_json, config_to_json
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.drafters.registry import (
+    ATTACHED,
+    DEEPSPEC,
+    AnyDrafter,
+    read_config,
+    write_config,
+)
+from dspark.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-ATTACHED = "dspark"
-MASK_EMBEDDING = "mask_embedding.weight"
+ATTACHED_FOLDER = "dspark"
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def load_drafter(
     source: str | Path, *, revision: str | None = None, offline: bool = False
-) -> DSparkDrafter:
+) -> AnyDrafter:
     """Load a drafter, in the checkpoint's dtype, on the CPU, in evaluation mode, unbound.
 
     Args:
@@ -48,18 +51,15 @@ def load_drafter(
     """
     directory = _resolve(source, revision, offline)
     config_path = directory / CONFIG
-    config = config_from_json(_read_json(config_path), str(config_path))
+    family, config = read_config(_read_json(config_path), str(config_path))
     state = _read_weights(directory)
-    if config.mask_token_id is None and MASK_EMBEDDING not in state:
-        raise CheckpointError(
-            f"{config_path} has no mask_token_id and the weights no {MASK_EMBEDDING}; "
-            "one of them must say what fills a block."
-        )
-    return _assemble(config, state, directory)
+    with torch.device("meta"):
+        drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
+    return _fill(drafter, state, directory)
 
 
 def save_published(
-    drafter: DSparkDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> None:
     """Write the published layout, embedding and head included.
 
@@ -71,24 +71,19 @@ def save_published(
         dtype: of every weight; None keeps the parameters' own.
 
     Raises:
-        CompatibilityError: the drafter has a learned mask embedding, for which this layout has no
-            place, or has no embedding and head.
+        CompatibilityError: the layout has no place for something of the drafter (a learned mask
+            embedding, `sample_from_anchor` false), or it has no embedding and head.
     """
-    if drafter.mask_embedding is not None:
-        raise CompatibilityError(
-            f"The drafter has a learned {MASK_EMBEDDING}, for which the published layout has no "
-            "place; save it attached to its target."
-        )
     embedding, head = drafter.own_embedding_VH, drafter.own_head_VH
     tables = {
         _TABLES[0]: drafter.borrowed.embedding_VH if embedding is None else embedding,
         _TABLES[1]: drafter.borrowed.head_VH if head is None else head,
     }
-    _save(drafter, Path(directory), tables, dtype)
+    _save(drafter, Path(directory), DEEPSPEC, tables, dtype)
 
 
 def save_attached(
-    drafter: DSparkDrafter,
+    drafter: AnyDrafter,
     target_directory: str | Path,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
@@ -105,7 +100,7 @@ def save_attached(
         raise CheckpointError(f"{target} is no directory; save the target there first.")
     own = zip(_TABLES, (drafter.own_embedding_VH, drafter.own_head_VH), strict=True)
     tables = {name: table for name, table in own if table is not None}
-    _save(drafter, target / ATTACHED, tables, dtype)
+    _save(drafter, target / ATTACHED_FOLDER, ATTACHED, tables, dtype)
 
 
 def has_attached_drafter(
@@ -118,8 +113,8 @@ def has_attached_drafter(
     """
     directory = Path(source)
     if not directory.exists():
-        directory = _fetch(str(source), revision, offline, (f"{ATTACHED}/{CONFIG}",))
-    return (directory / ATTACHED / CONFIG).is_file()
+        directory = _fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
+    return (directory / ATTACHED_FOLDER / CONFIG).is_file()
 
 
 def _resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
@@ -133,17 +128,17 @@ def _resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
         directory = _download(source, revision, offline)
     if not directory.is_dir():
         raise CheckpointError(f"{source} is a file; give the directory that holds {CONFIG}.")
-    if (directory / ATTACHED / CONFIG).is_file():
-        directory = directory / ATTACHED
+    if (directory / ATTACHED_FOLDER / CONFIG).is_file():
+        directory = directory / ATTACHED_FOLDER
     if not (directory / CONFIG).is_file():
         raise CheckpointError(f"{directory} has no {CONFIG}; it holds no drafter.")
     return directory
 
 
 def _download(name: str, revision: str | None, offline: bool) -> Path:
-    attached = (CONFIG, f"{ATTACHED}/*.json", f"{ATTACHED}/*.safetensors")
+    attached = (CONFIG, f"{ATTACHED_FOLDER}/*.json", f"{ATTACHED_FOLDER}/*.safetensors")
     directory = _fetch(name, revision, offline, attached)
-    if not (directory / ATTACHED / CONFIG).is_file():
+    if not (directory / ATTACHED_FOLDER / CONFIG).is_file():
         directory = _fetch(name, revision, offline, (CONFIG, "*.safetensors", INDEX))
     return directory
 
@@ -211,13 +206,9 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory} has no {WEIGHTS}; the checkpoint is incomplete.")
 
 
-def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -> DSparkDrafter:
-    """A drafter around the tensors of a file, after checking names, shapes and dtypes."""
-    learned_mask = MASK_EMBEDDING in state
-    with torch.device("meta"):
-        drafter = DSparkDrafter(config)
-        if learned_mask and drafter.mask_embedding is None:
-            drafter.mask_embedding = torch.nn.Embedding(1, config.backbone.hidden_size)
+def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> AnyDrafter:
+    """An empty drafter with the tensors of a file in it, after checking names, shapes, dtypes."""
+    config = drafter.config
     shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     table_shape = (config.vocab_size, config.backbone.hidden_size)
     allowed = shapes | dict.fromkeys(_TABLES, table_shape)
@@ -238,7 +229,8 @@ def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -
     tables = [state.pop(name, None) for name in _TABLES]
     drafter.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
     drafter.own_embedding_VH, drafter.own_head_VH = tables
-    return drafter.eval()
+    drafter.eval()
+    return drafter
 
 
 def _compare_names(missing: set[str], extra: set[str], directory: Path) -> None:
@@ -258,12 +250,14 @@ def _few(names: list[str]) -> str:
 
 
 def _save(
-    drafter: DSparkDrafter,
+    drafter: AnyDrafter,
     directory: Path,
+    layout: str,
     tables: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> None:
     kept = drafter.fc.weight.dtype if dtype is None else dtype
+    data = write_config(drafter, layout, str(kept).removeprefix("torch."))
     named = {**drafter.state_dict(), **tables}
     # A tied embedding and head share memory, which safetensors refuses: each gets its own.
     state = {
@@ -275,7 +269,6 @@ def _save(
     config = directory / f".{CONFIG}.{os.getpid()}.tmp"
     try:
         save_file(state, weights, metadata={"format": "pt"})
-        data = config_to_json(drafter.config, str(kept).removeprefix("torch."))
         config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for path in (weights, config):
             with path.open("rb+") as file:

@@ -18,7 +18,7 @@ class DSparkConfig:
     Attributes:
         backbone: the parallel backbone; its `num_taps` is the number of `target_layer_ids`.
         vocab_size: V, the target's.
-        block_size: K, slots of a block, the anchor's included, and so drafts per round.
+        block_size: slots of a block, the anchor's included.
         mask_token_id: token whose embedding fills the slots after the anchor; None when the
             drafter has a learned `mask_embedding` of its own.
         target_layer_ids: captured layers, strictly increasing; -1 is the embedding output.
@@ -31,6 +31,9 @@ class DSparkConfig:
         num_anchors: anchors per sequence in training, recorded in the published config.
         extra: fields of a published config that change nothing here (token ids, dropout, ...),
             written back unchanged.
+        sample_from_anchor: whether slot 0, the anchor's, predicts the token after it, as in the
+            published layout. If not (the DFlash authors' layout of 1 + n slots), slot 0 is thrown
+            away, and slot j predicts the token at its own position, anchor + j.
     """
 
     backbone: BackboneConfig
@@ -46,6 +49,17 @@ class DSparkConfig:
     max_position_embeddings: int = 40960
     num_anchors: int = 512
     extra: Mapping[str, Any] = field(default_factory=dict)
+    sample_from_anchor: bool = True
+
+    @property
+    def num_drafts(self) -> int:
+        """K, drafts per round: the slots that predict."""
+        return self.block_size - self.unused_slots
+
+    @property
+    def unused_slots(self) -> int:
+        """Slots at the start of a block that predict nothing."""
+        return 0 if self.sample_from_anchor else 1
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other.
@@ -74,10 +88,10 @@ class DSparkConfig:
                 "confidence_head_with_markov is true but markov_rank is 0; there is no Markov "
                 "embedding to read."
             )
-        if self.block_size < 1 or self.backbone.head_dim % 2:
+        if self.num_drafts < 1 or self.backbone.head_dim % 2:
             raise CompatibilityError(
                 f"block_size is {self.block_size} and head_dim {self.backbone.head_dim}, but they "
-                "must be at least 1 and even."
+                f"must be at least {1 + self.unused_slots} and even."
             )
 
 

@@ -95,8 +95,8 @@ class DSparkDrafter(ParallelBackbone):
 
     @property
     def block_size(self) -> int:
-        """K: most tokens of a round; the backbone always runs all K slots."""
-        return self.config.block_size
+        """K: most tokens of a round; the backbone always runs all slots of a block."""
+        return self.config.num_drafts
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -191,13 +191,26 @@ class DSparkDrafter(ParallelBackbone):
         Args:
             features_BSF: the target's captured features.
             anchor_tokens_BN: first input token of each block.
-            positions_BNK: position of each slot.
-            tiles: what the Q = N K slots may look at (`training.anchors.attention_tiles`).
+            positions_BNK: position of the token before each draft: anchor + 0 .. K - 1.
+            tiles: what the Q = N block_size slots may look at
+                (`training.anchors.attention_tiles`).
 
         Returns:
-            Hidden states [B, N, K, H] after the drafter's final norm.
+            Hidden states [B, N, K, H], after the drafter's final norm, of the slots that predict
+            the K drafts; `sample_from_anchor` false has one slot more, whose state is dropped.
+
+        Raises:
+            CompatibilityError: the tiles are for another number of slots.
         """
-        batch, anchors, block = positions_BNK.shape
+        batch, anchors, _ = positions_BNK.shape
+        block, unused = self.config.block_size, self.config.unused_slots
+        if tiles[-1].stop != anchors * block:
+            raise CompatibilityError(
+                f"The attention tiles cover {tiles[-1].stop} slots, but the drafter runs {anchors} "
+                f"blocks of {block}; make them with block_slots={block}."
+            )
+        if unused:
+            positions_BNK = torch.cat((positions_BNK, positions_BNK[..., -1:] + 1), dim=-1)
         dtype = self.fc.weight.dtype
         embedded = self.borrowed.embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
         masks = self._mask_slots(block - 1).to(dtype).expand(batch, anchors, -1, -1)
@@ -207,7 +220,7 @@ class DSparkDrafter(ParallelBackbone):
             positions_BNK.flatten(1),
             tiles,
         )
-        return hidden.view(batch, anchors, block, -1)
+        return hidden.view(batch, anchors, block, -1)[:, :, unused:]
 
     def base_logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
@@ -259,9 +272,10 @@ class DSparkDrafter(ParallelBackbone):
 
     @torch.no_grad()
     def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
-        """One pass over all K slots, then `num_drafts` draws from left to right."""
+        """One pass over all slots, then `num_drafts` draws from left to right."""
         plan = self._decode_plan(context)
-        hidden_RKH = self._block_hidden(plan, context, batch)[:, : batch.num_drafts]
+        hidden_RKH = self._block_hidden(plan, context, batch)
+        hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         logits_by_step = self.base_logits(hidden_RKH).unbind(1)
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
@@ -297,7 +311,7 @@ class DSparkDrafter(ParallelBackbone):
         )
 
     def _decode_plan(self, context: SlotCache) -> DecodePlan:
-        positions = context.capacity + self.block_size
+        positions = context.capacity + self.config.block_size
         if self._plan is None or self._plan.rotary_table.shape[0] < positions:
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
@@ -305,7 +319,7 @@ class DSparkDrafter(ParallelBackbone):
                     self,
                     self.markov_head,
                     self.confidence_head,
-                    masks=self._mask_slots(self.block_size - 1),
+                    masks=self._mask_slots(self.config.block_size - 1),
                     positions=positions,
                     like=self.borrowed.embedding_VH,
                 )

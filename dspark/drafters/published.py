@@ -32,6 +32,7 @@ _FIELDS = frozenset(
         "rope_scaling",
         "max_position_embeddings",
         "vocab_size",
+        "sample_from_anchor",
         "mask_token_id",
         "target_layer_ids",
         "num_target_layers",
@@ -58,7 +59,6 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         CheckpointError: a field is missing or has a value of the wrong kind.
         CompatibilityError: an architecture or option that is not supported.
     """
-    _check_architecture(data, where)
     read = _Reader(data, where)
     _check_layers(data, where, read.integer("num_hidden_layers"))
     taps = data.get("target_layer_ids")
@@ -91,6 +91,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         backbone=backbone,
         vocab_size=vocab,
         block_size=read.integer("block_size"),
+        sample_from_anchor=read.boolean("sample_from_anchor", default=True),
         mask_token_id=mask,
         target_layer_ids=tuple(taps),
         num_target_layers=read.integer("num_target_layers"),
@@ -106,7 +107,11 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
 
 
 def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
-    """The published configuration of a drafter whose weights are stored as `dtype`."""
+    """The published configuration of a drafter whose weights are stored as `dtype`.
+
+    What the published stack knows no field for is written only where it differs from what that
+    stack takes for granted.
+    """
     backbone = config.backbone
     data: dict[str, Any] = {
         "attention_dropout": 0.0,
@@ -140,35 +145,13 @@ def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "vocab_size": config.vocab_size,
     }
+    if not config.sample_from_anchor:
+        data["sample_from_anchor"] = False
     if config.confidence_head:
         data["confidence_head_with_markov"] = config.confidence_head_with_markov
     if config.markov_rank > 0:
         data["markov_head_type"] = config.markov_head_type
     return dict(sorted(data.items()))
-
-
-def _check_architecture(data: Mapping[str, Any], where: str) -> None:
-    names = data.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if "speculators_model_type" in data:
-        name = f"speculators {data['speculators_model_type']}"
-    if name == ARCHITECTURE:
-        return
-    if name is None:
-        raise CheckpointError(
-            f"{where} names no architecture; a drafter's config.json has "
-            f'"architectures": ["{ARCHITECTURE}"].'
-        )
-    drafters = ("DSpark", "Eagle", "DFlash", "speculators")
-    if any(word in str(name) for word in drafters):
-        raise CompatibilityError(
-            f"{where} is a drafter of architecture {name}, which is not supported yet; "
-            f"use a {ARCHITECTURE} drafter."
-        )
-    raise CompatibilityError(
-        f"{where} is of architecture {name}, which is no drafter; give a {ARCHITECTURE} directory, "
-        "or a target directory that holds one in dspark/."
-    )
 
 
 def _check_layers(data: Mapping[str, Any], where: str, num_layers: int) -> None:
