@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,15 @@ class Borrowed:
             softcap=parts.logit_softcap,
         )
 
+    def reduced(self, ids: Tensor) -> Borrowed:
+        """The same for the tokens `ids` [Vd] only, whose head may be here already."""
+        head, bias = self.head_VH, self.head_bias_V
+        return replace(
+            self,
+            head_VH=head if head.shape[0] == ids.numel() else head[ids],
+            head_bias_V=None if bias is None else bias[ids],
+        )
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embedding rows [.., H]."""
         rows = F.embedding(tokens, self.embedding_VH)
@@ -61,12 +70,14 @@ class Borrowed:
 def own_table(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:
     """A checkpoint's table where it differs from the target's (in the checkpoint's dtype).
 
-    Logs a warning then, and returns it in the target's dtype; None where they are equal.
+    Logs a warning then, and returns it in the target's dtype; None where they are equal. A head of
+    fewer rows, that of a reduced vocabulary, has no equal.
     """
     if own is None:
         return None
-    same_shape = own.shape == target.shape
-    if same_shape and torch.equal(own.to(target.device), target.to(own.dtype)):
+    if own.shape != target.shape:
+        return own.to(device=target.device, dtype=target.dtype)
+    if torch.equal(own.to(target.device), target.to(own.dtype)):
         return None
     logger.warning("The drafter's %s differs from the target's; the drafter keeps its own.", name)
     return own.to(device=target.device, dtype=target.dtype)

@@ -34,6 +34,8 @@ class DSparkConfig:
         sample_from_anchor: whether slot 0, the anchor's, predicts the token after it, as in the
             published layout. If not (the DFlash authors' layout of 1 + n slots), slot 0 is thrown
             away, and slot j predicts the token at its own position, anchor + j.
+        draft_vocab_size: tokens that it can propose, at most V - 1; None for all. A drafter with
+            such a reduced vocabulary has a head of its own.
     """
 
     backbone: BackboneConfig
@@ -50,6 +52,7 @@ class DSparkConfig:
     num_anchors: int = 512
     extra: Mapping[str, Any] = field(default_factory=dict)
     sample_from_anchor: bool = True
+    draft_vocab_size: int | None = None
 
     @property
     def num_drafts(self) -> int:
@@ -77,6 +80,11 @@ class DSparkConfig:
         if len(ids) != self.backbone.num_taps:
             raise CompatibilityError(
                 f"num_taps is {self.backbone.num_taps}, but target_layer_ids has {len(ids)}."
+            )
+        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
+            raise CompatibilityError(
+                f"draft_vocab_size is {self.draft_vocab_size}, but must be less than vocab_size "
+                f"({self.vocab_size}), or None."
             )
         if mask is not None and not 0 <= mask < self.vocab_size:
             raise CompatibilityError(

@@ -27,13 +27,17 @@ class DSparkDrafter(ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
 
     Embedding and head belong to the target: `bind` refers to them, and they are neither
-    parameters nor buffers. Decoding uses fused copies of the weights, made at the first round and
-    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
-    parameters in any other way.
+    parameters nor buffers. With a reduced vocabulary the head is a copy of some of its rows, and
+    `d2t` [Vd] (token id minus draft id) and `t2d` [V] (which tokens are known) are buffers.
+    Decoding uses fused copies of the weights, made at the first round and dropped by `train()`,
+    `eval()` and `load_state_dict`: call one of them after changing parameters in any other way.
 
     Args:
         config: what to build.
     """
+
+    d2t: Tensor | None
+    t2d: Tensor | None
 
     def __init__(self, config: DSparkConfig) -> None:
         super().__init__(config.backbone)
@@ -43,16 +47,22 @@ class DSparkDrafter(ParallelBackbone):
         self.confidence_head: ConfidenceHead | None = None
         self.mask_embedding: nn.Embedding | None = None
         if rank > 0:
-            self.markov_head = build_markov_head(config.markov_head_type, vocab, rank, width)
+            self.markov_head = build_markov_head(
+                config.markov_head_type, vocab, rank, width, config.draft_vocab_size
+            )
         if config.confidence_head:
             read = rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(width, read)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
+        known = config.draft_vocab_size
+        self.register_buffer("d2t", None if known is None else torch.zeros(known, dtype=torch.long))
+        self.register_buffer("t2d", None if known is None else torch.zeros(vocab, dtype=torch.bool))
         self.own_embedding_VH: Tensor | None = None
         self.own_head_VH: Tensor | None = None
         self._borrowed: Borrowed | None = None
         self._target: Borrowed | None = None
+        self._draft_tokens: Tensor | None = None
         self._plan: DecodePlan | None = None
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda *_: self._drop_plan()
@@ -67,6 +77,7 @@ class DSparkDrafter(ParallelBackbone):
         generator: torch.Generator,
         init_std: float = 0.02,
         copy_final_norm: bool = True,
+        draft_tokens: Tensor | None = None,
     ) -> DSparkDrafter:
         """A new drafter in fp32, bound to its target.
 
@@ -77,11 +88,20 @@ class DSparkDrafter(ParallelBackbone):
             init_std: standard deviation of every matrix.
             copy_final_norm: start from the target's final norm, so that the borrowed head sees
                 states of the scale that it knows (BASELINE.md).
+            draft_tokens: the token ids [Vd] of a reduced vocabulary, ascending.
 
         Raises:
             CompatibilityError: the parts do not fit the configuration.
         """
         drafter = cls(config)
+        if drafter.d2t is not None and drafter.t2d is not None:
+            if draft_tokens is None or draft_tokens.shape != drafter.d2t.shape:
+                raise CompatibilityError(
+                    f"draft_vocab_size is {config.draft_vocab_size}, so draft_tokens must name as "
+                    "many token ids."
+                )
+            drafter.d2t.copy_(draft_tokens - torch.arange(draft_tokens.numel()))
+            drafter.t2d[draft_tokens] = True
         drafter.bind(parts)
         with torch.no_grad():
             for name, parameter in drafter.named_parameters():
@@ -153,6 +173,11 @@ class DSparkDrafter(ParallelBackbone):
             embedding_VH=target.embedding_VH if own_embedding is None else own_embedding,
             head_VH=target.head_VH if own_head is None else own_head,
         )
+        if self.d2t is not None:
+            offsets = self.d2t.to(target.head_VH.device)
+            self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
+            self._borrowed = self._borrowed.reduced(self._draft_tokens)
+            self.own_head_VH = self._borrowed.head_VH
         self._drop_plan()
 
     @property
@@ -223,8 +248,18 @@ class DSparkDrafter(ParallelBackbone):
         return hidden.view(batch, anchors, block, -1)[:, :, unused:]
 
     def base_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
+        """Logits of the head, soft-capped, before any Markov bias.
+
+        [.., V], or [.., Vd] with a reduced vocabulary: see `over_vocabulary`.
+        """
         return self.borrowed.logits(hidden_NH)
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Logits [.., V] of all tokens; -inf for those that a reduced vocabulary lacks."""
+        if self._draft_tokens is None:
+            return logits
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        return everything.index_copy(-1, self._draft_tokens, logits)
 
     def target_logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [.., V] of the target's states after its final norm: the teacher.
@@ -280,13 +315,13 @@ class DSparkDrafter(ParallelBackbone):
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
-            tokens += [draw(k, logits_RV) for k, logits_RV in enumerate(logits_by_step)]
+            tokens += [draw(k, self.over_vocabulary(x)) for k, x in enumerate(logits_by_step)]
         else:
             state = head.initial_state(hidden_RKH)
             hidden_by_step = hidden_RKH.unbind(1)
-            for k, logits_RV in enumerate(logits_by_step):
+            for k, logits in enumerate(logits_by_step):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
-                previous = draw(k, logits_RV + head.bias(feature_Rr))
+                previous = draw(k, self.over_vocabulary(logits + head.bias(feature_Rr)))
                 tokens.append(previous)
         if plan.confidence_head is None:
             return Proposal()
@@ -297,11 +332,21 @@ class DSparkDrafter(ParallelBackbone):
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
         masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
-        scale = self.config.backbone.attention_scale
+        backbone = self.config.backbone
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            window = backbone.window(layer)
             return block_attention(
-                query, key, value, context, layer, batch.slots, batch.lengths, scale=scale
+                query,
+                key,
+                value,
+                context,
+                layer,
+                batch.slots,
+                batch.lengths,
+                scale=backbone.attention_scale,
+                window=window,
+                causal=backbone.causal_windows and window is not None,
             )
 
         return plan.weights.block(

@@ -15,10 +15,19 @@ from torch import nn
 
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.published import ARCHITECTURE, config_from_json, config_to_json
+from dspark.drafters.published import (
+    ARCHITECTURE,
+    GEMMA4_ARCHITECTURE,
+    config_from_json,
+    config_to_json,
+    dflash_from_json,
+    refuse_beyond_published,
+)
+from dspark.drafters.speculators import speculators_from_json, speculators_to_json
 from dspark.errors import CheckpointError, CompatibilityError
 
-DEEPSPEC, ATTACHED = "deepspec", "attached"
+DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
+LAYOUTS = (DEEPSPEC, SPECULATORS, ATTACHED)
 MASK_EMBEDDING = "mask_embedding.weight"
 
 AnyDrafter = DSparkDrafter
@@ -64,24 +73,39 @@ def _write_attached(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
 
 
 def _write_deepspec(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
+    _refuse_learned_mask(drafter, "published")
+    refuse_beyond_published(drafter.config)
+    return config_to_json(drafter.config, dtype)
+
+
+def _write_speculators(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
+    _refuse_learned_mask(drafter, "speculators")
+    return speculators_to_json(drafter.config, dtype)
+
+
+def _refuse_learned_mask(drafter: DSparkDrafter, layout: str) -> None:
     if drafter.mask_embedding is not None:
         raise CompatibilityError(
-            f"The drafter has a learned {MASK_EMBEDDING}, for which the published layout has no "
+            f"The drafter has a learned {MASK_EMBEDDING}, for which the {layout} layout has no "
             "place; save it attached to its target."
         )
-    if not drafter.config.sample_from_anchor:
-        raise CompatibilityError(
-            "The drafter has sample_from_anchor false, for which the published layout has no "
-            "place; save it attached to its target."
-        )
-    return config_to_json(drafter.config, dtype)
 
 
 DSPARK = Family(
     drafter=DSparkDrafter,
-    readers={ARCHITECTURE: config_from_json},
+    readers={
+        ARCHITECTURE: config_from_json,
+        GEMMA4_ARCHITECTURE: config_from_json,
+        "DFlashDraftModel": dflash_from_json,
+        "speculators dspark": speculators_from_json,
+        "speculators dflash": speculators_from_json,
+    },
     build=_build_dspark,
-    writers={DEEPSPEC: _write_deepspec, ATTACHED: _write_attached},
+    writers={
+        DEEPSPEC: _write_deepspec,
+        SPECULATORS: _write_speculators,
+        ATTACHED: _write_attached,
+    },
 )
 
 FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK,)
@@ -120,7 +144,7 @@ def write_config(drafter: AnyDrafter, layout: str, dtype: str) -> dict[str, Any]
 
     Args:
         drafter: any drafter with weights.
-        layout: `DEEPSPEC` or `ATTACHED`.
+        layout: one of `LAYOUTS`.
         dtype: of the stored weights, without `torch.`.
 
     Raises:

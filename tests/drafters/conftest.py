@@ -105,11 +105,19 @@ def make_parts():
 
 @pytest.fixture
 def make_drafter(tiny_config, make_parts):
-    def make(parts: Parts | None = None, seed: int = 1, **changes: object) -> DSparkDrafter:
+    def make(
+        parts: Parts | None = None,
+        seed: int = 1,
+        draft_tokens: Tensor | None = None,
+        **changes: object,
+    ) -> DSparkDrafter:
         generator = torch.Generator().manual_seed(seed)
-        config = replace(tiny_config, **changes)
         return DSparkDrafter.from_target(
-            parts or make_parts(), config, generator=generator, init_std=0.3
+            parts or make_parts(),
+            replace(tiny_config, **changes),
+            generator=generator,
+            init_std=0.3,
+            draft_tokens=draft_tokens,
         ).eval()
 
     return make

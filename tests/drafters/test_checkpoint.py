@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters import checkpoint
+from dspark.drafters import files
 from dspark.drafters.checkpoint import (
     has_attached_drafter,
     load_drafter,
@@ -107,7 +107,7 @@ def test_saving_over_a_checkpoint_leaves_no_half_file(make_drafter, tmp_path, mo
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_published(make_drafter(seed=2), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -154,14 +154,19 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
     ("changes", "error", "words"),
     [
         ({"architectures": ["Qwen3Eagle3Model"]}, CompatibilityError, "Qwen3Eagle3Model.*not supp"),
-        ({"architectures": ["Gemma4DSparkModel"]}, CompatibilityError, "Gemma4DSpark.*not supp"),
+        ({"architectures": ["Gemma4DSparkModel"]}, CheckpointError, "rope_parameters None"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
-        ({"speculators_model_type": "dspark"}, CompatibilityError, "speculators dspark.*not supp"),
+        ({"speculators_model_type": "mtp"}, CompatibilityError, "speculators mtp.*not supp"),
+        ({"speculators_model_type": "dspark"}, CheckpointError, "transformer_layer_config None"),
         ({"architectures": ...}, CheckpointError, "names no architecture"),
         ({"rope_parameters": ...}, CheckpointError, "rope_theta None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, CompatibilityError, "yarn"),
         ({"rope_parameters": [1]}, CheckpointError, "rope_parameters"),
-        ({"layer_types": ["sliding_attention"] * 2}, CompatibilityError, "sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * 2}, CheckpointError, "lacks sliding_window"),
+        ({"layer_types": ["full_attention"]}, CompatibilityError, "one for each of the 2 layers"),
+        ({"layer_types": ["linear_attention"] * 2}, CompatibilityError, "linear_attention"),
+        ({"draft_vocab_size": 212}, CompatibilityError, "draft_vocab_size is 212"),
+        ({"draft_vocab_size": 100}, CheckpointError, "lacks.*d2t, t2d"),
         ({"hidden_act": "gelu"}, CompatibilityError, "gelu"),
         ({"mask_token_id": 211}, CheckpointError, "mask_token_id 211.*0 to 210"),
         ({"target_layer_ids": [1, 3, 6]}, CompatibilityError, r"\[1, 3, 6\].*to 5"),
