@@ -22,6 +22,10 @@ from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.errors import CompatibilityError
 
+# Of tokens outside a reduced vocabulary: its exponential is 0 beside any real logit, yet a request
+# that bans every token that the drafter knows leaves it a law to draw from.
+UNKNOWN_LOGIT = -1e30
+
 
 class DSparkDrafter(ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
@@ -255,10 +259,10 @@ class DSparkDrafter(ParallelBackbone):
         return self.borrowed.logits(hidden_NH)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits [.., V] of all tokens; -inf for those that a reduced vocabulary lacks."""
+        """Logits [.., V] of all tokens; those that it does not know get probability 0."""
         if self._draft_tokens is None:
             return logits
-        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
         return everything.index_copy(-1, self._draft_tokens, logits)
 
     def target_logits(self, hidden_NH: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     }
     if kind == DSPARK:
         top |= {
-            "confidence_head_with_markov": config.confidence_head_with_markov,
+            "confidence_head_with_markov": config.confidence_head
+            and config.confidence_head_with_markov,
             "enable_confidence_head": config.confidence_head,
             "markov_head_type": config.markov_head_type,
             "markov_rank": config.markov_rank,

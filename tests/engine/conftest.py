@@ -57,9 +57,16 @@ def make_target(*, tokenizer: Any = None, **options: Any) -> Target:
 
 
 def make_drafter(
-    target: Target, *, head: str = "vanilla", block_size: int = 5, seed: int = 1, std: float = 0.3
+    target: Target,
+    *,
+    head: str = "vanilla",
+    block_size: int = 5,
+    seed: int = 1,
+    std: float = 0.3,
+    known: Sequence[int] | None = None,
+    **changes: Any,
 ) -> DSparkDrafter:
-    """A random DSpark drafter, bound to the target."""
+    """A random DSpark drafter, bound to the target; `known` is a reduced vocabulary."""
     taps = (-1, 0)
     backbone = BackboneConfig(
         hidden_size=16,
@@ -79,9 +86,17 @@ def make_drafter(
         num_target_layers=target.num_layers,
         markov_rank=8,
         markov_head_type=head,
+        draft_vocab_size=None if known is None else len(known),
+        **changes,
     )
     generator = torch.Generator().manual_seed(seed)
-    drafter = DSparkDrafter.from_target(target.parts(), config, generator=generator, init_std=std)
+    drafter = DSparkDrafter.from_target(
+        target.parts(),
+        config,
+        generator=generator,
+        init_std=std,
+        draft_tokens=None if known is None else torch.tensor(known),
+    )
     drafter.eval()
     return drafter
 
