@@ -162,14 +162,13 @@ def gemma4_layers_from_json(data: Mapping[str, Any], where: str, num_taps: int) 
     heads = "num_key_value_heads"
     if shared and data.get("num_global_key_value_heads") is not None:
         heads = "num_global_key_value_heads"
-    wide = "global_head_dim" if data.get("global_head_dim") is not None else "head_dim"
     return BackboneConfig(
         hidden_size=read.integer("hidden_size"),
         intermediate_size=read.integer("intermediate_size"),
         num_layers=read.integer("num_hidden_layers"),
         num_heads=read.integer("num_attention_heads"),
         num_kv_heads=read.integer(heads),
-        head_dim=read.integer(wide),
+        head_dim=read.integer("global_head_dim"),
         num_taps=num_taps,
         rms_norm_eps=read.number("rms_norm_eps"),
         rope_theta=theta,
