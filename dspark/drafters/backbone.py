@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.errors import CompatibilityError
+
 Activation = Literal["silu", "gelu_tanh"]
 
 GEMMA4_PARTS: Mapping[str, Any] = {
@@ -86,6 +88,26 @@ class BackboneConfig:
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
     causal_windows: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse windows that no layer can have.
+
+        Raises:
+            CompatibilityError: naming the field and its value.
+        """
+        layers, window = self.sliding_layers, self.sliding_window
+        if any(not 0 <= layer < self.num_layers for layer in layers):
+            raise CompatibilityError(
+                f"sliding_layers is {list(layers)}, but the draft layers are 0 to "
+                f"{self.num_layers - 1}."
+            )
+        if layers and (window is None or window < 1):
+            raise CompatibilityError(f"sliding_window is {window}, but must be at least 1.")
+        if not layers and (window is not None or self.causal_windows):
+            raise CompatibilityError(
+                f"sliding_layers is empty, so sliding_window ({window}) and causal_windows must "
+                "not be given."
+            )
 
     @property
     def attention_scale(self) -> float:
