@@ -30,14 +30,15 @@ def drafter_config(target: Target, settings: DrafterSettings) -> DSparkConfig:
     Raises:
         CompatibilityError: the settings do not fit the target.
     """
-    config = target.config
+    config = layer_config(target)
     taps = settings.target_layer_ids or evenly_spaced_taps(target.num_layers, settings.num_taps)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     heads = int(config.num_attention_heads)
     backbone = BackboneConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=settings.intermediate_size or int(config.intermediate_size),
+        intermediate_size=settings.intermediate_size
+        or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
         num_layers=settings.num_layers,
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -61,6 +62,20 @@ def drafter_config(target: Target, settings: DrafterSettings) -> DSparkConfig:
         and settings.markov_rank > 0,
         max_position_embeddings=target.max_context,
     )
+
+
+def layer_config(target: Target) -> Any:
+    """The configuration that a drafter's layers take after.
+
+    The target's, or, where its layers differ in shape (Gemma4), that of its last layer that attends
+    to everything, as all draft layers do.
+    """
+    config = target.config
+    by_layer = getattr(config, "per_layer_config", None)
+    if not by_layer:
+        return config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
+    return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
 
 
 def find_mask_token(target: Target) -> int | None:
