@@ -90,11 +90,16 @@ class BackboneConfig:
     causal_windows: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse windows that no layer can have.
+        """Refuse heads and windows that no layer can have.
 
         Raises:
             CompatibilityError: naming the field and its value.
         """
+        if self.num_heads % self.num_kv_heads:
+            raise CompatibilityError(
+                f"num_attention_heads is {self.num_heads}, but must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})."
+            )
         layers, window = self.sliding_layers, self.sliding_window
         if any(not 0 <= layer < self.num_layers for layer in layers):
             raise CompatibilityError(

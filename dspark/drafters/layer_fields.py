@@ -6,8 +6,9 @@ A drafter's config.json is that of its target's family with the drafter's own va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from dspark.drafters.backbone import GEMMA4_PARTS, BackboneConfig
 from dspark.errors import CheckpointError, CompatibilityError
@@ -69,7 +70,7 @@ class Reader:
     def number(self, name: str) -> float:
         """A positive number."""
         value = self.data.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if not _is_positive(value):
             raise self._error(name, value, "a positive number")
         return float(value)
 
@@ -250,6 +251,11 @@ def gemma4_rope(backbone: BackboneConfig, others: object) -> dict[str, Any]:
     return {**(others if isinstance(others, Mapping) else {}), FULL: own}
 
 
+def _is_positive(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
 def _sliding_layers(read: Reader) -> tuple[int, ...]:
     kinds, layers = read.data.get("layer_types"), read.integer("num_hidden_layers")
     if kinds is None:
@@ -280,14 +286,13 @@ def _rope(parameters: object, old_theta: object, where: str) -> tuple[float, flo
             "proportional, with factor 1, are supported yet."
         )
     theta = parameters.get("rope_theta", old_theta)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+    if not _is_positive(theta):
         raise CheckpointError(
             f"{where} has rope_theta {theta!r}, but it must be a positive number, in "
             "rope_parameters or at the top level."
         )
     fraction = parameters.get("partial_rotary_factor", 1.0)
-    number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-    if not number or not 0 < fraction <= 1 or (kind == "default" and fraction != 1):
+    if not _is_positive(fraction) or fraction > 1 or (kind == "default" and fraction != 1):
         raise CompatibilityError(
             f"{where} has partial_rotary_factor {fraction!r} with rope_type {kind}, but it must be "
             "more than 0, at most 1, and less than 1 for proportional only."

@@ -63,6 +63,8 @@ class TargetTables:
         directory = Path(source)
         if not directory.is_dir():
             directory = fetch(str(source), revision, offline, (CONFIG, "*.safetensors", INDEX))
+        if not (directory / CONFIG).is_file():
+            raise CheckpointError(f"{directory} has no {CONFIG}; give a target's directory.")
         config = read_json(directory / CONFIG)
         text = config.get("text_config", config)
         layers = text.get("num_hidden_layers") if isinstance(text, Mapping) else None

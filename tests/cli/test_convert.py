@@ -98,7 +98,7 @@ def test_a_damaged_source_leaves_the_destination_alone(dspark, pair, tmp_path, l
 def test_a_destination_that_is_no_target_is_status_1(dspark, pair, tmp_path):
     result = dspark("convert", pair.drafter, tmp_path, "--to", "attached")
     assert result.status == 1
-    assert "config.json" in result.err
+    assert "has no config.json; give a target's directory" in result.err
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
     result = dspark("convert", pair.drafter, tmp_path, "--to", "attached")

@@ -13,6 +13,7 @@ from dspark.drafters.checkpoint import (
     load_drafter,
     save_attached,
     save_published,
+    save_speculators,
 )
 from dspark.errors import CheckpointError, CompatibilityError
 
@@ -113,6 +114,38 @@ def test_saving_over_a_checkpoint_leaves_no_half_file(make_drafter, tmp_path, mo
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def interrupt_config(monkeypatch):
+    def write_text(path, text, **options):
+        if path.name.startswith(".config.json"):
+            path.write_bytes(b"{")
+            raise KeyboardInterrupt
+        return len(text)
+
+    monkeypatch.setattr(files.Path, "write_text", write_text)
+
+
+def interrupt_sync(monkeypatch):
+    def fsync(_):
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_config, interrupt_sync])
+@pytest.mark.parametrize("save", [save_published, save_speculators, save_attached])
+def test_an_interrupted_write_leaves_the_old_checkpoint_whole(
+    make_drafter, tmp_path, monkeypatch, interrupt, save
+):
+    save(make_drafter(seed=1), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            save(make_drafter(seed=2), tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert torch.equal(load_drafter(tmp_path).fc.weight, make_drafter(seed=1).fc.weight.bfloat16())
+
+
 def test_attaching_needs_the_target(make_drafter, tmp_path):
     with pytest.raises(CheckpointError, match="absent"):
         save_attached(make_drafter(), tmp_path / "absent")
@@ -174,6 +207,8 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
         ({"block_size": 0}, CheckpointError, "block_size 0"),
         ({"block_size": True}, CheckpointError, "block_size True"),
         ({"rms_norm_eps": "small"}, CheckpointError, "rms_norm_eps 'small'"),
+        ({"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps nan"),
+        ({"num_attention_heads": 3}, CompatibilityError, "num_attention_heads is 3.*multiple"),
         ({"enable_confidence_head": 1}, CheckpointError, "enable_confidence_head 1"),
         ({"markov_rank": ...}, CheckpointError, "lacks markov_rank"),
         ({"markov_head_type": "lstm"}, CompatibilityError, "'lstm'"),
