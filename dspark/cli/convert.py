@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 LAYOUTS = ("deepspec", "speculators", "attached")
 EXAMPLE = """\
   dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
-  dspark convert runs/drafter models/target --to attached"""
+  dspark convert runs/drafter models/target --to attached
+  dspark convert bundled bundled_drafter --to deepspec"""
 
 
 def add_parser(commands: Commands) -> None:
     """Add `convert`."""
     parser = new_parser(commands, "convert", "rewrite a drafter's checkpoint", EXAMPLE)
-    parser.add_argument("source", metavar="SRC", help="a drafter: a directory or a hub id")
+    parser.add_argument("source", metavar="SRC", help="a drafter: a directory, a hub id or bundled")
     parser.add_argument(
         "destination",
         metavar="DST",
@@ -34,8 +35,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--target",
         metavar="TARGET",
-        help="a directory or a hub id; lends embedding and head where SRC lacks them, and says how "
-        "many layers it has and what it is called (attached: DST)",
+        help="a directory, a hub id or bundled; lends embedding and head where SRC lacks them, and "
+        "says how many layers it has and what it is called; by default DST for attached, and SRC "
+        "where that is a target with a drafter attached",
     )
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
     parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
@@ -45,17 +47,24 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    from dspark.drafters.checkpoint import borrow_tables, load_drafter
+    from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
     from dspark.drafters.target_tables import TargetTables
+    from dspark.engine.model import BUNDLED
 
     use_threads(options)
     with screen.log.status(f"Reading {options.source} ..."):
-        drafter = load_drafter(options.source, revision=options.revision, offline=options.offline)
-        target = options.target
+        source = str(BUNDLED) if options.source == "bundled" else options.source
+        hub = {"revision": options.revision, "offline": options.offline}
+        drafter = load_drafter(source, **hub)
+        target = str(BUNDLED) if options.target == "bundled" else options.target
         if target is None and options.to == "attached":
             target = options.destination
+        elif target is None and has_attached_drafter(source, **hub):
+            target = source
         if target is not None:
-            borrow_tables(drafter, TargetTables.read(target, offline=options.offline))
+            revision = options.revision if target == source else None
+            tables = TargetTables.read(target, revision=revision, offline=options.offline)
+            borrow_tables(drafter, tables)
         elif drafter.own_embedding_VH is None or drafter.own_head_VH is None:
             raise UsageError(
                 f"{options.source} holds no embedding or no head, which the layout {options.to} "

@@ -12,116 +12,17 @@ concatenation); decoding builds them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.errors import CompatibilityError
-
-Activation = Literal["silu", "gelu_tanh"]
-
-GEMMA4_PARTS: Mapping[str, Any] = {
-    "softmax_scale": 1.0,
-    "value_norm": True,
-    "sandwich_norms": True,
-    "layer_scalar": True,
-    "activation": "gelu_tanh",
-}
+from dspark.drafters.config import BackboneConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """The declared parts of a backbone; the defaults are Qwen3's layer.
-
-    A family whose layer differs declares the difference as a field here, and the one forward acts
-    on it: `GEMMA4_PARTS` are Gemma4's (FORMAT_FACTS.md A.3).
-
-    Attributes:
-        hidden_size: width H, the target's.
-        intermediate_size: width of the gated MLP.
-        num_layers: draft layers L.
-        num_heads: query heads A.
-        num_kv_heads: key and value heads G.
-        head_dim: D, even.
-        num_taps: captured target layers; features have width num_taps * H.
-        rms_norm_eps: epsilon of every norm.
-        rope_theta: base of the rotary embedding.
-        attention_bias: whether q, k, v and o projections have a bias.
-        softmax_scale: factor on query-key products; None for D ** -0.5.
-        value_from_key: values are the key projection, before the key's norm and rotary embedding.
-        value_norm: values are normed per head, without a weight.
-        sandwich_norms: attention and MLP are normed after as well as before.
-        layer_scalar: a stored number multiplies each layer's output.
-        activation: of the MLP's gate.
-        rotary_fraction: share of the head's pairs that turn with the position; the others stay
-            ("proportional" rotary embedding).
-        sliding_layers: draft layers that see only the last `sliding_window` context rows; every
-            slot of a block sees the same ones, and its whole block.
-        sliding_window: see there; in tokens.
-        causal_windows: whether a slot of a sliding layer sees no later slot of its own block.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_taps: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    attention_bias: bool = False
-    softmax_scale: float | None = None
-    value_from_key: bool = False
-    value_norm: bool = False
-    sandwich_norms: bool = False
-    layer_scalar: bool = False
-    activation: Activation = "silu"
-    rotary_fraction: float = 1.0
-    sliding_layers: tuple[int, ...] = ()
-    sliding_window: int | None = None
-    causal_windows: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse heads and windows that no layer can have.
-
-        Raises:
-            CompatibilityError: naming the field and its value.
-        """
-        if self.num_heads % self.num_kv_heads:
-            raise CompatibilityError(
-                f"num_attention_heads is {self.num_heads}, but must be a multiple of "
-                f"num_key_value_heads ({self.num_kv_heads})."
-            )
-        layers, window = self.sliding_layers, self.sliding_window
-        if any(not 0 <= layer < self.num_layers for layer in layers):
-            raise CompatibilityError(
-                f"sliding_layers is {list(layers)}, but the draft layers are 0 to "
-                f"{self.num_layers - 1}."
-            )
-        if layers and (window is None or window < 1):
-            raise CompatibilityError(f"sliding_window is {window}, but must be at least 1.")
-        if not layers and (window is not None or self.causal_windows):
-            raise CompatibilityError(
-                f"sliding_layers is empty, so sliding_window ({window}) and causal_windows must "
-                "not be given."
-            )
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor on query-key products before the softmax."""
-        return float(self.head_dim**-0.5) if self.softmax_scale is None else self.softmax_scale
-
-    def window(self, layer: int) -> int | None:
-        """Context rows that a layer sees; None for all."""
-        return self.sliding_window if layer in self.sliding_layers else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from dspark.drafters.backbone import GEMMA4_PARTS, BackboneConfig
+from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.errors import CheckpointError, CompatibilityError
 
 FULL, SLIDING = "full_attention", "sliding_attention"

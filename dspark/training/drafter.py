@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import DSparkConfig, evenly_spaced_taps
+from dspark.drafters.config import BackboneConfig, DSparkConfig, evenly_spaced_taps
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target

@@ -46,8 +46,14 @@ def test_attached_leaves_out_what_the_target_has(dspark, pair, tmp_path):
     assert one["accepted"] == two["accepted"]
 
 
-def test_a_target_lends_what_an_attached_drafter_lacks(dspark, pair, tmp_path):
+def test_an_attached_drafter_takes_the_tables_of_its_target(dspark, pair, tmp_path):
     words = ("convert", pair.attached, tmp_path / "out", "--to", "deepspec")
+    assert dspark(*words).status == 0
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))
+
+
+def test_a_target_lends_what_the_source_lacks(dspark, pair, tmp_path):
+    words = ("convert", pair.attached / "dspark", tmp_path / "out", "--to", "deepspec")
     refused = dspark(*words)
     assert refused.status == 2
     assert "--target" in refused.err

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"

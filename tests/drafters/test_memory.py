@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter, save_attached
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.published import config_to_json
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspark.drafters.backbone import GEMMA4_PARTS
+from dspark.drafters.config import GEMMA4_PARTS
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
