@@ -144,8 +144,9 @@ def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> Any
     config = drafter.config
     empty = drafter.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
-    width, known = config.backbone.hidden_size, config.draft_vocab_size or config.vocab_size
-    allowed = shapes | dict(zip(_TABLES, ((config.vocab_size, width), (known, width)), strict=True))
+    width, vocab = config.backbone.hidden_size, config.vocab_size
+    (known,) = shapes.get("d2t", (vocab,))
+    allowed = shapes | dict(zip(_TABLES, ((vocab, width), (known, width)), strict=True))
     _compare_names(set(shapes) - set(state), set(state) - set(allowed), directory)
     wrong = [
         f"{name} {list(tensor.shape)} instead of {list(allowed[name])}"
