@@ -155,7 +155,8 @@ def write_config(drafter: AnyDrafter, layout: str, dtype: str) -> dict[str, Any]
             written: dict[str, Any] = family.writers[layout](drafter, dtype)
             return written
     raise CompatibilityError(
-        f"A {type(drafter).__name__} cannot be written in the {layout} layout; choose another."
+        f"The {layout} layout has no place for this kind of drafter ({type(drafter).__name__}); "
+        "choose another."
     )
 
 
