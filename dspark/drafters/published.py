@@ -57,7 +57,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         CompatibilityError: an option that is not supported.
     """
     read = Reader(data, where)
-    gemma4 = data.get("architectures") == [GEMMA4_ARCHITECTURE]
+    gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_ARCHITECTURE
     taps = read.integers("target_layer_ids")
     mask = data.get("mask_token_id")
     vocab = read.integer("vocab_size")

@@ -96,6 +96,7 @@ DSPARK = Family(
     readers={
         ARCHITECTURE: config_from_json,
         GEMMA4_ARCHITECTURE: config_from_json,
+        "DSparkDraftModel": config_from_json,  # what some writers call the first
         "DFlashDraftModel": dflash_from_json,
         "speculators dspark": speculators_from_json,
         "speculators dflash": speculators_from_json,

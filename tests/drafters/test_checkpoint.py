@@ -153,7 +153,7 @@ def test_attaching_needs_the_target(make_drafter, tmp_path):
 
 def test_old_style_config_and_shards_are_read(copy, golden_drafter):
     change_config(copy, rope_parameters=..., rope_theta=10000.0, dtype=..., torch_dtype="float32")
-    change_config(copy, num_anchors=..., rope_scaling=None)
+    change_config(copy, num_anchors=..., rope_scaling=None, architectures=["DSparkDraftModel"])
     tensors = load_file(copy / "model.safetensors")
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
