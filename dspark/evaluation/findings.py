@@ -31,7 +31,8 @@ class Finding:
         """An error of this package, parted into what is wrong and what to do."""
         what, semicolon, remedy = str(error).rpartition("; ")
         if not semicolon:
-            return cls(str(error), "error", "Use a drafter made for this target.")
+            remedy = "Correct the drafter's config.json, or use a drafter made for this target."
+            return cls(str(error), "error", remedy)
         return cls(f"{what}.", "error", remedy[:1].upper() + remedy[1:])
 
 

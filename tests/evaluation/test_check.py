@@ -23,7 +23,7 @@ from dspark.evaluation.findings import CheckReport, Finding, LiveRun, Trial, by_
 from dspark.evaluation.live import Witness, accepted, other_renderings, race, render
 from dspark.request import Request, SamplingParams, Stats
 
-SHORT = {"max_new_tokens": 16}
+SHORT = {"max_new_tokens": 12}
 
 
 def texts(report, severity):
