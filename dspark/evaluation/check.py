@@ -55,7 +55,10 @@ class Variant:
 
 
 def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
-    """Every alternative reading of a drafter that its target allows: all layer ids one off."""
+    """Every alternative reading of a drafter: all layer ids one off, the other slot convention.
+
+    Those that neither the target's layers nor the drafter's block allow are left out.
+    """
     for shift in (-1, 1):
         taps = tuple(tap + shift for tap in drafter.taps)
         if taps and min(taps) >= -1 and max(taps) < num_target_layers:
@@ -64,6 +67,13 @@ def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
                 f"every layer id {shift:+d}",
                 f"Set target_layer_ids to {list(taps)} in the drafter's config.json.",
             )
+    if drafter.taps and drafter.block_size > 1:
+        yield Variant(
+            Witness(drafter, drafter.taps, skipped_slots=1),
+            "slot 0 of every block thrown away",
+            "The drafter follows the 1 + n convention: set sample_from_anchor to false in its "
+            "config.json.",
+        )
 
 
 def check(
@@ -187,7 +197,7 @@ def judge_acceptance(
     cause += "thinking mode; if it was, train it longer."
     first = stats.conditional_acceptance[0] if stats.offered else None
     if length < COLLAPSED:
-        tried = f"; not more with {' or '.join(trial.what for trial in trials)}" if trials else ""
+        tried = f"; not more with {', '.join(trial.what for trial in trials)}" if trials else ""
         yield Finding(f"{gained}, hardly more than plain decoding{tried}.", "error", cause)
     elif first is not None and belief is not None and first < belief / 2:
         yield Finding(

@@ -81,7 +81,8 @@ class KnowingDrafter:
     """Drafts what the target will say, or the very opposite where it is not at ease.
 
     It is at ease if the last feature that it was shown is the output of the layers `wants`, and
-    if the request's tokens please it.
+    if the request's tokens please it. With `idle_slot` its slot 0 predicts nothing, and the slots
+    after it what the target will say (the 1 + n convention).
     """
 
     target: Target
@@ -89,6 +90,7 @@ class KnowingDrafter:
     wants: tuple[int, ...] = (0, 2)
     pleased: Callable[[list[int]], bool] = lambda _tokens: True
     block_size: int = 4
+    idle_slot: bool = False
     context_shapes: tuple[CacheShape, ...] = ()
     shown: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
@@ -115,7 +117,9 @@ class KnowingDrafter:
                 for slot, length, tokens in zip(batch.slots, batch.lengths, sequences, strict=True)
             ]
         )
-        for step in range(batch.num_drafts):
+        if self.idle_slot:
+            draw(0, -self.forward(sequences).logits_NV)
+        for step in range(self.idle_slot, batch.num_drafts):
             tokens = draw(step, self.forward(sequences).logits_NV * signs[:, None]).tolist()
             for ids, token in zip(sequences, tokens, strict=True):
                 ids.append(token)

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dspark.attention.slots import SlotCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import START
+from dspark.drafters.base import DraftBatch
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
@@ -40,6 +42,8 @@ def test_a_drafter_that_fits(tiny, target, prompts):
     assert report.expected_speedup == report.runs[0].speedup
     shifted = [t for t in report.trials if "layer id" in t.what]
     assert [t.accepted_length for t in shifted] == [1.0, 1.0]
+    (thrown_away,) = [t for t in report.trials if "slot 0" in t.what]
+    assert 1 < thrown_away.accepted_length < report.runs[0].accepted_length
 
 
 @pytest.mark.parametrize(("taps", "shift"), [((1, 3), "-1"), ((-1, 1), "+1")])
@@ -55,11 +59,20 @@ def test_layer_ids_off_by_one_are_named(tiny, target, prompts, taps, shift):
     assert best.accepted_length > 3
 
 
+def test_the_other_slot_convention_is_named(tiny, target, prompts):
+    drafter = tiny.KnowingDrafter(target, idle_slot=True)
+    report = check(Model(target, drafter), prompts, **SHORT)
+    (finding,) = [f for f in report.findings if f.severity == "error"]
+    assert "gains 1.00 tokens" in finding.what
+    assert "with slot 0 of every block thrown away" in finding.what
+    assert "sample_from_anchor to false" in finding.remedy
+
+
 def test_a_drafter_that_nothing_helps(tiny, target, prompts):
     report = check(Model(target, tiny.KnowingDrafter(target, wants=(1, 4))), prompts, **SHORT)
     (what,) = texts(report, "error")
     assert "hardly more than plain decoding" in what
-    assert "every layer id -1 or every layer id +1 or raw prompts" in what
+    assert "every layer id -1, every layer id +1, slot 0 of every block" in what
 
 
 def test_a_drafter_that_knows_raw_prompts_only(tiny, target, tokenizer, prompts):
@@ -136,13 +149,43 @@ def test_too_few_rounds_are_not_judged(tiny, target, prompts):
 def test_variants_stay_within_the_target(tiny, target):
     def shifts(taps):
         found = variants(tiny.KnowingDrafter(target, taps=taps), tiny.layers)
-        return [v.drafter.taps for v in found]
+        return [v.drafter.taps for v in found if v.drafter.skipped_slots == 0]
 
     assert shifts((0, 2)) == [(-1, 1), (1, 3)]
     assert shifts((-1, 3)) == [(0, 4)]
     assert shifts((0, 4)) == [(-1, 3)]
     assert shifts((-1, 4)) == []
     assert shifts(()) == []
+    single = tiny.KnowingDrafter(target, block_size=1)
+    assert all(v.drafter.skipped_slots == 0 for v in variants(single, tiny.layers))
+    assert len(list(variants(tiny.KnowingDrafter(target), tiny.layers))) == 3
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated"])
+def test_slot_0_thrown_away_is_a_block_whose_slot_1_follows_the_anchor(tiny, target, head):
+    drafter = tiny.make_drafter(target, markov_head_type=head)
+    context = SlotCache(drafter.context_shapes, 1, 16, torch.float32, "cpu")
+    rows = torch.randn(3, 2 * target.hidden_size, generator=torch.Generator().manual_seed(0))
+    drafter.observe(context, torch.zeros(3, dtype=torch.int64), torch.arange(3), rows)
+    batch = DraftBatch((0,), torch.tensor([9]), (3,), ([5, 6, 7, 9],), 4)
+
+    def logits_of(proposer, batch, forced):
+        seen = []
+
+        def draw(step, logits_RV):
+            seen.append(logits_RV)
+            return torch.tensor([forced[step]])
+
+        proposer.propose(context, batch, draw)
+        return seen
+
+    expected = logits_of(drafter, batch, [9, 11, 12, 13])[1:]
+    skipping = Witness(drafter, drafter.taps, skipped_slots=1)
+    assert skipping.block_size == 3
+    got = logits_of(skipping, replace(batch, num_drafts=3), [11, 12, 13])
+    assert len(got) == 3
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_witness_changes_nothing_and_sees_the_first_law(tiny, target):
