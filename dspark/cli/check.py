@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:
     if report.findings:
         table = Table(show_header=True, header_style="bold", show_lines=True)
-        for column in ("", "Finding", "Remedy"):
+        for column in ("", "Finding", "What to do"):
             table.add_column(column, overflow="fold")
         for finding in report.findings:
             label = Text(finding.severity, STYLES[finding.severity])
@@ -111,10 +111,13 @@ def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:
 def closing(report: CheckReport) -> str:
     """The sentence that sums a report up."""
     errors = sum(finding.severity == "error" for finding in report.findings)
-    slow = report.expected_speedup is not None and report.expected_speedup < 1
-    verdict = "The drafter fits" + (", but does not pay on this machine" if slow else "")
     if errors:
-        verdict = f"Not usable as it is: {errors} error{'s' if errors > 1 else ''}"
+        verdict = f"Not ready for speculative decoding: {errors} error{'s' if errors > 1 else ''}"
+    elif not report.runs[0].telling:
+        verdict = "Undecided: too few tokens to judge the drafter by"
+    else:
+        slow = report.runs[0].speedup < 1
+        verdict = "The drafter fits" + (", but does not pay on this machine" if slow else "")
     if not report.runs:
         return f"{verdict}."
     gains = " and ".join(

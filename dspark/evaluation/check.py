@@ -12,19 +12,25 @@ from dataclasses import dataclass
 
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import Drafter
+from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
 from dspark.errors import NumericsError
-from dspark.evaluation.findings import CheckReport, Finding, LiveRun, Trial, by_severity
+from dspark.evaluation.findings import (
+    FEWEST_TOKENS,
+    CheckReport,
+    Finding,
+    LiveRun,
+    Trial,
+    by_severity,
+)
 from dspark.evaluation.inspection import inspect
 from dspark.evaluation.live import TokenIds, Witness, accepted, other_renderings, race, render
 from dspark.request import Request, SamplingParams, Stats
 
 COLLAPSED = 1.3
 """Tokens per round below which a trained drafter does not work."""
-FEWEST_TOKENS = 24
-"""Tokens gained without which an accepted length says nothing."""
-BETTER_RATIO, BETTER_TOKENS = 1.25, 0.3
-"""An alternative counts where it gains at least so many times, and so many more, tokens a round."""
+BETTER_TOKENS, BETTER_RATIO, BETTER_RATIO_OTHER_TEXT = 0.3, 1.25, 1.5
+"""An alternative counts where it gains so many more, and so many times more, tokens a round."""
 RARE = 0.05
 """Drafts that stay in a smaller share of rounds are not worth their rows."""
 
@@ -64,15 +70,15 @@ def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
         if taps and min(taps) >= -1 and max(taps) < num_target_layers:
             yield Variant(
                 Witness(drafter, taps),
-                f"every layer id {shift:+d}",
+                f"every layer id {'raised' if shift > 0 else 'lowered'} by 1",
                 f"Set target_layer_ids to {list(taps)} in the drafter's config.json.",
             )
-    if drafter.taps and drafter.block_size > 1:
+    if isinstance(drafter, DSparkDrafter) and drafter.block_size > 1:
         yield Variant(
             Witness(drafter, drafter.taps, skipped_slots=1),
             "slot 0 of every block thrown away",
-            "The drafter follows the 1 + n convention: set sample_from_anchor to false in its "
-            "config.json.",
+            "The drafter's slot 0 predicts nothing (1 + n slots), which is not supported yet: use "
+            "a drafter whose slot 0 predicts the token after the anchor.",
         )
 
 
@@ -113,7 +119,8 @@ def check(
     if model.drafter.taps:
         findings += judge_acceptance(stats, witness.belief, trials)
         findings += judge_sampling(*runs)
-    findings += [*judge_tail(stats), *judge_speed(runs)]
+    if CheckReport(tuple(findings)).ok:  # else the fault comes first
+        findings += [*judge_tail(stats), *judge_speed(runs)]
     return CheckReport(by_severity(findings), runs, trials)
 
 
@@ -154,10 +161,10 @@ def _trials(
         others = _requests(rendered, params.max_new_tokens, params.seed)
         stats = accepted(model, model.drafter, others)
         remedy = (
-            f"The drafter knows other prompts ({name}) than the chat template renders: train it on "
-            "templated answers (dspark data regenerate), or serve the prompts that it knows."
+            f"The drafter seems trained with {name}: train it with the chat template as it is "
+            "served (dspark data regenerate), or serve it what it was trained with."
         )
-        yield Trial(name, remedy, stats.tokens, stats.accepted_length)
+        yield Trial(name, remedy, stats.tokens, stats.accepted_length, other_text=True)
 
 
 def judge_acceptance(
@@ -179,13 +186,7 @@ def judge_acceptance(
         )
         return
     gained = f"At temperature 0 a round gains {length:.2f} tokens"
-    better = [
-        trial
-        for trial in trials
-        if trial.tokens >= FEWEST_TOKENS
-        and trial.accepted_length >= max(BETTER_RATIO * length, length + BETTER_TOKENS)
-    ]
-    if better:
+    if better := [trial for trial in trials if _better(trial, length)]:
         best = max(better, key=lambda trial: trial.accepted_length)
         yield Finding(
             f"{gained}, but {best.accepted_length:.2f} with {best.what}.",
@@ -197,7 +198,7 @@ def judge_acceptance(
     cause += "thinking mode; if it was, train it longer."
     first = stats.conditional_acceptance[0] if stats.offered else None
     if length < COLLAPSED:
-        tried = f"; not more with {', '.join(trial.what for trial in trials)}" if trials else ""
+        tried = f"; tried in vain: {', '.join(trial.what for trial in trials)}" if trials else ""
         yield Finding(f"{gained}, hardly more than plain decoding{tried}.", "error", cause)
     elif first is not None and belief is not None and first < belief / 2:
         yield Finding(
@@ -208,10 +209,16 @@ def judge_acceptance(
         )
 
 
+def _better(trial: Trial, length: float) -> bool:
+    ratio = BETTER_RATIO_OTHER_TEXT if trial.other_text else BETTER_RATIO
+    enough = max(ratio * length, length + BETTER_TOKENS)
+    return trial.tokens >= FEWEST_TOKENS and trial.accepted_length >= enough
+
+
 def judge_sampling(greedy: LiveRun, sampled: LiveRun) -> Iterator[Finding]:
     """Whether the drafter works at temperature 0 only."""
     fine, short = greedy.accepted_length >= COLLAPSED, sampled.accepted_length < COLLAPSED
-    if fine and short and sampled.tokens >= FEWEST_TOKENS:
+    if fine and short and sampled.telling:
         yield Finding(
             f"At temperature {sampled.temperature:g} a round gains only "
             f"{sampled.accepted_length:.2f} tokens.",
@@ -228,21 +235,21 @@ def judge_tail(stats: Stats) -> Iterator[Finding]:
     worth = sum(kept >= RARE * stats.rounds for kept in stats.survived)
     if 0 < worth < len(stats.survived) - 1:
         yield Finding(
-            f"Drafts behind number {worth} stay in less than {RARE:.0%} of the rounds.",
+            f"Drafts from number {worth + 1} on stay in less than {RARE:.0%} of the rounds.",
             "note",
-            f"Try --block-size {worth}, which spares the target their rows.",
+            f"Try `dspark generate --block-size {worth}`, which does not verify them.",
         )
 
 
 def judge_speed(runs: Sequence[LiveRun]) -> Iterator[Finding]:
     """Whether drafting pays on this machine, at every temperature."""
-    slow = [
-        f"{r.speedup:.2f} times at temperature {r.temperature:g}" for r in runs if r.speedup < 1
-    ]
+    slow = [run for run in runs if run.speedup < 1 and run.telling]
     if slow:
+        temperatures = " and ".join(f"{run.temperature:g}" for run in slow)
+        speeds = " and ".join(f"{run.speedup:.2f}" for run in slow)
         yield Finding(
-            "The drafter is not worth it on this machine: its speed is "
-            f"{' and '.join(slow)} that of plain decoding.",
+            f"The drafter is not worth it on this machine at temperature {temperatures}: its "
+            f"speed is {speeds} times that of plain decoding.",
             "warning",
-            "Decode without it here (--draft none), or with fewer drafts (--block-size).",
+            "Decode without it there (--draft none), or try fewer drafts a round (--block-size).",
         )

@@ -9,6 +9,8 @@ from dspark.errors import DSparkError
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+FEWEST_TOKENS = 24
+"""Tokens gained without which an accepted length or a speed says nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class LiveRun:
     plain_tokens_per_s: float
 
     @property
+    def telling(self) -> bool:
+        """Whether it gained enough tokens to be judged by."""
+        return self.tokens >= FEWEST_TOKENS
+
+    @property
     def speedup(self) -> float:
         """Tokens per second over plain decoding's."""
         return self.tokens_per_s / self.plain_tokens_per_s
@@ -71,12 +78,15 @@ class Trial:
         remedy: how to make the change last.
         tokens: tokens gained, all requests together.
         accepted_length: tokens gained per round.
+        other_text: whether it decoded other text than the run it is compared with, so that part
+            of a gain may be the text's.
     """
 
     what: str
     remedy: str
     tokens: int
     accepted_length: float
+    other_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _made_for(drafter: DSparkDrafter, target: Target) -> Iterator[Finding]:
         yield Finding(
             f"The drafter was made for a target of {made_for} layers, but this one has "
             f"{target.num_layers}.",
-            "error",
+            "warning",
             "Use the drafter of this target, or correct num_target_layers in its config.json.",
         )
     if drafter.block_size == 1:

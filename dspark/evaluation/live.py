@@ -15,7 +15,7 @@ from dspark.engine.model import Model
 from dspark.evaluation.findings import LiveRun
 from dspark.request import Request, Stats, merge_stats
 
-REPEATS = 2
+REPEATS = 3
 TokenIds = tuple[int, ...]
 
 

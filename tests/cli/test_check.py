@@ -46,7 +46,7 @@ def test_a_drafter_that_is_always_wrong_is_an_error_and_status_1(dspark, pair, d
     assert [run["temperature"] for run in report["runs"]] == [0, 1]
     assert report["expected_speedup"] == report["runs"][0]["speedup"] > 0
     tried = [trial["what"] for trial in report["trials"]]
-    assert tried[:2] == ["every layer id -1", "every layer id +1"]
+    assert tried[:2] == ["every layer id lowered by 1", "every layer id raised by 1"]
     assert tried[2:] == ["slot 0 of every block thrown away", "raw prompts"]
     assert len(result.out.splitlines()) == 1
     assert "hardly more" in " ".join(result.err.split())
@@ -105,6 +105,7 @@ def test_a_missing_head_is_a_finding(dspark, pair, drafter):
     result = dspark("check", pair.target, "--draft", drafter, "--json")
     assert result.status == 1
     assert "lacks the tensors confidence_head" in result.json["findings"][0]["what"]
+    assert result.json["findings"][0]["remedy"].startswith("Fetch or save it again")
     change_config(drafter, enable_confidence_head=False)
     result = dspark("check", pair.target, "--draft", drafter, *QUICK, "--json")
     assert any(
@@ -144,11 +145,12 @@ def test_the_bundled_pair_fits(dspark):
 
 
 def test_closing_sentences():
-    def run_of(speed):
-        return LiveRun(0.0, 60, 2.5, 0.8, speed, 1.0)
+    def run_of(speed, tokens=60):
+        return LiveRun(0.0, tokens, 2.5, 0.8, speed, 1.0)
 
     error, note = Finding("a", "error", "b"), Finding("a", "note", "b")
-    assert closing(CheckReport((error, error))) == "Not usable as it is: 2 errors."
+    assert closing(CheckReport((error, error))) == "Not ready for speculative decoding: 2 errors."
+    assert closing(CheckReport((), (run_of(0.5, tokens=9),))).startswith("Undecided: too few")
     assert closing(CheckReport((note,), (run_of(2.0),))) == (
         "The drafter fits; tokens gained per round: 2.50 at temperature 0; measured speed on this "
         "machine: 2.00 times plain decoding."

@@ -42,11 +42,9 @@ def test_a_drafter_that_fits(tiny, target, prompts):
     assert report.expected_speedup == report.runs[0].speedup
     shifted = [t for t in report.trials if "layer id" in t.what]
     assert [t.accepted_length for t in shifted] == [1.0, 1.0]
-    (thrown_away,) = [t for t in report.trials if "slot 0" in t.what]
-    assert 1 < thrown_away.accepted_length < report.runs[0].accepted_length
 
 
-@pytest.mark.parametrize(("taps", "shift"), [((1, 3), "-1"), ((-1, 1), "+1")])
+@pytest.mark.parametrize(("taps", "shift"), [((1, 3), "lowered by 1"), ((-1, 1), "raised by 1")])
 def test_layer_ids_off_by_one_are_named(tiny, target, prompts, taps, shift):
     report = check(Model(target, tiny.KnowingDrafter(target, taps=taps)), prompts, **SHORT)
     assert not report.ok
@@ -60,19 +58,21 @@ def test_layer_ids_off_by_one_are_named(tiny, target, prompts, taps, shift):
 
 
 def test_the_other_slot_convention_is_named(tiny, target, prompts):
-    drafter = tiny.KnowingDrafter(target, idle_slot=True)
+    knowing = tiny.KnowingDrafter(target, idle_slot=True)
+    drafter = tiny.make_drafter(target)
+    drafter.observe, drafter.propose = knowing.observe, knowing.propose
     report = check(Model(target, drafter), prompts, **SHORT)
     (finding,) = [f for f in report.findings if f.severity == "error"]
     assert "gains 1.00 tokens" in finding.what
     assert "with slot 0 of every block thrown away" in finding.what
-    assert "sample_from_anchor to false" in finding.remedy
+    assert "1 + n slots" in finding.remedy
 
 
 def test_a_drafter_that_nothing_helps(tiny, target, prompts):
     report = check(Model(target, tiny.KnowingDrafter(target, wants=(1, 4))), prompts, **SHORT)
     (what,) = texts(report, "error")
     assert "hardly more than plain decoding" in what
-    assert "every layer id -1, every layer id +1, slot 0 of every block" in what
+    assert "in vain: every layer id lowered by 1, every layer id raised by 1, raw" in what
 
 
 def test_a_drafter_that_knows_raw_prompts_only(tiny, target, tokenizer, prompts):
@@ -81,7 +81,7 @@ def test_a_drafter_that_knows_raw_prompts_only(tiny, target, tokenizer, prompts)
     report = check(Model(target, drafter), prompts, **SHORT)
     (finding,) = [f for f in report.findings if f.severity == "error"]
     assert "with raw prompts" in finding.what
-    assert "templated answers" in finding.remedy
+    assert "seems trained with raw prompts" in finding.remedy
 
 
 def test_a_drafter_of_the_other_thinking_mode(tiny, prompts):
@@ -149,16 +149,16 @@ def test_too_few_rounds_are_not_judged(tiny, target, prompts):
 def test_variants_stay_within_the_target(tiny, target):
     def shifts(taps):
         found = variants(tiny.KnowingDrafter(target, taps=taps), tiny.layers)
-        return [v.drafter.taps for v in found if v.drafter.skipped_slots == 0]
+        return [v.drafter.taps for v in found]
 
     assert shifts((0, 2)) == [(-1, 1), (1, 3)]
     assert shifts((-1, 3)) == [(0, 4)]
     assert shifts((0, 4)) == [(-1, 3)]
     assert shifts((-1, 4)) == []
     assert shifts(()) == []
-    single = tiny.KnowingDrafter(target, block_size=1)
-    assert all(v.drafter.skipped_slots == 0 for v in variants(single, tiny.layers))
-    assert len(list(variants(tiny.KnowingDrafter(target), tiny.layers))) == 3
+    several, single = tiny.make_drafter(target), tiny.make_drafter(target, block_size=1)
+    assert len(list(variants(several, tiny.layers))) == 3
+    assert len(list(variants(single, tiny.layers))) == 2
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated"])
@@ -238,14 +238,26 @@ def counts(rounds, survived):
     [(1.6, "error"), (1.45, "error"), (1.3, None)],
 )
 def test_an_alternative_must_gain_enough(trial, severity):
-    trials = [Trial("every layer id +1", "Do so.", 40, trial), Trial("raw prompts", "-", 5, 5.0)]
+    trials = [
+        Trial("every layer id raised by 1", "Do so.", 40, trial),
+        Trial("raw prompts", "-", 5, 5.0),
+    ]
     (finding,) = judge_acceptance(counts(40, [4, 0]), None, trials)
     assert finding.severity == "error"
     assert (finding.remedy == "Do so.") == (severity is not None)
 
 
+def test_other_text_must_gain_more():
+    trial = Trial("raw prompts", "Do so.", 40, 3.5, other_text=True)
+    assert list(judge_acceptance(counts(40, [30, 20, 10]), 0.8, [trial])) == []
+    (finding,) = judge_acceptance(
+        counts(40, [30, 20, 10]), 0.8, [replace(trial, accepted_length=3.8)]
+    )
+    assert (finding.severity, finding.remedy) == ("warning", "Do so.")
+
+
 def test_a_gain_over_an_acceptance_that_is_no_collapse_is_a_warning():
-    trials = [Trial("every layer id +1", "Do so.", 40, 3.5)]
+    trials = [Trial("every layer id raised by 1", "Do so.", 40, 3.5)]
     (finding,) = judge_acceptance(counts(40, [30, 20, 10]), 0.8, trials)
     assert (finding.severity, finding.remedy) == ("warning", "Do so.")
     assert list(judge_acceptance(counts(40, [30, 20, 10]), 0.8, [])) == []
@@ -283,8 +295,9 @@ def test_a_tail_that_hardly_ever_stays():
 def test_a_drafter_that_does_not_pay():
     (finding,) = judge_speed([run_of(2.0, speed=0.8), run_of(2.0, temperature=1.0, speed=0.5)])
     assert finding.severity == "warning"
-    assert "0.80 times at temperature 0 and 0.50 times at temperature 1" in finding.what
+    assert "at temperature 0 and 1: its speed is 0.80 and 0.50 times" in finding.what
     assert list(judge_speed([run_of(2.0, speed=1.2)])) == []
+    assert list(judge_speed([run_of(2.0, speed=0.8, tokens=5)])) == []
 
 
 def test_refusals_become_findings():
