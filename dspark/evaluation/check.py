@@ -29,7 +29,7 @@ from dspark.request import Request, SamplingParams, Stats
 
 COLLAPSED = 1.3
 """Tokens per round below which a trained drafter does not work."""
-BETTER_TOKENS, BETTER_RATIO, BETTER_RATIO_OTHER_TEXT = 0.3, 1.25, 1.5
+BETTER_TOKENS, BETTER_RATIO, BETTER_RATIO_OTHER_TEXT = 0.3, 1.15, 1.5
 """An alternative counts where it gains so many more, and so many times more, tokens a round."""
 RARE = 0.05
 """Drafts that stay in a smaller share of rounds are not worth their rows."""

@@ -234,17 +234,23 @@ def counts(rounds, survived):
 
 
 @pytest.mark.parametrize(
-    ("trial", "severity"),
-    [(1.6, "error"), (1.45, "error"), (1.3, None)],
+    ("trial", "named"),
+    [(1.6, True), (1.45, True), (1.3, False)],
 )
-def test_an_alternative_must_gain_enough(trial, severity):
+def test_an_alternative_must_gain_enough(trial, named):
     trials = [
         Trial("every layer id raised by 1", "Do so.", 40, trial),
         Trial("raw prompts", "-", 5, 5.0),
     ]
     (finding,) = judge_acceptance(counts(40, [4, 0]), None, trials)
     assert finding.severity == "error"
-    assert (finding.remedy == "Do so.") == (severity is not None)
+    assert (finding.remedy == "Do so.") == named
+
+
+@pytest.mark.parametrize(("trial", "count"), [(2.82, 0), (2.92, 1)])
+def test_the_gain_must_be_large_against_what_there_is(trial, count):
+    trials = [Trial("every layer id raised by 1", "Do so.", 40, trial)]
+    assert len(list(judge_acceptance(counts(40, [30, 20, 10]), 0.8, trials))) == count
 
 
 def test_other_text_must_gain_more():
