@@ -110,14 +110,7 @@ def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:
 
 def closing(report: CheckReport) -> str:
     """The sentence that sums a report up."""
-    errors = sum(finding.severity == "error" for finding in report.findings)
-    if errors:
-        verdict = f"Not ready for speculative decoding: {errors} error{'s' if errors > 1 else ''}"
-    elif not report.runs[0].telling:
-        verdict = "Undecided: too few tokens to judge the drafter by"
-    else:
-        slow = report.runs[0].speedup < 1
-        verdict = "The drafter fits" + (", but does not pay on this machine" if slow else "")
+    verdict = _verdict(report)
     if not report.runs:
         return f"{verdict}."
     gains = " and ".join(
@@ -128,3 +121,19 @@ def closing(report: CheckReport) -> str:
         f"{verdict}; tokens gained per round: {gains}; measured speed on this machine: {speeds} "
         "times plain decoding."
     )
+
+
+def _verdict(report: CheckReport) -> str:
+    if errors := report.count("error"):
+        return f"Not ready for speculative decoding: {_counted(errors, 'error')}"
+    if not report.runs[0].telling:
+        return "Undecided: too few tokens to judge the drafter by"
+    if report.runs[0].speedup < 1:
+        return "The drafter works, but does not pay on this machine"
+    if warnings := report.count("warning"):
+        return f"The drafter works, with {_counted(warnings, 'warning')}"
+    return "The drafter fits"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -154,7 +154,10 @@ def _trials(
     """Try every variant of the drafter, and every other rendering of the prompts."""
     assert model.drafter is not None
     for variant in variants(model.drafter, model.target.num_layers):
-        stats = accepted(model, variant.drafter, requests)
+        try:
+            stats = accepted(model, variant.drafter, requests)
+        except NumericsError:  # a wrong reading may overflow; that says nothing of the pair
+            continue
         yield Trial(variant.what, variant.remedy, stats.tokens, stats.accepted_length)
     params = requests[0].params
     for name, rendered in other_renderings(model, prompts).items():

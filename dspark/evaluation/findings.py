@@ -106,12 +106,16 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether no finding is an error."""
-        return all(finding.severity != "error" for finding in self.findings)
+        return self.count("error") == 0
 
     @property
     def expected_speedup(self) -> float | None:
         """Measured tokens per second over plain decoding's, at temperature 0."""
         return self.runs[0].speedup if self.runs else None
+
+    def count(self, severity: Severity) -> int:
+        """How many findings are of this severity."""
+        return sum(finding.severity == severity for finding in self.findings)
 
 
 def by_severity(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -56,7 +56,7 @@ def test_prompt_lookup_passes_and_the_last_line_says_how_fast(dspark, pair, prom
     result = dspark("check", pair.target, "--draft", "ngram", "--prompts", prompts, *QUICK)
     assert result.status == 0
     last = result.out.splitlines()[-1]
-    assert last.startswith("The drafter fits")
+    assert last.startswith(("The drafter", "Undecided"))
     assert last.endswith("times plain decoding.")
 
 
@@ -156,5 +156,9 @@ def test_closing_sentences():
         "machine: 2.00 times plain decoding."
     )
     assert closing(CheckReport((), (run_of(0.5),))).startswith(
-        "The drafter fits, but does not pay on this machine; "
+        "The drafter works, but does not pay on this machine; "
+    )
+    warned = (Finding("a", "warning", "b"), note)
+    assert closing(CheckReport(warned, (run_of(2.0),))).startswith(
+        "The drafter works, with 1 warning; "
     )

@@ -90,6 +90,7 @@ class KnowingDrafter:
     wants: tuple[int, ...] = (0, 2)
     pleased: Callable[[list[int]], bool] = lambda _tokens: True
     block_size: int = 4
+    ill_at_ease: float = -1.0
     idle_slot: bool = False
     context_shapes: tuple[CacheShape, ...] = ()
     shown: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class KnowingDrafter:
         sequences = [list(tokens) for tokens in batch.tokens]
         signs = torch.tensor(
             [
-                1.0 if self.at_ease(slot, length, tokens) else -1.0
+                self.mood(slot, length, tokens)
                 for slot, length, tokens in zip(batch.slots, batch.lengths, sequences, strict=True)
             ]
         )
@@ -125,10 +126,11 @@ class KnowingDrafter:
                 ids.append(token)
         return Proposal()
 
-    def at_ease(self, slot: int, length: int, tokens: list[int]) -> bool:
+    def mood(self, slot: int, length: int, tokens: list[int]) -> float:
         true_F = self.forward([tokens[:length]], self.wants).features_TF[-1]
         shown_F = self.shown[slot, length - 1]
-        return torch.allclose(shown_F, true_F, rtol=1e-3, atol=1e-3) and self.pleased(tokens)
+        known = torch.allclose(shown_F, true_F, rtol=1e-3, atol=1e-3)
+        return 1.0 if known and self.pleased(tokens) else self.ill_at_ease
 
     def forward(self, sequences: list[list[int]], taps: tuple[int, ...] = ()) -> Any:
         ragged = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])

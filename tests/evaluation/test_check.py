@@ -121,6 +121,14 @@ def test_a_drafter_that_computes_nan(tiny, target, prompts):
     assert report.expected_speedup is None
 
 
+def test_an_alternative_that_computes_nan_is_none(tiny, target, prompts):
+    drafter = tiny.KnowingDrafter(target, ill_at_ease=math.nan)
+    report = check(Model(target, drafter), prompts, **SHORT)
+    assert report.ok
+    assert report.runs
+    assert [trial.what for trial in report.trials] == ["raw prompts"]
+
+
 def test_prompt_lookup_is_not_held_to_a_trained_drafter_s_standard(target, prompts):
     lookup = NgramDrafter()
     lookup.bind(target.parts())
