@@ -78,7 +78,7 @@ def make_drafter(target: Target, **changes: Any) -> DSparkDrafter:
 
 @dataclass
 class KnowingDrafter:
-    """Drafts what the target will say, or the very opposite where it is not at ease.
+    """Drafts by the target's own logits, times `ill_at_ease` where it is not at ease.
 
     It is at ease if the last feature that it was shown is the output of the layers `wants`, and
     if the request's tokens please it. With `idle_slot` its slot 0 predicts nothing, and the slots
