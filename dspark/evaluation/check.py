@@ -8,7 +8,8 @@ undone; the change that restores acceptance names the fault.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import Drafter
@@ -73,13 +74,20 @@ def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
                 f"every layer id {'raised' if shift > 0 else 'lowered'} by 1",
                 f"Set target_layer_ids to {list(taps)} in the drafter's config.json.",
             )
-    if isinstance(drafter, DSparkDrafter) and drafter.block_size > 1:
+    if isinstance(drafter, DSparkDrafter) and drafter.config.block_size > 1:
+        other = not drafter.config.sample_from_anchor
         yield Variant(
-            Witness(drafter, drafter.taps, skipped_slots=1),
-            "slot 0 of every block thrown away",
-            "The drafter's slot 0 predicts nothing (1 + n slots), which is not supported yet: use "
-            "a drafter whose slot 0 predicts the token after the anchor.",
+            _with_slots(drafter, sample_from_anchor=other),
+            f"slot 0 of every block {'drafting' if other else 'thrown away'}",
+            f"Set sample_from_anchor to {str(other).lower()} in the drafter's config.json.",
         )
+
+
+def _with_slots(drafter: DSparkDrafter, *, sample_from_anchor: bool) -> DSparkDrafter:
+    """The same weights under the other slot convention."""
+    other = copy(drafter)
+    other.config = replace(drafter.config, sample_from_anchor=sample_from_anchor)
+    return other.eval()
 
 
 def check(

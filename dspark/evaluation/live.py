@@ -21,29 +21,24 @@ TokenIds = tuple[int, ...]
 
 @dataclass
 class Witness:
-    """A drafter that is read as it is told, and watched while it drafts.
+    """A drafter that reads the layers it is told to, and is watched while it drafts.
 
     Implements `drafters.base.Drafter`.
 
     Attributes:
         drafter: who drafts, bound to the target.
         taps: the layers to feed it with; its own, or an alternative.
-        skipped_slots: slots of a block whose prediction is thrown away: 0 to take the drafter as
-            it is, 1 to read a block whose first slot predicts as one of 1 + n slots, whose first
-            does not. The drafter is then told that slot 0 drew the anchor, so that its sequential
-            head sees the anchor before slot 1.
         beliefs: per round, the largest probability of each first draft's own law [R], raw logits.
     """
 
     drafter: Drafter
     taps: tuple[int, ...]
-    skipped_slots: int = 0
     beliefs: list[Tensor] = field(default_factory=list)
 
     @property
     def block_size(self) -> int:
-        """The drafter's own, less the skipped slots."""
-        return self.drafter.block_size - self.skipped_slots
+        """The drafter's own."""
+        return self.drafter.block_size
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
@@ -62,18 +57,13 @@ class Witness:
 
     def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draft as the drafter does, taking note of its first law; confidences are left out."""
-        skipped = self.skipped_slots
 
         def watched(step: int, logits_RV: Tensor) -> Tensor:
-            if step < skipped:
-                return batch.anchors_R
-            if step == skipped:
+            if step == 0:
                 self.beliefs.append(logits_RV.double().softmax(dim=1).amax(dim=1))
-            return draw(step - skipped, logits_RV)
+            return draw(step, logits_RV)
 
-        asked = replace(batch, num_drafts=batch.num_drafts + skipped, confidences=False)
-        lengths = self.drafter.propose(context, asked, watched).lengths
-        return Proposal(lengths=lengths and tuple(max(n - skipped, 0) for n in lengths))
+        return self.drafter.propose(context, replace(batch, confidences=False), watched)
 
     @property
     def belief(self) -> float | None:

@@ -51,7 +51,9 @@ def make_target(tokenizer: Any = None, *, vocab: int | None = None) -> Target:
     return Target.from_model(Qwen3ForCausalLM(config).eval(), name="tiny", tokenizer=tokenizer)
 
 
-def make_drafter(target: Target, **changes: Any) -> DSparkDrafter:
+def make_drafter(
+    target: Target, *, kind: type[DSparkDrafter] = DSparkDrafter, **changes: Any
+) -> DSparkDrafter:
     """A random DSpark drafter, bound to the target."""
     taps = (0, 2)
     backbone = BackboneConfig(
@@ -73,7 +75,7 @@ def make_drafter(target: Target, **changes: Any) -> DSparkDrafter:
     }
     config = DSparkConfig(backbone, **(fields | changes))
     generator = torch.Generator().manual_seed(1)
-    return DSparkDrafter.from_target(target.parts(), config, generator=generator).eval()
+    return kind.from_target(target.parts(), config, generator=generator).eval()
 
 
 @dataclass
@@ -81,8 +83,7 @@ class KnowingDrafter:
     """Drafts by the target's own logits, times `ill_at_ease` where it is not at ease.
 
     It is at ease if the last feature that it was shown is the output of the layers `wants`, and
-    if the request's tokens please it. With `idle_slot` its slot 0 predicts nothing, and the slots
-    after it what the target will say (the 1 + n convention).
+    if the request's tokens please it.
     """
 
     target: Target
@@ -91,7 +92,6 @@ class KnowingDrafter:
     pleased: Callable[[list[int]], bool] = lambda _tokens: True
     block_size: int = 4
     ill_at_ease: float = -1.0
-    idle_slot: bool = False
     context_shapes: tuple[CacheShape, ...] = ()
     shown: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
@@ -118,9 +118,7 @@ class KnowingDrafter:
                 for slot, length, tokens in zip(batch.slots, batch.lengths, sequences, strict=True)
             ]
         )
-        if self.idle_slot:
-            draw(0, -self.forward(sequences).logits_NV)
-        for step in range(self.idle_slot, batch.num_drafts):
+        for step in range(batch.num_drafts):
             tokens = draw(step, self.forward(sequences).logits_NV * signs[:, None]).tolist()
             for ids, token in zip(sequences, tokens, strict=True):
                 ids.append(token)
@@ -136,6 +134,20 @@ class KnowingDrafter:
         ragged = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
         last = torch.tensor(ragged.offsets[1:]) - 1
         return self.target.forward(ragged, taps=taps, logit_rows=last)
+
+
+class OtherwiseBlocks(DSparkDrafter):
+    """Drafts what `knowing` does under the slot convention `other`, else the same token always."""
+
+    knowing: KnowingDrafter
+    other: bool
+
+    def observe(self, *rows: Any) -> None:
+        self.knowing.observe(*rows)
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        scale = float(self.config.sample_from_anchor == self.other)
+        return self.knowing.propose(context, batch, lambda step, logits: draw(step, scale * logits))
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +174,7 @@ def tiny() -> SimpleNamespace:
         make_target=make_target,
         make_drafter=make_drafter,
         KnowingDrafter=KnowingDrafter,
+        OtherwiseBlocks=OtherwiseBlocks,
     )
 
 

@@ -6,10 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dspark.attention.slots import SlotCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import START
-from dspark.drafters.base import DraftBatch
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
@@ -57,15 +55,21 @@ def test_layer_ids_off_by_one_are_named(tiny, target, prompts, taps, shift):
     assert best.accepted_length > 3
 
 
-def test_the_other_slot_convention_is_named(tiny, target, prompts):
-    knowing = tiny.KnowingDrafter(target, idle_slot=True)
-    drafter = tiny.make_drafter(target)
-    drafter.observe, drafter.propose = knowing.observe, knowing.propose
+@pytest.mark.parametrize(
+    ("convention", "named", "set_to"),
+    [
+        (True, "slot 0 of every block thrown away", "false"),
+        (False, "slot 0 of every block drafting", "true"),
+    ],
+)
+def test_the_other_slot_convention_is_named(tiny, target, prompts, convention, named, set_to):
+    drafter = tiny.make_drafter(target, kind=tiny.OtherwiseBlocks, sample_from_anchor=convention)
+    drafter.knowing, drafter.other = tiny.KnowingDrafter(target), not convention
     report = check(Model(target, drafter), prompts, **SHORT)
     (finding,) = [f for f in report.findings if f.severity == "error"]
     assert "gains 1.00 tokens" in finding.what
-    assert "with slot 0 of every block thrown away" in finding.what
-    assert "1 + n slots" in finding.remedy
+    assert f"with {named}" in finding.what
+    assert finding.remedy.startswith(f"Set sample_from_anchor to {set_to} ")
 
 
 def test_a_drafter_that_nothing_helps(tiny, target, prompts):
@@ -169,31 +173,18 @@ def test_variants_stay_within_the_target(tiny, target):
     assert len(list(variants(single, tiny.layers))) == 2
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated"])
-def test_slot_0_thrown_away_is_a_block_whose_slot_1_follows_the_anchor(tiny, target, head):
-    drafter = tiny.make_drafter(target, markov_head_type=head)
-    context = SlotCache(drafter.context_shapes, 1, 16, torch.float32, "cpu")
-    rows = torch.randn(3, 2 * target.hidden_size, generator=torch.Generator().manual_seed(0))
-    drafter.observe(context, torch.zeros(3, dtype=torch.int64), torch.arange(3), rows)
-    batch = DraftBatch((0,), torch.tensor([9]), (3,), ([5, 6, 7, 9],), 4)
-
-    def logits_of(proposer, batch, forced):
-        seen = []
-
-        def draw(step, logits_RV):
-            seen.append(logits_RV)
-            return torch.tensor([forced[step]])
-
-        proposer.propose(context, batch, draw)
-        return seen
-
-    expected = logits_of(drafter, batch, [9, 11, 12, 13])[1:]
-    skipping = Witness(drafter, drafter.taps, skipped_slots=1)
-    assert skipping.block_size == 3
-    got = logits_of(skipping, replace(batch, num_drafts=3), [11, 12, 13])
-    assert len(got) == 3
-    for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("convention", [True, False])
+def test_the_other_slot_convention_is_the_same_drafter_read_otherwise(tiny, target, convention):
+    drafter = tiny.make_drafter(target, sample_from_anchor=convention)
+    fresh = tiny.make_drafter(target, sample_from_anchor=not convention)
+    requests = [Request((5, 9, 7), SamplingParams(12)), Request((8,), SamplingParams(12))]
+    before = accepted(Model(target), drafter, requests)
+    other = list(variants(drafter, tiny.layers))[-1].drafter
+    assert other.block_size == (3 if convention else 4)
+    assert all(a is b for a, b in zip(other.parameters(), drafter.parameters(), strict=True))
+    got = accepted(Model(target), other, requests)
+    assert got == accepted(Model(target), fresh, requests) != before
+    assert accepted(Model(target), drafter, requests) == before
 
 
 def test_a_witness_changes_nothing_and_sees_the_first_law(tiny, target):
