@@ -72,7 +72,9 @@ def _precision(target: Target) -> Iterator[Finding]:
 
 def _made_for(drafter: DSparkDrafter, target: Target) -> Iterator[Finding]:
     made_for = drafter.config.num_target_layers
-    if made_for != target.num_layers:
+    # Layouts that do not say it (drafters/speculators.py) take it to end at the last tap.
+    told = made_for > drafter.taps[-1] + 1
+    if made_for > target.num_layers or (told and made_for != target.num_layers):
         yield Finding(
             f"The drafter was made for a target of {made_for} layers, but this one has "
             f"{target.num_layers}.",

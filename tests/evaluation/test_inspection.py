@@ -31,6 +31,11 @@ def test_another_number_of_layers(pair):
     assert "7 layers, but this one has 5" in what
 
 
+def test_a_number_of_layers_that_the_checkpoint_did_not_tell(pair):
+    assert pair(num_target_layers=3, target_layer_ids=(0, 2)) == []
+    assert len(pair(num_target_layers=4, target_layer_ids=(0, 2))) == 1
+
+
 def test_a_block_of_one(pair):
     ((severity, what),) = pair(block_size=1)
     assert severity == "warning"
