@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark.drafters.base import BorrowedParts
 from dspark.drafters.heads import at_least_fp32
+from dspark.errors import CompatibilityError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,77 @@ class Borrowed:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return at_least_fp32(logits)
+
+
+@dataclass(frozen=True)
+class Loan:
+    """What a drafter that has been bound holds of its target.
+
+    Attributes:
+        target: the target's own tables.
+        used: what the drafter reads: the target's, or its own where they differ.
+        own_embedding_VH: its own embedding, where it differs from the target's.
+        own_head_VH: its own head, likewise.
+    """
+
+    target: Borrowed
+    used: Borrowed
+    own_embedding_VH: Tensor | None
+    own_head_VH: Tensor | None
+
+
+def borrow(
+    parts: BorrowedParts,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    taps: tuple[int, ...],
+    num_target_layers: int | None,
+    own_embedding_VH: Tensor | None,
+    own_head_VH: Tensor | None,
+) -> Loan:
+    """Refer to a target's tables, after checking that the drafter fits it.
+
+    A drafter's own tables are dropped where they equal the target's (in the checkpoint's dtype).
+    Where they differ it keeps them, since it was trained with them (the output stays the target's
+    either way), and a warning is logged.
+
+    Args:
+        parts: the target's parts.
+        hidden_size: the drafter's width.
+        vocab_size: the drafter's vocabulary.
+        taps: captured layers, ascending.
+        num_target_layers: the target's decoder layers, to check the taps against.
+        own_embedding_VH: an embedding that came with the drafter's checkpoint.
+        own_head_VH: a head, likewise.
+
+    Raises:
+        CompatibilityError: width, vocabulary or layers are not those of the drafter.
+    """
+    if parts.hidden_size != hidden_size:
+        raise CompatibilityError(
+            f"The drafter's hidden_size is {hidden_size}, but the target's is {parts.hidden_size}; "
+            "use a drafter made for this target."
+        )
+    if parts.vocab_size != vocab_size:
+        raise CompatibilityError(
+            f"The drafter's vocab_size is {vocab_size}, but the target's is "
+            f"{parts.vocab_size}; use a drafter made for this target."
+        )
+    if num_target_layers is not None and taps[-1] >= num_target_layers:
+        raise CompatibilityError(
+            f"The drafter reads target_layer_ids {list(taps)}, but the "
+            f"target has {num_target_layers} layers; use a drafter made for this target."
+        )
+    target = Borrowed.of(parts)
+    embedding = own_table(own_embedding_VH, target.embedding_VH, "embed_tokens.weight")
+    head = own_table(own_head_VH, target.head_VH, "lm_head.weight")
+    used = replace(
+        target,
+        embedding_VH=target.embedding_VH if embedding is None else embedding,
+        head_VH=target.head_VH if head is None else head,
+    )
+    return Loan(target, used, embedding, head)
 
 
 def own_table(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:

@@ -6,7 +6,6 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed, own_table
+from dspark.drafters.borrowed import Borrowed, borrow
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
@@ -125,34 +124,17 @@ class DSparkDrafter(ParallelBackbone):
         Raises:
             CompatibilityError: width, vocabulary or layers are not those of the drafter.
         """
-        width, config = self.config.backbone.hidden_size, self.config
-        if parts.hidden_size != width:
-            raise CompatibilityError(
-                f"The drafter's hidden_size is {width}, but the target's is {parts.hidden_size}; "
-                "use a drafter made for this target."
-            )
-        if parts.vocab_size != config.vocab_size:
-            raise CompatibilityError(
-                f"The drafter's vocab_size is {config.vocab_size}, but the target's is "
-                f"{parts.vocab_size}; use a drafter made for this target."
-            )
-        if num_target_layers is not None and config.target_layer_ids[-1] >= num_target_layers:
-            raise CompatibilityError(
-                f"The drafter reads target_layer_ids {list(config.target_layer_ids)}, but the "
-                f"target has {num_target_layers} layers; use a drafter made for this target."
-            )
-        target = Borrowed.of(parts)
-        self.own_embedding_VH = own_table(
-            self.own_embedding_VH, target.embedding_VH, "embed_tokens.weight"
+        loan = borrow(
+            parts,
+            hidden_size=self.config.backbone.hidden_size,
+            vocab_size=self.config.vocab_size,
+            taps=self.taps,
+            num_target_layers=num_target_layers,
+            own_embedding_VH=self.own_embedding_VH,
+            own_head_VH=self.own_head_VH,
         )
-        self.own_head_VH = own_table(self.own_head_VH, target.head_VH, "lm_head.weight")
-        own_embedding, own_head = self.own_embedding_VH, self.own_head_VH
-        self._target = target
-        self._borrowed = replace(
-            target,
-            embedding_VH=target.embedding_VH if own_embedding is None else own_embedding,
-            head_VH=target.head_VH if own_head is None else own_head,
-        )
+        self._target, self._borrowed = loan.target, loan.used
+        self.own_embedding_VH, self.own_head_VH = loan.own_embedding_VH, loan.own_head_VH
         self._drop_plan()
 
     @property
@@ -249,7 +231,12 @@ class DSparkDrafter(ParallelBackbone):
 
     @torch.no_grad()
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
         """Append context keys and values of committed tokens."""
         plan = self._decode_plan(context)

@@ -122,12 +122,15 @@ def draft():
     def run(drafter, contexts, anchors, *, num_drafts=None, chunks=1, forced=None):
         cache = SlotCache(drafter.context_shapes, len(contexts) + 1, 64, torch.float32, "cpu")
         slots = tuple(range(len(contexts), 0, -1))
-        for slot, features in zip(slots, contexts, strict=True):
+        for slot, features, anchor in zip(slots, contexts, anchors, strict=True):
+            following = torch.tensor([0] * (len(features) - 1) + [anchor])
             at = 0
             for part in features.tensor_split(chunks):
                 positions = torch.arange(at, at + len(part))
                 at += len(part)
-                drafter.observe(cache, torch.full_like(positions, slot), positions, part)
+                drafter.observe(
+                    cache, torch.full_like(positions, slot), positions, part, following[positions]
+                )
         lengths = tuple(len(features) for features in contexts)
         batch = DraftBatch(
             slots=slots,

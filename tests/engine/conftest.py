@@ -104,7 +104,12 @@ class MadeUpDrafter:
         """Nothing to borrow."""
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
         """Nothing to keep."""
 

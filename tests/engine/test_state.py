@@ -19,12 +19,14 @@ def next_logits(target, cache, slot, tokens, cached):
 
 
 def fresh_context(target, drafter, tokens, capacity):
-    """The drafter's context after one prefill of these tokens."""
+    """The drafter's context after one prefill of all these tokens but the last."""
     context = SlotCache(drafter.context_shapes, 1, capacity, target.dtype, target.device)
-    batch = RaggedBatch.build([(0, 0, tokens)])
+    batch = RaggedBatch.build([(0, 0, tokens[:-1])])
     with torch.inference_mode():
         output = target.forward(batch, target.new_cache(1, capacity), taps=drafter.taps)
-        drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF)
+        drafter.observe(
+            context, batch.slots_T, batch.positions_T, output.features_TF, torch.tensor(tokens[1:])
+        )
     return context
 
 
@@ -37,7 +39,7 @@ def check_caches(engine, request, *, tolerance=1e-9):
     own = next_logits(target, engine._cache, request.slot, tokens, request.cached)
     torch.testing.assert_close(own, fresh, rtol=tolerance, atol=tolerance)
     speculator = engine._speculator
-    expected = fresh_context(target, speculator.drafter, tokens[:-1], capacity)
+    expected = fresh_context(target, speculator.drafter, tokens, capacity)
     for layer in range(len(speculator.drafter.context_shapes)):
         own_pair = speculator.context.view(layer, request.slot, request.cached)
         for mine, theirs in zip(own_pair, expected.view(layer, 0, request.cached), strict=True):
@@ -88,13 +90,15 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
     """Drafters that fold rows into a state could not take a rejected one back."""
     target = tiny.make_target(dtype=torch.float64)
     drafter = distracted_drafter(tiny, target)
-    seen, observe = {}, drafter.observe
+    seen, following, observe = {}, {}, drafter.observe
 
-    def spy(context, slots_T, positions_T, features_TF):
-        assert len(features_TF) == len(positions_T)
+    def spy(context, slots_T, positions_T, features_TF, next_tokens_T):
+        assert len(features_TF) == len(positions_T) == len(next_tokens_T)
         for slot, position in zip(slots_T.tolist(), positions_T.tolist(), strict=True):
             seen.setdefault(slot, []).append(position)
-        observe(context, slots_T, positions_T, features_TF)
+        for slot, token in zip(slots_T.tolist(), next_tokens_T.tolist(), strict=True):
+            following.setdefault(slot, []).append(token)
+        observe(context, slots_T, positions_T, features_TF, next_tokens_T)
 
     drafter.observe = spy
     engine = Engine(target, drafter, max_requests=2, max_length=40)
@@ -104,6 +108,7 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
         engine.step()
         for request in engine._running:
             assert seen[request.slot] == list(range(request.cached))
+            assert following[request.slot] == request.tokens[1:]
     verified, accepted = (
         sum(getattr(request.stats, name) for request in engine._running)
         for name in ("verified", "accepted")
