@@ -149,9 +149,7 @@ def _observe(
         following += request.tokens[request.cached + 1 :]
         following += committed
     next_tokens_T = torch.tensor(following, device=slots_T.device)
-    speculator.drafter.observe(
-        speculator.context, slots_T, positions_T, features_TF, next_tokens_T
-    )
+    speculator.drafter.observe(speculator.context, slots_T, positions_T, features_TF, next_tokens_T)
 
 
 def _commit(
