@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.published import config_from_json, config_to_json
+from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
 from dspark.errors import CheckpointError, CompatibilityError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -58,8 +60,22 @@ def load_drafter(
     return _assemble(config, state, directory)
 
 
+def load_eagle3(
+    source: str | Path, *, revision: str | None = None, offline: bool = False
+) -> Eagle3Drafter:
+    """`load_drafter` for an Eagle3 or MTP-1 drafter."""
+    directory = _resolve(source, revision, offline)
+    config = eagle3_from_json(_read_json(directory / CONFIG), str(directory / CONFIG))
+    with torch.device("meta"):
+        drafter = Eagle3Drafter(config)
+    return _fill(drafter, _read_weights(directory), directory)
+
+
 def save_published(
-    drafter: DSparkDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+    drafter: DSparkDrafter | Eagle3Drafter,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> None:
     """Write the published layout, embedding and head included.
 
@@ -74,7 +90,7 @@ def save_published(
         CompatibilityError: the drafter has a learned mask embedding, for which this layout has no
             place, or has no embedding and head.
     """
-    if drafter.mask_embedding is not None:
+    if isinstance(drafter, DSparkDrafter) and drafter.mask_embedding is not None:
         raise CompatibilityError(
             f"The drafter has a learned {MASK_EMBEDDING}, for which the published layout has no "
             "place; save it attached to its target."
@@ -88,7 +104,7 @@ def save_published(
 
 
 def save_attached(
-    drafter: DSparkDrafter,
+    drafter: DSparkDrafter | Eagle3Drafter,
     target_directory: str | Path,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
@@ -218,6 +234,15 @@ def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -
         drafter = DSparkDrafter(config)
         if learned_mask and drafter.mask_embedding is None:
             drafter.mask_embedding = torch.nn.Embedding(1, config.backbone.hidden_size)
+    return _fill(drafter, state, directory)
+
+
+DrafterT = TypeVar("DrafterT", DSparkDrafter, Eagle3Drafter)
+
+
+def _fill(drafter: DrafterT, state: dict[str, Tensor], directory: Path) -> DrafterT:
+    """A drafter made on no device, with the tensors of a file in it, after checking them."""
+    config = drafter.config
     shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     table_shape = (config.vocab_size, config.backbone.hidden_size)
     allowed = shapes | dict.fromkeys(_TABLES, table_shape)
@@ -238,7 +263,8 @@ def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -
     tables = [state.pop(name, None) for name in _TABLES]
     drafter.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
     drafter.own_embedding_VH, drafter.own_head_VH = tables
-    return drafter.eval()
+    drafter.eval()
+    return drafter
 
 
 def _compare_names(missing: set[str], extra: set[str], directory: Path) -> None:
@@ -258,12 +284,18 @@ def _few(names: list[str]) -> str:
 
 
 def _save(
-    drafter: DSparkDrafter,
+    drafter: DSparkDrafter | Eagle3Drafter,
     directory: Path,
     tables: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> None:
     kept = drafter.fc.weight.dtype if dtype is None else dtype
+    stored = str(kept).removeprefix("torch.")
+    data = (
+        eagle3_to_json(drafter.config, stored)
+        if isinstance(drafter, Eagle3Drafter)
+        else config_to_json(drafter.config, stored)
+    )
     named = {**drafter.state_dict(), **tables}
     # A tied embedding and head share memory, which safetensors refuses: each gets its own.
     state = {
@@ -275,7 +307,6 @@ def _save(
     config = directory / f".{CONFIG}.{os.getpid()}.tmp"
     try:
         save_file(state, weights, metadata={"format": "pt"})
-        data = config_to_json(drafter.config, str(kept).removeprefix("torch."))
         config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for path in (weights, config):
             with path.open("rb+") as file:
