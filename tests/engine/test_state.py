@@ -46,18 +46,25 @@ def check_caches(engine, request, *, tolerance=1e-9):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def distracted_drafter(tiny, target):
-    """A DSpark drafter that observes, and proposes what is accepted now and then."""
-    drafter = tiny.make_drafter(target)
-    drafter.propose = tiny.TargetDrafter(target, spoil=4).propose
+def distracted_drafter(tiny, target, name="dspark"):
+    """A drafter that observes and drafts, and proposes what is accepted now and then."""
+    drafter = tiny.make_drafter(target) if name == "dspark" else tiny.make_eagle3(target)
+    own, better = drafter.propose, tiny.TargetDrafter(target, spoil=4)
+
+    def propose(context, batch, draw):
+        own(context, batch, lambda step, logits_RV: logits_RV.argmax(-1))
+        return better.propose(context, batch, draw)
+
+    drafter.propose = propose
     return drafter
 
 
+@pytest.mark.parametrize("name", ["dspark", "eagle3"])
 @pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
+def test_caches_hold_the_committed_prefix(tiny, verifier, temperature, name):
     target = tiny.make_target(dtype=torch.float64)
-    drafter = distracted_drafter(tiny, target)
+    drafter = distracted_drafter(tiny, target, name)
     engine = Engine(target, drafter, max_requests=3, max_length=80, verifier=verifier)
     for i, prompt in enumerate(tiny.make_prompts(5, 64, seed=2)):
         params = SamplingParams(8 + 2 * i, temperature=temperature, seed=i)
