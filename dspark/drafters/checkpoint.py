@@ -24,7 +24,7 @@ from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.published import config_from_json, config_to_json
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json, is_eagle3
 from dspark.errors import CheckpointError, CompatibilityError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -36,7 +36,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 def load_drafter(
     source: str | Path, *, revision: str | None = None, offline: bool = False
-) -> DSparkDrafter:
+) -> DSparkDrafter | Eagle3Drafter:
     """Load a drafter, in the checkpoint's dtype, on the CPU, in evaluation mode, unbound.
 
     Args:
@@ -49,26 +49,13 @@ def load_drafter(
         CompatibilityError: the architecture or an option of it is not supported.
     """
     directory = _resolve(source, revision, offline)
-    config_path = directory / CONFIG
-    config = config_from_json(_read_json(config_path), str(config_path))
-    state = _read_weights(directory)
-    if config.mask_token_id is None and MASK_EMBEDDING not in state:
-        raise CheckpointError(
-            f"{config_path} has no mask_token_id and the weights no {MASK_EMBEDDING}; "
-            "one of them must say what fills a block."
-        )
-    return _assemble(config, state, directory)
-
-
-def load_eagle3(
-    source: str | Path, *, revision: str | None = None, offline: bool = False
-) -> Eagle3Drafter:
-    """`load_drafter` for an Eagle3 or MTP-1 drafter."""
-    directory = _resolve(source, revision, offline)
-    config = eagle3_from_json(_read_json(directory / CONFIG), str(directory / CONFIG))
-    with torch.device("meta"):
-        drafter = Eagle3Drafter(config)
-    return _fill(drafter, _read_weights(directory), directory)
+    data, where = _read_json(directory / CONFIG), str(directory / CONFIG)
+    if is_eagle3(data):
+        config = eagle3_from_json(data, where)
+        with torch.device("meta"):
+            drafter = Eagle3Drafter(config)
+        return _fill(drafter, _read_weights(directory), directory)
+    return _dspark(config_from_json(data, where), _read_weights(directory), directory)
 
 
 def save_published(
@@ -227,9 +214,14 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory} has no {WEIGHTS}; the checkpoint is incomplete.")
 
 
-def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -> DSparkDrafter:
+def _dspark(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -> DSparkDrafter:
     """A drafter around the tensors of a file, after checking names, shapes and dtypes."""
     learned_mask = MASK_EMBEDDING in state
+    if config.mask_token_id is None and not learned_mask:
+        raise CheckpointError(
+            f"{directory / CONFIG} has no mask_token_id and the weights no {MASK_EMBEDDING}; "
+            "one of them must say what fills a block."
+        )
     with torch.device("meta"):
         drafter = DSparkDrafter(config)
         if learned_mask and drafter.mask_embedding is None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.checkpoint import load_eagle3, save_attached, save_published
+from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
 from dspark.errors import CheckpointError, CompatibilityError
@@ -267,7 +267,7 @@ def golden_eagle3(golden):
 def test_state_dict_is_the_published_one(golden_eagle3):
     published = json.loads((golden_eagle3.parent / "keys.json").read_text())
     trained = {name: tuple(k["shape"]) for name, k in published.items() if k["trainable"]}
-    drafter = load_eagle3(golden_eagle3)
+    drafter = load_drafter(golden_eagle3)
     assert {name: tuple(x.shape) for name, x in drafter.state_dict().items()} == trained
     assert not drafter.training
 
@@ -278,7 +278,7 @@ def test_published_config_survives_a_round_trip(golden_eagle3):
 
 
 def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
-    drafter = load_eagle3(golden_eagle3)
+    drafter = load_drafter(golden_eagle3)
     drafter.bind(golden_parts)
     save_published(drafter, tmp_path / "published", dtype=None)
     files = [d / "model.safetensors" for d in (golden_eagle3, tmp_path / "published")]
@@ -286,7 +286,7 @@ def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     save_attached(drafter, tmp_path, dtype=None)
-    attached = load_eagle3(tmp_path)
+    attached = load_drafter(tmp_path)
     assert (attached.own_embedding_VH, attached.own_head_VH) == (None, None)
     assert attached.config == drafter.config
     assert all(torch.equal(after[name], x) for name, x in attached.state_dict().items())

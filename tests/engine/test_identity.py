@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark.drafters.checkpoint import load_drafter, load_eagle3
+from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
 from dspark.request import VERIFIERS, Request, SamplingParams, Stats
@@ -178,19 +178,15 @@ def test_a_draft_that_the_request_bans_is_rejected(target, tiny, temperature):
 
 
 @pytest.mark.parametrize(
-    ("load", "folder", "threshold"),
-    [
-        (load_drafter, "dspark_vanilla", "0.0"),
-        (load_drafter, "dspark_vanilla", "0.5"),
-        (load_eagle3, "eagle3", "0.0"),
-    ],
+    ("folder", "threshold"),
+    [("dspark_vanilla", "0.0"), ("dspark_vanilla", "0.5"), ("eagle3", "0.0")],
 )
-def test_golden_decode(load, folder, threshold, monkeypatch):
+def test_golden_decode(folder, threshold, monkeypatch):
     """The reference implementation's own decode at temperature 0, round for round."""
     decoded = json.loads((GOLDEN / folder / "decode.json").read_text())
     golden = decoded[f"T=0.0 threshold={threshold}"]
     target = Target.load(GOLDEN / "dspark_vanilla" / "target")  # both were made with this one
-    drafter = load(GOLDEN / folder / "draft")
+    drafter = load_drafter(GOLDEN / folder / "draft")
     drafter.bind(target.parts(), num_target_layers=target.num_layers)
     rounds = []
     record = Stats.record_round

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspark.drafters.checkpoint import load_drafter, load_eagle3
+from dspark.drafters.checkpoint import load_drafter
 from dspark.training.anchors import AnchorBlocks, attention_tiles
 from dspark.training.eagle import ttt_loss, ttt_passes
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
@@ -44,8 +44,7 @@ class Replay:
         self.target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
         embedding = self.target.get_input_embeddings().weight.detach()
         head = self.target.get_output_embeddings().weight.detach()
-        load = load_eagle3 if algorithm == "eagle3" else load_drafter
-        self.drafter = load(init)
+        self.drafter = load_drafter(init)
         self.drafter.bind(Parts(embedding, head, *embedding.shape))
         self.drafter.train()
         self.optimizer = torch.optim.AdamW(
