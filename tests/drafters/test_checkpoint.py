@@ -153,7 +153,7 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"architectures": ["Qwen3MedusaModel"]}, CompatibilityError, "Qwen3MedusaModel.*not supp"),
+        ({"architectures": ["Qwen3EagleModel"]}, CompatibilityError, "Qwen3EagleModel.*not supp"),
         ({"architectures": ["Gemma4DSparkModel"]}, CompatibilityError, "Gemma4DSpark.*not supp"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
         ({"speculators_model_type": "dspark"}, CompatibilityError, "speculators dspark.*not supp"),
