@@ -14,29 +14,22 @@ from torch import Tensor, nn
 from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
-from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed, borrow
+from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.borrowed import TargetBound
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
-from dspark.errors import CompatibilityError
 
 
-class DSparkDrafter(ParallelBackbone):
+class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
-
-    Embedding and head belong to the target: `bind` refers to them, and they are neither
-    parameters nor buffers. Decoding uses fused copies of the weights, made at the first round and
-    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
-    parameters in any other way.
 
     Args:
         config: what to build.
     """
 
     def __init__(self, config: DSparkConfig) -> None:
-        super().__init__(config.backbone)
-        self.config = config
+        super().__init__(config)
         width, vocab, rank = config.backbone.hidden_size, config.vocab_size, config.markov_rank
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
@@ -48,49 +41,7 @@ class DSparkDrafter(ParallelBackbone):
             self.confidence_head = ConfidenceHead(width, read)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
-        self.own_embedding_VH: Tensor | None = None
-        self.own_head_VH: Tensor | None = None
-        self._borrowed: Borrowed | None = None
-        self._target: Borrowed | None = None
         self._plan: DecodePlan | None = None
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self._drop_plan()
-        )
-
-    @classmethod
-    def from_target(
-        cls,
-        parts: BorrowedParts,
-        config: DSparkConfig,
-        *,
-        generator: torch.Generator,
-        init_std: float = 0.02,
-        copy_final_norm: bool = True,
-    ) -> DSparkDrafter:
-        """A new drafter in fp32, bound to its target.
-
-        Args:
-            parts: the target's parts.
-            config: what to build.
-            generator: source of the random weights (CPU).
-            init_std: standard deviation of every matrix.
-            copy_final_norm: start from the target's final norm, so that the borrowed head sees
-                states of the scale that it knows (BASELINE.md).
-
-        Raises:
-            CompatibilityError: the parts do not fit the configuration.
-        """
-        drafter = cls(config)
-        drafter.bind(parts)
-        with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, init_std, generator=generator)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-            if copy_final_norm and parts.final_norm_H is not None:
-                drafter.norm.weight.copy_(parts.final_norm_H)
-        return drafter.to(parts.embedding_VH.device)
 
     @property
     def block_size(self) -> int:
@@ -98,63 +49,11 @@ class DSparkDrafter(ParallelBackbone):
         return self.config.block_size
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        """Captured target layers."""
-        return self.config.target_layer_ids
-
-    @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
         """One cache layer per draft layer."""
         backbone = self.config.backbone
         shape = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
         return (shape,) * backbone.num_layers
-
-    def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
-        """Borrow the target's embedding and head.
-
-        Copies that came with a checkpoint are dropped where they equal the target's (in the
-        checkpoint's dtype). Where they differ the drafter keeps its own, since it was trained with
-        them (the output stays the target's either way), and a warning is logged. Parameters are
-        not changed; decoding runs in the embedding's dtype and on its device.
-
-        Args:
-            parts: the target's parts.
-            num_target_layers: the target's decoder layers, to check the taps against.
-
-        Raises:
-            CompatibilityError: width, vocabulary or layers are not those of the drafter.
-        """
-        loan = borrow(
-            parts,
-            hidden_size=self.config.backbone.hidden_size,
-            vocab_size=self.config.vocab_size,
-            taps=self.taps,
-            num_target_layers=num_target_layers,
-            own_embedding_VH=self.own_embedding_VH,
-            own_head_VH=self.own_head_VH,
-        )
-        self._target, self._borrowed = loan.target, loan.used
-        self.own_embedding_VH, self.own_head_VH = loan.own_embedding_VH, loan.own_head_VH
-        self._drop_plan()
-
-    @property
-    def borrowed(self) -> Borrowed:
-        """Embedding and head in use.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        if self._borrowed is None:
-            raise CompatibilityError(
-                "The drafter has no embedding and head yet; call bind(target.parts()) first."
-            )
-        return self._borrowed
-
-    def train(self, mode: bool = True) -> DSparkDrafter:
-        """Switch between training and evaluation; either way fused weights are made anew."""
-        self._drop_plan()
-        super().train(mode)
-        return self
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -190,20 +89,6 @@ class DSparkDrafter(ParallelBackbone):
             tiles,
         )
         return hidden.view(batch, anchors, block, -1)
-
-    def base_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
-        return self.borrowed.logits(hidden_NH)
-
-    def target_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the target's states after its final norm: the teacher.
-
-        They differ from `base_logits` only where the drafter keeps a head of its own.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        return (self._target or self.borrowed).logits(hidden_NH)
 
     def confidence_logits(
         self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False

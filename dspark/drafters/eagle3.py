@@ -22,8 +22,8 @@ from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import BackboneConfig, rotary
-from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed, borrow
+from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.borrowed import TargetBound
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
 from dspark.errors import CompatibilityError
 
@@ -92,74 +92,21 @@ class _DecodePlan:
     rotary_table: Tensor
 
 
-class Eagle3Drafter(Eagle3Backbone):
+class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
-
-    Embedding and head belong to the target: `bind` refers to them, and they are neither
-    parameters nor buffers. Decoding uses fused copies of the weights, made at the first round and
-    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
-    parameters in any other way.
 
     Args:
         config: what to build.
     """
 
     def __init__(self, config: Eagle3Config) -> None:
-        super().__init__(config.backbone)
-        self.config = config
-        self.own_embedding_VH: Tensor | None = None
-        self.own_head_VH: Tensor | None = None
-        self._borrowed: Borrowed | None = None
-        self._target: Borrowed | None = None
+        super().__init__(config)
         self._plan: _DecodePlan | None = None
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self._drop_plan()
-        )
-
-    @classmethod
-    def from_target(
-        cls,
-        parts: BorrowedParts,
-        config: Eagle3Config,
-        *,
-        generator: torch.Generator,
-        init_std: float = 0.02,
-        copy_final_norm: bool = True,
-    ) -> Eagle3Drafter:
-        """A new drafter in fp32, bound to its target.
-
-        Args:
-            parts: the target's parts.
-            config: what to build.
-            generator: source of the random weights (CPU).
-            init_std: standard deviation of every matrix.
-            copy_final_norm: start from the target's final norm, so that the borrowed head sees
-                states of the scale that it knows (BASELINE.md).
-
-        Raises:
-            CompatibilityError: the parts do not fit the configuration.
-        """
-        drafter = cls(config)
-        drafter.bind(parts)
-        with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, init_std, generator=generator)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-            if copy_final_norm and parts.final_norm_H is not None:
-                drafter.norm.weight.copy_(parts.final_norm_H)
-        return drafter.to(parts.embedding_VH.device)
 
     @property
     def block_size(self) -> int:
         """Most drafts of a round: as many as there were passes in training."""
         return self.config.ttt_length
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Captured target layers."""
-        return self.config.target_layer_ids
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
@@ -170,64 +117,8 @@ class Eagle3Drafter(Eagle3Backbone):
             CacheShape(1, backbone.hidden_size, 0),
         )
 
-    def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
-        """Borrow the target's embedding and head, see `borrowed.borrow`.
-
-        Args:
-            parts: the target's parts.
-            num_target_layers: the target's decoder layers, to check the taps against.
-
-        Raises:
-            CompatibilityError: width, vocabulary or layers are not those of the drafter.
-        """
-        loan = borrow(
-            parts,
-            hidden_size=self.config.backbone.hidden_size,
-            vocab_size=self.config.vocab_size,
-            taps=self.taps,
-            num_target_layers=num_target_layers,
-            own_embedding_VH=self.own_embedding_VH,
-            own_head_VH=self.own_head_VH,
-        )
-        self._target, self._borrowed = loan.target, loan.used
-        self.own_embedding_VH, self.own_head_VH = loan.own_embedding_VH, loan.own_head_VH
-        self._drop_plan()
-
-    @property
-    def borrowed(self) -> Borrowed:
-        """Embedding and head in use.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        if self._borrowed is None:
-            raise CompatibilityError(
-                "The drafter has no embedding and head yet; call bind(target.parts()) first."
-            )
-        return self._borrowed
-
-    def train(self, mode: bool = True) -> Eagle3Drafter:
-        """Switch between training and evaluation; either way fused weights are made anew."""
-        self._drop_plan()
-        super().train(mode)
-        return self
-
     def _drop_plan(self) -> None:
         self._plan = None
-
-    def base_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the borrowed head, soft-capped, from states after the final norm."""
-        return self.borrowed.logits(hidden_NH)
-
-    def target_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the target's states after its final norm: the teacher.
-
-        They differ from `base_logits` only where the drafter keeps a head of its own.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        return (self._target or self.borrowed).logits(hidden_NH)
 
     # Decoding
 
