@@ -90,7 +90,7 @@ def ttt_loss(
     *,
     decay: float = 0.8,
     supervision: Supervision = "predicted",
-    chunk_rows: int = 1024,
+    chunk_rows: int = 512,
 ) -> TTTReport:
     """Loss of the passes over a batch.
 
