@@ -90,7 +90,7 @@ def ttt_loss(
     *,
     decay: float = 0.8,
     supervision: Supervision = "predicted",
-    chunk_rows: int = 512,
+    chunk_rows: int = 256,
 ) -> TTTReport:
     """Loss of the passes over a batch.
 
@@ -190,15 +190,18 @@ class _LawLoss(torch.autograd.Function):
             part = slice(start, start + rows.chunk)
             teacher_MV = F.softmax(rows.drafter.target_logits(rows.teacher_MH[part]), dim=-1)
             with torch.set_grad_enabled(rows.with_gradient):
-                normed = normed_PMH[:, part].detach().requires_grad_(rows.with_gradient)
-                logits_PMV = rows.drafter.base_logits(normed)
-            log_law_PMV = F.log_softmax(logits_PMV.detach(), dim=-1)
+                # Rows of one matrix: as a stack the head would be copied once per pass.
+                normed_NH = normed_PMH[:, part].detach().flatten(0, 1)
+                logits_NV = rows.drafter.base_logits(normed_NH.requires_grad_(rows.with_gradient))
+            shape = (weight_PM.shape[0], -1)
+            log_law_PMV = F.log_softmax(logits_NV.detach(), dim=-1).unflatten(0, shape)
             ce_PM[:, part] = -(log_law_PMV * teacher_MV).sum(dim=-1)
             gap_PMV = log_law_PMV.exp_().sub_(teacher_MV)  # the cross-entropy's gradient
             accept_PM[:, part] = (1 - 0.5 * gap_PMV.abs().sum(dim=-1)).clamp(0, 1)
             if grad_PMH is not None:
-                gap_PMV.mul_(weight_PM[:, part].unsqueeze(-1))
-                [grad_PMH[:, part]] = torch.autograd.grad(logits_PMV, [normed], [gap_PMV])
+                [grad_NH] = torch.autograd.grad(logits_NV, [normed_NH], [gap_PMV.flatten(0, 1)])
+                weighted_PMH = grad_NH.unflatten(0, shape) * weight_PM[:, part].unsqueeze(-1)
+                grad_PMH[:, part] = weighted_PMH
         ctx.save_for_backward(*(() if grad_PMH is None else (grad_PMH,)))
         ctx.mark_non_differentiable(ce_PM, accept_PM)
         return (weight_PM * ce_PM).sum(), ce_PM, accept_PM
