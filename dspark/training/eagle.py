@@ -25,6 +25,7 @@ from dspark.drafters.backbone import rotary
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.training.chain_attention import chain_attention
+from dspark.training.losses import suitable_rows
 
 Supervision = Literal["predicted", "reference"]
 
@@ -90,7 +91,7 @@ def ttt_loss(
     *,
     decay: float = 0.8,
     supervision: Supervision = "predicted",
-    chunk_rows: int = 256,
+    chunk_rows: int | None = None,
 ) -> TTTReport:
     """Loss of the passes over a batch.
 
@@ -104,7 +105,7 @@ def ttt_loss(
             pass's cross-entropy is the mean over them. `reference` repeats the published training
             run, to compare with it: the mask of the token two places before the predicted one,
             without the sequence's last token, and sums divided by all B S rows.
-        chunk_rows: rows that meet the vocabulary at once.
+        chunk_rows: rows that meet the vocabulary at once; None for as many as suit the device.
     """
     passes, batch, length, _ = hidden_PBSH.shape
     chosen_BS = _teacher_positions(loss_mask_BS, supervision)
@@ -118,6 +119,7 @@ def ttt_loss(
         counts_P = torch.full_like(counts_P, batch * length)
     weight_PM = real_PM * (decay ** passes_P1.to(dtype)) / counts_P.unsqueeze(1)
     hidden_PMH = hidden_PBSH[passes_P1, sequence_M, row_PM.clamp(min=0)]
+    chunk_rows = chunk_rows or suitable_rows(position_M.device, drafter.config.vocab_size)
     rows = _Rows(
         drafter=drafter,
         teacher_MH=teacher_BSH[sequence_M, position_M],
@@ -194,14 +196,14 @@ class _LawLoss(torch.autograd.Function):
                 normed_NH = normed_PMH[:, part].detach().flatten(0, 1)
                 logits_NV = rows.drafter.base_logits(normed_NH.requires_grad_(rows.with_gradient))
             shape = (weight_PM.shape[0], -1)
-            log_law_PMV = F.log_softmax(logits_NV.detach(), dim=-1).unflatten(0, shape)
+            log_law_PMV = torch.unflatten(F.log_softmax(logits_NV.detach(), dim=-1), 0, shape)
             ce_PM[:, part] = -(log_law_PMV * teacher_MV).sum(dim=-1)
             gap_PMV = log_law_PMV.exp_().sub_(teacher_MV)  # the cross-entropy's gradient
             accept_PM[:, part] = (1 - 0.5 * gap_PMV.abs().sum(dim=-1)).clamp(0, 1)
             if grad_PMH is not None:
                 [grad_NH] = torch.autograd.grad(logits_NV, [normed_NH], [gap_PMV.flatten(0, 1)])
-                weighted_PMH = grad_NH.unflatten(0, shape) * weight_PM[:, part].unsqueeze(-1)
-                grad_PMH[:, part] = weighted_PMH
+                grad_part_PMH = torch.unflatten(grad_NH, 0, shape)
+                grad_PMH[:, part] = grad_part_PMH * weight_PM[:, part].unsqueeze(-1)
         ctx.save_for_backward(*(() if grad_PMH is None else (grad_PMH,)))
         ctx.mark_non_differentiable(ce_PM, accept_PM)
         return (weight_PM * ce_PM).sum(), ce_PM, accept_PM
