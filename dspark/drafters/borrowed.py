@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.drafters.backbone import BackboneConfig, RMSNorm
+from dspark.drafters.backbone import RMSNorm
 from dspark.drafters.base import BorrowedParts
+from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import at_least_fp32
 from dspark.errors import CompatibilityError
 
@@ -47,6 +48,15 @@ class Borrowed:
             head_VH=parts.head_VH,
             head_bias_V=parts.head_bias_V,
             softcap=parts.logit_softcap,
+        )
+
+    def reduced(self, ids: Tensor) -> Borrowed:
+        """The same for the tokens `ids` [Vd] only, whose head may be here already."""
+        head, bias = self.head_VH, self.head_bias_V
+        return replace(
+            self,
+            head_VH=head if head.shape[0] == ids.numel() else head[ids],
+            head_bias_V=None if bias is None else bias[ids],
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -130,16 +140,28 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             CompatibilityError: the parts do not fit the configuration.
         """
         drafter = cls(config)
-        drafter.bind(parts)
+        drafter._start(parts, generator, init_std, copy_final_norm=copy_final_norm)
+        return drafter
+
+    def _start(
+        self,
+        parts: BorrowedParts,
+        generator: torch.Generator,
+        init_std: float,
+        *,
+        copy_final_norm: bool,
+    ) -> None:
+        """Bind and fill with random weights, on the target's device."""
+        self.bind(parts)
         with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, init_std, generator=generator)
                 elif name.endswith("bias"):
                     parameter.zero_()
             if copy_final_norm and parts.final_norm_H is not None:
-                drafter.norm.weight.copy_(parts.final_norm_H)
-        return drafter.to(parts.embedding_VH.device)
+                self.norm.weight.copy_(parts.final_norm_H)
+        self.to(parts.embedding_VH.device)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -233,12 +255,14 @@ class TargetBound(nn.Module, Generic[ConfigT]):
 def _own_table(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:
     """A checkpoint's table where it differs from the target's (in the checkpoint's dtype).
 
-    Logs a warning then, and returns it in the target's dtype; None where they are equal.
+    Logs a warning then, and returns it in the target's dtype; None where they are equal. A head of
+    fewer rows, that of a reduced vocabulary, has no equal.
     """
     if own is None:
         return None
-    same_shape = own.shape == target.shape
-    if same_shape and torch.equal(own.to(target.device), target.to(own.dtype)):
+    if own.shape != target.shape:
+        return own.to(device=target.device, dtype=target.dtype)
+    if torch.equal(own.to(target.device), target.to(own.dtype)):
         return None
     logger.warning("The drafter's %s differs from the target's; the drafter keeps its own.", name)
     return own.to(device=target.device, dtype=target.dtype)

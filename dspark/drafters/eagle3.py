@@ -21,10 +21,12 @@ from torch import Tensor
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
-from dspark.drafters.backbone import BackboneConfig, rotary
+from dspark.drafters.backbone import rotary
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.borrowed import TargetBound
+from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
+from dspark.drafters.layer_fields import is_gemma4
 from dspark.errors import CompatibilityError
 
 # Cache layers: the layer's keys and values, and the projected features as keys of width H.
@@ -72,6 +74,11 @@ class Eagle3Config:
         if len(ids) != backbone.num_taps:
             raise CompatibilityError(
                 f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
+            )
+        if is_gemma4(backbone) or backbone.sliding_layers:
+            raise CompatibilityError(
+                "The Eagle3 drafter's layer is Gemma4's or has a sliding window, but only Qwen3's "
+                "with full attention is supported yet."
             )
         if backbone.num_layers != 1:
             raise CompatibilityError(

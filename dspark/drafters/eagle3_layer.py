@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.drafters.backbone import MLP, BackboneConfig, RMSNorm, rotate
+from dspark.drafters.backbone import MLP, RMSNorm, rotate
+from dspark.drafters.config import BackboneConfig
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""

@@ -117,7 +117,11 @@ class DrafterObjective:
             features_BSF,
             blocks.tokens_BN,
             blocks.positions_BNK,
-            attention_tiles(blocks, batch.input_ids_BS.shape[1]),
+            attention_tiles(
+                blocks,
+                batch.input_ids_BS.shape[1],
+                block_slots=self.drafter.config.block_size,
+            ),
         )
         report = block_loss(self.drafter, hidden, hidden_BSH, blocks, self._weights(step))
         metrics = {

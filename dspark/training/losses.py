@@ -205,10 +205,12 @@ class _Rows:
         logits = self.drafter.base_logits(hidden)
         if feature is not None and bias_Vr is not None:
             logits = logits + F.linear(feature, bias_Vr)
-        log_draft = F.log_softmax(logits, dim=-1)
+        log_draft = F.log_softmax(self.drafter.over_vocabulary(logits), dim=-1)
         with torch.no_grad():
             teacher = F.softmax(self.drafter.target_logits(self.teacher_MH[rows]), dim=-1)
         ce = F.nll_loss(log_draft, self.labels_M[rows], reduction="none")
+        if self.drafter.t2d is not None:  # a token that it can never propose teaches nothing
+            ce = ce.where(self.drafter.t2d[self.labels_M[rows]], 0.0)
         tv = (log_draft.exp() - teacher).abs().sum(dim=-1)
         combined = self.weights.ce * ce + self.weights.tv * tv
         return (self.weight_M[rows] * combined).sum(), ce.detach(), tv.detach()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
-from dspark.drafters.backbone import BackboneConfig
+from dspark.drafters.config import BackboneConfig
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
@@ -54,13 +54,14 @@ def backbone_shapes(
     target: Target, *, num_layers: int, num_taps: int, intermediate_size: int | None
 ) -> BackboneConfig:
     """Shapes of a new drafter's layers: the target's, where not given."""
-    config = target.config
+    config = layer_config(target)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     heads = int(config.num_attention_heads)
     return BackboneConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=intermediate_size or int(config.intermediate_size),
+        intermediate_size=intermediate_size
+        or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
         num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -69,6 +70,20 @@ def backbone_shapes(
         rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
     )
+
+
+def layer_config(target: Target) -> Any:
+    """The configuration that a drafter's layers take after.
+
+    The target's, or, where its layers differ in shape (Gemma4), that of its last layer that attends
+    to everything, as all draft layers do.
+    """
+    config = target.config
+    by_layer = getattr(config, "per_layer_config", None)
+    if not by_layer:
+        return config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
+    return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
 
 
 def _load_samples(recipe: BlockRecipe | ChainRecipe, target: Target) -> list[Sample]:

@@ -15,9 +15,8 @@ from benchmarks.inflate import (
 from benchmarks.placement import Shape
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import CompatibilityError

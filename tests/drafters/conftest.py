@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
@@ -106,11 +105,19 @@ def make_parts():
 
 @pytest.fixture
 def make_drafter(tiny_config, make_parts):
-    def make(parts: Parts | None = None, seed: int = 1, **changes: object) -> DSparkDrafter:
+    def make(
+        parts: Parts | None = None,
+        seed: int = 1,
+        draft_tokens: Tensor | None = None,
+        **changes: object,
+    ) -> DSparkDrafter:
         generator = torch.Generator().manual_seed(seed)
-        config = replace(tiny_config, **changes)
         return DSparkDrafter.from_target(
-            parts or make_parts(), config, generator=generator, init_std=0.3
+            parts or make_parts(),
+            replace(tiny_config, **changes),
+            generator=generator,
+            init_std=0.3,
+            draft_tokens=draft_tokens,
         ).eval()
 
     return make

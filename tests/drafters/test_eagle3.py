@@ -11,6 +11,7 @@ from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.registry import read_config
 from dspark.errors import CheckpointError, CompatibilityError
 
 LENGTHS = (3, 11, 6)
@@ -296,9 +297,14 @@ def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
     ("changes", "error", "words"),
     [
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3Eagle3Model"),
-        ({"num_hidden_layers": 2}, CompatibilityError, "num_hidden_layers 2"),
+        (
+            {"num_hidden_layers": 2, "layer_types": None},
+            CompatibilityError,
+            "num_hidden_layers is 2",
+        ),
         ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
         ({"target_layer_ids": "all"}, CheckpointError, "target_layer_ids 'all'"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, CompatibilityError, "window"),
         ({"ttt_length": None}, CheckpointError, "lacks ttt_length"),
         ({"step_loss_decay": "x"}, CheckpointError, "step_loss_decay 'x'"),
     ],
@@ -306,10 +312,10 @@ def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
 def test_configs_that_cannot_be_used_are_refused(golden_eagle3, changes, error, words):
     data = json.loads((golden_eagle3 / "config.json").read_text()) | changes
     with pytest.raises(error, match=words):
-        eagle3_from_json(data, "config.json")
+        read_config(data, "config.json")
 
 
 def test_the_older_architecture_name_is_read(golden_eagle3):
     data = json.loads((golden_eagle3 / "config.json").read_text())
     renamed = data | {"architectures": ["Eagle3DraftModel"], "draft_vocab_size": 211}
-    assert eagle3_from_json(renamed, "config.json") == eagle3_from_json(data, "config.json")
+    assert read_config(renamed, "config.json") == read_config(data, "config.json")

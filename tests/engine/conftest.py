@@ -16,9 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.ngram import NgramDrafter
@@ -58,9 +57,16 @@ def make_target(*, tokenizer: Any = None, **options: Any) -> Target:
 
 
 def make_drafter(
-    target: Target, *, head: str = "vanilla", block_size: int = 5, seed: int = 1, std: float = 0.3
+    target: Target,
+    *,
+    head: str = "vanilla",
+    block_size: int = 5,
+    seed: int = 1,
+    std: float = 0.3,
+    known: Sequence[int] | None = None,
+    **changes: Any,
 ) -> DSparkDrafter:
-    """A random DSpark drafter, bound to the target."""
+    """A random DSpark drafter, bound to the target; `known` is a reduced vocabulary."""
     taps = (-1, 0)
     backbone = BackboneConfig(
         hidden_size=16,
@@ -80,9 +86,17 @@ def make_drafter(
         num_target_layers=target.num_layers,
         markov_rank=8,
         markov_head_type=head,
+        draft_vocab_size=None if known is None else len(known),
+        **changes,
     )
     generator = torch.Generator().manual_seed(seed)
-    drafter = DSparkDrafter.from_target(target.parts(), config, generator=generator, init_std=std)
+    drafter = DSparkDrafter.from_target(
+        target.parts(),
+        config,
+        generator=generator,
+        init_std=std,
+        draft_tokens=None if known is None else torch.tensor(known),
+    )
     drafter.eval()
     return drafter
 

@@ -177,6 +177,22 @@ def test_a_draft_that_the_request_bans_is_rejected(target, tiny, temperature):
     assert output.stats.verified > output.stats.accepted
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_may_ban_every_token_that_a_drafter_knows(target, tiny, temperature):
+    known = (3, 5, 8)
+    bans = dict.fromkeys(known, float("-inf"))
+    requests = tiny.make_requests(
+        [[7, 9, 8, 1, 7]], max_new_tokens=12, temperature=temperature, logit_bias=bans
+    )
+    drafter = tiny.make_drafter(target, known=known)
+    [output] = tiny.decode(target, drafter, requests)
+    assert len(output.token_ids) == 12
+    assert not set(known) & set(output.token_ids)
+    if temperature == 0:
+        [plain] = tiny.decode(target, None, requests)
+        assert output.token_ids == plain.token_ids
+
+
 @pytest.mark.parametrize(
     ("folder", "threshold"),
     [("dspark_vanilla", "0.0"), ("dspark_vanilla", "0.5"), ("eagle3", "0.0")],
