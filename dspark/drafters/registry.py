@@ -27,6 +27,10 @@ from dspark.drafters.published import (
 from dspark.drafters.published_eagle3 import ARCHITECTURE as EAGLE3_ARCHITECTURE
 from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
 from dspark.drafters.speculators import speculators_from_json, speculators_to_json
+from dspark.drafters.speculators_eagle3 import (
+    speculators_eagle3_from_json,
+    speculators_eagle3_to_json,
+)
 from dspark.errors import CheckpointError, CompatibilityError
 
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
@@ -121,14 +125,23 @@ def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     return eagle3_to_json(drafter.config, dtype)
 
 
+def _write_speculators_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    return speculators_eagle3_to_json(drafter.config, dtype)
+
+
 EAGLE3 = Family(
     drafter=Eagle3Drafter,
     readers={
         EAGLE3_ARCHITECTURE: eagle3_from_json,
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
+        "speculators eagle3": speculators_eagle3_from_json,
     },
     build=_build_eagle3,
-    writers={DEEPSPEC: _write_eagle3, ATTACHED: _write_eagle3},
+    writers={
+        DEEPSPEC: _write_eagle3,
+        SPECULATORS: _write_speculators_eagle3,
+        ATTACHED: _write_eagle3,
+    },
 )
 
 FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK, EAGLE3)

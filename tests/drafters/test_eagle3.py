@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
 from dspark.drafters.registry import read_config
@@ -319,3 +319,54 @@ def test_the_older_architecture_name_is_read(golden_eagle3):
     data = json.loads((golden_eagle3 / "config.json").read_text())
     renamed = data | {"architectures": ["Eagle3DraftModel"], "draft_vocab_size": 211}
     assert read_config(renamed, "config.json") == read_config(data, "config.json")
+
+
+def test_speculators_and_back_is_bit_identical(golden_eagle3, tmp_path):
+    save_speculators(load_drafter(golden_eagle3), tmp_path / "there", dtype=None)
+    save_published(load_drafter(tmp_path / "there"), tmp_path / "back", dtype=None)
+    folders = (golden_eagle3, tmp_path / "there", tmp_path / "back")
+    before, there, back = (load_file(d / "model.safetensors") for d in folders)
+    assert before.keys() == there.keys() == back.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, there[name])
+        assert torch.equal(tensor, back[name])
+    published, config, again = (json.loads((d / "config.json").read_text()) for d in folders)
+    assert again == published
+    assert config["eagle_aux_hidden_state_layer_ids"] == [
+        i + 1 for i in published["target_layer_ids"]
+    ]
+    [method] = config["speculators_config"]["proposal_methods"]
+    assert method["speculative_tokens"] == published["ttt_length"]
+    assert config["transformer_layer_config"]["hidden_size"] == published["hidden_size"]
+    assert "ttt_length" not in config["transformer_layer_config"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"norm_before_residual": True}, CompatibilityError, "norm_before_residual True"),
+        ({"fc_norm": True}, CompatibilityError, "fc_norm True"),
+        ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
+        ({"target_hidden_size": 99}, CompatibilityError, "target_hidden_size 99"),
+        ({"eagle_aux_hidden_state_layer_ids": None}, CheckpointError, "eagle_aux_hidden_state"),
+        ({"speculators_config": {}}, CheckpointError, "speculative_tokens"),
+        ({"transformer_layer_config": {"model_type": "llama"}}, CompatibilityError, "'llama'"),
+        ({"transformer_layer_config": None}, CheckpointError, "transformer_layer_config None"),
+    ],
+)
+def test_speculators_files_that_cannot_be_used_are_refused(
+    golden_eagle3, tmp_path, changes, error, words
+):
+    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
+    data = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(error, match=words):
+        read_config(data | changes, "config.json")
+
+
+def test_what_speculators_leave_out_is_the_least(golden_eagle3, tmp_path):
+    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_target_layers", "step_loss_decay", "norm_output"):
+        del data[name]
+    _, config = read_config(data, "config.json")
+    assert config.num_target_layers == max(config.target_layer_ids) + 1
