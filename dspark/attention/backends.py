@@ -123,12 +123,13 @@ def block_attention(
     *,
     scale: float,
     window: int | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Attention of draft blocks: context from the cache, the block itself in both directions.
 
     Every row of request r sees the first `lengths[r]` cached rows of `slots[r]` and all K rows
-    of its own block. With a window, the row at position p = lengths[r] + k sees only the cached
-    rows at positions > p - window (and still its whole block).
+    of its own block. With a window, all rows of a block see the last `window` of those cached rows
+    and still their whole block.
 
     Args:
         query_RKAD: queries [R, K, A, D].
@@ -140,6 +141,7 @@ def block_attention(
         lengths: number of context rows of each request.
         scale: multiplies the scores.
         window: see above; None for no limit.
+        causal: whether a row sees no later row of its own block.
 
     Returns:
         [R, K, A, D].
@@ -148,13 +150,13 @@ def block_attention(
     key_RGKD, value_RGKD = key_RKGD.transpose(1, 2), value_RKGD.transpose(1, 2)
     outs: list[Tensor] = []
     for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        begin = 0 if window is None else min(length, max(0, length + 1 - window))
+        begin = 0 if window is None else max(0, length - window)
         context_key, context_value = cache.heads(layer, slot, begin, length)
         key_1GSD = torch.cat((context_key, key_RGKD[r : r + 1]), 2)
         value_1GSD = torch.cat((context_value, value_RGKD[r : r + 1]), 2)
-        mask_KS = _block_mask(query_RKAD, length, begin, window)
         mask_NS = None
-        if mask_KS is not None:
+        if causal:
+            mask_KS = _block_mask(query_RKAD, length - begin)
             mask_NS = mask_KS.repeat(_folded_heads(query_RAKD, key_RGKD), 1)
         outs.append(_fused(query_RAKD[r : r + 1], key_1GSD, value_1GSD, mask_NS, scale))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
@@ -227,15 +229,11 @@ def _causal_mask(
     return mask_NS
 
 
-def _block_mask(query_RKAD: Tensor, length: int, begin: int, window: int | None) -> Tensor | None:
+def _block_mask(query_RKAD: Tensor, context: int) -> Tensor:
+    """Additive mask of a causal block behind a number of context rows."""
     block = query_RKAD.shape[1]
-    if window is None or length + block <= window:
-        return None
-    keys_S = torch.arange(begin, length, device=query_RKAD.device)
-    rows_K1 = torch.arange(length, length + block, device=query_RKAD.device)[:, None]
-    mask_KS = query_RKAD.new_zeros(block, length - begin + block)
-    mask_KS[:, : length - begin].masked_fill_(keys_S <= rows_K1 - window, float("-inf"))
-    return mask_KS
+    hidden_KS = query_RKAD.new_full((block, context + block), float("-inf"))
+    return hidden_KS.triu(context + 1)
 
 
 def _explicit(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import data, demo, generate, train
+from dspark.cli import convert, data, demo, generate, train
 from dspark.cli.common import Screen, without_nan
 from dspark.errors import DSparkError, UsageError
 
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, train, data):
+    for command in (demo, generate, train, data, convert):
         command.add_parser(commands)
     return parser
 

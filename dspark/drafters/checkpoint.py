@@ -1,44 +1,52 @@
-"""Drafter checkpoints: the published layout and the attached one; read, write, refuse aloud.
+"""Drafter checkpoints in every layout: read, write, refuse aloud.
 
-Published (FORMAT_FACTS.md A): a directory with config.json and model.safetensors (or shards with
-an index), embedding and head included. Attached: the target's directory, with the drafter's two
-files in `dspark/` and without embedding and head. Either may be read without them; the target's
-are borrowed at bind.
+Published, as `deepspec` writes it (FORMAT_FACTS.md A), and `speculators` (G): a directory with
+config.json and model.safetensors (or shards with an index), embedding and head included. Attached:
+the target's directory, with the drafter's two files in `dspark/` and without embedding and head.
+Any may be read without them; the target's are borrowed at bind. Tensors have the same names in all.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.drafters.config import DSparkConfig
-from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.published import config_from_json, config_to_json
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.drafters.files import (
+    ATTACHED_FOLDER,
+    CONFIG,
+    Written,
+    fetch,
+    read_json,
+    read_weights,
+    resolve,
+    write,
+)
+from dspark.drafters.registry import (
+    ATTACHED,
+    DEEPSPEC,
+    SPECULATORS,
+    AnyDrafter,
+    read_config,
+    write_config,
+)
+from dspark.drafters.target_tables import TargetTables
+from dspark.errors import CheckpointError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-ATTACHED = "dspark"
-MASK_EMBEDDING = "mask_embedding.weight"
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def load_drafter(
     source: str | Path, *, revision: str | None = None, offline: bool = False
-) -> DSparkDrafter:
+) -> AnyDrafter:
     """Load a drafter, in the checkpoint's dtype, on the CPU, in evaluation mode, unbound.
 
     Args:
-        source: a directory of either layout, or a hub id.
+        source: a directory of any layout, or a hub id.
         revision: branch, tag or commit on the hub.
         offline: use the local hub cache only.
 
@@ -46,24 +54,33 @@ def load_drafter(
         CheckpointError: files are missing, damaged, pickled, or do not agree with config.json.
         CompatibilityError: the architecture or an option of it is not supported.
     """
-    directory = _resolve(source, revision, offline)
+    directory = resolve(source, revision, offline)
     config_path = directory / CONFIG
-    config = config_from_json(_read_json(config_path), str(config_path))
-    state = _read_weights(directory)
-    if config.mask_token_id is None and MASK_EMBEDDING not in state:
-        raise CheckpointError(
-            f"{config_path} has no mask_token_id and the weights no {MASK_EMBEDDING}; "
-            "one of them must say what fills a block."
-        )
-    return _assemble(config, state, directory)
+    family, config = read_config(read_json(config_path), str(config_path))
+    state = read_weights(directory)
+    with torch.device("meta"):
+        drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
+    return _fill(drafter, state, directory)
+
+
+def borrow_tables(drafter: AnyDrafter, tables: TargetTables) -> None:
+    """Bind a drafter to a target that is only read from disk, in order to save it.
+
+    The drafter then knows how many layers the target has and how it is called, and its own
+    embedding and head are dropped where they equal the target's.
+
+    Raises:
+        CompatibilityError: the target is not one that the drafter was made for.
+    """
+    drafter.bind(tables.as_dtype(drafter.fc.weight.dtype), num_target_layers=tables.num_layers)
+    extra = {**drafter.config.extra, **tables.named()}
+    drafter.config = replace(drafter.config, num_target_layers=tables.num_layers, extra=extra)
 
 
 def save_published(
-    drafter: DSparkDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
-) -> None:
+    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+) -> Written:
     """Write the published layout, embedding and head included.
-
-    Each file is written beside its place and renamed into it, the weights first.
 
     Args:
         drafter: bound, or loaded with its own embedding and head.
@@ -71,28 +88,28 @@ def save_published(
         dtype: of every weight; None keeps the parameters' own.
 
     Raises:
-        CompatibilityError: the drafter has a learned mask embedding, for which this layout has no
-            place, or has no embedding and head.
+        CompatibilityError: the layout has no place for something of the drafter (a learned mask
+            embedding, a window, ...), or it has no embedding and head.
     """
-    if drafter.mask_embedding is not None:
-        raise CompatibilityError(
-            f"The drafter has a learned {MASK_EMBEDDING}, for which the published layout has no "
-            "place; save it attached to its target."
-        )
-    embedding, head = drafter.own_embedding_VH, drafter.own_head_VH
-    tables = {
-        _TABLES[0]: drafter.borrowed.embedding_VH if embedding is None else embedding,
-        _TABLES[1]: drafter.borrowed.head_VH if head is None else head,
-    }
-    _save(drafter, Path(directory), tables, dtype)
+    return _save(drafter, Path(directory), DEEPSPEC, _all_tables(drafter), dtype)
+
+
+def save_speculators(
+    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+) -> Written:
+    """Write the layout of the speculators library, embedding and head included.
+
+    Args, Raises: as `save_published`.
+    """
+    return _save(drafter, Path(directory), SPECULATORS, _all_tables(drafter), dtype)
 
 
 def save_attached(
-    drafter: DSparkDrafter,
+    drafter: AnyDrafter,
     target_directory: str | Path,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
-) -> None:
+) -> Written:
     """Write the attached layout: `dspark/` inside the target's directory.
 
     Embedding or head are written only where the drafter has its own.
@@ -105,7 +122,7 @@ def save_attached(
         raise CheckpointError(f"{target} is no directory; save the target there first.")
     own = zip(_TABLES, (drafter.own_embedding_VH, drafter.own_head_VH), strict=True)
     tables = {name: table for name, table in own if table is not None}
-    _save(drafter, target / ATTACHED, tables, dtype)
+    return _save(drafter, target / ATTACHED_FOLDER, ATTACHED, tables, dtype)
 
 
 def has_attached_drafter(
@@ -118,109 +135,18 @@ def has_attached_drafter(
     """
     directory = Path(source)
     if not directory.exists():
-        directory = _fetch(str(source), revision, offline, (f"{ATTACHED}/{CONFIG}",))
-    return (directory / ATTACHED / CONFIG).is_file()
+        directory = fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
+    return (directory / ATTACHED_FOLDER / CONFIG).is_file()
 
 
-def _resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
-    """The directory that holds the drafter's two files."""
-    directory = Path(source)
-    if not directory.exists():
-        if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise CheckpointError(
-                f"{source} does not exist; give a drafter's directory or a hub id (owner/name)."
-            )
-        directory = _download(source, revision, offline)
-    if not directory.is_dir():
-        raise CheckpointError(f"{source} is a file; give the directory that holds {CONFIG}.")
-    if (directory / ATTACHED / CONFIG).is_file():
-        directory = directory / ATTACHED
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{directory} has no {CONFIG}; it holds no drafter.")
-    return directory
-
-
-def _download(name: str, revision: str | None, offline: bool) -> Path:
-    attached = (CONFIG, f"{ATTACHED}/*.json", f"{ATTACHED}/*.safetensors")
-    directory = _fetch(name, revision, offline, attached)
-    if not (directory / ATTACHED / CONFIG).is_file():
-        directory = _fetch(name, revision, offline, (CONFIG, "*.safetensors", INDEX))
-    return directory
-
-
-def _fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str]) -> Path:
-    # Here, since only hub ids need it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = snapshot_download(
-            name, revision=revision, local_files_only=offline, allow_patterns=list(patterns)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        reason = "is not in the local hub cache" if offline else "cannot be fetched from the hub"
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name}{at} is no directory here and {reason} ({first}); check name and network."
-        ) from error
-    return Path(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__}, not a JSON object.")
-    return data
-
-
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({error}); fetch or save it again."
-            ) from error
-    return state
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if (directory / INDEX).is_file():
-        shards = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(shards, Mapping) or not shards:
-            raise CheckpointError(f"{directory / INDEX} has no weight_map.")
-        paths = [directory / Path(str(name)).name for name in sorted(set(shards.values()))]
-        for path in paths:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing, though {INDEX} names it; fetch it.")
-        return paths
-    pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} has only pickled weights ({', '.join(pickles)}), which can run code when "
-            f"loaded and are refused; convert them to {WEIGHTS}."
-        )
-    raise CheckpointError(f"{directory} has no {WEIGHTS}; the checkpoint is incomplete.")
-
-
-def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -> DSparkDrafter:
-    """A drafter around the tensors of a file, after checking names, shapes and dtypes."""
-    learned_mask = MASK_EMBEDDING in state
-    with torch.device("meta"):
-        drafter = DSparkDrafter(config)
-        if learned_mask and drafter.mask_embedding is None:
-            drafter.mask_embedding = torch.nn.Embedding(1, config.backbone.hidden_size)
-    shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
-    table_shape = (config.vocab_size, config.backbone.hidden_size)
-    allowed = shapes | dict.fromkeys(_TABLES, table_shape)
+def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> AnyDrafter:
+    """An empty drafter with the tensors of a file in it, after checking names, shapes, dtypes."""
+    config = drafter.config
+    empty = drafter.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+    width, vocab = config.backbone.hidden_size, config.vocab_size
+    (known,) = shapes.get("d2t", (vocab,))
+    allowed = shapes | dict(zip(_TABLES, ((vocab, width), (known, width)), strict=True))
     _compare_names(set(shapes) - set(state), set(state) - set(allowed), directory)
     wrong = [
         f"{name} {list(tensor.shape)} instead of {list(allowed[name])}"
@@ -229,16 +155,33 @@ def _assemble(config: DSparkConfig, state: dict[str, Tensor], directory: Path) -
     ]
     if wrong:
         raise CheckpointError(f"{directory} has tensors of a wrong shape: {_few(wrong)}.")
-    if not all(tensor.is_floating_point() for tensor in state.values()):
-        whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    fixed = {n: x.dtype for n, x in empty.items() if not x.is_floating_point()}
+    floats = {n: x for n, x in state.items() if n not in fixed}
+    whole = [name for name, tensor in floats.items() if not tensor.is_floating_point()]
+    if whole:
         raise CheckpointError(f"{directory} has tensors that are no floats: {_few(whole)}.")
-    dtype = torch.bfloat16 if not state else next(iter(state.values())).dtype
-    for tensor in state.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    for name, dtype in fixed.items():
+        if state[name].dtype != dtype:
+            raise CheckpointError(f"{directory} has {name} as {state[name].dtype}, not {dtype}.")
+    if "d2t" in fixed:
+        _check_vocabulary(state["d2t"], state["t2d"], directory)
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in floats.values()})
     tables = [state.pop(name, None) for name in _TABLES]
-    drafter.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+    cast = {n: x if n in fixed else x.to(dtype) for n, x in state.items()}
+    drafter.load_state_dict(cast, assign=True)
     drafter.own_embedding_VH, drafter.own_head_VH = tables
-    return drafter.eval()
+    drafter.eval()
+    return drafter
+
+
+def _check_vocabulary(d2t: Tensor, t2d: Tensor, directory: Path) -> None:
+    """Refuse a reduced vocabulary whose two tensors disagree, or that is out of order."""
+    tokens = d2t + torch.arange(d2t.numel())
+    if not torch.equal(tokens, t2d.nonzero().flatten()):
+        raise CheckpointError(
+            f"{directory} has tensors d2t and t2d that do not name the same tokens in ascending "
+            "order; the checkpoint is damaged."
+        )
 
 
 def _compare_names(missing: set[str], extra: set[str], directory: Path) -> None:
@@ -257,31 +200,30 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _all_tables(drafter: AnyDrafter) -> dict[str, Tensor]:
+    """Embedding and head, the drafter's own or those that it borrows."""
+    embedding, head = drafter.own_embedding_VH, drafter.own_head_VH
+    return {
+        _TABLES[0]: drafter.borrowed.embedding_VH if embedding is None else embedding,
+        _TABLES[1]: drafter.borrowed.head_VH if head is None else head,
+    }
+
+
 def _save(
-    drafter: DSparkDrafter,
+    drafter: AnyDrafter,
     directory: Path,
+    layout: str,
     tables: Mapping[str, Tensor],
     dtype: torch.dtype | None,
-) -> None:
+) -> Written:
     kept = drafter.fc.weight.dtype if dtype is None else dtype
+    data = write_config(drafter, layout, str(kept).removeprefix("torch."))
     named = {**drafter.state_dict(), **tables}
     # A tied embedding and head share memory, which safetensors refuses: each gets its own.
     state = {
-        name: tensor.detach().to(device="cpu", dtype=kept, copy=True).contiguous()
+        name: tensor.detach()
+        .to("cpu", kept if tensor.is_floating_point() else tensor.dtype, copy=True)
+        .contiguous()
         for name, tensor in named.items()
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = directory / f".{WEIGHTS}.{os.getpid()}.tmp"
-    config = directory / f".{CONFIG}.{os.getpid()}.tmp"
-    try:
-        save_file(state, weights, metadata={"format": "pt"})
-        data = config_to_json(drafter.config, str(kept).removeprefix("torch."))
-        config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        for path in (weights, config):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        weights.replace(directory / WEIGHTS)
-        config.replace(directory / CONFIG)
-    finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+    return write(directory, state, data)

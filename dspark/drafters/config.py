@@ -1,14 +1,111 @@
-"""What a DSpark drafter is, as data."""
+"""What a drafter is, as data: its layers, and the DSpark drafter around them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
-from dspark.drafters.backbone import BackboneConfig
 from dspark.errors import CompatibilityError
+
+Activation = Literal["silu", "gelu_tanh"]
+
+GEMMA4_PARTS: Mapping[str, Any] = {
+    "softmax_scale": 1.0,
+    "value_norm": True,
+    "sandwich_norms": True,
+    "layer_scalar": True,
+    "activation": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The declared parts of a backbone; the defaults are Qwen3's layer.
+
+    A family whose layer differs declares the difference as a field here, and the one forward acts
+    on it: `GEMMA4_PARTS` are Gemma4's (FORMAT_FACTS.md A.3).
+
+    Attributes:
+        hidden_size: width H, the target's.
+        intermediate_size: width of the gated MLP.
+        num_layers: draft layers L.
+        num_heads: query heads A.
+        num_kv_heads: key and value heads G.
+        head_dim: D, even.
+        num_taps: captured target layers; features have width num_taps * H.
+        rms_norm_eps: epsilon of every norm.
+        rope_theta: base of the rotary embedding.
+        attention_bias: whether q, k, v and o projections have a bias.
+        softmax_scale: factor on query-key products; None for D ** -0.5.
+        value_from_key: values are the key projection, before the key's norm and rotary embedding.
+        value_norm: values are normed per head, without a weight.
+        sandwich_norms: attention and MLP are normed after as well as before.
+        layer_scalar: a stored number multiplies each layer's output.
+        activation: of the MLP's gate.
+        rotary_fraction: share of the head's pairs that turn with the position; the others stay
+            ("proportional" rotary embedding).
+        sliding_layers: draft layers that see only the last `sliding_window` context rows; every
+            slot of a block sees the same ones, and its whole block.
+        sliding_window: see there; in tokens.
+        causal_windows: whether a slot of a sliding layer sees no later slot of its own block.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_taps: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    attention_bias: bool = False
+    softmax_scale: float | None = None
+    value_from_key: bool = False
+    value_norm: bool = False
+    sandwich_norms: bool = False
+    layer_scalar: bool = False
+    activation: Activation = "silu"
+    rotary_fraction: float = 1.0
+    sliding_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    causal_windows: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse heads and windows that no layer can have.
+
+        Raises:
+            CompatibilityError: naming the field and its value.
+        """
+        if self.num_heads % self.num_kv_heads:
+            raise CompatibilityError(
+                f"num_attention_heads is {self.num_heads}, but must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})."
+            )
+        layers, window = self.sliding_layers, self.sliding_window
+        if any(not 0 <= layer < self.num_layers for layer in layers):
+            raise CompatibilityError(
+                f"sliding_layers is {list(layers)}, but the draft layers are 0 to "
+                f"{self.num_layers - 1}."
+            )
+        if layers and (window is None or window < 1):
+            raise CompatibilityError(f"sliding_window is {window}, but must be at least 1.")
+        if not layers and (window is not None or self.causal_windows):
+            raise CompatibilityError(
+                f"sliding_layers is empty, so sliding_window ({window}) and causal_windows must "
+                "not be given."
+            )
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on query-key products before the softmax."""
+        return float(self.head_dim**-0.5) if self.softmax_scale is None else self.softmax_scale
+
+    def window(self, layer: int) -> int | None:
+        """Context rows that a layer sees; None for all."""
+        return self.sliding_window if layer in self.sliding_layers else None
 
 
 @dataclass(frozen=True)
@@ -18,7 +115,7 @@ class DSparkConfig:
     Attributes:
         backbone: the parallel backbone; its `num_taps` is the number of `target_layer_ids`.
         vocab_size: V, the target's.
-        block_size: K, slots of a block, the anchor's included, and so drafts per round.
+        block_size: slots of a block, the anchor's included.
         mask_token_id: token whose embedding fills the slots after the anchor; None when the
             drafter has a learned `mask_embedding` of its own.
         target_layer_ids: captured layers, strictly increasing; -1 is the embedding output.
@@ -31,6 +128,11 @@ class DSparkConfig:
         num_anchors: anchors per sequence in training, recorded in the published config.
         extra: fields of a published config that change nothing here (token ids, dropout, ...),
             written back unchanged.
+        sample_from_anchor: whether slot 0, the anchor's, predicts the token after it, as in the
+            published layout. If not (the DFlash authors' layout of 1 + n slots), slot 0 is thrown
+            away, and slot j predicts the token at its own position, anchor + j.
+        draft_vocab_size: tokens that it can propose, at most V - 1; None for all. A drafter with
+            such a reduced vocabulary has a head of its own.
     """
 
     backbone: BackboneConfig
@@ -46,6 +148,18 @@ class DSparkConfig:
     max_position_embeddings: int = 40960
     num_anchors: int = 512
     extra: Mapping[str, Any] = field(default_factory=dict)
+    sample_from_anchor: bool = True
+    draft_vocab_size: int | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """K, drafts per round: the slots that predict."""
+        return self.block_size - self.unused_slots
+
+    @property
+    def unused_slots(self) -> int:
+        """Slots at the start of a block that predict nothing."""
+        return 0 if self.sample_from_anchor else 1
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other.
@@ -64,6 +178,11 @@ class DSparkConfig:
             raise CompatibilityError(
                 f"num_taps is {self.backbone.num_taps}, but target_layer_ids has {len(ids)}."
             )
+        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
+            raise CompatibilityError(
+                f"draft_vocab_size is {self.draft_vocab_size}, but must be less than vocab_size "
+                f"({self.vocab_size}), or None."
+            )
         if mask is not None and not 0 <= mask < self.vocab_size:
             raise CompatibilityError(
                 f"mask_token_id is {mask}, but must be a token of the vocabulary (0 to "
@@ -74,10 +193,10 @@ class DSparkConfig:
                 "confidence_head_with_markov is true but markov_rank is 0; there is no Markov "
                 "embedding to read."
             )
-        if self.block_size < 1 or self.backbone.head_dim % 2:
+        if self.num_drafts < 1 or self.backbone.head_dim % 2:
             raise CompatibilityError(
                 f"block_size is {self.block_size} and head_dim {self.backbone.head_dim}, but they "
-                "must be at least 1 and even."
+                f"must be at least {1 + self.unused_slots} and even."
             )
 
 

@@ -24,8 +24,8 @@ class DecodePlan:
         markov_head: the drafter's own module, or a copy in another dtype or on another device.
         confidence_head: likewise.
         rotary_table: rows of `rotary` by position, [positions, 2, 1, D].
-        mask_1KH: input embeddings of the slots after the anchor, [1, K - 1, H].
-        slots_K: 0 .. K - 1.
+        mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
+        slots_K: 0 .. block_size - 1.
     """
 
     weights: BackboneWeights
@@ -52,7 +52,7 @@ class DecodePlan:
             backbone: whose weights are fused.
             markov_head: the drafter's head, if any.
             confidence_head: likewise.
-            masks: input embeddings [K - 1, H] of the slots after the anchor.
+            masks: input embeddings [block_size - 1, H] of the slots after the anchor.
             positions: rows of the rotary table.
             like: gives dtype and device of everything.
         """

@@ -6,7 +6,7 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,47 +16,50 @@ from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed, own_table
+from dspark.drafters.borrowed import TargetBound
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.errors import CompatibilityError
 
+# Of tokens outside a reduced vocabulary: its exponential is 0 beside any real logit, yet a request
+# that bans every token that the drafter knows leaves it a law to draw from.
+UNKNOWN_LOGIT = -1e30
 
-class DSparkDrafter(ParallelBackbone):
+
+class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
 
-    Embedding and head belong to the target: `bind` refers to them, and they are neither
-    parameters nor buffers. Decoding uses fused copies of the weights, made at the first round and
-    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
-    parameters in any other way.
+    With a reduced vocabulary the head is a copy of some of the target's rows, and `d2t` [Vd] (token
+    id minus draft id) and `t2d` [V] (which tokens are known) are buffers.
 
     Args:
         config: what to build.
     """
 
+    d2t: Tensor | None
+    t2d: Tensor | None
+
     def __init__(self, config: DSparkConfig) -> None:
-        super().__init__(config.backbone)
-        self.config = config
+        super().__init__(config)
         width, vocab, rank = config.backbone.hidden_size, config.vocab_size, config.markov_rank
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
         self.mask_embedding: nn.Embedding | None = None
         if rank > 0:
-            self.markov_head = build_markov_head(config.markov_head_type, vocab, rank, width)
+            self.markov_head = build_markov_head(
+                config.markov_head_type, vocab, rank, width, config.draft_vocab_size
+            )
         if config.confidence_head:
             read = rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(width, read)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
-        self.own_embedding_VH: Tensor | None = None
-        self.own_head_VH: Tensor | None = None
-        self._borrowed: Borrowed | None = None
-        self._target: Borrowed | None = None
+        known = config.draft_vocab_size
+        self.register_buffer("d2t", None if known is None else torch.zeros(known, dtype=torch.long))
+        self.register_buffer("t2d", None if known is None else torch.zeros(vocab, dtype=torch.bool))
+        self._draft_tokens: Tensor | None = None
         self._plan: DecodePlan | None = None
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self._drop_plan()
-        )
 
     @classmethod
     def from_target(
@@ -67,7 +70,8 @@ class DSparkDrafter(ParallelBackbone):
         generator: torch.Generator,
         init_std: float = 0.02,
         copy_final_norm: bool = True,
-    ) -> DSparkDrafter:
+        draft_tokens: Tensor | None = None,
+    ) -> Self:
         """A new drafter in fp32, bound to its target.
 
         Args:
@@ -75,33 +79,28 @@ class DSparkDrafter(ParallelBackbone):
             config: what to build.
             generator: source of the random weights (CPU).
             init_std: standard deviation of every matrix.
-            copy_final_norm: start from the target's final norm, so that the borrowed head sees
-                states of the scale that it knows (BASELINE.md).
+            copy_final_norm: start from the target's final norm.
+            draft_tokens: the token ids [Vd] of a reduced vocabulary, ascending.
 
         Raises:
             CompatibilityError: the parts do not fit the configuration.
         """
         drafter = cls(config)
-        drafter.bind(parts)
-        with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, init_std, generator=generator)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-            if copy_final_norm and parts.final_norm_H is not None:
-                drafter.norm.weight.copy_(parts.final_norm_H)
-        return drafter.to(parts.embedding_VH.device)
+        if drafter.d2t is not None and drafter.t2d is not None:
+            if draft_tokens is None or draft_tokens.shape != drafter.d2t.shape:
+                raise CompatibilityError(
+                    f"draft_vocab_size is {config.draft_vocab_size}, so draft_tokens must name as "
+                    "many token ids."
+                )
+            drafter.d2t.copy_(draft_tokens - torch.arange(draft_tokens.numel()))
+            drafter.t2d[draft_tokens] = True
+        drafter._start(parts, generator, init_std, copy_final_norm=copy_final_norm)
+        return drafter
 
     @property
     def block_size(self) -> int:
-        """K: most tokens of a round; the backbone always runs all K slots."""
-        return self.config.block_size
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Captured target layers."""
-        return self.config.target_layer_ids
+        """K: most tokens of a round; the backbone always runs all slots of a block."""
+        return self.config.num_drafts
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
@@ -111,68 +110,13 @@ class DSparkDrafter(ParallelBackbone):
         return (shape,) * backbone.num_layers
 
     def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
-        """Borrow the target's embedding and head.
-
-        Copies that came with a checkpoint are dropped where they equal the target's (in the
-        checkpoint's dtype). Where they differ the drafter keeps its own, since it was trained with
-        them (the output stays the target's either way), and a warning is logged. Parameters are
-        not changed; decoding runs in the embedding's dtype and on its device.
-
-        Args:
-            parts: the target's parts.
-            num_target_layers: the target's decoder layers, to check the taps against.
-
-        Raises:
-            CompatibilityError: width, vocabulary or layers are not those of the drafter.
-        """
-        width, config = self.config.backbone.hidden_size, self.config
-        if parts.hidden_size != width:
-            raise CompatibilityError(
-                f"The drafter's hidden_size is {width}, but the target's is {parts.hidden_size}; "
-                "use a drafter made for this target."
-            )
-        if parts.vocab_size != config.vocab_size:
-            raise CompatibilityError(
-                f"The drafter's vocab_size is {config.vocab_size}, but the target's is "
-                f"{parts.vocab_size}; use a drafter made for this target."
-            )
-        if num_target_layers is not None and config.target_layer_ids[-1] >= num_target_layers:
-            raise CompatibilityError(
-                f"The drafter reads target_layer_ids {list(config.target_layer_ids)}, but the "
-                f"target has {num_target_layers} layers; use a drafter made for this target."
-            )
-        target = Borrowed.of(parts)
-        self.own_embedding_VH = own_table(
-            self.own_embedding_VH, target.embedding_VH, "embed_tokens.weight"
-        )
-        self.own_head_VH = own_table(self.own_head_VH, target.head_VH, "lm_head.weight")
-        own_embedding, own_head = self.own_embedding_VH, self.own_head_VH
-        self._target = target
-        self._borrowed = replace(
-            target,
-            embedding_VH=target.embedding_VH if own_embedding is None else own_embedding,
-            head_VH=target.head_VH if own_head is None else own_head,
-        )
-        self._drop_plan()
-
-    @property
-    def borrowed(self) -> Borrowed:
-        """Embedding and head in use.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        if self._borrowed is None:
-            raise CompatibilityError(
-                "The drafter has no embedding and head yet; call bind(target.parts()) first."
-            )
-        return self._borrowed
-
-    def train(self, mode: bool = True) -> DSparkDrafter:
-        """Switch between training and evaluation; either way fused weights are made anew."""
-        self._drop_plan()
-        super().train(mode)
-        return self
+        """See `TargetBound.bind`; of the head only the rows of a reduced vocabulary are kept."""
+        super().bind(parts, num_target_layers=num_target_layers)
+        if self.d2t is not None:
+            offsets = self.d2t.to(self.borrowed.head_VH.device)
+            self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
+            self._borrowed = self.borrowed.reduced(self._draft_tokens)
+            self.own_head_VH = self._borrowed.head_VH
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -191,13 +135,26 @@ class DSparkDrafter(ParallelBackbone):
         Args:
             features_BSF: the target's captured features.
             anchor_tokens_BN: first input token of each block.
-            positions_BNK: position of each slot.
-            tiles: what the Q = N K slots may look at (`training.anchors.attention_tiles`).
+            positions_BNK: position of the token before each draft: anchor + 0 .. K - 1.
+            tiles: what the Q = N block_size slots may look at
+                (`training.anchors.attention_tiles`).
 
         Returns:
-            Hidden states [B, N, K, H] after the drafter's final norm.
+            Hidden states [B, N, K, H], after the drafter's final norm, of the slots that predict
+            the K drafts; `sample_from_anchor` false has one slot more, whose state is dropped.
+
+        Raises:
+            CompatibilityError: the tiles are for another number of slots.
         """
-        batch, anchors, block = positions_BNK.shape
+        batch, anchors, _ = positions_BNK.shape
+        block, unused = self.config.block_size, self.config.unused_slots
+        if tiles[-1].stop != anchors * block:
+            raise CompatibilityError(
+                f"The attention tiles cover {tiles[-1].stop} slots, but the drafter runs {anchors} "
+                f"blocks of {block}; make them with block_slots={block}."
+            )
+        if unused:
+            positions_BNK = torch.cat((positions_BNK, positions_BNK[..., -1:] + 1), dim=-1)
         dtype = self.fc.weight.dtype
         embedded = self.borrowed.embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
         masks = self._mask_slots(block - 1).to(dtype).expand(batch, anchors, -1, -1)
@@ -207,21 +164,21 @@ class DSparkDrafter(ParallelBackbone):
             positions_BNK.flatten(1),
             tiles,
         )
-        return hidden.view(batch, anchors, block, -1)
+        return hidden.view(batch, anchors, block, -1)[:, :, unused:]
 
     def base_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the borrowed head, soft-capped, before any Markov bias."""
-        return self.borrowed.logits(hidden_NH)
+        """Logits of the head, soft-capped, before any Markov bias.
 
-    def target_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the target's states after its final norm: the teacher.
-
-        They differ from `base_logits` only where the drafter keeps a head of its own.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
+        [.., V], or [.., Vd] with a reduced vocabulary: see `over_vocabulary`.
         """
-        return (self._target or self.borrowed).logits(hidden_NH)
+        return super().base_logits(hidden_NH)
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Logits [.., V] of all tokens; those that it does not know get probability 0."""
+        if self._draft_tokens is None:
+            return logits
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
+        return everything.index_copy(-1, self._draft_tokens, logits)
 
     def confidence_logits(
         self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False
@@ -249,7 +206,12 @@ class DSparkDrafter(ParallelBackbone):
 
     @torch.no_grad()
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
         """Append context keys and values of committed tokens."""
         plan = self._decode_plan(context)
@@ -259,20 +221,21 @@ class DSparkDrafter(ParallelBackbone):
 
     @torch.no_grad()
     def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
-        """One pass over all K slots, then `num_drafts` draws from left to right."""
+        """One pass over all slots, then `num_drafts` draws from left to right."""
         plan = self._decode_plan(context)
-        hidden_RKH = self._block_hidden(plan, context, batch)[:, : batch.num_drafts]
+        hidden_RKH = self._block_hidden(plan, context, batch)
+        hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         logits_by_step = self.base_logits(hidden_RKH).unbind(1)
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
-            tokens += [draw(k, logits_RV) for k, logits_RV in enumerate(logits_by_step)]
+            tokens += [draw(k, self.over_vocabulary(x)) for k, x in enumerate(logits_by_step)]
         else:
             state = head.initial_state(hidden_RKH)
             hidden_by_step = hidden_RKH.unbind(1)
-            for k, logits_RV in enumerate(logits_by_step):
+            for k, logits in enumerate(logits_by_step):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
-                previous = draw(k, logits_RV + head.bias(feature_Rr))
+                previous = draw(k, self.over_vocabulary(logits + head.bias(feature_Rr)))
                 tokens.append(previous)
         if plan.confidence_head is None:
             return Proposal()
@@ -283,11 +246,21 @@ class DSparkDrafter(ParallelBackbone):
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
         masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
-        scale = self.config.backbone.attention_scale
+        backbone = self.config.backbone
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            window = backbone.window(layer)
             return block_attention(
-                query, key, value, context, layer, batch.slots, batch.lengths, scale=scale
+                query,
+                key,
+                value,
+                context,
+                layer,
+                batch.slots,
+                batch.lengths,
+                scale=backbone.attention_scale,
+                window=window,
+                causal=backbone.causal_windows and window is not None,
             )
 
         return plan.weights.block(
@@ -297,7 +270,7 @@ class DSparkDrafter(ParallelBackbone):
         )
 
     def _decode_plan(self, context: SlotCache) -> DecodePlan:
-        positions = context.capacity + self.block_size
+        positions = context.capacity + self.config.block_size
         if self._plan is None or self._plan.rotary_table.shape[0] < positions:
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
@@ -305,7 +278,7 @@ class DSparkDrafter(ParallelBackbone):
                     self,
                     self.markov_head,
                     self.confidence_head,
-                    masks=self._mask_slots(self.block_size - 1),
+                    masks=self._mask_slots(self.config.block_size - 1),
                     positions=positions,
                     like=self.borrowed.embedding_VH,
                 )

@@ -27,13 +27,20 @@ class MarkovHead(nn.Module):
         vocab_size: V.
         rank: r.
         hidden_size: H, unused by the vanilla head.
+        draft_vocab_size: tokens that the bias is for, where the drafter knows only some of the V.
     """
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        vocab_size: int,
+        rank: int,
+        hidden_size: int,  # noqa: ARG002
+        draft_vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
 
     def initial_state(self, hidden_RH: Tensor) -> Tensor | None:  # noqa: ARG002
         """State before the first draft; None for heads that have none."""
@@ -53,15 +60,17 @@ class MarkovHead(nn.Module):
         return F.embedding(previous_MK, self.markov_w1.weight)
 
     def bias(self, feature_Nr: Tensor) -> Tensor:
-        """Bias [..., V] that a feature adds to the logits."""
+        """Bias [..., V] that a feature adds to the logits of the tokens that the drafter knows."""
         return F.linear(feature_Nr, self.markov_w2.weight)
 
 
 class GatedHead(MarkovHead):
     """Gated head: u = g * e, g = sigmoid(W [h; e]), e = W1[x] (FORMAT_FACTS.md A.6)."""
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
-        super().__init__(vocab_size, rank, hidden_size)
+    def __init__(
+        self, vocab_size: int, rank: int, hidden_size: int, draft_vocab_size: int | None = None
+    ) -> None:
+        super().__init__(vocab_size, rank, hidden_size, draft_vocab_size)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     def step(
@@ -81,8 +90,10 @@ class RnnHead(MarkovHead):
     The state s starts at zero with the block (eq. 6, with the published code's bias).
     """
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
-        super().__init__(vocab_size, rank, hidden_size)
+    def __init__(
+        self, vocab_size: int, rank: int, hidden_size: int, draft_vocab_size: int | None = None
+    ) -> None:
+        super().__init__(vocab_size, rank, hidden_size, draft_vocab_size)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def initial_state(self, hidden_RH: Tensor) -> Tensor | None:
@@ -137,7 +148,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def build_markov_head(kind: str, vocab_size: int, rank: int, hidden_size: int) -> MarkovHead:
+def build_markov_head(
+    kind: str, vocab_size: int, rank: int, hidden_size: int, draft_vocab_size: int | None = None
+) -> MarkovHead:
     """The head of that name.
 
     Raises:
@@ -148,4 +161,4 @@ def build_markov_head(kind: str, vocab_size: int, rank: int, hidden_size: int) -
         raise CompatibilityError(
             f"markov_head_type is {kind!r}, but only {', '.join(MARKOV_KINDS)} are known."
         )
-    return heads[kind](vocab_size, rank, hidden_size)
+    return heads[kind](vocab_size, rank, hidden_size, draft_vocab_size)

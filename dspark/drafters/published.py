@@ -1,37 +1,35 @@
-"""The published config.json and `DSparkConfig`, each as the other (FORMAT_FACTS.md A.1)."""
+"""The published config.json and `DSparkConfig`, each as the other (FORMAT_FACTS.md A.1, A.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.config import DSparkConfig
+from dspark.drafters.layer_fields import (
+    FULL,
+    GEMMA4_FIELDS,
+    QWEN3_FIELDS,
+    Reader,
+    gemma4_layers_from_json,
+    gemma4_rope,
+    is_gemma4,
+    layers_to_json,
+    qwen3_layers_from_json,
+)
 from dspark.errors import CheckpointError, CompatibilityError
 
-ARCHITECTURE = "Qwen3DSparkModel"
+ARCHITECTURE, GEMMA4_ARCHITECTURE = "Qwen3DSparkModel", "Gemma4DSparkModel"
 
-# Every field that acts here; all others are kept in `DSparkConfig.extra`.
+# Every field that acts here beside the layers'; all others are kept in `DSparkConfig.extra`.
 _FIELDS = frozenset(
     {
         "architectures",
-        "model_type",
         "block_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "attention_bias",
-        "hidden_act",
-        "layer_types",
-        "rope_parameters",
-        "rope_theta",
-        "rope_scaling",
         "max_position_embeddings",
         "vocab_size",
+        "draft_vocab_size",
+        "sample_from_anchor",
         "mask_token_id",
         "target_layer_ids",
         "num_target_layers",
@@ -56,16 +54,11 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
 
     Raises:
         CheckpointError: a field is missing or has a value of the wrong kind.
-        CompatibilityError: an architecture or option that is not supported.
+        CompatibilityError: an option that is not supported.
     """
-    _check_architecture(data, where)
-    read = _Reader(data, where)
-    _check_layers(data, where, read.integer("num_hidden_layers"))
-    taps = data.get("target_layer_ids")
-    if not isinstance(taps, list) or not all(type(i) is int for i in taps):
-        raise CheckpointError(
-            f"{where} has target_layer_ids {taps!r}, but it must be a list of integers."
-        )
+    read = Reader(data, where)
+    gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_ARCHITECTURE
+    taps = read.integers("target_layer_ids")
     mask = data.get("mask_token_id")
     vocab = read.integer("vocab_size")
     if mask is not None and not (type(mask) is int and 0 <= mask < vocab):
@@ -75,22 +68,15 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         )
     rank = read.integer("markov_rank", minimum=0)
     confidence = read.boolean("enable_confidence_head")
-    backbone = BackboneConfig(
-        hidden_size=read.integer("hidden_size"),
-        intermediate_size=read.integer("intermediate_size"),
-        num_layers=read.integer("num_hidden_layers"),
-        num_heads=read.integer("num_attention_heads"),
-        num_kv_heads=read.integer("num_key_value_heads"),
-        head_dim=read.integer("head_dim"),
-        num_taps=len(taps),
-        rms_norm_eps=read.number("rms_norm_eps"),
-        rope_theta=_rope_theta(data, where),
-        attention_bias=read.boolean("attention_bias", default=False),
-    )
+    known = vocab if data.get("draft_vocab_size") is None else read.integer("draft_vocab_size")
+    layers = gemma4_layers_from_json if gemma4 else qwen3_layers_from_json
+    fields = _FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return DSparkConfig(
-        backbone=backbone,
+        backbone=layers(data, where, len(taps)),
         vocab_size=vocab,
+        draft_vocab_size=None if known == vocab else known,
         block_size=read.integer("block_size"),
+        sample_from_anchor=read.boolean("sample_from_anchor", default=True),
         mask_token_id=mask,
         target_layer_ids=tuple(taps),
         num_target_layers=read.integer("num_target_layers"),
@@ -101,45 +87,55 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         and read.boolean("confidence_head_with_markov", default=rank > 0),
         max_position_embeddings=read.integer("max_position_embeddings", default=40960),
         num_anchors=read.integer("num_anchors", default=512),
-        extra={key: value for key, value in data.items() if key not in _FIELDS},
+        extra={key: value for key, value in data.items() if key not in fields},
     )
 
 
 def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
-    """The published configuration of a drafter whose weights are stored as `dtype`."""
-    backbone = config.backbone
+    """The published configuration of a drafter whose weights are stored as `dtype`.
+
+    What the published stack knows no field for is written only where it differs from what that
+    stack takes for granted; `refuse_beyond_published` tells whether there is such a thing.
+
+    Raises:
+        CompatibilityError: the layers are no family's.
+    """
+    backbone, extra = config.backbone, dict(config.extra)
+    fixed: dict[str, Any] = {"architectures": [ARCHITECTURE]}
+    if is_gemma4(backbone):
+        fixed["architectures"] = [GEMMA4_ARCHITECTURE]
+        fixed["rope_parameters"] = gemma4_rope(backbone, extra.get("rope_parameters"))
+        defaults = {
+            "head_dim": backbone.head_dim,
+            "model_type": "gemma4_text",
+            "num_key_value_heads": backbone.num_kv_heads,
+        }
+        extra = defaults | extra
     data: dict[str, Any] = {
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "sliding_window": None,
         "use_cache": True,
         "use_sliding_window": False,
-        **config.extra,
-        "architectures": [ARCHITECTURE],
-        "model_type": "qwen3",
-        "attention_bias": backbone.attention_bias,
+        **extra,
+        **layers_to_json(backbone),
+        **fixed,
         "block_size": config.block_size,
         "dtype": dtype,
         "enable_confidence_head": config.confidence_head,
-        "head_dim": backbone.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": backbone.hidden_size,
-        "intermediate_size": backbone.intermediate_size,
-        "layer_types": ["full_attention"] * backbone.num_layers,
         "markov_rank": config.markov_rank,
         "mask_token_id": config.mask_token_id,
         "max_position_embeddings": config.max_position_embeddings,
         "num_anchors": config.num_anchors,
-        "num_attention_heads": backbone.num_heads,
-        "num_hidden_layers": backbone.num_layers,
-        "num_key_value_heads": backbone.num_kv_heads,
         "num_target_layers": config.num_target_layers,
-        "rms_norm_eps": backbone.rms_norm_eps,
-        "rope_parameters": {"rope_theta": backbone.rope_theta, "rope_type": "default"},
         "target_layer_ids": list(config.target_layer_ids),
         "tie_word_embeddings": False,
         "vocab_size": config.vocab_size,
     }
+    if not config.sample_from_anchor:
+        data["sample_from_anchor"] = False
+    if config.draft_vocab_size is not None:
+        data["draft_vocab_size"] = config.draft_vocab_size
     if config.confidence_head:
         data["confidence_head_with_markov"] = config.confidence_head_with_markov
     if config.markov_rank > 0:
@@ -147,89 +143,54 @@ def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(data.items()))
 
 
-def _check_architecture(data: Mapping[str, Any], where: str) -> None:
-    names = data.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if "speculators_model_type" in data:
-        name = f"speculators {data['speculators_model_type']}"
-    if name == ARCHITECTURE:
-        return
-    if name is None:
-        raise CheckpointError(
-            f"{where} names no architecture; a drafter's config.json has "
-            f'"architectures": ["{ARCHITECTURE}"].'
-        )
-    drafters = ("DSpark", "Eagle", "DFlash", "speculators")
-    if any(word in str(name) for word in drafters):
+def refuse_beyond_published(config: DSparkConfig) -> None:
+    """Refuse what the published stack would silently read as something else.
+
+    Raises:
+        CompatibilityError: naming it.
+    """
+    beyond = {
+        "sample_from_anchor false": not config.sample_from_anchor,
+        f"draft_vocab_size {config.draft_vocab_size}": config.draft_vocab_size is not None,
+        f"sliding_window {config.backbone.sliding_window}": bool(config.backbone.sliding_layers),
+    }
+    found = [name for name, there in beyond.items() if there]
+    if found:
         raise CompatibilityError(
-            f"{where} is a drafter of architecture {name}, which is not supported yet; "
-            f"use a {ARCHITECTURE} drafter."
+            f"The drafter has {' and '.join(found)}, for which the published layout has no place "
+            f"(it knows {FULL} over the whole vocabulary, from the anchor on); save it attached to "
+            "its target, or as speculators."
         )
-    raise CompatibilityError(
-        f"{where} is of architecture {name}, which is no drafter; give a {ARCHITECTURE} directory, "
-        "or a target directory that holds one in dspark/."
-    )
 
 
-def _check_layers(data: Mapping[str, Any], where: str, num_layers: int) -> None:
-    kinds = data.get("layer_types")
-    if kinds is not None and kinds != ["full_attention"] * num_layers:
+def dflash_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
+    """Read the DFlash authors' configuration: no heads, and a block of 1 + n slots (A.0, G).
+
+    Their `dflash_config` holds `target_layer_ids`, `mask_token_id` and, in some files,
+    `block_size`.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `config_from_json`.
+    """
+    own = data.get("dflash_config")
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"{where} has dflash_config {own!r}, but it must be an object.")
+    read = Reader(own, f"dflash_config of {where}")
+    read.only("projector_type", "dflash")
+    read.only("attention_mode", "gqa")
+    read.only("causal", False)
+    if any(kind != FULL for kind in data.get("layer_types") or ()):
         raise CompatibilityError(
-            f"{where} has layer_types {kinds!r}, but only full_attention, once per each of the "
-            f"{num_layers} layers, is supported yet."
+            f"{where} has layer_types {data['layer_types']!r}, but of this dialect only {FULL} is "
+            "supported: its windows move with each slot."
         )
-    activation = data.get("hidden_act", "silu")
-    if activation != "silu":
-        raise CompatibilityError(
-            f"{where} has hidden_act {activation!r}, but only silu is supported yet."
-        )
-
-
-def _rope_theta(data: Mapping[str, Any], where: str) -> float:
-    """Theta in the style of transformers 5 (rope_parameters) or 4 (top level)."""
-    parameters = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise CheckpointError(f"{where} has rope_parameters {parameters!r}, not an object.")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise CompatibilityError(
-            f"{where} has rope_type {kind!r}, but only default is supported yet."
-        )
-    theta = parameters.get("rope_theta", data.get("rope_theta"))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise CheckpointError(
-            f"{where} has rope_theta {theta!r}, but it must be a positive number, in "
-            "rope_parameters or at the top level."
-        )
-    return float(theta)
-
-
-class _Reader:
-    """Fields of a configuration by type, with errors that name them."""
-
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self._data = data
-        self._where = where
-
-    def integer(self, name: str, *, minimum: int = 1, default: int | None = None) -> int:
-        value = self._data.get(name, default)
-        if type(value) is not int or value < minimum:
-            raise self._error(name, value, f"an integer of at least {minimum}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self._data.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise self._error(name, value, "a positive number")
-        return float(value)
-
-    def boolean(self, name: str, *, default: bool | None = None) -> bool:
-        value = self._data.get(name, default)
-        if not isinstance(value, bool):
-            raise self._error(name, value, "true or false")
-        return value
-
-    def _error(self, name: str, value: object, needed: str) -> CheckpointError:
-        if value is None:
-            return CheckpointError(f"{self._where} lacks {name}, which must be {needed}.")
-        return CheckpointError(f"{self._where} has {name} {value!r}, but it must be {needed}.")
+    lifted = {
+        "sample_from_anchor": False,
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+        **{key: value for key, value in own.items() if value is not None},
+    }
+    rest = {key: value for key, value in data.items() if key not in ("dflash_config", "auto_map")}
+    for name in ("projector_type", "attention_mode", "causal"):
+        lifted.pop(name, None)
+    return config_from_json(rest | lifted, where)

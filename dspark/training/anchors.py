@@ -21,7 +21,8 @@ class AnchorBlocks:
         anchors_BN: anchor positions, int64, ascending; 0 where dropped.
         keep_BN: False for the dummies that fill up a sequence with fewer anchors.
         tokens_BN: the anchor tokens, input of slot 0.
-        positions_BNK: position of each slot.
+        positions_BNK: position of the token before each label (and of the slot that predicts it,
+            unless the drafter throws the anchor's slot away).
         previous_BNK: the true token before each slot's label (teacher forcing).
         labels_BNK: the token that each slot predicts.
         supervised_BNK: True where a slot counts: its block is kept, and its label and all labels
@@ -104,7 +105,11 @@ def sample_anchors(
 
 
 def attention_tiles(
-    blocks: AnchorBlocks, context_length: int, *, anchors_per_tile: int = 16
+    blocks: AnchorBlocks,
+    context_length: int,
+    *,
+    block_slots: int | None = None,
+    anchors_per_tile: int = 16,
 ) -> list[AttentionTile]:
     """What every slot may look at (FORMAT_FACTS.md A.5), in tiles of neighbouring anchors.
 
@@ -116,9 +121,11 @@ def attention_tiles(
     Args:
         blocks: the blocks.
         context_length: S, the rows of the context.
+        block_slots: slots that the drafter runs per block, its config's `block_size`; None for K
+            (a drafter with `sample_from_anchor` false has K + 1).
         anchors_per_tile: anchors whose slots share one mask.
     """
-    block = blocks.positions_BNK.shape[2]
+    block = blocks.positions_BNK.shape[2] if block_slots is None else block_slots
     columns = torch.arange(context_length, device=blocks.anchors_BN.device)
     tiles = []
     starts = range(0, blocks.anchors_BN.shape[1], anchors_per_tile)

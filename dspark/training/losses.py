@@ -122,7 +122,7 @@ def block_loss(
         labels_M=blocks.labels_BNK[block_rows][chosen_MK],
         weight_M=weight_M / normalizer,
         weights=weights,
-        chunk_rows=chunk_rows or _chunk_rows(hidden_BNKH.device, drafter.config.vocab_size),
+        chunk_rows=chunk_rows or suitable_rows(hidden_BNKH.device, drafter.config.vocab_size),
         with_gradient=torch.is_grad_enabled(),
     )
     bias_Vr = None if head is None else head.markov_w2.weight
@@ -152,7 +152,8 @@ def block_loss(
     )
 
 
-def _chunk_rows(device: torch.device, vocab_size: int) -> int:
+def suitable_rows(device: torch.device, vocab_size: int) -> int:
+    """How many rows should meet the vocabulary at once."""
     # A CPU's passes over the logits are fastest while those stay in its cache (1 MiB here); an
     # accelerator wants few, large chunks (256 MiB).
     numbers = 2**18 if device.type == "cpu" else 2**26
@@ -204,10 +205,12 @@ class _Rows:
         logits = self.drafter.base_logits(hidden)
         if feature is not None and bias_Vr is not None:
             logits = logits + F.linear(feature, bias_Vr)
-        log_draft = F.log_softmax(logits, dim=-1)
+        log_draft = F.log_softmax(self.drafter.over_vocabulary(logits), dim=-1)
         with torch.no_grad():
             teacher = F.softmax(self.drafter.target_logits(self.teacher_MH[rows]), dim=-1)
         ce = F.nll_loss(log_draft, self.labels_M[rows], reduction="none")
+        if self.drafter.t2d is not None:  # a token that it can never propose teaches nothing
+            ce = ce.where(self.drafter.t2d[self.labels_M[rows]], 0.0)
         tv = (log_draft.exp() - teacher).abs().sum(dim=-1)
         combined = self.weights.ce * ce + self.weights.tv * tv
         return (self.weight_M[rows] * combined).sum(), ce.detach(), tv.detach()

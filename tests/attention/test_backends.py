@@ -120,16 +120,19 @@ def test_fresh_attention_equals_a_cache_that_starts_empty(window):
 @pytest.mark.parametrize(
     ("slots", "lengths"), [((2,), (9,)), ((0,), (0,)), ((3, 0, 1), (4, 0, 30))]
 )
-def test_block_attention(reference, slots, lengths, shape, window):
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_attention(reference, slots, lengths, shape, window, causal):
     torch.manual_seed(4)
     cache, rows = filled(shape), 4
     query = torch.randn(len(slots), rows, HEADS, DIM)
     keys, values = torch.randn(2, len(slots), rows, shape[0], DIM)
-    out = block_attention(query, keys, values, cache, 0, slots, lengths, scale=SCALE, window=window)
+    limits = {"window": window, "causal": causal}
+    out = block_attention(query, keys, values, cache, 0, slots, lengths, scale=SCALE, **limits)
     for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
         context_keys, context_values = cache.view(0, slot, length)
         visible = [
-            [window is None or j > length + k - window for j in range(length)] + [True] * rows
+            [window is None or j >= length - window for j in range(length)]
+            + [not causal or other <= k for other in range(rows)]
             for k in range(rows)
         ]
         all_keys = torch.cat((context_keys, keys[r]))

@@ -15,9 +15,8 @@ from benchmarks.inflate import (
 from benchmarks.placement import Shape
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.engine import Engine
 from dspark.errors import CompatibilityError
@@ -97,7 +96,8 @@ def draft(target, drafter, ids):
     batch = RaggedBatch.build([(0, 0, ids)], target.device)
     output = target.forward(batch, taps=drafter.taps)
     context = SlotCache(drafter.context_shapes, 1, CONTEXT, torch.float32, target.device)
-    drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF)
+    following = batch.input_ids_T.roll(-1)
+    drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF, following)
     rows = []
 
     def draw(_step, logits_RV):

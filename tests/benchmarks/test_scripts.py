@@ -13,9 +13,8 @@ from benchmarks import bundled, identity, inflate, inflated
 from benchmarks.common import Tally, load_pair, rounded, side_by_side
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.checkpoint import save_attached
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.errors import DataError
 from dspark.request import Output, SamplingParams, Stats

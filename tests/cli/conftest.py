@@ -11,9 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.cli.main import main
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 

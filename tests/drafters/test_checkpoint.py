@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters import checkpoint
+from dspark.drafters import files
 from dspark.drafters.checkpoint import (
     has_attached_drafter,
     load_drafter,
     save_attached,
     save_published,
+    save_speculators,
 )
 from dspark.errors import CheckpointError, CompatibilityError
 
@@ -107,10 +108,42 @@ def test_saving_over_a_checkpoint_leaves_no_half_file(make_drafter, tmp_path, mo
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_published(make_drafter(seed=2), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def interrupt_config(monkeypatch):
+    def write_text(path, text, **options):
+        if path.name.startswith(".config.json"):
+            path.write_bytes(b"{")
+            raise KeyboardInterrupt
+        return len(text)
+
+    monkeypatch.setattr(files.Path, "write_text", write_text)
+
+
+def interrupt_sync(monkeypatch):
+    def fsync(_):
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_config, interrupt_sync])
+@pytest.mark.parametrize("save", [save_published, save_speculators, save_attached])
+def test_an_interrupted_write_leaves_the_old_checkpoint_whole(
+    make_drafter, tmp_path, monkeypatch, interrupt, save
+):
+    save(make_drafter(seed=1), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            save(make_drafter(seed=2), tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert torch.equal(load_drafter(tmp_path).fc.weight, make_drafter(seed=1).fc.weight.bfloat16())
 
 
 def test_attaching_needs_the_target(make_drafter, tmp_path):
@@ -120,7 +153,7 @@ def test_attaching_needs_the_target(make_drafter, tmp_path):
 
 def test_old_style_config_and_shards_are_read(copy, golden_drafter):
     change_config(copy, rope_parameters=..., rope_theta=10000.0, dtype=..., torch_dtype="float32")
-    change_config(copy, num_anchors=..., rope_scaling=None)
+    change_config(copy, num_anchors=..., rope_scaling=None, architectures=["DSparkDraftModel"])
     tensors = load_file(copy / "model.safetensors")
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -153,15 +186,20 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"architectures": ["Qwen3Eagle3Model"]}, CompatibilityError, "Qwen3Eagle3Model.*not supp"),
-        ({"architectures": ["Gemma4DSparkModel"]}, CompatibilityError, "Gemma4DSpark.*not supp"),
+        ({"architectures": ["Qwen3EagleModel"]}, CompatibilityError, "Qwen3EagleModel.*not supp"),
+        ({"architectures": ["Gemma4DSparkModel"]}, CheckpointError, "rope_parameters None"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
-        ({"speculators_model_type": "dspark"}, CompatibilityError, "speculators dspark.*not supp"),
+        ({"speculators_model_type": "mtp"}, CompatibilityError, "speculators mtp.*not supp"),
+        ({"speculators_model_type": "dspark"}, CheckpointError, "transformer_layer_config None"),
         ({"architectures": ...}, CheckpointError, "names no architecture"),
         ({"rope_parameters": ...}, CheckpointError, "rope_theta None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, CompatibilityError, "yarn"),
         ({"rope_parameters": [1]}, CheckpointError, "rope_parameters"),
-        ({"layer_types": ["sliding_attention"] * 2}, CompatibilityError, "sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * 2}, CheckpointError, "lacks sliding_window"),
+        ({"layer_types": ["full_attention"]}, CompatibilityError, "one for each of the 2 layers"),
+        ({"layer_types": ["linear_attention"] * 2}, CompatibilityError, "linear_attention"),
+        ({"draft_vocab_size": 212}, CompatibilityError, "draft_vocab_size is 212"),
+        ({"draft_vocab_size": 100}, CheckpointError, "lacks.*d2t, t2d"),
         ({"hidden_act": "gelu"}, CompatibilityError, "gelu"),
         ({"mask_token_id": 211}, CheckpointError, "mask_token_id 211.*0 to 210"),
         ({"target_layer_ids": [1, 3, 6]}, CompatibilityError, r"\[1, 3, 6\].*to 5"),
@@ -169,6 +207,8 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
         ({"block_size": 0}, CheckpointError, "block_size 0"),
         ({"block_size": True}, CheckpointError, "block_size True"),
         ({"rms_norm_eps": "small"}, CheckpointError, "rms_norm_eps 'small'"),
+        ({"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps nan"),
+        ({"num_attention_heads": 3}, CompatibilityError, "num_attention_heads is 3.*multiple"),
         ({"enable_confidence_head": 1}, CheckpointError, "enable_confidence_head 1"),
         ({"markov_rank": ...}, CheckpointError, "lacks markov_rank"),
         ({"markov_head_type": "lstm"}, CompatibilityError, "'lstm'"),

@@ -16,10 +16,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
@@ -57,9 +57,16 @@ def make_target(*, tokenizer: Any = None, **options: Any) -> Target:
 
 
 def make_drafter(
-    target: Target, *, head: str = "vanilla", block_size: int = 5, seed: int = 1, std: float = 0.3
+    target: Target,
+    *,
+    head: str = "vanilla",
+    block_size: int = 5,
+    seed: int = 1,
+    std: float = 0.3,
+    known: Sequence[int] | None = None,
+    **changes: Any,
 ) -> DSparkDrafter:
-    """A random DSpark drafter, bound to the target."""
+    """A random DSpark drafter, bound to the target; `known` is a reduced vocabulary."""
     taps = (-1, 0)
     backbone = BackboneConfig(
         hidden_size=16,
@@ -79,9 +86,44 @@ def make_drafter(
         num_target_layers=target.num_layers,
         markov_rank=8,
         markov_head_type=head,
+        draft_vocab_size=None if known is None else len(known),
+        **changes,
     )
     generator = torch.Generator().manual_seed(seed)
-    drafter = DSparkDrafter.from_target(target.parts(), config, generator=generator, init_std=std)
+    drafter = DSparkDrafter.from_target(
+        target.parts(),
+        config,
+        generator=generator,
+        init_std=std,
+        draft_tokens=None if known is None else torch.tensor(known),
+    )
+    drafter.eval()
+    return drafter
+
+
+def make_eagle3(
+    target: Target, *, mtp: bool = False, passes: int = 5, seed: int = 1, std: float = 0.3
+) -> Eagle3Drafter:
+    """A random Eagle3 drafter, or MTP-1, bound to the target."""
+    taps = (target.num_layers - 1,) if mtp else (-1, 0)
+    backbone = BackboneConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        num_taps=len(taps),
+    )
+    config = Eagle3Config(
+        backbone,
+        vocab_size=target.vocab_size,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        ttt_length=1 if mtp else passes,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    drafter = Eagle3Drafter.from_target(target.parts(), config, generator=generator, init_std=std)
     drafter.eval()
     return drafter
 
@@ -104,7 +146,12 @@ class MadeUpDrafter:
         """Nothing to borrow."""
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
         """Nothing to keep."""
 
@@ -201,6 +248,7 @@ def tiny() -> SimpleNamespace:
         make_model=make_model,
         make_target=make_target,
         make_drafter=make_drafter,
+        make_eagle3=make_eagle3,
         TargetDrafter=TargetDrafter,
         MarkovDrafter=MarkovDrafter,
         ngram=ngram,

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights

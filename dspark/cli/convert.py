@@ -1,0 +1,91 @@
+"""`dspark convert`: rewrites a drafter's checkpoint in another layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
+from dspark.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.drafters.files import Written
+    from dspark.drafters.registry import AnyDrafter
+
+LAYOUTS = ("deepspec", "speculators", "attached")
+EXAMPLE = """\
+  dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
+  dspark convert runs/drafter models/target --to attached
+  dspark convert bundled bundled_drafter --to deepspec"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `convert`."""
+    parser = new_parser(commands, "convert", "rewrite a drafter's checkpoint", EXAMPLE)
+    parser.add_argument("source", metavar="SRC", help="a drafter: a directory, a hub id or bundled")
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        help="directory to write; for attached, the target's directory",
+    )
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
+    parser.add_argument(
+        "--target",
+        metavar="TARGET",
+        help="a directory, a hub id or bundled; lends embedding and head where SRC lacks them, and "
+        "says how many layers it has and what it is called; by default DST for attached, and SRC "
+        "where that is a target with a drafter attached",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
+    parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
+    from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
+    from dspark.drafters.target_tables import TargetTables
+    from dspark.engine.model import BUNDLED
+
+    use_threads(options)
+    with screen.log.status(f"Reading {options.source} ..."):
+        source = str(BUNDLED) if options.source == "bundled" else options.source
+        hub = {"revision": options.revision, "offline": options.offline}
+        drafter = load_drafter(source, **hub)
+        target = str(BUNDLED) if options.target == "bundled" else options.target
+        if target is None and options.to == "attached":
+            target = options.destination
+        elif target is None and has_attached_drafter(source, **hub):
+            target = source
+        if target is not None:
+            revision = options.revision if target == source else None
+            tables = TargetTables.read(target, revision=revision, offline=options.offline)
+            borrow_tables(drafter, tables)
+        elif drafter.own_embedding_VH is None or drafter.own_head_VH is None:
+            raise UsageError(
+                f"{options.source} holds no embedding or no head, which the layout {options.to} "
+                "does; name its target with --target."
+            )
+    with screen.log.status(f"Writing {options.destination} ..."):
+        written = _save(drafter, options)
+    line = f"Wrote {written.directory}: {written.tensors} tensors, {written.bytes / 1e6:.1f} MB."
+    screen.out.print(Text(line), soft_wrap=True)
+    return {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
+
+
+def _save(drafter: AnyDrafter, options: argparse.Namespace) -> Written:
+    import torch
+
+    from dspark.drafters.checkpoint import save_attached, save_published, save_speculators
+
+    save = {
+        "deepspec": save_published,
+        "speculators": save_speculators,
+        "attached": save_attached,
+    }[options.to]
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    return save(drafter, Path(options.destination), dtype=dtype)

@@ -1,0 +1,111 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def tensors(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def config(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_there_and_back_changes_nothing(dspark, pair, tmp_path):
+    first = dspark("convert", pair.drafter, tmp_path / "a", "--to", "speculators", "--json")
+    assert first.status == 0
+    stored = tensors(tmp_path / "a")
+    size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    assert first.json == {"format": "speculators", "tensors": len(stored), "bytes": size}
+    again = dspark("convert", tmp_path / "a", tmp_path / "b", "--to", "deepspec")
+    assert again.status == 0
+    assert f"{len(stored)} tensors" in again.out
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "b"))
+    assert config(pair.drafter) == config(tmp_path / "b")
+
+
+def test_attached_leaves_out_what_the_target_has(dspark, pair, tmp_path):
+    target = shutil.copytree(pair.target, tmp_path / "target")
+    result = dspark("convert", pair.drafter, target, "--to", "attached", "--json")
+    assert result.json["format"] == "attached"
+    attached = tensors(target / "dspark")
+    left_out = set(tensors(pair.drafter)) - set(attached)
+    assert left_out == {"embed_tokens.weight", "lm_head.weight"}
+    assert same_tensors(attached, tensors(pair.attached / "dspark"))
+    words = ("--max-new-tokens", 8, "--prompt", "a table", "--json")
+    one = dspark("generate", target, *words).json
+    two = dspark("generate", pair.target, "--draft", pair.drafter, *words).json
+    assert one["outputs"] == two["outputs"]
+    assert one["accepted"] == two["accepted"]
+
+
+def test_an_attached_drafter_takes_the_tables_of_its_target(dspark, pair, tmp_path):
+    words = ("convert", pair.attached, tmp_path / "out", "--to", "deepspec")
+    assert dspark(*words).status == 0
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))
+
+
+def test_a_target_lends_what_the_source_lacks(dspark, pair, tmp_path):
+    words = ("convert", pair.attached / "dspark", tmp_path / "out", "--to", "deepspec")
+    refused = dspark(*words)
+    assert refused.status == 2
+    assert "--target" in refused.err
+    assert not (tmp_path / "out").exists()
+    assert dspark(*words, "--target", pair.target).status == 0
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))
+    assert config(tmp_path / "out")["target_model_name_or_path"] == str(pair.target)
+
+
+def test_the_dtype_may_be_changed(dspark, pair, tmp_path):
+    words = ("convert", pair.drafter, tmp_path, "--to", "deepspec", "--dtype", "bfloat16")
+    assert dspark(*words).status == 0
+    assert {tensor.dtype for tensor in tensors(tmp_path).values()} == {torch.bfloat16}
+    assert config(tmp_path)["dtype"] == "bfloat16"
+
+
+def test_a_target_that_does_not_fit_is_status_1(dspark, pair, wide_pair, tmp_path):
+    words = ("convert", pair.drafter, tmp_path / "out", "--to", "deepspec")
+    result = dspark(*words, "--target", wide_pair.target)
+    assert result.status == 1
+    assert "hidden_size" in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_layout_cannot_carry_is_status_1(dspark, pair, tmp_path):
+    source = shutil.copytree(pair.drafter, tmp_path / "source")
+    changed = config(source) | {"sample_from_anchor": False}
+    (source / "config.json").write_text(json.dumps(changed))
+    result = dspark("convert", source, tmp_path / "out", "--to", "deepspec")
+    assert result.status == 1
+    assert "sample_from_anchor false" in result.err
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_damaged_source_leaves_the_destination_alone(dspark, pair, tmp_path, length):
+    source = shutil.copytree(pair.drafter, tmp_path / "source")
+    destination = shutil.copytree(pair.drafter, tmp_path / "destination")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    result = dspark("convert", source, destination, "--to", "speculators")
+    assert result.status == 1
+    assert "damaged or cut short" in result.err
+    assert same_tensors(tensors(pair.drafter), tensors(destination))
+    assert config(pair.drafter) == config(destination)
+
+
+def test_a_destination_that_is_no_target_is_status_1(dspark, pair, tmp_path):
+    result = dspark("convert", pair.drafter, tmp_path, "--to", "attached")
+    assert result.status == 1
+    assert "has no config.json; give a target's directory" in result.err
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    result = dspark("convert", pair.drafter, tmp_path, "--to", "attached")
+    assert "embed_tokens.weight" in result.err
