@@ -83,6 +83,13 @@ class SlotCache:
         self._keys[layer][slots_T, :, positions_T] = key_TGD
         self._values[layer][slots_T, :, positions_T] = value_TGD
 
+    def read(self, layer: int, slots_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows stored at (slot, position): keys [T, G, key_dim] and values, copied."""
+        return (
+            self._keys[layer][slots_T, :, positions_T],
+            self._values[layer][slots_T, :, positions_T],
+        )
+
     def write_batch(
         self, layer: int, batch: RaggedBatch, key_1GTD: Tensor, value_1GTD: Tensor
     ) -> None:

@@ -114,9 +114,22 @@ class Drafter(Protocol):
         ...
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
-        """Append the context rows of committed tokens to their slots."""
+        """Append the context rows of committed tokens to their slots.
+
+        Args:
+            context: where they go.
+            slots_T: slot of each row.
+            positions_T: position of each row's token.
+            features_TF: captured features of that token.
+            next_tokens_T: the committed token after it, int64.
+        """
         ...
 
     def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:

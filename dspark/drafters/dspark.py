@@ -6,7 +6,7 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed, own_table
+from dspark.drafters.borrowed import TargetBound
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
@@ -27,14 +27,11 @@ from dspark.errors import CompatibilityError
 UNKNOWN_LOGIT = -1e30
 
 
-class DSparkDrafter(ParallelBackbone):
+class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
 
-    Embedding and head belong to the target: `bind` refers to them, and they are neither
-    parameters nor buffers. With a reduced vocabulary the head is a copy of some of its rows, and
-    `d2t` [Vd] (token id minus draft id) and `t2d` [V] (which tokens are known) are buffers.
-    Decoding uses fused copies of the weights, made at the first round and dropped by `train()`,
-    `eval()` and `load_state_dict`: call one of them after changing parameters in any other way.
+    With a reduced vocabulary the head is a copy of some of the target's rows, and `d2t` [Vd] (token
+    id minus draft id) and `t2d` [V] (which tokens are known) are buffers.
 
     Args:
         config: what to build.
@@ -44,8 +41,7 @@ class DSparkDrafter(ParallelBackbone):
     t2d: Tensor | None
 
     def __init__(self, config: DSparkConfig) -> None:
-        super().__init__(config.backbone)
-        self.config = config
+        super().__init__(config)
         width, vocab, rank = config.backbone.hidden_size, config.vocab_size, config.markov_rank
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
@@ -62,15 +58,8 @@ class DSparkDrafter(ParallelBackbone):
         known = config.draft_vocab_size
         self.register_buffer("d2t", None if known is None else torch.zeros(known, dtype=torch.long))
         self.register_buffer("t2d", None if known is None else torch.zeros(vocab, dtype=torch.bool))
-        self.own_embedding_VH: Tensor | None = None
-        self.own_head_VH: Tensor | None = None
-        self._borrowed: Borrowed | None = None
-        self._target: Borrowed | None = None
         self._draft_tokens: Tensor | None = None
         self._plan: DecodePlan | None = None
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self._drop_plan()
-        )
 
     @classmethod
     def from_target(
@@ -82,7 +71,7 @@ class DSparkDrafter(ParallelBackbone):
         init_std: float = 0.02,
         copy_final_norm: bool = True,
         draft_tokens: Tensor | None = None,
-    ) -> DSparkDrafter:
+    ) -> Self:
         """A new drafter in fp32, bound to its target.
 
         Args:
@@ -90,8 +79,7 @@ class DSparkDrafter(ParallelBackbone):
             config: what to build.
             generator: source of the random weights (CPU).
             init_std: standard deviation of every matrix.
-            copy_final_norm: start from the target's final norm, so that the borrowed head sees
-                states of the scale that it knows (BASELINE.md).
+            copy_final_norm: start from the target's final norm.
             draft_tokens: the token ids [Vd] of a reduced vocabulary, ascending.
 
         Raises:
@@ -106,26 +94,13 @@ class DSparkDrafter(ParallelBackbone):
                 )
             drafter.d2t.copy_(draft_tokens - torch.arange(draft_tokens.numel()))
             drafter.t2d[draft_tokens] = True
-        drafter.bind(parts)
-        with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, init_std, generator=generator)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-            if copy_final_norm and parts.final_norm_H is not None:
-                drafter.norm.weight.copy_(parts.final_norm_H)
-        return drafter.to(parts.embedding_VH.device)
+        drafter._start(parts, generator, init_std, copy_final_norm=copy_final_norm)
+        return drafter
 
     @property
     def block_size(self) -> int:
         """K: most tokens of a round; the backbone always runs all slots of a block."""
         return self.config.num_drafts
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Captured target layers."""
-        return self.config.target_layer_ids
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
@@ -135,73 +110,13 @@ class DSparkDrafter(ParallelBackbone):
         return (shape,) * backbone.num_layers
 
     def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
-        """Borrow the target's embedding and head.
-
-        Copies that came with a checkpoint are dropped where they equal the target's (in the
-        checkpoint's dtype). Where they differ the drafter keeps its own, since it was trained with
-        them (the output stays the target's either way), and a warning is logged. Parameters are
-        not changed; decoding runs in the embedding's dtype and on its device.
-
-        Args:
-            parts: the target's parts.
-            num_target_layers: the target's decoder layers, to check the taps against.
-
-        Raises:
-            CompatibilityError: width, vocabulary or layers are not those of the drafter.
-        """
-        width, config = self.config.backbone.hidden_size, self.config
-        if parts.hidden_size != width:
-            raise CompatibilityError(
-                f"The drafter's hidden_size is {width}, but the target's is {parts.hidden_size}; "
-                "use a drafter made for this target."
-            )
-        if parts.vocab_size != config.vocab_size:
-            raise CompatibilityError(
-                f"The drafter's vocab_size is {config.vocab_size}, but the target's is "
-                f"{parts.vocab_size}; use a drafter made for this target."
-            )
-        if num_target_layers is not None and config.target_layer_ids[-1] >= num_target_layers:
-            raise CompatibilityError(
-                f"The drafter reads target_layer_ids {list(config.target_layer_ids)}, but the "
-                f"target has {num_target_layers} layers; use a drafter made for this target."
-            )
-        target = Borrowed.of(parts)
-        self.own_embedding_VH = own_table(
-            self.own_embedding_VH, target.embedding_VH, "embed_tokens.weight"
-        )
-        self.own_head_VH = own_table(self.own_head_VH, target.head_VH, "lm_head.weight")
-        own_embedding, own_head = self.own_embedding_VH, self.own_head_VH
-        self._target = target
-        self._borrowed = replace(
-            target,
-            embedding_VH=target.embedding_VH if own_embedding is None else own_embedding,
-            head_VH=target.head_VH if own_head is None else own_head,
-        )
+        """See `TargetBound.bind`; of the head only the rows of a reduced vocabulary are kept."""
+        super().bind(parts, num_target_layers=num_target_layers)
         if self.d2t is not None:
-            offsets = self.d2t.to(target.head_VH.device)
+            offsets = self.d2t.to(self.borrowed.head_VH.device)
             self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
-            self._borrowed = self._borrowed.reduced(self._draft_tokens)
+            self._borrowed = self.borrowed.reduced(self._draft_tokens)
             self.own_head_VH = self._borrowed.head_VH
-        self._drop_plan()
-
-    @property
-    def borrowed(self) -> Borrowed:
-        """Embedding and head in use.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        if self._borrowed is None:
-            raise CompatibilityError(
-                "The drafter has no embedding and head yet; call bind(target.parts()) first."
-            )
-        return self._borrowed
-
-    def train(self, mode: bool = True) -> DSparkDrafter:
-        """Switch between training and evaluation; either way fused weights are made anew."""
-        self._drop_plan()
-        super().train(mode)
-        return self
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -256,7 +171,7 @@ class DSparkDrafter(ParallelBackbone):
 
         [.., V], or [.., Vd] with a reduced vocabulary: see `over_vocabulary`.
         """
-        return self.borrowed.logits(hidden_NH)
+        return super().base_logits(hidden_NH)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
         """Logits [.., V] of all tokens; those that it does not know get probability 0."""
@@ -264,16 +179,6 @@ class DSparkDrafter(ParallelBackbone):
             return logits
         everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
         return everything.index_copy(-1, self._draft_tokens, logits)
-
-    def target_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [.., V] of the target's states after its final norm: the teacher.
-
-        They differ from `base_logits` only where the drafter keeps a head of its own.
-
-        Raises:
-            CompatibilityError: the drafter is not bound.
-        """
-        return (self._target or self.borrowed).logits(hidden_NH)
 
     def confidence_logits(
         self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False
@@ -301,7 +206,12 @@ class DSparkDrafter(ParallelBackbone):
 
     @torch.no_grad()
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
         """Append context keys and values of committed tokens."""
         plan = self._decode_plan(context)

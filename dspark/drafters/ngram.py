@@ -63,7 +63,12 @@ class NgramDrafter:
         self._vocab_size = parts.vocab_size
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
         """Nothing to keep: the tokens come with every batch."""
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.published import (
     ARCHITECTURE,
     GEMMA4_ARCHITECTURE,
@@ -23,14 +24,20 @@ from dspark.drafters.published import (
     dflash_from_json,
     refuse_beyond_published,
 )
+from dspark.drafters.published_eagle3 import ARCHITECTURE as EAGLE3_ARCHITECTURE
+from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
 from dspark.drafters.speculators import speculators_from_json, speculators_to_json
+from dspark.drafters.speculators_eagle3 import (
+    speculators_eagle3_from_json,
+    speculators_eagle3_to_json,
+)
 from dspark.errors import CheckpointError, CompatibilityError
 
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
 LAYOUTS = (DEEPSPEC, SPECULATORS, ATTACHED)
 MASK_EMBEDDING = "mask_embedding.weight"
 
-AnyDrafter = DSparkDrafter
+AnyDrafter = DSparkDrafter | Eagle3Drafter
 """Every drafter that has weights: the union of the families' modules."""
 
 ConfigT = TypeVar("ConfigT")
@@ -109,7 +116,35 @@ DSPARK = Family(
     },
 )
 
-FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK,)
+
+def _build_eagle3(config: Eagle3Config, names: Set[str], where: str) -> Eagle3Drafter:  # noqa: ARG001
+    return Eagle3Drafter(config)
+
+
+def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    return eagle3_to_json(drafter.config, dtype)
+
+
+def _write_speculators_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    return speculators_eagle3_to_json(drafter.config, dtype)
+
+
+EAGLE3 = Family(
+    drafter=Eagle3Drafter,
+    readers={
+        EAGLE3_ARCHITECTURE: eagle3_from_json,
+        "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
+        "speculators eagle3": speculators_eagle3_from_json,
+    },
+    build=_build_eagle3,
+    writers={
+        DEEPSPEC: _write_eagle3,
+        SPECULATORS: _write_speculators_eagle3,
+        ATTACHED: _write_eagle3,
+    },
+)
+
+FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK, EAGLE3)
 
 
 def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], Any]:

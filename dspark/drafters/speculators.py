@@ -22,7 +22,7 @@ DSPARK, DFLASH = "dspark", "dflash"
 TARGET_NAME, TARGET_ARCHITECTURES = "target_model_name_or_path", "target_architectures"
 
 # What a nested configuration may leave out: Qwen3's own defaults.
-_LAYER_DEFAULTS = {"head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
+LAYER_DEFAULTS = {"head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 # Fields that have the same name and meaning at the top of either layout.
 _SAME = (
     "block_size",
@@ -36,6 +36,16 @@ _SAME = (
     "sample_from_anchor",
     "sliding_window_non_causal",
 )
+# Fields of the layers' configuration that the layers themselves do not read.
+_NESTED = {
+    "attention_dropout",
+    "initializer_range",
+    "max_position_embeddings",
+    "sliding_window",
+    "use_cache",
+    "use_sliding_window",
+    "vocab_size",
+}
 _NO_HEADS = {"enable_confidence_head": False, "markov_rank": 0}
 
 
@@ -70,7 +80,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
             f"as wide as its target ({width})."
         )
     flat: dict[str, Any] = {
-        **_LAYER_DEFAULTS,
+        **LAYER_DEFAULTS,
         **layers,
         **(_NO_HEADS if kind == DFLASH else {}),
         "num_target_layers": max(aux),
@@ -78,7 +88,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         "num_anchors": data.get("max_anchors", data.get("num_anchors", 512)),
         "sample_from_anchor": _sample_from_anchor(read, kind),
         "target_layer_ids": [i - 1 for i in aux],
-        **_verifier(data),
+        **verifier_fields(data),
     }
     return _without_moving_state(config_from_json(flat, where), where)
 
@@ -102,19 +112,6 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     kind = DFLASH if headless and not config.sample_from_anchor else DSPARK
     flat = config_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
-    layer_fields = (
-        QWEN3_FIELDS
-        | set(config.extra)
-        | {
-            "attention_dropout",
-            "initializer_range",
-            "max_position_embeddings",
-            "sliding_window",
-            "use_cache",
-            "use_sliding_window",
-            "vocab_size",
-        }
-    )
     top: dict[str, Any] = {
         "architectures": ["DFlashSpeculator" if kind == DFLASH else "DSparkSpeculator"],
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
@@ -127,27 +124,11 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
         "sample_from_anchor": config.sample_from_anchor,
         "sliding_window_non_causal": not config.backbone.causal_windows
         and bool(config.backbone.sliding_layers),
-        "speculators_config": {
-            "algorithm": kind,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "accept_tolerance": 0.0,
-                    "proposal_type": "greedy",
-                    "speculative_tokens": config.num_drafts,
-                    "verifier_accept_k": 1,
-                }
-            ],
-            "verifier": {"architectures": architectures, "name_or_path": name},
-        },
+        "speculators_config": proposal_fields(kind, config.num_drafts, name, architectures),
         "speculators_model_type": kind,
         "target_hidden_size": None,
         "tie_word_embeddings": False,
-        "transformer_layer_config": {
-            key: value
-            for key, value in flat.items()
-            if key in layer_fields and key != "sliding_window_non_causal"
-        },
+        "transformer_layer_config": nested_fields(flat, config.extra),
     }
     if kind == DSPARK:
         top |= {
@@ -158,6 +139,25 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
             "markov_rank": config.markov_rank,
         }
     return dict(sorted(top.items()))
+
+
+def proposal_fields(
+    kind: str, tokens: int, name: str | None, architectures: list[str]
+) -> dict[str, Any]:
+    """How `tokens` drafts of a `kind` are verified, and by which target."""
+    greedy = {"proposal_type": "greedy", "accept_tolerance": 0.0, "verifier_accept_k": 1}
+    return {
+        "algorithm": kind,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [greedy | {"speculative_tokens": tokens}],
+        "verifier": {"architectures": architectures, "name_or_path": name},
+    }
+
+
+def nested_fields(flat: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a published configuration that belong in `transformer_layer_config`."""
+    names = QWEN3_FIELDS | set(extra) | _NESTED
+    return {key: flat[key] for key in flat if key in names and key != "sliding_window_non_causal"}
 
 
 def _sample_from_anchor(read: Reader, kind: str) -> bool:
@@ -185,7 +185,7 @@ def _sample_from_anchor(read: Reader, kind: str) -> bool:
     return found
 
 
-def _verifier(data: Mapping[str, Any]) -> dict[str, Any]:
+def verifier_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Name and architectures of the target, as extra fields."""
     try:
         verifier = dict(data["speculators_config"]["verifier"])

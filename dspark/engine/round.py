@@ -76,7 +76,7 @@ def play(
     assert output.logits_NV is not None
     verdict = verify(output.logits_NV, drafts, state)
     if speculator is not None and output.features_TF is not None:
-        _observe(speculator, batch, output.features_TF, drafts, verdict)
+        _observe(speculator, requests, batch, output.features_TF, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
     return _commit(requests, verdict, drafts), times
 
@@ -129,12 +129,16 @@ def target_batch(
 
 def _observe(
     speculator: Speculator,
+    requests: Sequence[ActiveRequest],
     batch: RaggedBatch,
     features_TF: Tensor,
     drafts: Drafts,
     verdict: Verdict,
 ) -> None:
-    """Give the drafter the features of the rows that stay: all but the rejected drafts."""
+    """Give the drafter the features of the rows that stay: all but the rejected drafts.
+
+    The token after each of these rows is known: it is the next row's, or has just been drawn.
+    """
     slots_T, positions_T = batch.slots_T, batch.positions_T
     rejected = [len(d) - n for d, n in zip(drafts.tokens, verdict.accepted, strict=True)]
     if any(rejected):
@@ -144,7 +148,12 @@ def _observe(
             spans = map(range, batch.offsets, ends)
             rows = torch.tensor([row for span in spans for row in span], device=slots_T.device)
         slots_T, positions_T, features_TF = slots_T[rows], positions_T[rows], features_TF[rows]
-    speculator.drafter.observe(speculator.context, slots_T, positions_T, features_TF)
+    following = list[int]()
+    for request, committed in zip(requests, verdict.committed, strict=True):
+        following += request.tokens[request.cached + 1 :]
+        following += committed
+    next_tokens_T = torch.tensor(following, device=slots_T.device)
+    speculator.drafter.observe(speculator.context, slots_T, positions_T, features_TF, next_tokens_T)
 
 
 def _commit(

@@ -1,80 +1,61 @@
-"""Trains a DSpark drafter online: the target's features are computed in the step that uses them."""
+"""Trains a DSpark or DFlash drafter online: its target runs in the step that uses its features."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspark.attention.layout import RaggedBatch
-from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import BackboneConfig, DSparkConfig, evenly_spaced_taps
+from dspark.drafters.config import DSparkConfig, evenly_spaced_taps
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
-from dspark.training.losses import LossWeights, block_loss
-from dspark.training.recipe import DrafterRecipe, DrafterSettings
+from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes
+from dspark.training.recipe import BlockRecipe, BlockSettings, DFlashLossSettings, DSparkSettings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-def drafter_config(target: Target, settings: DrafterSettings) -> DSparkConfig:
+def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
     """The configuration of a new drafter: its target's shapes with a recipe's settings.
+
+    Settings that are not DSpark's give a drafter without sequential and confidence heads: DFlash.
 
     Raises:
         CompatibilityError: the settings do not fit the target.
     """
-    config = layer_config(target)
     taps = settings.target_layer_ids or evenly_spaced_taps(target.num_layers, settings.num_taps)
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    heads = int(config.num_attention_heads)
-    backbone = BackboneConfig(
-        hidden_size=target.hidden_size,
-        intermediate_size=settings.intermediate_size
-        or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
+    backbone = backbone_shapes(
+        target,
         num_layers=settings.num_layers,
-        num_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or target.hidden_size // heads),
         num_taps=len(taps),
-        rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        intermediate_size=settings.intermediate_size,
     )
     mask = settings.mask_token_id
-    return DSparkConfig(
+    config = DSparkConfig(
         backbone=backbone,
         vocab_size=target.vocab_size,
         block_size=settings.block_size,
         mask_token_id=find_mask_token(target) if mask is None else mask,
         target_layer_ids=tuple(taps),
         num_target_layers=target.num_layers,
+        max_position_embeddings=target.max_context,
+        markov_rank=0,
+        confidence_head=False,
+        confidence_head_with_markov=False,
+    )
+    if not isinstance(settings, DSparkSettings):
+        return config
+    return replace(
+        config,
         markov_rank=settings.markov_rank,
         markov_head_type=settings.markov_head_type,
         confidence_head=settings.confidence_head,
         confidence_head_with_markov=settings.confidence_head_with_markov
         and settings.markov_rank > 0,
-        max_position_embeddings=target.max_context,
     )
-
-
-def layer_config(target: Target) -> Any:
-    """The configuration that a drafter's layers take after.
-
-    The target's, or, where its layers differ in shape (Gemma4), that of its last layer that attends
-    to everything, as all draft layers do.
-    """
-    config = target.config
-    by_layer = getattr(config, "per_layer_config", None)
-    if not by_layer:
-        return config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
-    return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
 
 
 def find_mask_token(target: Target) -> int | None:
@@ -104,11 +85,9 @@ class DrafterObjective:
         target: frozen; embedding and head are borrowed, never copied.
     """
 
-    def __init__(self, recipe: DrafterRecipe, target: Target) -> None:
+    def __init__(self, recipe: BlockRecipe, target: Target) -> None:
         self.recipe = recipe
-        self.target = target
-        self.samples = _load_samples(recipe, target)
-        self.stream = SampleStream(self.samples, recipe.run.rows, recipe.run.seed)
+        self.samples = OnlineSamples(recipe, target)
         generator = torch.Generator().manual_seed(recipe.run.seed)
         self.drafter = DSparkDrafter.from_target(
             target.parts(),
@@ -123,11 +102,8 @@ class DrafterObjective:
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples."""
-        share = self.recipe.run.rows // parts
-        mine = self.stream.batch(step)[part * share : (part + 1) * share]
-        self.tokens_seen += sum(len(sample.input_ids) for sample in mine)
-        batch = SampleBatch.of(mine, self.target.device)
-        features_BSF, hidden_BSH = target_features(self.target, mine, self.drafter.taps)
+        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        self.tokens_seen += sum(batch.lengths)
         generator = torch.Generator().manual_seed(
             (self.recipe.run.seed * 1_000_003 + step) * parts + part
         )
@@ -153,7 +129,7 @@ class DrafterObjective:
             "ce": float(report.ce),
             "tv": float(report.tv),
             "confidence": float(report.confidence),
-            "epoch": step / self.stream.batches_per_epoch,
+            "epoch": self.samples.epoch(step),
         }
         for k, rate in enumerate(report.accept_rate_K.tolist(), 1):
             metrics[f"accept_rate_{k}"] = rate
@@ -161,6 +137,8 @@ class DrafterObjective:
 
     def _weights(self, step: int) -> LossWeights:
         s = self.recipe.loss
+        if isinstance(s, DFlashLossSettings):
+            return replace(DFLASH_WEIGHTS, decay=s.decay)
         ce, tv = (s.ce + s.tv, 0.0) if step < s.ce_first_steps else (s.ce, s.tv)
         return LossWeights(ce, tv, s.confidence, s.decay, s.detach_confidence)
 
@@ -176,51 +154,3 @@ class DrafterObjective:
             save_attached(self.drafter, directory)
         else:
             save_published(self.drafter, directory)
-
-
-def _load_samples(recipe: DrafterRecipe, target: Target) -> list[Sample]:
-    s = recipe.samples
-    if s.max_length > target.max_context:
-        raise RecipeError(
-            f"samples.max_length is {s.max_length}, but the target's context holds "
-            f"{target.max_context} tokens; set it to that at most."
-        )
-    found: list[Sample] = []
-    for path in s.paths:
-        found += read_samples(Path(s.root) / path, target.tokenizer)
-    kept = usable(found, s.max_length, s.min_supervised)
-    largest = max((max(sample.input_ids) for sample in kept), default=-1)
-    if largest >= target.vocab_size:
-        raise DataError(
-            f"The samples name token {largest}, but the target has {target.vocab_size} tokens; "
-            "they were made for another model."
-        )
-    return kept
-
-
-@torch.no_grad()
-def target_features(
-    target: Target, samples: Sequence[Sample], taps: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Run the target over samples and pad what it gives.
-
-    Returns:
-        Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
-        padding.
-    """
-    batch = RaggedBatch.build([(i, 0, s.input_ids) for i, s in enumerate(samples)], target.device)
-    output = target.forward(batch, taps=taps)
-    assert output.features_TF is not None
-    longest = max(len(s.input_ids) for s in samples)
-    padded: list[Tensor] = []
-    for rows in (output.features_TF, output.hidden_TH):
-        table = rows.new_zeros(len(samples), longest, rows.shape[1])
-        table[batch.slots_T, batch.positions_T] = rows
-        padded.append(table)
-    return padded[0], padded[1]
-
-
-def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:
-    """Load the recipe's target."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
-    return Target.load(recipe.target, **options)

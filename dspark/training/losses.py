@@ -122,7 +122,7 @@ def block_loss(
         labels_M=blocks.labels_BNK[block_rows][chosen_MK],
         weight_M=weight_M / normalizer,
         weights=weights,
-        chunk_rows=chunk_rows or _chunk_rows(hidden_BNKH.device, drafter.config.vocab_size),
+        chunk_rows=chunk_rows or suitable_rows(hidden_BNKH.device, drafter.config.vocab_size),
         with_gradient=torch.is_grad_enabled(),
     )
     bias_Vr = None if head is None else head.markov_w2.weight
@@ -152,7 +152,8 @@ def block_loss(
     )
 
 
-def _chunk_rows(device: torch.device, vocab_size: int) -> int:
+def suitable_rows(device: torch.device, vocab_size: int) -> int:
+    """How many rows should meet the vocabulary at once."""
     # A CPU's passes over the logits are fastest while those stay in its cache (1 MiB here); an
     # accelerator wants few, large chunks (256 MiB).
     numbers = 2**18 if device.type == "cpu" else 2**26

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
@@ -102,24 +102,45 @@ class TargetRecipe(_Settings):
     run: TargetRunSettings
 
 
-class DrafterSettings(_Settings):
-    """A DSpark drafter; what is not given is the target's."""
+class NewDrafterSettings(_Settings):
+    """What every new drafter has; what is not given is the target's."""
 
-    num_layers: int = Field(5, ge=1, description="draft layers")
-    block_size: int = Field(7, ge=1, description="drafts per round")
-    markov_rank: int = Field(256, ge=0, description="rank of the sequential head, 0 for none")
-    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    confidence_head: bool = True
-    confidence_head_with_markov: bool = True
-    num_taps: int = Field(5, ge=2, description="captured layers, spread evenly")
-    target_layer_ids: tuple[int, ...] | None = Field(None, description="captured layers, by id")
     intermediate_size: int | None = Field(None, description="width of the gated MLP")
-    mask_token_id: int | None = Field(None, description="what fills a block; found if absent")
     copy_final_norm: bool = Field(True, description="start from the target's final norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of new matrices")
 
 
-class LossSettings(_Settings):
+class TapSettings(NewDrafterSettings):
+    """Which target layers a drafter reads."""
+
+    num_taps: int = Field(5, ge=2, description="captured layers, spread evenly")
+    target_layer_ids: tuple[int, ...] | None = Field(None, description="captured layers, by id")
+
+
+class BlockSettings(TapSettings):
+    """A drafter that fills a block in one pass."""
+
+    num_layers: int = Field(5, ge=1, description="draft layers")
+    block_size: int = Field(7, ge=1, description="drafts per round")
+    mask_token_id: int | None = Field(None, description="what fills a block; found if absent")
+
+
+class DSparkSettings(BlockSettings):
+    """A DSpark drafter."""
+
+    markov_rank: int = Field(256, ge=0, description="rank of the sequential head, 0 for none")
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+
+
+class Eagle3Settings(TapSettings):
+    """An Eagle3 drafter."""
+
+    ttt_length: int = Field(7, ge=1, description="passes of the training-time test: most drafts")
+
+
+class DSparkLossSettings(_Settings):
     """Weights of the losses (METHOD.md 3); cross-entropy first, if asked for."""
 
     ce: float = Field(0.1, ge=0)
@@ -132,6 +153,18 @@ class LossSettings(_Settings):
     )
 
 
+class DFlashLossSettings(_Settings):
+    """Cross-entropy alone."""
+
+    decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
+
+
+class Eagle3LossSettings(_Settings):
+    """Cross-entropy against the target's laws, pass by pass."""
+
+    step_loss_decay: float = Field(0.8, gt=0, le=1, description="a pass's weight over the last's")
+
+
 class SampleSettings(_Settings):
     """The conversations that a drafter learns from."""
 
@@ -139,25 +172,71 @@ class SampleSettings(_Settings):
     paths: tuple[str, ...] = Field(min_length=1, description="JSON lines, see data/samples.py")
     max_length: int = Field(4096, ge=8, description="tokens per sample; the rest is cut")
     min_supervised: int = Field(14, ge=2, description="samples with fewer answer tokens are left")
+
+
+class AnchorSampleSettings(SampleSettings):
+    """Samples of which blocks are taken."""
+
     num_anchors: int = Field(512, ge=1, description="blocks per sample at most")
 
 
 class DrafterRecipe(_Settings):
-    """Trains a DSpark drafter online against a frozen target: no cache on disk."""
+    """Trains a drafter online against a frozen target: no cache on disk."""
 
     kind: Literal["drafter"]
     target: str = Field(description="directory or hub id of the target")
-    drafter: DrafterSettings = DrafterSettings()
     layout: Literal["published", "attached"] = Field(
         "published", description="attached writes it into the target's directory"
     )
-    loss: LossSettings = LossSettings()
-    samples: SampleSettings
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings
 
 
-Recipe = Annotated[TargetRecipe | DrafterRecipe, Field(discriminator="kind")]
+class DSparkRecipe(DrafterRecipe):
+    """DSpark: a parallel backbone with sequential and confidence heads."""
+
+    algorithm: Literal["dspark"] = "dspark"
+    drafter: DSparkSettings = DSparkSettings()
+    loss: DSparkLossSettings = DSparkLossSettings()
+    samples: AnchorSampleSettings
+
+
+class DFlashRecipe(DrafterRecipe):
+    """DFlash: the same backbone without either head, on cross-entropy alone."""
+
+    algorithm: Literal["dflash"]
+    drafter: BlockSettings = BlockSettings()
+    loss: DFlashLossSettings = DFlashLossSettings()
+    samples: AnchorSampleSettings
+
+
+class Eagle3Recipe(DrafterRecipe):
+    """Eagle3: one layer that runs once per token, trained by the training-time test."""
+
+    algorithm: Literal["eagle3"]
+    drafter: Eagle3Settings = Eagle3Settings()
+    loss: Eagle3LossSettings = Eagle3LossSettings()
+    samples: SampleSettings
+
+
+class MTPRecipe(DrafterRecipe):
+    """MTP-1: Eagle3's layer on the target's last layer, for one extra token."""
+
+    algorithm: Literal["mtp"]
+    drafter: NewDrafterSettings = NewDrafterSettings()
+    samples: SampleSettings
+
+
+ChainRecipe = Eagle3Recipe | MTPRecipe
+BlockRecipe = DSparkRecipe | DFlashRecipe
+Recipe = TargetRecipe | BlockRecipe | ChainRecipe
+
+_DRAFTERS: dict[str, type[BlockRecipe | ChainRecipe]] = {
+    "dspark": DSparkRecipe,
+    "dflash": DFlashRecipe,
+    "eagle3": Eagle3Recipe,
+    "mtp": MTPRecipe,
+}
 
 
 def find_recipe(name: str) -> Path:
@@ -173,7 +252,7 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(f"There is no recipe {name!r}; give a YAML file or one of: {known}.")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> TargetRecipe | DrafterRecipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
@@ -193,22 +272,33 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> TargetRecipe | Draf
         raise RecipeError(f"{path} holds no mapping of keys to values.")
     for override in overrides:
         _apply_override(data, override)
+    model, what = _model(path, data)
     try:
-        recipe: TargetRecipe | DrafterRecipe = TypeAdapter(Recipe).validate_python(data)
-        return recipe
+        return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_sentence(path, error)) from error
+        raise RecipeError(_sentence(path, what, error)) from error
 
 
-def _sentence(path: Path, error: ValidationError) -> str:
+def _model(path: Path, data: dict[str, Any]) -> tuple[type[Recipe], str]:
+    """What a recipe is read as, and what to call it in errors."""
+    kind = data.get("kind")
+    if kind == "target":
+        return TargetRecipe, "a target recipe"
+    if kind != "drafter":
+        raise RecipeError(f"{path}: kind is {kind!r}, but what is trained is target or drafter.")
+    algorithm = data.get("algorithm", "dspark")
+    if not isinstance(algorithm, str) or algorithm not in _DRAFTERS:
+        raise RecipeError(
+            f"{path}: algorithm is {algorithm!r}, but a drafter's is one of {', '.join(_DRAFTERS)}."
+        )
+    return _DRAFTERS[algorithm], f"a recipe for {algorithm}"
+
+
+def _sentence(path: Path, what: str, error: ValidationError) -> str:
     first = error.errors()[0]
-    # The first part names the kind of recipe, where that is known.
-    parts = first["loc"][1:] if len(first["loc"]) > 1 else first["loc"]
-    key = ".".join(str(part) for part in parts) or "kind"
-    if first["type"].startswith("union_tag"):
-        return f"{path}: {first['msg']}; kind says what is trained."
+    key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{path}: a recipe has no key {key!r}; remove it or correct its name."
+        return f"{path}: {what} has no key {key!r}; remove it or correct its name."
     return f"{path}: {key} is {first['input']!r}: {first['msg']}."
 
 

@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from dspark.errors import RecipeError
-from dspark.training.drafter import DrafterObjective, load_frozen_target
+from dspark.training.drafter import DrafterObjective
+from dspark.training.eagle_drafter import Eagle3Objective
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
 from dspark.training.loop import Objective, TrainingResult, train
+from dspark.training.online import load_frozen_target
 from dspark.training.parallel import barrier, pick_device, start_parallel
-from dspark.training.recipe import DrafterRecipe, TargetRecipe, load_recipe
+from dspark.training.recipe import (
+    Eagle3Recipe,
+    MTPRecipe,
+    Recipe,
+    TargetRecipe,
+    load_recipe,
+)
 
 
 def run_recipe(
@@ -61,7 +69,10 @@ def run_recipe(
     )
 
 
-def _objective(recipe: TargetRecipe | DrafterRecipe, device: str) -> Objective:
-    if isinstance(recipe, DrafterRecipe):
-        return DrafterObjective(recipe, load_frozen_target(recipe, device, recipe.run.dtype))
-    return LanguageModelObjective(recipe, device)
+def _objective(recipe: Recipe, device: str) -> Objective:
+    if isinstance(recipe, TargetRecipe):
+        return LanguageModelObjective(recipe, device)
+    target = load_frozen_target(recipe, device, recipe.run.dtype)
+    if isinstance(recipe, Eagle3Recipe | MTPRecipe):
+        return Eagle3Objective(recipe, target)
+    return DrafterObjective(recipe, target)

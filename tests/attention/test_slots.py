@@ -30,6 +30,16 @@ def test_written_rows_are_seen_where_they_belong(layer):
     assert not cache.view(1 - layer, 2, 8)[0].any()
 
 
+def test_rows_are_read_where_they_were_written():
+    cache, (keys, values) = new_cache(), rows(3, 1)
+    slots, positions = torch.tensor([2, 0, 2]), torch.tensor([1, 0, 4])
+    cache.write(1, slots, positions, keys, values)
+    back = torch.tensor([1, 2, 0])
+    seen_keys, seen_values = cache.read(1, slots[back], positions[back])
+    assert torch.equal(seen_keys, keys[back])
+    assert torch.equal(seen_values, values[back])
+
+
 def test_writing_again_replaces():
     cache, (keys, values) = new_cache(), rows(2, 0)
     where = (torch.tensor([1, 1]), torch.tensor([3, 4]))

@@ -96,7 +96,8 @@ def draft(target, drafter, ids):
     batch = RaggedBatch.build([(0, 0, ids)], target.device)
     output = target.forward(batch, taps=drafter.taps)
     context = SlotCache(drafter.context_shapes, 1, CONTEXT, torch.float32, target.device)
-    drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF)
+    following = batch.input_ids_T.roll(-1)
+    drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF, following)
     rows = []
 
     def draw(_step, logits_RV):

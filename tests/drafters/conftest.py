@@ -13,6 +13,7 @@ from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
 
@@ -123,24 +124,50 @@ def make_drafter(tiny_config, make_parts):
 
 
 @pytest.fixture
-def draft():
-    """Run one round: contexts [S_r, F] per request -> (draw, proposal)."""
+def make_eagle3(tiny_config, make_parts):
+    def make(parts: Parts | None = None, seed: int = 1, **changes: object) -> Eagle3Drafter:
+        generator = torch.Generator().manual_seed(seed)
+        config = Eagle3Config(
+            replace(tiny_config.backbone, num_layers=1),
+            vocab_size=37,
+            target_layer_ids=(-1, 1, 4),
+            num_target_layers=6,
+            ttt_length=5,
+        )
+        return Eagle3Drafter.from_target(
+            parts or make_parts(), replace(config, **changes), generator=generator, init_std=0.3
+        ).eval()
 
-    def run(drafter, contexts, anchors, *, num_drafts=None, chunks=1, forced=None):
+    return make
+
+
+@pytest.fixture
+def draft():
+    """Run one round: contexts [S_r, F] per request -> (draw, proposal).
+
+    `tokens` are the committed tokens of each request before its anchor, all 0 by default.
+    """
+
+    def run(drafter, contexts, anchors, *, tokens=None, num_drafts=None, chunks=1, forced=None):
+        if tokens is None:
+            tokens = [[0] * len(features) for features in contexts]
         cache = SlotCache(drafter.context_shapes, len(contexts) + 1, 64, torch.float32, "cpu")
         slots = tuple(range(len(contexts), 0, -1))
-        for slot, features in zip(slots, contexts, strict=True):
+        for slot, features, ids, anchor in zip(slots, contexts, tokens, anchors, strict=True):
+            following = torch.tensor([*ids[1:], anchor])
             at = 0
             for part in features.tensor_split(chunks):
                 positions = torch.arange(at, at + len(part))
                 at += len(part)
-                drafter.observe(cache, torch.full_like(positions, slot), positions, part)
+                drafter.observe(
+                    cache, torch.full_like(positions, slot), positions, part, following[positions]
+                )
         lengths = tuple(len(features) for features in contexts)
         batch = DraftBatch(
             slots=slots,
             anchors_R=torch.tensor(anchors),
             lengths=lengths,
-            tokens=tuple([0] * length + [a] for length, a in zip(lengths, anchors, strict=True)),
+            tokens=tuple([*ids, anchor] for ids, anchor in zip(tokens, anchors, strict=True)),
             num_drafts=num_drafts or drafter.block_size,
         )
         draw = Greedy(forced)

@@ -111,10 +111,10 @@ def test_observe_writes_rows_of_many_requests_at_once(make_drafter):
     features = torch.randn(9, 48, generator=torch.Generator().manual_seed(4))
     slots, positions = torch.tensor([1] * 4 + [0] * 5), torch.tensor([*range(4), *range(5)])
     caches = [SlotCache(drafter.context_shapes, 2, 8, torch.float32, "cpu") for _ in range(2)]
-    drafter.observe(caches[0], slots, positions, features)
+    drafter.observe(caches[0], slots, positions, features, positions)
     for row in torch.randperm(9, generator=torch.Generator().manual_seed(5)).tolist():
         one = slice(row, row + 1)
-        drafter.observe(caches[1], slots[one], positions[one], features[one])
+        drafter.observe(caches[1], slots[one], positions[one], features[one], positions[one])
     for layer in range(len(drafter.context_shapes)):
         for slot, length in ((1, 4), (0, 5)):
             for mine, theirs in zip(

@@ -186,7 +186,7 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"architectures": ["Qwen3Eagle3Model"]}, CompatibilityError, "Qwen3Eagle3Model.*not supp"),
+        ({"architectures": ["Qwen3EagleModel"]}, CompatibilityError, "Qwen3EagleModel.*not supp"),
         ({"architectures": ["Gemma4DSparkModel"]}, CheckpointError, "rope_parameters None"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
         ({"speculators_model_type": "mtp"}, CompatibilityError, "speculators mtp.*not supp"),

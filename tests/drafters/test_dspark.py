@@ -217,7 +217,9 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
 
     cache = SlotCache(double.context_shapes, 1, 16, torch.float64, "cpu")
     features = contexts(7)[0].double()
-    double.observe(cache, torch.zeros(7, dtype=torch.int64), torch.arange(7), features)
+    double.observe(
+        cache, torch.zeros(7, dtype=torch.int64), torch.arange(7), features, torch.arange(7)
+    )
     seen = []
 
     def draw(step, logits):

@@ -69,7 +69,8 @@ def checkpoint(tmp_path):
 def draft(drafter, parts):
     cache = SlotCache(drafter.context_shapes, 1, 16, torch.bfloat16, "cpu")
     features = torch.zeros(3, 5 * WIDTH, dtype=torch.bfloat16)
-    drafter.observe(cache, torch.zeros(3, dtype=torch.long), torch.arange(3), features)
+    rows = torch.arange(3)
+    drafter.observe(cache, torch.zeros_like(rows), rows, features, rows)
     batch = DraftBatch((0,), torch.tensor([4]), (3,), ([1, 2, 3, 4],), 2)
     return drafter.propose(cache, batch, lambda _, logits: logits.argmax(-1))
 

@@ -19,6 +19,7 @@ from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
@@ -100,6 +101,33 @@ def make_drafter(
     return drafter
 
 
+def make_eagle3(
+    target: Target, *, mtp: bool = False, passes: int = 5, seed: int = 1, std: float = 0.3
+) -> Eagle3Drafter:
+    """A random Eagle3 drafter, or MTP-1, bound to the target."""
+    taps = (target.num_layers - 1,) if mtp else (-1, 0)
+    backbone = BackboneConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        num_taps=len(taps),
+    )
+    config = Eagle3Config(
+        backbone,
+        vocab_size=target.vocab_size,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        ttt_length=1 if mtp else passes,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    drafter = Eagle3Drafter.from_target(target.parts(), config, generator=generator, init_std=std)
+    drafter.eval()
+    return drafter
+
+
 @dataclass
 class MadeUpDrafter:
     """The part that drafters without parameters, taps and context share."""
@@ -118,7 +146,12 @@ class MadeUpDrafter:
         """Nothing to borrow."""
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
         """Nothing to keep."""
 
@@ -223,6 +256,7 @@ def tiny() -> SimpleNamespace:
         make_model=make_model,
         make_target=make_target,
         make_drafter=make_drafter,
+        make_eagle3=make_eagle3,
         TargetDrafter=TargetDrafter,
         MarkovDrafter=MarkovDrafter,
         HeadlessDrafter=HeadlessDrafter,

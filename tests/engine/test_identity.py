@@ -15,7 +15,7 @@ from dspark.engine.schedule import Schedule
 from dspark.request import VERIFIERS, Request, SamplingParams, Stats
 from dspark.targets.target import Target
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NEW_TOKENS = 16
 
 
@@ -45,10 +45,12 @@ def drafter_of(name, target, tiny):
         return tiny.TargetDrafter(target, spoil=5)
     if name == "wrong":
         return tiny.TargetDrafter(target, factor=-1.0)
+    if name in ("eagle3", "mtp"):
+        return tiny.make_eagle3(target, mtp=name == "mtp")
     return tiny.make_drafter(target, head=name)
 
 
-NAMES = ("vanilla", "gated", "rnn", "ngram", "right", "often right", "wrong")
+NAMES = ("vanilla", "gated", "rnn", "eagle3", "mtp", "ngram", "right", "often right", "wrong")
 
 
 def test_plain_decoding_equals_transformers(tiny, prompts):
@@ -191,12 +193,16 @@ def test_a_request_may_ban_every_token_that_a_drafter_knows(target, tiny, temper
         assert output.token_ids == plain.token_ids
 
 
-@pytest.mark.parametrize("threshold", ["0.0", "0.5"])
-def test_golden_decode(threshold, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "threshold"),
+    [("dspark_vanilla", "0.0"), ("dspark_vanilla", "0.5"), ("eagle3", "0.0")],
+)
+def test_golden_decode(folder, threshold, monkeypatch):
     """The reference implementation's own decode at temperature 0, round for round."""
-    golden = json.loads((GOLDEN / "decode.json").read_text())[f"T=0.0 threshold={threshold}"]
-    target = Target.load(GOLDEN / "target")
-    drafter = load_drafter(GOLDEN / "draft")
+    decoded = json.loads((GOLDEN / folder / "decode.json").read_text())
+    golden = decoded[f"T=0.0 threshold={threshold}"]
+    target = Target.load(GOLDEN / "dspark_vanilla" / "target")  # both were made with this one
+    drafter = load_drafter(GOLDEN / folder / "draft")
     drafter.bind(target.parts(), num_target_layers=target.num_layers)
     rounds = []
     record = Stats.record_round
@@ -208,7 +214,7 @@ def test_golden_decode(threshold, monkeypatch):
     monkeypatch.setattr(Stats, "record_round", spy)
     new = golden["num_output_tokens"]
     prompt = golden["output_ids"][: len(golden["output_ids"]) - new]
-    schedule = Schedule("threshold", float(threshold))
+    schedule = Schedule("threshold", float(threshold)) if float(threshold) else Schedule()
     engine = Engine(target, drafter, max_length=128, schedule=schedule)
     [output] = engine.run([Request(tuple(prompt), SamplingParams(new))])
     assert list(output.token_ids) == golden["output_ids"][-new:]

@@ -155,6 +155,17 @@ def test_a_dspark_drafter_and_the_joint_law_of_neighbours(tiny, small):
     assert deviation(Counter(pairwise(tokens)), pairs) < EXACT
 
 
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_a_chain_of_drafts_follows_the_law(tiny, small, verifier, name):
+    drafter = tiny.make_eagle3(small, mtp=name == "mtp", passes=3)
+    outputs = sampled(small, drafter, verifier=verifier, per_kind=800)
+    assert max(deviations(small, outputs)) < EXACT
+    stats = [output.stats for kind in outputs for output in kind]
+    accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
+    assert 0.1 < accepted / verified < 0.9
+
+
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_a_drafter_that_knows_some_tokens_and_one_that_wastes_a_slot(tiny, small, verifier):
     drafter = tiny.make_drafter(small, known=(0, 2, 3, 5), sample_from_anchor=False)

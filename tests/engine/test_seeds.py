@@ -16,9 +16,15 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])
-@pytest.mark.parametrize("schedule", SETTINGS)
-def test_a_seed_reproduces_in_any_company(tiny, target, schedule, verifier):
-    drafter = tiny.make_drafter(target)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*(("dspark", schedule) for schedule in SETTINGS), ("eagle3", "fixed"), ("mtp", "fixed")],
+)
+def test_a_seed_reproduces_in_any_company(tiny, target, name, schedule, verifier):
+    if name == "dspark":
+        drafter = tiny.make_drafter(target)
+    else:
+        drafter = tiny.make_eagle3(target, mtp=name == "mtp")
     options = {"verifier": verifier, **SETTINGS[schedule]}
     prompts = tiny.make_prompts(6, 64, seed=8)
     requests = tiny.make_requests(prompts, max_new_tokens=12, temperature=0.9, seed=50)

@@ -19,12 +19,14 @@ def next_logits(target, cache, slot, tokens, cached):
 
 
 def fresh_context(target, drafter, tokens, capacity):
-    """The drafter's context after one prefill of these tokens."""
+    """The drafter's context after one prefill of all these tokens but the last."""
     context = SlotCache(drafter.context_shapes, 1, capacity, target.dtype, target.device)
-    batch = RaggedBatch.build([(0, 0, tokens)])
+    batch = RaggedBatch.build([(0, 0, tokens[:-1])])
     with torch.inference_mode():
         output = target.forward(batch, target.new_cache(1, capacity), taps=drafter.taps)
-        drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF)
+        drafter.observe(
+            context, batch.slots_T, batch.positions_T, output.features_TF, torch.tensor(tokens[1:])
+        )
     return context
 
 
@@ -37,25 +39,32 @@ def check_caches(engine, request, *, tolerance=1e-9):
     own = next_logits(target, engine._cache, request.slot, tokens, request.cached)
     torch.testing.assert_close(own, fresh, rtol=tolerance, atol=tolerance)
     speculator = engine._speculator
-    expected = fresh_context(target, speculator.drafter, tokens[:-1], capacity)
+    expected = fresh_context(target, speculator.drafter, tokens, capacity)
     for layer in range(len(speculator.drafter.context_shapes)):
         own_pair = speculator.context.view(layer, request.slot, request.cached)
         for mine, theirs in zip(own_pair, expected.view(layer, 0, request.cached), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def distracted_drafter(tiny, target):
-    """A DSpark drafter that observes, and proposes what is accepted now and then."""
-    drafter = tiny.make_drafter(target)
-    drafter.propose = tiny.TargetDrafter(target, spoil=4).propose
+def distracted_drafter(tiny, target, name="dspark"):
+    """A drafter that observes and drafts, and proposes what is accepted now and then."""
+    drafter = tiny.make_drafter(target) if name == "dspark" else tiny.make_eagle3(target)
+    own, better = drafter.propose, tiny.TargetDrafter(target, spoil=4)
+
+    def propose(context, batch, draw):
+        own(context, batch, lambda step, logits_RV: logits_RV.argmax(-1))
+        return better.propose(context, batch, draw)
+
+    drafter.propose = propose
     return drafter
 
 
+@pytest.mark.parametrize("name", ["dspark", "eagle3"])
 @pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_caches_hold_the_committed_prefix(tiny, verifier, temperature):
+def test_caches_hold_the_committed_prefix(tiny, verifier, temperature, name):
     target = tiny.make_target(dtype=torch.float64)
-    drafter = distracted_drafter(tiny, target)
+    drafter = distracted_drafter(tiny, target, name)
     engine = Engine(target, drafter, max_requests=3, max_length=80, verifier=verifier)
     for i, prompt in enumerate(tiny.make_prompts(5, 64, seed=2)):
         params = SamplingParams(8 + 2 * i, temperature=temperature, seed=i)
@@ -88,13 +97,15 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
     """Drafters that fold rows into a state could not take a rejected one back."""
     target = tiny.make_target(dtype=torch.float64)
     drafter = distracted_drafter(tiny, target)
-    seen, observe = {}, drafter.observe
+    seen, following, observe = {}, {}, drafter.observe
 
-    def spy(context, slots_T, positions_T, features_TF):
-        assert len(features_TF) == len(positions_T)
+    def spy(context, slots_T, positions_T, features_TF, next_tokens_T):
+        assert len(features_TF) == len(positions_T) == len(next_tokens_T)
         for slot, position in zip(slots_T.tolist(), positions_T.tolist(), strict=True):
             seen.setdefault(slot, []).append(position)
-        observe(context, slots_T, positions_T, features_TF)
+        for slot, token in zip(slots_T.tolist(), next_tokens_T.tolist(), strict=True):
+            following.setdefault(slot, []).append(token)
+        observe(context, slots_T, positions_T, features_TF, next_tokens_T)
 
     drafter.observe = spy
     engine = Engine(target, drafter, max_requests=2, max_length=40)
@@ -104,6 +115,7 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
         engine.step()
         for request in engine._running:
             assert seen[request.slot] == list(range(request.cached))
+            assert following[request.slot] == request.tokens[1:]
     verified, accepted = (
         sum(getattr(request.stats, name) for request in engine._running)
         for name in ("verified", "accepted")

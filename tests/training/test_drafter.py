@@ -11,19 +11,35 @@ from dspark.data.samples import Sample
 from dspark.drafters.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
-from dspark.training.drafter import DrafterObjective, find_mask_token, target_features
+from dspark.training.drafter import DrafterObjective, find_mask_token
+from dspark.training.eagle_drafter import Eagle3Objective
+from dspark.training.online import load_frozen_target, target_features
+from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 
 QUIET = Console(quiet=True)
 RECIPE = """
 kind: drafter
 target: {target}
-drafter: {{num_layers: 1, block_size: 4, markov_rank: 8, target_layer_ids: [0, 2]}}
-loss: {{ce_first_steps: 5}}
-samples: {{root: {root}, paths: [s.jsonl.gz], max_length: 32, min_supervised: 4, num_anchors: 8}}
+samples: {{root: {root}, paths: [s.jsonl.gz], max_length: 32, min_supervised: 4}}
 optimiser: {{name: muon, learning_rate: 0.01, matrix_learning_rate: 0.01}}
 run: {{output_dir: {root}/run, steps: 30, rows: 4, save_every: 10, log_every: 1}}
 """
+ANCHORS = ["samples.num_anchors=8", "drafter.mask_token_id=39"]
+ALGORITHMS = {
+    "dspark": [
+        "drafter={num_layers: 1, block_size: 4, markov_rank: 8, target_layer_ids: [0, 2]}",
+        "loss.ce_first_steps=5",
+        *ANCHORS,
+    ],
+    "dflash": ["drafter={num_layers: 1, block_size: 4, target_layer_ids: [0, 2]}", *ANCHORS],
+    "eagle3": ["drafter={ttt_length: 3, target_layer_ids: [0, 2]}"],
+    "mtp": [],
+}
+
+
+def overrides_of(algorithm):
+    return [f"algorithm={algorithm}", *ALGORITHMS[algorithm]]
 
 
 def tiny_llama():
@@ -57,17 +73,13 @@ def log_of(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
 
 
-def test_training_writes_a_drafter_that_serves(recipe, tmp_path):
-    overrides = ["drafter.mask_token_id=39"]
-    result = run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
-    log = log_of(tmp_path)
-    for entry in log:  # five steps of cross-entropy alone, then METHOD.md 3
-        ce, tv = (1.0, 0.0) if entry["step"] <= 5 else (0.1, 0.9)
-        total = ce * entry["ce"] + tv * entry["tv"] + entry["confidence"]
-        assert entry["loss"] == pytest.approx(total, rel=1e-5)
-    assert 1 <= result.metrics["accepted_length"] <= 5
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_training_writes_a_drafter_that_serves(recipe, tmp_path, algorithm):
+    result = run_recipe(str(recipe), overrides_of(algorithm), device="cpu", console=QUIET)
+    most = {"dspark": 4, "dflash": 4, "eagle3": 3, "mtp": 1}[algorithm]
+    assert 1 <= result.metrics["accepted_length"] <= 1 + most
     assert result.tokens_per_s > 0
-    assert load_drafter(tmp_path / "run").config.mask_token_id == 39
+    assert load_drafter(tmp_path / "run").block_size == most
     plain = dspark.load(tmp_path / "target", device="cpu").engine
     served = dspark.load(tmp_path / "target", draft=tmp_path / "run", device="cpu")
     requests = [dspark.Request((1, 2, 3, 4), dspark.SamplingParams(max_new_tokens=20))]
@@ -76,18 +88,48 @@ def test_training_writes_a_drafter_that_serves(recipe, tmp_path):
     assert drafted.stats.drafted > 0
 
 
-def test_resumed_drafter_training_is_exact(recipe, tmp_path, monkeypatch):
-    overrides = ["drafter.mask_token_id=39", f"run.output_dir={tmp_path}/whole"]
-    run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
-    overrides[1] = f"run.output_dir={tmp_path}/cut"
-    real = DrafterObjective.loss
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_losses_are_the_algorithms(recipe, tmp_path, algorithm):
+    run_recipe(str(recipe), overrides_of(algorithm), device="cpu", console=QUIET)
+    for entry in log_of(tmp_path):
+        if algorithm == "dspark":  # five steps of cross-entropy alone, then METHOD.md 3
+            ce, tv = (1.0, 0.0) if entry["step"] <= 5 else (0.1, 0.9)
+            total = ce * entry["ce"] + tv * entry["tv"] + entry["confidence"]
+        elif algorithm == "dflash":
+            total = entry["ce"]
+        else:
+            passes = 3 if algorithm == "eagle3" else 1
+            total = sum(0.8**t * entry[f"ce_{t + 1}"] for t in range(passes))
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
-    def die_at_step_25(self, step, rank, ranks):
+
+def test_what_a_recipe_says_is_what_is_built(recipe, tmp_path):
+    for algorithm in ALGORITHMS:
+        output = f"run.output_dir={tmp_path}/{algorithm}"
+        overrides = [*overrides_of(algorithm), output, "run.steps=1"]
+        run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
+    dspark_, dflash, eagle3, mtp = (load_drafter(tmp_path / name) for name in ALGORITHMS)
+    assert (dspark_.config.mask_token_id, dspark_.config.markov_rank) == (39, 8)
+    assert dspark_.confidence_head is not None
+    assert (dflash.markov_head, dflash.confidence_head) == (None, None)
+    assert (eagle3.taps, eagle3.config.ttt_length) == ((0, 2), 3)
+    assert (mtp.taps, mtp.config.ttt_length) == ((3,), 1)
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
+def test_resumed_drafter_training_is_exact(recipe, tmp_path, monkeypatch, algorithm):
+    overrides = [*overrides_of(algorithm), f"run.output_dir={tmp_path}/whole"]
+    run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
+    overrides[-1] = f"run.output_dir={tmp_path}/cut"
+    objective = DrafterObjective if algorithm == "dspark" else Eagle3Objective
+    real = objective.loss
+
+    def die_at_step_25(self, step, part, parts):
         if step == 25:
             raise KeyboardInterrupt
-        return real(self, step, rank, ranks)
+        return real(self, step, part, parts)
 
-    monkeypatch.setattr(DrafterObjective, "loss", die_at_step_25)
+    monkeypatch.setattr(objective, "loss", die_at_step_25)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
     monkeypatch.undo()
@@ -95,6 +137,23 @@ def test_resumed_drafter_training_is_exact(recipe, tmp_path, monkeypatch):
     whole = load_drafter(tmp_path / "whole").state_dict()
     cut = load_drafter(tmp_path / "cut").state_dict()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_parts_see_all_samples_of_a_step_once(recipe, tmp_path):
+    for algorithm in ("eagle3", "mtp"):
+        settings = load_recipe(str(recipe), overrides_of(algorithm))
+        objective = Eagle3Objective(settings, load_frozen_target(settings, "cpu", "float32"))
+        objective.loss(0, 0, 1)
+        whole, objective.tokens_seen = objective.tokens_seen, 0
+        for part in range(4):
+            objective.loss(0, part, 4)
+        assert objective.tokens_seen == whole > 0
+
+
+def test_an_eagle3_drafter_can_be_attached(recipe, tmp_path):
+    overrides = [*overrides_of("eagle3"), "layout=attached", "run.steps=2"]
+    run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
+    assert load_drafter(tmp_path / "target").taps == (0, 2)
 
 
 def test_features_are_the_models_own_layer_outputs():
@@ -117,7 +176,8 @@ def test_features_are_the_models_own_layer_outputs():
 
 def test_without_a_tokenizer_the_mask_is_learned_and_saved_attached(recipe, tmp_path):
     assert find_mask_token(Target.from_model(tiny_llama())) is None
-    run_recipe(str(recipe), ["run.steps=2"], device="cpu", console=QUIET)
+    overrides = [*overrides_of("dspark")[:-1], "run.steps=2"]
+    run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
     drafter = load_drafter(tmp_path / "run")
     assert drafter.mask_embedding is not None
 

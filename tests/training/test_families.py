@@ -12,7 +12,7 @@ from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.drafter import drafter_config
-from dspark.training.recipe import DrafterSettings
+from dspark.training.recipe import DSparkSettings
 
 SIZES = {
     "vocab_size": 61,
@@ -55,7 +55,7 @@ def make_target(name):
 
 def settings():
     taps = {"num_layers": 2, "target_layer_ids": (-1, 1), "mask_token_id": 3}
-    return DrafterSettings(block_size=4, markov_rank=4, **taps)
+    return DSparkSettings(block_size=4, markov_rank=4, **taps)
 
 
 def decode(target, drafter):

@@ -58,6 +58,29 @@ def test_what_does_not_fit_is_named(minimal, override, said):
         load_recipe(str(minimal), [override])
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "override", "said"),
+    [
+        ("dflash", "drafter.markov_rank=64", "recipe for dflash has no key 'drafter.markov_rank'"),
+        ("dflash", "drafter.confidence_head=true", "drafter.confidence_head"),
+        ("dflash", "loss.tv=0.9", "loss.tv"),
+        ("eagle3", "drafter.num_layers=2", "recipe for eagle3 has no key 'drafter.num_layers'"),
+        ("eagle3", "drafter.block_size=7", "drafter.block_size"),
+        ("eagle3", "samples.num_anchors=8", "samples.num_anchors"),
+        ("eagle3", "loss.decay=4", "loss.decay"),
+        ("mtp", "drafter.ttt_length=2", "recipe for mtp has no key 'drafter.ttt_length'"),
+        ("mtp", "drafter.target_layer_ids=[1]", "drafter.target_layer_ids"),
+        ("mtp", "loss.step_loss_decay=0.5", "no key 'loss'"),
+        ("dspark", "drafter.ttt_length=2", "recipe for dspark has no key 'drafter.ttt_length'"),
+        ("medusa", "run.steps=1", "algorithm is 'medusa', but .* dspark, dflash, eagle3, mtp"),
+        ("[mtp]", "run.steps=1", "algorithm is"),
+    ],
+)
+def test_what_contradicts_the_algorithm_is_named(minimal, algorithm, override, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(str(minimal), [f"algorithm={algorithm}", override])
+
+
 def test_missing_recipe_lists_the_bundled_ones():
     with pytest.raises(RecipeError, match="bundled_target"):
         load_recipe("nonsense")

@@ -1,4 +1,4 @@
-"""The reference stack's own DSpark training run, step by step, from its weights and batches."""
+"""The reference stack's own training runs, step by step, from their weights and batches."""
 
 import gzip
 import json
@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, attention_tiles
-from dspark.training.losses import LossWeights, block_loss
+from dspark.training.eagle import ttt_loss, ttt_passes
+from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "replay"
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -35,15 +35,16 @@ class Parts:
 
 
 class Replay:
-    """Target, drafter and optimiser of the run."""
+    """Target, drafter and optimiser of one algorithm's run."""
 
-    def __init__(self, init: Path):
+    def __init__(self, algorithm: str, init: Path):
         from transformers import AutoModelForCausalLM
 
+        self.algorithm = algorithm
         self.target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
         embedding = self.target.get_input_embeddings().weight.detach()
         head = self.target.get_output_embeddings().weight.detach()
-        self.drafter: DSparkDrafter = load_drafter(init)
+        self.drafter = load_drafter(init)
         self.drafter.bind(Parts(embedding, head, *embedding.shape))
         self.drafter.train()
         self.optimizer = torch.optim.AdamW(
@@ -55,27 +56,33 @@ class Replay:
         states = self.target.model(input_ids, output_hidden_states=True).hidden_states
         return torch.cat([states[i + 1] for i in self.drafter.taps], dim=-1), states[-1]
 
-    def step(self, input_ids: Tensor, prompt_len: Tensor, anchors: Tensor, lr: float) -> dict:
+    def loss(self, input_ids: Tensor, prompt_len: Tensor, anchors: Tensor) -> tuple[Tensor, dict]:
+        """Loss of a step, and what its log names beside it."""
         features, teacher = self.features(input_ids)
         loss_mask = torch.arange(input_ids.shape[1]) >= prompt_len.unsqueeze(1)
+        if self.algorithm == "eagle3":
+            hidden = ttt_passes(self.drafter, features, input_ids, self.drafter.config.ttt_length)
+            report = ttt_loss(self.drafter, hidden, teacher, loss_mask, supervision="reference")
+            return report.loss, {"tau_probabilistic": report.accepted_length.item()}
         keep = torch.ones_like(anchors, dtype=torch.bool)
         blocks = AnchorBlocks.build(input_ids, loss_mask, anchors, keep, self.drafter.block_size)
         tiles = attention_tiles(blocks, input_ids.shape[1])
         hidden = self.drafter(features, blocks.tokens_BN, blocks.positions_BNK, tiles)
-        report = block_loss(self.drafter, hidden, teacher, blocks, LossWeights())
+        weights = LossWeights() if self.algorithm == "dspark" else DFLASH_WEIGHTS
+        report = block_loss(self.drafter, hidden, teacher, blocks, weights)
+        named = {"tau_probabilistic": report.accepted_length.item(), "ce_loss": report.ce.item()}
+        if self.algorithm == "dspark":
+            named |= {"l1_loss": report.tv.item(), "confidence_loss": report.confidence.item()}
+        return report.loss, named
+
+    def step(self, input_ids: Tensor, prompt_len: Tensor, anchors: Tensor, lr: float) -> dict:
+        loss, named = self.loss(input_ids, prompt_len, anchors)
         self.optimizer.zero_grad()
-        report.loss.backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        return {
-            "loss": report.loss.item(),
-            "gnorm": norm.item(),
-            "tau_probabilistic": report.accepted_length.item(),
-            "ce_loss": report.ce.item(),
-            "l1_loss": report.tv.item(),
-            "confidence_loss": report.confidence.item(),
-        }
+        return {"loss": loss.item(), "gnorm": norm.item(), **named}
 
 
 def read_log(path: Path) -> list[dict]:
@@ -87,11 +94,21 @@ def deviation(seen: dict, logged: dict) -> float:
     return max(abs(value - logged[name]) / abs(logged[name]) for name, value in seen.items())
 
 
-def test_first_twenty_steps_follow_the_reference():
-    log = read_log(GOLDEN / "losses_dspark_first20.jsonl")
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [
+        ("dspark", 20),
+        ("dflash", 5),
+        pytest.param("dflash", 20, marks=pytest.mark.slow),
+        ("eagle3", 4),
+        pytest.param("eagle3", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_steps_follow_the_reference(algorithm, steps):
+    log = read_log(GOLDEN / f"losses_{algorithm}_first20.jsonl")
     data = {k: v.long() for k, v in load_file(GOLDEN / "first20.safetensors").items()}
-    replay = Replay(GOLDEN / "init_dspark")
-    for i, logged in enumerate(log):
+    replay = Replay(algorithm, GOLDEN / f"init_{algorithm}")
+    for i, logged in enumerate(log[:steps]):
         seen = replay.step(
             data["input_ids"][i], data["prompt_len"][i], data["anchors"][i], logged["lr"]
         )
@@ -104,14 +121,15 @@ def test_first_twenty_steps_follow_the_reference():
 
 
 @pytest.mark.slow
-def test_the_whole_run_follows_the_reference():
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
+def test_the_whole_run_follows_the_reference(algorithm):
     folder = SHARED / "golden" / "replay"
-    log = read_log(folder / "losses_dspark.jsonl")
+    log = read_log(folder / f"losses_{algorithm}.jsonl")
     with gzip.open(folder / "train.jsonl.gz", "rt") as lines:
         records = {record["id"]: record for record in map(json.loads, lines)}
     order = json.loads((folder / "batch_order.json").read_text())
     anchors = load_file(folder / "anchors.safetensors")["anchors"].long()
-    replay = Replay(folder / "init_dspark")
+    replay = Replay(algorithm, folder / f"init_{algorithm}")
     losses = []
     for i, logged in enumerate(log):
         batch = [records[number] for number in order[i]]

@@ -1,0 +1,189 @@
+"""The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; FORMAT_FACTS.md A.4).
+
+Context row i holds the feature of token i and the embedding of token i + 1, and stands at position
+i. The last row's output predicts the token after the anchor; each further draft is a row of its
+own behind it, made of the output of the step before and the embedding of the token just drawn.
+
+With one pass and the last layer as the only tap it is MTP-1, the production baseline: one extra
+token per round, two tokens verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.attention.backends import ragged_attention
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.slots import CacheShape, SlotCache
+from dspark.drafters.backbone import rotary
+from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.borrowed import TargetBound
+from dspark.drafters.config import BackboneConfig
+from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
+from dspark.drafters.layer_fields import is_gemma4
+from dspark.errors import CompatibilityError
+
+# Cache layers: the layer's keys and values, and the projected features as keys of width H.
+_ATTENTION, _FEATURES = 0, 1
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """What an Eagle3 drafter is.
+
+    Attributes:
+        backbone: shapes of the single layer; its `num_taps` is the number of `target_layer_ids`.
+        vocab_size: V, the target's.
+        target_layer_ids: captured layers, strictly increasing; -1 is the embedding output.
+        num_target_layers: decoder layers of the target it was made for.
+        ttt_length: passes of the training-time test, and so most drafts per round.
+        step_loss_decay: factor from one pass's weight in the loss to the next's, recorded in the
+            published config.
+        max_position_embeddings: longest context, in tokens; the target's.
+        extra: fields of a published config that change nothing here, written back unchanged.
+    """
+
+    backbone: BackboneConfig
+    vocab_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    ttt_length: int = 7
+    step_loss_decay: float = 0.8
+    max_position_embeddings: int = 40960
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other.
+
+        Raises:
+            CompatibilityError: naming the field, its value and what it must be.
+        """
+        ids, layers, backbone = self.target_layer_ids, self.num_target_layers, self.backbone
+        increasing = all(a < b for a, b in pairwise(ids))
+        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
+            raise CompatibilityError(
+                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
+                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
+            )
+        if len(ids) != backbone.num_taps:
+            raise CompatibilityError(
+                f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
+            )
+        if is_gemma4(backbone) or backbone.sliding_layers:
+            raise CompatibilityError(
+                "The Eagle3 drafter's layer is Gemma4's or has a sliding window, but only Qwen3's "
+                "with full attention is supported yet."
+            )
+        if backbone.num_layers != 1:
+            raise CompatibilityError(
+                f"num_hidden_layers is {backbone.num_layers}, but an Eagle3 drafter has 1 layer."
+            )
+        if self.ttt_length < 1 or backbone.head_dim % 2:
+            raise CompatibilityError(
+                f"ttt_length is {self.ttt_length} and head_dim {backbone.head_dim}, but they "
+                "must be at least 1 and even."
+            )
+
+
+@dataclass(frozen=True)
+class _DecodePlan:
+    """What decoding computes once: weights in the right dtype, and `rotary` by position."""
+
+    weights: Eagle3Weights
+    rotary_table: Tensor
+
+
+class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
+    """A drafter as a module; its state dict is the published one without embedding and head.
+
+    Args:
+        config: what to build.
+    """
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config)
+        self._plan: _DecodePlan | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Most drafts of a round: as many as there were passes in training."""
+        return self.config.ttt_length
+
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]:
+        """The layer's keys and values, and a row's projected features, which start its drafts."""
+        backbone = self.config.backbone
+        return (
+            CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim),
+            CacheShape(1, backbone.hidden_size, 0),
+        )
+
+    def _drop_plan(self) -> None:
+        self._plan = None
+
+    # Decoding
+
+    @torch.no_grad()
+    def observe(
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
+    ) -> None:
+        """Append the rows of committed tokens, each made with the token after it."""
+        plan = self._decode_plan(context)
+        hidden_TH = plan.weights.project(features_TF)
+        key_TGD, value_TGD = plan.weights.key_value(
+            self.borrowed.embed(next_tokens_T), hidden_TH, plan.rotary_table[positions_T]
+        )
+        context.write(_ATTENTION, slots_T, positions_T, key_TGD, value_TGD)
+        hidden_T1H = hidden_TH.unsqueeze(1)
+        context.write(_FEATURES, slots_T, positions_T, hidden_T1H, hidden_T1H[..., :0])
+
+    @torch.no_grad()
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """A chain of drafts: one pass over all requests per token.
+
+        The first pass runs the last context row again, for its output. Rows of later passes are
+        written behind the context, where the next round's rows replace them.
+        """
+        plan = self._decode_plan(context)
+        scale = self.config.backbone.attention_scale
+        tokens_R, hidden_RH = batch.anchors_R, None
+        for step in range(batch.num_drafts):
+            rows = RaggedBatch.build(
+                [(s, n - 1 + step, (0,)) for s, n in zip(batch.slots, batch.lengths, strict=True)],
+                tokens_R.device,
+            )
+            if hidden_RH is None:
+                stored_R1H, _ = context.read(_FEATURES, rows.slots_T, rows.positions_T)
+                hidden_RH = stored_R1H.squeeze(1)
+
+            def mix(query: Tensor, key: Tensor, value: Tensor, rows: RaggedBatch = rows) -> Tensor:
+                context.write(_ATTENTION, rows.slots_T, rows.positions_T, key, value)
+                return ragged_attention(query, context, _ATTENTION, rows, scale=scale)
+
+            embedded_RH = self.borrowed.embed(tokens_R)
+            rotary_rows = plan.rotary_table[rows.positions_T]
+            hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
+            tokens_R = draw(step, self.base_logits(plan.weights.final(hidden_RH)))
+        return Proposal()
+
+    def _decode_plan(self, context: SlotCache) -> _DecodePlan:
+        positions = context.capacity + self.block_size
+        if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+            like = self.borrowed.embedding_VH
+            # Even in inference mode these are plain tensors: some are the parameters themselves.
+            with torch.inference_mode(False), torch.no_grad():
+                numbers = torch.arange(positions, device=like.device)
+                table = rotary(numbers, self.config.backbone, like.dtype)
+                self._plan = _DecodePlan(Eagle3Weights.of(self).like(like), table)
+        return self._plan

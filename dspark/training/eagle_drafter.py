@@ -1,0 +1,98 @@
+"""Trains an Eagle3 or MTP-1 drafter online: its target runs in the step that uses its features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dspark.drafters.checkpoint import save_attached, save_published
+from dspark.drafters.config import evenly_spaced_taps
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.targets.target import Target
+from dspark.training.eagle import ttt_loss, ttt_passes
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes
+from dspark.training.recipe import ChainRecipe, Eagle3Recipe
+
+
+def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
+    """The configuration of a new drafter: its target's shapes with a recipe's settings.
+
+    MTP-1 reads the last layer and runs one pass.
+
+    Raises:
+        CompatibilityError: the settings do not fit the target.
+    """
+    taps: tuple[int, ...] = (target.num_layers - 1,)
+    passes, decay = 1, 1.0
+    if isinstance(recipe, Eagle3Recipe):
+        own = recipe.drafter
+        taps = own.target_layer_ids or evenly_spaced_taps(target.num_layers, own.num_taps)
+        passes, decay = own.ttt_length, recipe.loss.step_loss_decay
+    return Eagle3Config(
+        backbone=backbone_shapes(
+            target,
+            num_layers=1,
+            num_taps=len(taps),
+            intermediate_size=recipe.drafter.intermediate_size,
+        ),
+        vocab_size=target.vocab_size,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        ttt_length=passes,
+        step_loss_decay=decay,
+        max_position_embeddings=target.max_context,
+    )
+
+
+class Eagle3Objective:
+    """The training-time test on a step's samples.
+
+    Args:
+        recipe: settings.
+        target: frozen; embedding and head are borrowed, never copied.
+    """
+
+    def __init__(self, recipe: ChainRecipe, target: Target) -> None:
+        self.recipe = recipe
+        self.samples = OnlineSamples(recipe, target)
+        self.drafter = Eagle3Drafter.from_target(
+            target.parts(),
+            eagle3_config(target, recipe),
+            generator=torch.Generator().manual_seed(recipe.run.seed),
+            init_std=recipe.drafter.init_std,
+            copy_final_norm=recipe.drafter.copy_final_norm,
+        )
+        self.drafter.to(dtype=DTYPES[recipe.run.dtype])
+        self.module: nn.Module = self.drafter
+        self.tokens_seen = 0
+
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one part of the step's samples."""
+        config = self.drafter.config
+        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        self.tokens_seen += sum(batch.lengths)
+        passes_PBSH = ttt_passes(self.drafter, features_BSF, batch.input_ids_BS, config.ttt_length)
+        report = ttt_loss(
+            self.drafter,
+            passes_PBSH,
+            hidden_BSH,
+            batch.loss_mask_BS,
+            decay=config.step_loss_decay,
+        )
+        metrics = {
+            "accepted_length": float(report.accepted_length),
+            "epoch": self.samples.epoch(step),
+        }
+        rates = zip(report.ce_P.tolist(), report.accept_rate_P.tolist(), strict=True)
+        for k, (ce, rate) in enumerate(rates, 1):
+            metrics |= {f"ce_{k}": ce, f"accept_rate_{k}": rate}
+        return report.loss, metrics
+
+    def export(self, directory: Path) -> None:
+        """Write the drafter in bf16, published or attached to the target's directory."""
+        if self.recipe.layout == "attached":
+            save_attached(self.drafter, self.recipe.target)
+        else:
+            save_published(self.drafter, directory)

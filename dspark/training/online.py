@@ -1,0 +1,134 @@
+"""What training a drafter online needs: samples, and the target's features in their own step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.attention.layout import RaggedBatch
+from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
+from dspark.drafters.config import BackboneConfig
+from dspark.errors import DataError, RecipeError
+from dspark.targets.target import Target
+from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class OnlineSamples:
+    """A recipe's samples, step by step, with what the frozen target makes of them.
+
+    Args:
+        recipe: says which samples, and how many a step has.
+        target: frozen.
+    """
+
+    def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
+        self.target = target
+        self.rows = recipe.run.rows
+        self.stream = SampleStream(_load_samples(recipe, target), self.rows, recipe.run.seed)
+
+    def part(
+        self, step: int, part: int, parts: int, taps: Sequence[int]
+    ) -> tuple[SampleBatch, Tensor, Tensor]:
+        """One part of a step's samples.
+
+        Returns:
+            The samples, features [B, S, F] and states after the target's final norm [B, S, H].
+        """
+        share = self.rows // parts
+        mine = self.stream.batch(step)[part * share : (part + 1) * share]
+        features_BSF, hidden_BSH = target_features(self.target, mine, taps)
+        return SampleBatch.of(mine, self.target.device), features_BSF, hidden_BSH
+
+    def epoch(self, step: int) -> float:
+        """How often the samples have been seen before a step."""
+        return step / self.stream.batches_per_epoch
+
+
+def backbone_shapes(
+    target: Target, *, num_layers: int, num_taps: int, intermediate_size: int | None
+) -> BackboneConfig:
+    """Shapes of a new drafter's layers: the target's, where not given."""
+    config = layer_config(target)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    heads = int(config.num_attention_heads)
+    return BackboneConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=intermediate_size
+        or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or target.hidden_size // heads),
+        num_taps=num_taps,
+        rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+
+
+def layer_config(target: Target) -> Any:
+    """The configuration that a drafter's layers take after.
+
+    The target's, or, where its layers differ in shape (Gemma4), that of its last layer that attends
+    to everything, as all draft layers do.
+    """
+    config = target.config
+    by_layer = getattr(config, "per_layer_config", None)
+    if not by_layer:
+        return config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
+    return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
+
+
+def _load_samples(recipe: BlockRecipe | ChainRecipe, target: Target) -> list[Sample]:
+    s = recipe.samples
+    if s.max_length > target.max_context:
+        raise RecipeError(
+            f"samples.max_length is {s.max_length}, but the target's context holds "
+            f"{target.max_context} tokens; set it to that at most."
+        )
+    found: list[Sample] = []
+    for path in s.paths:
+        found += read_samples(Path(s.root) / path, target.tokenizer)
+    kept = usable(found, s.max_length, s.min_supervised)
+    largest = max((max(sample.input_ids) for sample in kept), default=-1)
+    if largest >= target.vocab_size:
+        raise DataError(
+            f"The samples name token {largest}, but the target has {target.vocab_size} tokens; "
+            "they were made for another model."
+        )
+    return kept
+
+
+@torch.no_grad()
+def target_features(
+    target: Target, samples: Sequence[Sample], taps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Run the target over samples and pad what it gives.
+
+    Returns:
+        Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
+        padding.
+    """
+    batch = RaggedBatch.build([(i, 0, s.input_ids) for i, s in enumerate(samples)], target.device)
+    output = target.forward(batch, taps=taps)
+    assert output.features_TF is not None
+    longest = max(len(s.input_ids) for s in samples)
+    padded: list[Tensor] = []
+    for rows in (output.features_TF, output.hidden_TH):
+        table = rows.new_zeros(len(samples), longest, rows.shape[1])
+        table[batch.slots_T, batch.positions_T] = rows
+        padded.append(table)
+    return padded[0], padded[1]
+
+
+def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:
+    """Load the recipe's target."""
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    return Target.load(recipe.target, **options)

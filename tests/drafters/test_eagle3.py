@@ -1,0 +1,372 @@
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dspark.attention.slots import SlotCache
+from dspark.drafters.base import DraftBatch
+from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
+from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.registry import read_config
+from dspark.errors import CheckpointError, CompatibilityError
+
+LENGTHS = (3, 11, 6)
+
+
+def inputs(*lengths, width=48):
+    """Features and tokens of requests; the last token of each is its anchor."""
+    generator = torch.Generator().manual_seed(9)
+    features = [torch.randn(length, width, generator=generator) for length in lengths]
+    tokens = [torch.randint(0, 37, (n + 1,), generator=generator).tolist() for n in lengths]
+    return features, [ids[:-1] for ids in tokens], [ids[-1] for ids in tokens]
+
+
+def rms(x, weight, eps=1e-6):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def turned(x, position, theta=1e6):
+    """Rotary embedding of heads [heads, D], pair by pair."""
+    half = x.shape[-1] // 2
+    out = x.clone()
+    for i in range(half):
+        angle = torch.tensor(position * theta ** (-2 * i / x.shape[-1]))
+        a, b = x[:, i], x[:, i + half]
+        out[:, i] = a * angle.cos() - b * angle.sin()
+        out[:, i + half] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def chain_by_hand(drafter, features, tokens, anchor, drafts):
+    """Logits of each draft: one row at a time, heads one by one (FORMAT_FACTS.md A.4)."""
+    state = dict(drafter.named_parameters())
+    layer = {n.removeprefix("layers.0."): p for n, p in state.items() if n.startswith("layers.0.")}
+    backbone, embedding = drafter.config.backbone, drafter.borrowed.embedding_VH
+    keys, values = [], []
+
+    def linear(x, name):
+        return layer[f"{name}.weight"] @ x + layer.get(f"{name}.bias", 0)
+
+    def row(token, hidden, position):
+        x = torch.cat((
+            rms(embedding[token], layer["input_layernorm.weight"]),
+            rms(hidden, layer["hidden_norm.weight"]),
+        ))  # fmt: skip
+        query, key, value = (
+            linear(x, f"self_attn.{n}_proj").view(-1, backbone.head_dim) for n in "qkv"
+        )
+        keys.append(turned(rms(key, layer["self_attn.k_norm.weight"]), position))
+        values.append(value)
+        query = turned(rms(query, layer["self_attn.q_norm.weight"]), position)
+        mixed = []
+        for head in range(backbone.num_heads):
+            group = head * backbone.num_kv_heads // backbone.num_heads
+            scores = torch.stack([key[group] @ query[head] for key in keys])
+            weights = (scores * backbone.head_dim**-0.5).softmax(0)
+            mixed.append(sum(w * v[group] for w, v in zip(weights, values, strict=True)))
+        hidden = hidden + linear(torch.cat(mixed), "self_attn.o_proj")
+        x = rms(hidden, layer["post_attention_layernorm.weight"])
+        gate, up = linear(x, "mlp.gate_proj"), linear(x, "mlp.up_proj")
+        return hidden + linear(gate * gate.sigmoid() * up, "mlp.down_proj")
+
+    following = [*tokens[1:], anchor]
+    for i, token in enumerate(following):
+        hidden = row(token, state["fc.weight"] @ features[i], i)
+    logits = []
+    for k, draft in enumerate(drafts):
+        logits.append(drafter.borrowed.head_VH @ rms(hidden, state["norm.weight"]))
+        hidden = row(draft, hidden, len(features) + k)
+    return torch.stack(logits)
+
+
+def test_drafting_equals_one_row_at_a_time_by_hand(make_eagle3, draft):
+    drafter = make_eagle3()
+    features, tokens, anchors = inputs(*LENGTHS)
+    draw, proposal = draft(drafter, features, anchors, tokens=tokens)
+    assert (proposal.confidence_logits_RK, proposal.lengths) == (None, None)
+    for r in range(3):
+        drafts = [int(step[r]) for step in draw.tokens]
+        with torch.no_grad():
+            expected = chain_by_hand(drafter, features[r], tokens[r], anchors[r], drafts)
+        seen = torch.stack([step[r] for step in draw.logits])
+        torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+    assert len({tuple(step.tolist()) for step in draw.tokens}) > 1
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_batch_drafts_what_each_request_drafts_alone(make_eagle3, draft, chunks):
+    drafter = make_eagle3()
+    features, tokens, anchors = inputs(*LENGTHS)
+    together, _ = draft(drafter, features, anchors, tokens=tokens, chunks=chunks)
+    for r in range(3):
+        one = slice(r, r + 1)
+        alone, _ = draft(drafter, features[one], anchors[one], tokens=tokens[one])
+        for k in range(drafter.block_size):
+            torch.testing.assert_close(alone.logits[k][0], together.logits[k][r])
+
+
+def test_fewer_drafts_are_a_prefix_of_all(make_eagle3, draft):
+    drafter, (features, tokens, anchors) = make_eagle3(), inputs(*LENGTHS)
+    full, _ = draft(drafter, features, anchors, tokens=tokens)
+    some, _ = draft(drafter, features, anchors, tokens=tokens, num_drafts=2)
+    assert len(some.logits) == 2
+    for few, many in zip(some.logits, full.logits, strict=False):
+        torch.testing.assert_close(few, many)
+
+
+def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft):
+    """A second round in the same cache drafts what a fresh cache would."""
+    drafter, cache = make_eagle3(), None
+    [features], [tokens], [anchor] = inputs(9)
+    cache = SlotCache(drafter.context_shapes, 1, 16, torch.float32, "cpu")
+    following = torch.tensor([*tokens[1:], anchor])
+    seen = []
+
+    def draw(step, logits_RV):
+        seen.append(logits_RV[0])
+        return logits_RV.argmax(-1)
+
+    for start, stop in ((0, 4), (4, 9)):
+        seen.clear()
+        rows = torch.arange(start, stop)
+        slots = torch.zeros_like(rows)
+        drafter.observe(cache, slots, rows, features[rows], following[rows])
+        last = following[stop - 1 : stop]
+        drafter.propose(cache, DraftBatch((0,), last, (stop,), ([],), 5), draw)
+    fresh, _ = draft(drafter, [features], [anchor], tokens=[tokens])
+    torch.testing.assert_close(torch.stack(seen), torch.cat(fresh.logits))
+
+
+def test_the_last_row_needs_the_anchor(make_eagle3, draft):
+    drafter, (features, tokens, anchors) = make_eagle3(), inputs(*LENGTHS)
+    one, _ = draft(drafter, features, anchors, tokens=tokens)
+    other, _ = draft(drafter, features, [(a + 1) % 37 for a in anchors], tokens=tokens)
+    assert (one.logits[0] - other.logits[0]).abs().amax(-1).min() > 1e-3
+
+
+def test_mtp_is_one_pass_over_one_tap(make_eagle3, make_parts, draft):
+    base = make_eagle3().config
+    config = replace(
+        base, backbone=replace(base.backbone, num_taps=1), target_layer_ids=(5,), ttt_length=1
+    )
+    generator = torch.Generator().manual_seed(1)
+    drafter = Eagle3Drafter.from_target(make_parts(), config, generator=generator).eval()
+    assert (drafter.block_size, drafter.taps) == (1, (5,))
+    features, tokens, anchors = inputs(4, width=16)
+    draw, _ = draft(drafter, features, anchors, tokens=tokens)
+    assert len(draw.logits) == 1
+
+
+def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
+    make_eagle3, make_parts, draft
+):
+    parts, (features, tokens, anchors) = make_parts(), inputs(7)
+    single, _ = draft(make_eagle3(), features, anchors, tokens=tokens)
+    drafter = make_eagle3(
+        make_parts(embedding_VH=parts.embedding_VH.double(), head_VH=parts.head_VH.double())
+    )
+    cache = SlotCache(drafter.context_shapes, 1, 16, torch.float64, "cpu")
+    following = torch.tensor([*tokens[0][1:], *anchors])
+    rows = torch.arange(7)
+    drafter.observe(cache, torch.zeros_like(rows), rows, features[0].double(), following)
+    seen = []
+
+    def draw(step, logits_RV):
+        seen.append(logits_RV)
+        return single.tokens[step]
+
+    with torch.inference_mode():
+        drafter.propose(cache, DraftBatch((0,), torch.tensor(anchors), (7,), ([],), 5), draw)
+    assert (seen[0].dtype, drafter.fc.weight.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(
+        torch.stack(seen).float(), torch.stack(single.logits), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_fused_weights_follow_the_parameters(make_eagle3, draft):
+    drafter, other, (features, tokens, anchors) = make_eagle3(), make_eagle3(seed=2), inputs(7)
+    before, _ = draft(drafter, features, anchors, tokens=tokens)
+    wanted, _ = draft(other, features, anchors, tokens=tokens)
+    drafter.load_state_dict(other.state_dict())
+    after, _ = draft(drafter, features, anchors, tokens=tokens)
+    torch.testing.assert_close(torch.stack(after.logits), torch.stack(wanted.logits))
+    assert not torch.allclose(torch.stack(before.logits), torch.stack(wanted.logits))
+    with torch.no_grad():
+        for mine, theirs in zip(drafter.parameters(), make_eagle3().parameters(), strict=True):
+            mine.copy_(theirs)
+    drafter.eval()
+    again, _ = draft(drafter, features, anchors, tokens=tokens)
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(before.logits))
+
+
+def test_embedding_and_head_are_borrowed(make_parts, make_eagle3, caplog):
+    parts = make_parts(logit_softcap=0.5)
+    drafter = make_eagle3(parts)
+    assert drafter.borrowed.embedding_VH is parts.embedding_VH
+    held = {t.data_ptr() for t in (*drafter.parameters(), *drafter.buffers())}
+    assert not held & {parts.embedding_VH.data_ptr(), parts.head_VH.data_ptr()}
+    hidden = torch.randn(3, 16)
+    expected = 0.5 * torch.tanh(hidden @ parts.head_VH.T / 0.5)
+    torch.testing.assert_close(drafter.base_logits(hidden), expected)
+    drafter.own_head_VH = parts.head_VH + 1
+    with caplog.at_level(logging.WARNING):
+        drafter.bind(parts)
+    assert "lm_head.weight" in caplog.text
+    torch.testing.assert_close(drafter.target_logits(hidden), expected)
+    assert not torch.allclose(drafter.base_logits(hidden), expected)
+
+
+def test_from_target_is_seeded_and_takes_the_final_norm(make_eagle3, make_parts):
+    def make(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        config = make_eagle3().config
+        return Eagle3Drafter.from_target(make_parts(), config, generator=generator, **options)
+
+    one, same, other = make(3), make(3), make(4)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.fc.weight, other.fc.weight)
+    assert torch.equal(one.norm.weight, make_parts().final_norm_H)
+    assert torch.equal(make(3, copy_final_norm=False).norm.weight, torch.ones(16))
+    assert one.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_layer_ids": (1, 1, 4)}, "strictly increasing"),
+        ({"target_layer_ids": (0, 1, 6)}, "to 5"),
+        ({"target_layer_ids": (0, 1)}, "num_taps is 3"),
+        ({"ttt_length": 0}, "ttt_length is 0"),
+        ({"vocab_size": 36}, "vocab_size is 36.*target's is 37"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make_eagle3, changes, words):
+    with pytest.raises(CompatibilityError, match=words):
+        make_eagle3(**changes)
+
+
+def test_taps_beyond_the_target_are_refused_and_unbound_says_so(make_eagle3, make_parts):
+    drafter = make_eagle3()
+    with pytest.raises(CompatibilityError, match=r"\[-1, 1, 4\].*has 4 layers"):
+        drafter.bind(make_parts(), num_target_layers=4)
+    with pytest.raises(CompatibilityError, match="bind"):
+        Eagle3Drafter(drafter.config).base_logits(torch.zeros(1, 16))
+
+
+# Files
+
+
+@pytest.fixture
+def golden_eagle3(golden):
+    return golden.parent / "eagle3" / "draft"
+
+
+def test_state_dict_is_the_published_one(golden_eagle3):
+    published = json.loads((golden_eagle3.parent / "keys.json").read_text())
+    trained = {name: tuple(k["shape"]) for name, k in published.items() if k["trainable"]}
+    drafter = load_drafter(golden_eagle3)
+    assert {name: tuple(x.shape) for name, x in drafter.state_dict().items()} == trained
+    assert not drafter.training
+
+
+def test_published_config_survives_a_round_trip(golden_eagle3):
+    data = json.loads((golden_eagle3 / "config.json").read_text())
+    assert eagle3_to_json(eagle3_from_json(data, "config.json"), "float32") == data
+
+
+def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
+    drafter = load_drafter(golden_eagle3)
+    drafter.bind(golden_parts)
+    save_published(drafter, tmp_path / "published", dtype=None)
+    files = [d / "model.safetensors" for d in (golden_eagle3, tmp_path / "published")]
+    before, after = map(load_file, files)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    save_attached(drafter, tmp_path, dtype=None)
+    attached = load_drafter(tmp_path)
+    assert (attached.own_embedding_VH, attached.own_head_VH) == (None, None)
+    assert attached.config == drafter.config
+    assert all(torch.equal(after[name], x) for name, x in attached.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3Eagle3Model"),
+        (
+            {"num_hidden_layers": 2, "layer_types": None},
+            CompatibilityError,
+            "num_hidden_layers is 2",
+        ),
+        ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
+        ({"target_layer_ids": "all"}, CheckpointError, "target_layer_ids 'all'"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, CompatibilityError, "window"),
+        ({"ttt_length": None}, CheckpointError, "lacks ttt_length"),
+        ({"step_loss_decay": "x"}, CheckpointError, "step_loss_decay 'x'"),
+    ],
+)
+def test_configs_that_cannot_be_used_are_refused(golden_eagle3, changes, error, words):
+    data = json.loads((golden_eagle3 / "config.json").read_text()) | changes
+    with pytest.raises(error, match=words):
+        read_config(data, "config.json")
+
+
+def test_the_older_architecture_name_is_read(golden_eagle3):
+    data = json.loads((golden_eagle3 / "config.json").read_text())
+    renamed = data | {"architectures": ["Eagle3DraftModel"], "draft_vocab_size": 211}
+    assert read_config(renamed, "config.json") == read_config(data, "config.json")
+
+
+def test_speculators_and_back_is_bit_identical(golden_eagle3, tmp_path):
+    save_speculators(load_drafter(golden_eagle3), tmp_path / "there", dtype=None)
+    save_published(load_drafter(tmp_path / "there"), tmp_path / "back", dtype=None)
+    folders = (golden_eagle3, tmp_path / "there", tmp_path / "back")
+    before, there, back = (load_file(d / "model.safetensors") for d in folders)
+    assert before.keys() == there.keys() == back.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, there[name])
+        assert torch.equal(tensor, back[name])
+    published, config, again = (json.loads((d / "config.json").read_text()) for d in folders)
+    assert again == published
+    assert config["eagle_aux_hidden_state_layer_ids"] == [
+        i + 1 for i in published["target_layer_ids"]
+    ]
+    [method] = config["speculators_config"]["proposal_methods"]
+    assert method["speculative_tokens"] == published["ttt_length"]
+    assert config["transformer_layer_config"]["hidden_size"] == published["hidden_size"]
+    assert "ttt_length" not in config["transformer_layer_config"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"norm_before_residual": True}, CompatibilityError, "norm_before_residual True"),
+        ({"fc_norm": True}, CompatibilityError, "fc_norm True"),
+        ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
+        ({"target_hidden_size": 99}, CompatibilityError, "target_hidden_size 99"),
+        ({"eagle_aux_hidden_state_layer_ids": None}, CheckpointError, "eagle_aux_hidden_state"),
+        ({"speculators_config": {}}, CheckpointError, "speculative_tokens"),
+        ({"transformer_layer_config": {"model_type": "llama"}}, CompatibilityError, "'llama'"),
+        ({"transformer_layer_config": None}, CheckpointError, "transformer_layer_config None"),
+    ],
+)
+def test_speculators_files_that_cannot_be_used_are_refused(
+    golden_eagle3, tmp_path, changes, error, words
+):
+    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
+    data = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(error, match=words):
+        read_config(data | changes, "config.json")
+
+
+def test_what_speculators_leave_out_is_the_least(golden_eagle3, tmp_path):
+    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_target_layers", "step_loss_decay", "norm_output"):
+        del data[name]
+    _, config = read_config(data, "config.json")
+    assert config.num_target_layers == max(config.target_layer_ids) + 1

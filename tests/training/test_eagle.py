@@ -1,0 +1,231 @@
+"""The training-time test against its plain form, and against the reference's own numbers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspark.drafters.backbone import rotary
+from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.config import BackboneConfig
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.training import chain_attention as room
+from dspark.training.chain_attention import chain_attention
+from dspark.training.eagle import ttt_loss, ttt_passes
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VOCAB, WIDTH, PASSES = 13, 8, 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    embedding_VH: Tensor
+    head_VH: Tensor
+    vocab_size: int
+    hidden_size: int
+    embedding_scale: float = 1.0
+    head_bias_V: Tensor | None = None
+    logit_softcap: float | None = None
+    final_norm_H: Tensor | None = None
+
+
+def made_up(dtype=torch.float64, softcap=None):
+    """A drafter, and features, tokens, mask and teacher states of two sequences."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    parts = Parts(randn(VOCAB, WIDTH), randn(VOCAB, WIDTH), VOCAB, WIDTH, logit_softcap=softcap)
+    backbone = BackboneConfig(WIDTH, 12, 1, 4, 2, 6, 2)
+    config = Eagle3Config(backbone, VOCAB, (0, 1), 2, ttt_length=PASSES)
+    drafter = Eagle3Drafter.from_target(parts, config, generator=generator, init_std=0.4)
+    ids = torch.randint(0, VOCAB, (2, 11), generator=generator)
+    mask = torch.zeros(2, 11, dtype=torch.bool)
+    mask[0, 4:] = True
+    mask[1, 1:3] = mask[1, 7:9] = True
+    return drafter.to(dtype), randn(2, 11, 2 * WIDTH), ids, mask, randn(2, 11, WIDTH)
+
+
+def plain_passes(drafter, features, ids, passes):
+    """Every pass over an explicit mask and all keys repeated head by head."""
+    weights, config = Eagle3Weights.of(drafter), drafter.config.backbone
+    length, repeat = ids.shape[1], config.num_heads // config.num_kv_heads
+    hidden, keys, values, outputs = weights.project(features), [], [], []
+    for t in range(passes):
+        shifted = torch.cat([ids[:, t + 1 :], torch.zeros(len(ids), t + 1, dtype=ids.dtype)], 1)
+
+        def mix(query, key, value, t=t):
+            keys.append(key.repeat_interleave(repeat, 2))
+            values.append(value.repeat_interleave(repeat, 2))
+            scores = torch.einsum("bqad,bkad->baqk", query, torch.cat(keys, 1))
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            seen = torch.cat([causal] + [torch.eye(length, dtype=torch.bool)] * t, 1)
+            scores = (scores * config.attention_scale).masked_fill(~seen, float("-inf"))
+            return torch.einsum("baqk,bkad->bqad", scores.softmax(-1), torch.cat(values, 1))
+
+        table = rotary(torch.arange(length) + t, config, hidden.dtype)
+        hidden = weights.step(drafter.borrowed.embed(shifted), hidden, table, mix)
+        outputs.append(hidden)
+    return torch.stack(outputs)
+
+
+def normed(drafter, hidden):
+    mean = hidden.pow(2).mean(-1, keepdim=True) + drafter.config.backbone.rms_norm_eps
+    return hidden / mean.sqrt() * drafter.norm.weight
+
+
+def plain_loss(drafter, hidden, teacher, mask, decay, supervision):
+    """Row by row; the loss, each pass's cross-entropy and rate, and the chains' mean length."""
+    passes, batch, length, _ = hidden.shape
+    laws = drafter.target_logits(teacher).softmax(-1)
+    logits = drafter.base_logits(normed(drafter, hidden))
+    ces, rates = [[] for _ in range(passes)], [[] for _ in range(passes)]
+    gained = []
+    for b in range(batch):
+        for i in range(length):
+            survival, chain = 1.0, []
+            for t in range(passes):
+                if supervision == "predicted":
+                    counts = i + 2 + t < length and bool(mask[b, i + 2 + t])
+                else:  # the token two places before, but for the sequence's last
+                    counts = i + t < length - 1 and bool(mask[b, i + t])
+                if not counts:
+                    survival = 0.0
+                    continue
+                law = laws[b, i + 1 + t]
+                log_draft = logits[t, b, i].log_softmax(-1)
+                ces[t].append(-(law * log_draft).sum())
+                rates[t].append(1 - 0.5 * (log_draft.exp() - law).abs().sum())
+                survival = survival * rates[t][-1]
+                if t == 0 or chain:
+                    chain.append(survival)
+            if chain:
+                gained.append(1 + sum(chain))
+    shares = [batch * length if supervision == "reference" else max(len(ce), 1) for ce in ces]
+    ce = torch.stack([sum(ce) / share for ce, share in zip(ces, shares, strict=True)])
+    loss = sum(decay**t * ce[t] for t in range(passes))
+    rate = torch.stack([sum(r) / len(r) for r in rates])
+    return loss, ce, rate, sum(gained) / len(gained), sum(map(len, ces))
+
+
+def gradients(loss, drafter):
+    return torch.autograd.grad(loss, list(drafter.parameters()))
+
+
+@pytest.mark.parametrize("supervision", ["predicted", "reference"])
+@pytest.mark.parametrize(("chunk_rows", "softcap"), [(1024, None), (7, None), (7, 3.0)])
+def test_loss_and_gradients_equal_the_plain_form(supervision, chunk_rows, softcap, monkeypatch):
+    monkeypatch.setattr(room, "_TILE_ROWS", 4)
+    drafter, features, ids, mask, teacher = made_up(softcap=softcap)
+    hidden = ttt_passes(drafter, features, ids, PASSES)
+    report = ttt_loss(
+        drafter,
+        hidden,
+        teacher,
+        mask,
+        decay=0.7,
+        supervision=supervision,
+        chunk_rows=chunk_rows,
+    )
+    slow = plain_passes(drafter, features, ids, PASSES)
+    loss, ce, rate, length, count = plain_loss(drafter, slow, teacher, mask, 0.7, supervision)
+    torch.testing.assert_close(hidden, slow)
+    torch.testing.assert_close(report.loss, loss)
+    torch.testing.assert_close(report.ce_P, ce.detach())
+    torch.testing.assert_close(report.accept_rate_P, rate.detach())
+    torch.testing.assert_close(report.accepted_length, length.detach())
+    assert report.supervised == count
+    found, wanted = gradients(report.loss, drafter), gradients(loss, drafter)
+    for (name, _), mine, theirs in zip(drafter.named_parameters(), found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, msg=lambda m, n=name: f"{n}: {m}")
+        assert mine.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_attention_has_exact_gradients(extra, monkeypatch):
+    monkeypatch.setattr(room, "_TILE_ROWS", 3)
+    generator = torch.Generator().manual_seed(4)
+
+    def leaf(heads):
+        x = torch.randn(1, heads, 5, 4, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    query, pairs = leaf(4), [leaf(2) for _ in range(2 * (extra + 1))]
+
+    def attend(query, *pairs):
+        return chain_attention(query, pairs[: extra + 1], pairs[extra + 1 :], scale=0.6)
+
+    assert torch.autograd.gradcheck(attend, (query, *pairs))
+
+
+def test_passes_equal_the_references():
+    tensors = load_file(GOLDEN / "dspark_vanilla" / "target" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = tensors.get("lm_head.weight", embedding)
+    drafter = load_drafter(GOLDEN / "eagle3" / "draft")
+    drafter.bind(Parts(embedding, head, *embedding.shape))
+    data = load_file(GOLDEN / "eagle3" / "train.safetensors")
+    hidden = ttt_passes(drafter, data["context_features"], data["input_ids"], 4)
+    logits = drafter.base_logits(normed(drafter, hidden))
+    for t in range(4):
+        real = slice(0, 39 - t)  # the rows behind read a token that is not there
+        for mine, name in ((hidden, "hidden"), (logits, "logits")):
+            theirs = data[f"ttt{t}_{name}"]
+            torch.testing.assert_close(mine[t][:, real], theirs[:, real], atol=1e-5, rtol=0)
+
+
+def test_what_is_not_supervised_changes_nothing():
+    """Neither the padding's tokens and features nor the teacher's states elsewhere."""
+    drafter, features, ids, mask, teacher = made_up()
+    mask[:, 9:] = False
+
+    def loss(features, ids, teacher):
+        return ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask).loss
+
+    before = loss(features, ids, teacher)
+    others = [x.clone() for x in (features, ids, teacher)]
+    for x in others:
+        x[:, 9:] = 1
+    others[2][:, 0] = 5  # a law at position 0 is no pass's label
+    assert torch.equal(loss(*others), before)
+    teacher[0, 7] += 1  # the law of token 8
+    assert not torch.equal(loss(features, ids, teacher), before)
+
+
+def test_a_batch_without_supervision_gives_zero_and_finite_gradients():
+    drafter, features, ids, mask, teacher = made_up()
+    report = ttt_loss(
+        drafter, ttt_passes(drafter, features, ids, PASSES), teacher, torch.zeros_like(mask)
+    )
+    assert (report.loss.item(), report.supervised) == (0.0, 0)
+    assert all(not g.any() for g in gradients(report.loss, drafter))
+
+
+def test_metrics_alone_need_no_gradient():
+    drafter, features, ids, mask, teacher = made_up()
+    wanted = ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask)
+    with torch.no_grad():
+        report = ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask)
+    assert torch.equal(report.loss, wanted.loss.detach())
+    assert not report.loss.requires_grad
+    assert torch.equal(report.accept_rate_P, wanted.accept_rate_P)
+
+
+def test_bfloat16_is_close_and_its_loss_is_fp32():
+    exact, rounded = made_up(torch.float32), made_up(torch.bfloat16)
+    reports = []
+    for drafter, features, ids, mask, teacher in (exact, rounded):
+        passes = ttt_passes(drafter, features, ids, PASSES)
+        reports.append(ttt_loss(drafter, passes, teacher, mask))
+    assert reports[1].loss.dtype == torch.float32
+    assert reports[1].loss.item() == pytest.approx(reports[0].loss.item(), rel=0.03)
+    names = [name for name, _ in exact[0].named_parameters()]
+    found = [gradients(r.loss, d[0]) for r, d in zip(reports, (exact, rounded), strict=True)]
+    for name, one, other in zip(names, *found, strict=True):
+        cosine = torch.cosine_similarity(one.flatten(), other.float().flatten(), 0)
+        assert cosine > 0.97, name
