@@ -50,10 +50,15 @@ class Witness:
         self.drafter.bind(parts)
 
     def observe(
-        self, context: SlotCache, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
     ) -> None:
         """Hand the features on."""
-        self.drafter.observe(context, slots_T, positions_T, features_TF)
+        self.drafter.observe(context, slots_T, positions_T, features_TF, next_tokens_T)
 
     def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draft as the drafter does, taking note of its first law; confidences are left out."""

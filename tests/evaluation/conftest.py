@@ -104,6 +104,7 @@ class KnowingDrafter:
         slots_T: torch.Tensor,
         positions_T: torch.Tensor,
         features_TF: torch.Tensor,
+        next_tokens_T: torch.Tensor,
     ) -> None:
         for slot, position, row in zip(
             slots_T.tolist(), positions_T.tolist(), features_TF, strict=True
