@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import convert, data, demo, generate, train
+from dspark.cli import check, convert, data, demo, generate, train
 from dspark.cli.common import Screen, without_nan
 from dspark.errors import DSparkError, UsageError
 
@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `dspark`; those of the process by default.
 
     Returns:
-        0 done, 1 failed, 2 wrong usage, 130 interrupted. With `--json` the last line of standard
-        output is one JSON object, and all else goes to standard error.
+        0 done, 1 failed (also where a check found an error: its `ok` is false), 2 wrong usage,
+        130 interrupted. With `--json` the last line of standard output is one JSON object, and
+        all else goes to standard error.
     """
     parser = build_parser()
     try:
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, train, data, convert):
+    for command in (demo, generate, check, train, data, convert):
         command.add_parser(commands)
     return parser
 
@@ -72,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(without_nan(result), allow_nan=False), file=stdout)
     stdout.flush()
-    return DONE
+    return FAILED if result.get("ok") is False else DONE
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class DraftBatch:
         lengths: context rows before the anchor, which is the anchor's position.
         tokens: every committed token of each request, prompt included, anchor last.
         num_drafts: how many tokens to draw, at most the drafter's block size.
+        confidences: whether anyone reads the proposal's confidences; else they may be left out.
     """
 
     slots: tuple[int, ...]
@@ -72,6 +73,7 @@ class DraftBatch:
     lengths: tuple[int, ...]
     tokens: tuple[Sequence[int], ...]
     num_drafts: int
+    confidences: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Proposal:
     """What a drafter says about the tokens it has just drawn.
 
     Attributes:
-        confidence_logits_RK: logits of c_k, fp32, or None when the drafter has no such head.
+        confidence_logits_RK: logits of c_k, at least fp32, before any calibration, known before
+            draft k is drawn. None when the drafter has no estimate of its own: the engine then
+            takes the margin of its raw logits.
         lengths: how many of the drawn tokens each request really proposes; None means all
             `num_drafts`. Draws past a request's length are to be ignored, and no draw happens
             past the largest length.

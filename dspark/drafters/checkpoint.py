@@ -187,8 +187,8 @@ def _check_vocabulary(d2t: Tensor, t2d: Tensor, directory: Path) -> None:
 def _compare_names(missing: set[str], extra: set[str], directory: Path) -> None:
     if missing:
         raise CheckpointError(
-            f"{directory} lacks the tensors {_few(sorted(missing))}; the checkpoint is incomplete "
-            f"or does not belong to its {CONFIG}."
+            f"{directory} lacks the tensors {_few(sorted(missing))}; fetch or save it again, or "
+            f"correct its {CONFIG}."
         )
     if extra:
         raise CheckpointError(

@@ -190,8 +190,8 @@ class DSparkConfig:
             )
         if self.confidence_head and self.confidence_head_with_markov and self.markov_rank == 0:
             raise CompatibilityError(
-                "confidence_head_with_markov is true but markov_rank is 0; there is no Markov "
-                "embedding to read."
+                "confidence_head_with_markov is true but markov_rank is 0, so there is no Markov "
+                "embedding to read; set confidence_head_with_markov to false."
             )
         if self.num_drafts < 1 or self.backbone.head_dim % 2:
             raise CompatibilityError(

@@ -237,7 +237,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
                 previous = draw(k, self.over_vocabulary(logits + head.bias(feature_Rr)))
                 tokens.append(previous)
-        if plan.confidence_head is None:
+        if plan.confidence_head is None or not batch.confidences:
             return Proposal()
         previous_RK = torch.stack(tokens[:-1], dim=1)
         return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))

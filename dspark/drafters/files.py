@@ -54,7 +54,7 @@ def resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
     if (directory / ATTACHED_FOLDER / CONFIG).is_file():
         directory = directory / ATTACHED_FOLDER
     if not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{directory} has no {CONFIG}; it holds no drafter.")
+        raise CheckpointError(f"{directory} has no {CONFIG}; give the directory of a drafter.")
     return directory
 
 
@@ -156,7 +156,7 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} has only pickled weights ({', '.join(pickles)}), which can run code when "
             f"loaded and are refused; convert them to {WEIGHTS}."
         )
-    raise CheckpointError(f"{directory} has no {WEIGHTS}; the checkpoint is incomplete.")
+    raise CheckpointError(f"{directory} has no {WEIGHTS}; fetch or save it again.")
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Written:

@@ -2,17 +2,28 @@
 
 No model at all: the longest suffix of the request's own tokens, of at most `max_ngram` tokens,
 that occurs earlier; of several places the latest (Saxena 2023, prompt lookup decoding).
+
+Its confidence is the share of one-token lookups that were right over the last tokens, with the
+length of the match as prior: a function of the request's committed tokens alone, so nothing
+outlives a request and neighbours in a batch do not matter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.errors import CompatibilityError, UsageError
+
+# The last tokens whose lookups tell how this request is going, and how many such lookups the
+# length of the present match counts for.
+_WINDOW_TOKENS = 16
+_PRIOR_LOOKUPS = 2
 
 
 class NgramDrafter:
@@ -74,7 +85,11 @@ class NgramDrafter:
         """
         if self._head_VH is None:
             raise CompatibilityError("The n-gram drafter is not bound; call bind(target.parts()).")
-        drafts = [self.lookup(tokens, batch.num_drafts) for tokens in batch.tokens]
+        matches = [self._match(tokens) for tokens in batch.tokens]
+        drafts = [
+            _copy(tokens, lag, batch.num_drafts)
+            for tokens, (lag, _) in zip(batch.tokens, matches, strict=True)
+        ]
         lengths = tuple(len(draft) for draft in drafts)
         for step in range(max(lengths, default=0)):
             # A row past its request's end needs some law; its draw is ignored.
@@ -84,7 +99,16 @@ class NgramDrafter:
             shape = (len(drafts), self._vocab_size)
             logits_RV = self._head_VH.new_full(shape, float("-inf")).float()
             draw(step, logits_RV.scatter_(1, proposed_R1, 0.0))
-        return Proposal(lengths=lengths)
+        if not batch.confidences:
+            return Proposal(lengths=lengths)
+        confidences_R = batch.anchors_R.new_tensor(
+            [
+                self.confidence_logit(tokens, length) if length else -math.inf
+                for tokens, (_, length) in zip(batch.tokens, matches, strict=True)
+            ],
+            dtype=torch.float32,
+        )
+        return Proposal(confidences_R[:, None].expand(-1, max(lengths, default=0)), lengths)
 
     def lookup(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` tokens proposed after `tokens`; empty without a match.
@@ -92,17 +116,34 @@ class NgramDrafter:
         A match `lag` tokens back is continued by copying at that lag, so that a match near the
         end repeats its period.
         """
-        lag = self._lag(tokens)
-        if lag == 0:
-            return []
-        draft: list[int] = []
-        for i in range(count):
-            draft.append(draft[i - lag] if i >= lag else tokens[len(tokens) - lag + i])
-        return draft
+        return _copy(tokens, self._match(tokens)[0], count)
 
-    def _lag(self, tokens: Sequence[int]) -> int:
-        """How far back the longest, then latest, earlier copy of the suffix ends; 0 for none."""
-        last, best, best_length = len(tokens) - 1, 0, self.min_ngram - 1
+    def confidence_logit(self, tokens: Sequence[int], length: int) -> float:
+        """Log-odds that a token copied after a match of `length` tokens is right, uncalibrated.
+
+        (h + 2 m / (m + 1)) / (n + 2) for a match of m tokens, where h of the n lookups of the
+        window's tokens that found a match named the token that came.
+
+        Args:
+            tokens: the request's committed tokens.
+            length: tokens of the present match, at least 1.
+        """
+        hits, lookups = 0, 0
+        for at in range(max(len(tokens) - _WINDOW_TOKENS, 1), len(tokens)):
+            lag, _ = self._match(tokens, at)
+            lookups += lag > 0
+            hits += lag > 0 and tokens[at - lag] == tokens[at]
+        right = hits + _PRIOR_LOOKUPS * length / (length + 1)
+        return math.log(right / (lookups + _PRIOR_LOOKUPS - right))
+
+    def _match(self, tokens: Sequence[int], count: int | None = None) -> tuple[int, int]:
+        """Where the suffix of the first `count` tokens (all by default) stood before.
+
+        Returns:
+            How far back its longest, then latest, earlier copy ends, and the copy's length in
+            tokens; zeros for none.
+        """
+        last, best, best_length = (count or len(tokens)) - 1, 0, self.min_ngram - 1
         for end in range(last - 1, -1, -1):
             if tokens[end] != tokens[last]:
                 continue
@@ -114,4 +155,12 @@ class NgramDrafter:
                 best, best_length = last - end, length
                 if length == self.max_ngram:
                     break
-        return best
+        return best, best_length if best else 0
+
+
+def _copy(tokens: Sequence[int], lag: int, count: int) -> list[int]:
+    """`count` tokens, each the one `lag` tokens before it; none for lag 0."""
+    draft: list[int] = []
+    for i in range(count if lag else 0):
+        draft.append(draft[i - lag] if i >= lag else tokens[len(tokens) - lag + i])
+    return draft

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
+from dspark.drafters.heads import at_least_fp32
 from dspark.engine.schedule import Schedule
 from dspark.engine.sequence import ActiveRequest
 from dspark.engine.state import RoundState
@@ -25,16 +26,27 @@ class Drawing:
     """The engine's side of a proposal: draws each draft token and remembers its very law.
 
     Implements `drafters.base.Draw`.
+
+    Attributes:
+        state: laws and keys of randomness.
+        keeps_logits: whether `margins` may be asked for.
+        tokens: what was drawn, per step [R].
+        laws: what it was drawn from, per step [R, V]; empty while all requests are greedy.
+        logits: what came in, per step [R, V]; empty unless `keeps_logits`.
     """
 
     state: RoundState
+    keeps_logits: bool = False
     tokens: list[Tensor] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
     def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
         """Draw draft `step` of every request from its processed logits."""
         state, chain = self.state, self.state.laws.draft_chain
         counts = self._counts(step)
+        if self.keeps_logits:
+            self.logits.append(logits_RV)
         if chain.greedy:
             tokens_R = greedy_tokens(logits_RV, chain, counts)
         else:
@@ -47,6 +59,15 @@ class Drawing:
                 tokens_R = sample(law_RV, state.draft_uniform(step))
         self.tokens.append(tokens_R)
         return tokens_R
+
+    def margins(self) -> Tensor:
+        """The gap of the two largest raw logits of every draft's row, [R, K], at least fp32.
+
+        The confidence of drafters that have none of their own, as the logit of c_k. It knows no
+        processor and not the token it judges, so schedules may look at it (docs/losslessness.md).
+        """
+        best_RK2 = [logits_RV.topk(2, dim=1).values for logits_RV in self.logits]
+        return torch.stack([at_least_fp32(b[:, 0]) - b[:, 1] for b in best_RK2], dim=1)
 
     def _counts(self, step: int) -> TokenCounts | None:
         counts = self.state.laws.counts
@@ -100,8 +121,13 @@ def propose(
     requests: Sequence[ActiveRequest],
     state: RoundState,
     num_drafts: int,
+    *,
+    confidences: bool,
 ) -> tuple[Drawing, Proposal]:
     """Ask the drafter for up to `num_drafts` tokens of each request.
+
+    With `confidences` the proposal has them, where anything was drawn: the drafter's own, or else
+    the margins of its logits. Without, nothing is spent on them.
 
     Raises:
         NumericsError: the drafter produced NaN or infinite logits.
@@ -114,12 +140,16 @@ def propose(
         lengths=tuple(request.cached for request in requests),
         tokens=tuple(request.tokens for request in requests),
         num_drafts=num_drafts,
+        confidences=confidences,
     )
-    drawing = Drawing(state)
+    drawing = Drawing(state, keeps_logits=confidences)
     try:
-        return drawing, drafter.propose(context, batch, drawing)
+        proposal = drafter.propose(context, batch, drawing)
     except NumericsError as error:
         raise NumericsError(f"The drafter failed: {error}") from error
+    if confidences and drawing.tokens and proposal.confidence_logits_RK is None:
+        proposal = replace(proposal, confidence_logits_RK=drawing.margins())
+    return drawing, proposal
 
 
 def choose(

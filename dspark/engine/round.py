@@ -64,7 +64,6 @@ def play(
 
     Raises:
         NumericsError: target or drafter produced NaN or infinite logits. Nothing is committed.
-        CompatibilityError: the schedule asks for what the drafter does not give.
     """
     times = RoundTimes()
     drafts = Drafts.none(len(requests), target.device)
@@ -96,7 +95,12 @@ def _draft(
         return None
     ready = [request for request in requests if request.cached > 0]
     drawing, proposal = propose(
-        speculator.drafter, speculator.context, ready, state.first(len(ready)), most
+        speculator.drafter,
+        speculator.context,
+        ready,
+        state.first(len(ready)),
+        most,
+        confidences=speculator.schedule.reads_confidences,
     )
     decided = time.perf_counter()
     drafts = choose(drawing, proposal, limits, speculator.schedule)

@@ -237,11 +237,12 @@ def test_bad_options_are_one_sentence_and_a_status(dspark, pair, words, status, 
     assert sentence in result.err
 
 
-def test_a_threshold_needs_confidences(dspark, pair):
-    words = ["--draft", "ngram", "--schedule", "threshold", "--threshold", 0.5, "--json"]
-    result = dspark("generate", pair.target, "--prompt", "two two two", *words)
-    assert (result.status, result.out) == (1, "")
-    assert "needs confidences" in result.err
+def test_a_threshold_works_with_prompt_lookup(dspark, pair):
+    words = [pair.target, "--prompt", "two two two", "--draft", "ngram", "--json"]
+    free = dspark("generate", *words).json
+    trimmed = dspark("generate", *words, "--schedule", "threshold", "--threshold", 1).json
+    assert trimmed["outputs"] == free["outputs"]
+    assert free["verified"] > trimmed["verified"] == 0
 
 
 @pytest.mark.parametrize(

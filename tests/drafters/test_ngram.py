@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -63,7 +65,8 @@ def test_proposals_are_one_hot_and_their_lengths_are_told(make_parts):
 
     proposal = drafter.propose(None, batch, draw)
     assert proposal.lengths == (3, 0)
-    assert proposal.confidence_logits_RK is None
+    assert proposal.confidence_logits_RK.shape == (2, 3)
+    assert proposal.confidence_logits_RK[1].tolist() == [-math.inf] * 3
     assert [int(law[0].argmax()) for law in laws] == [2, 3, 1]
     for law in laws:
         assert law.shape == (2, 37)
@@ -87,3 +90,38 @@ def test_bad_options_and_an_unbound_drafter_are_refused():
         NgramDrafter(max_ngram=1, min_ngram=2)
     with pytest.raises(CompatibilityError, match="bind"):
         NgramDrafter().propose(None, DraftBatch((), torch.zeros(0), (), (), 1), None)
+
+
+def obvious_confidence(tokens, length, window=16):
+    """Hits among the one-token lookups of the last tokens, the match's length as prior."""
+    guesses = [(obvious(tokens[:at], 1), tokens[at]) for at in range(1, len(tokens))][-window:]
+    found = [guess == [token] for guess, token in guesses if guess]
+    return (sum(found) + 2 * length / (length + 1)) / (len(found) + 2)
+
+
+def test_confidence_is_the_running_acceptance_with_the_match_as_prior():
+    generator = torch.Generator().manual_seed(0)
+    drafter = NgramDrafter()
+    for _ in range(100):
+        tokens = torch.randint(4, (24,), generator=generator).tolist()
+        for length in (1, 2, 3):
+            expected = obvious_confidence(tokens, length)
+            logit = torch.tensor(drafter.confidence_logit(tokens, length))
+            assert torch.sigmoid(logit).item() == pytest.approx(expected)
+
+
+def test_confidence_rises_with_the_match_and_with_what_came_true():
+    confidence = NgramDrafter().confidence_logit
+    fresh = [1, 2, 3, 4]
+    assert confidence(fresh, 1) == 0.0
+    assert confidence(fresh, 1) < confidence(fresh, 2) < confidence(fresh, 3)
+    assert confidence([5, 6] * 6, 3) > confidence(fresh, 3) > confidence([1, 2, 1, 3, 1, 4, 1], 3)
+
+
+def test_confidence_is_left_out_where_nobody_reads_it(make_parts):
+    drafter = NgramDrafter()
+    drafter.bind(make_parts())
+    batch = DraftBatch((0,), torch.tensor([1]), (1,), ([1, 1],), 2, confidences=False)
+    proposal = drafter.propose(None, batch, lambda step, logits: logits.argmax(-1))
+    assert proposal.lengths == (2,)
+    assert proposal.confidence_logits_RK is None

@@ -201,6 +201,14 @@ class MarkovDrafter(MadeUpDrafter):
         return Proposal(self.confidence_V[torch.stack(tokens[:-1], dim=1)])
 
 
+class HeadlessDrafter(MarkovDrafter):
+    """The same without confidences of its own."""
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        super().propose(context, batch, draw)
+        return Proposal()
+
+
 def make_prompts(count: int, vocab: int, *, seed: int = 0, longest: int = 20) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
@@ -251,6 +259,7 @@ def tiny() -> SimpleNamespace:
         make_eagle3=make_eagle3,
         TargetDrafter=TargetDrafter,
         MarkovDrafter=MarkovDrafter,
+        HeadlessDrafter=HeadlessDrafter,
         ngram=ngram,
         make_prompts=make_prompts,
         make_requests=make_requests,

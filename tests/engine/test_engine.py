@@ -8,7 +8,7 @@ import pytest
 
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
-from dspark.errors import CompatibilityError, NumericsError, RequestError, UsageError
+from dspark.errors import NumericsError, RequestError, UsageError
 from dspark.request import Request, SamplingParams
 
 
@@ -181,9 +181,3 @@ def test_confidences_that_are_nan(tiny, target):
     requests = tiny.make_requests([[1, 2]], max_new_tokens=9)
     with pytest.raises(NumericsError, match="confidence"):
         tiny.decode(target, drafter, requests, threshold=0.5)
-
-
-def test_threshold_needs_confidences(tiny, target):
-    requests = tiny.make_requests([[1, 2, 1, 2, 1]], max_new_tokens=40)
-    with pytest.raises(CompatibilityError, match="no confidence head"):
-        tiny.decode(target, tiny.ngram(target), requests, threshold=0.5)

@@ -175,6 +175,28 @@ def test_a_drafter_that_knows_some_tokens_and_one_that_wastes_a_slot(tiny, small
     assert drafted > sum(output.stats.accepted for kind in outputs for output in kind) > 0
 
 
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_confidence_from_the_margin_of_the_raw_logits(tiny, small, verifier):
+    drafter = tiny.HeadlessDrafter(VOCAB)
+    outputs = sampled(small, drafter, verifier=verifier, threshold=0.6)
+    assert max(deviations(small, outputs)) < EXACT
+    trimmed(outputs)
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_prompt_lookup_trimmed_by_its_own_confidence(tiny, small, verifier):
+    outputs = sampled(small, tiny.ngram(small), verifier=verifier, threshold=0.4)
+    assert max(deviations(small, outputs)) < EXACT
+    trimmed(outputs)
+
+
+def trimmed(outputs):
+    """Some drafts were not verified, and of the others some were kept."""
+    stats = [output.stats for kind in outputs for output in kind]
+    accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
+    assert 0.1 * verified < accepted < verified < 0.95 * sum(s.drafted for s in stats)
+
+
 def test_coupled_follows_the_law_too(tiny, small):
     outputs = sampled(small, tiny.MarkovDrafter(VOCAB), verifier="coupled", per_kind=800)
     assert max(deviations(small, outputs)) < EXACT

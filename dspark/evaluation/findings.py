@@ -1,0 +1,123 @@
+"""What a check says about a pair of models: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dspark.errors import DSparkError
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+FEWEST_TOKENS = 24
+"""Tokens gained without which an accepted length or a speed says nothing."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know.
+
+    Attributes:
+        what: what was found, with its figures.
+        severity: `error` where the drafter does not work, `warning` where it may cost speed,
+            `note` for what is harmless.
+        remedy: what to do.
+    """
+
+    what: str
+    severity: Severity
+    remedy: str
+
+    @classmethod
+    def refusal(cls, error: DSparkError) -> Finding:
+        """An error of this package, parted into what is wrong and what to do."""
+        what, semicolon, remedy = str(error).rpartition("; ")
+        if not semicolon:
+            remedy = "Correct the drafter's config.json, or use a drafter made for this target."
+            return cls(str(error), "error", remedy)
+        return cls(f"{what}.", "error", remedy[:1].upper() + remedy[1:])
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """The live prompts at one temperature, plain and with the drafter.
+
+    Attributes:
+        temperature: of sampling.
+        tokens: tokens gained in rounds with the drafter, all requests together.
+        accepted_length: tokens gained per round.
+        first_acceptance: share of first drafts kept; None where none was verified.
+        tokens_per_s: with the drafter, end to end.
+        plain_tokens_per_s: of an engine without it, same requests.
+    """
+
+    temperature: float
+    tokens: int
+    accepted_length: float
+    first_acceptance: float | None
+    tokens_per_s: float
+    plain_tokens_per_s: float
+
+    @property
+    def telling(self) -> bool:
+        """Whether it gained enough tokens to be judged by."""
+        return self.tokens >= FEWEST_TOKENS
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second over plain decoding's."""
+        return self.tokens_per_s / self.plain_tokens_per_s
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An alternative that was tried at temperature 0.
+
+    Attributes:
+        what: what was changed, as the rest of a sentence that begins "with".
+        remedy: how to make the change last.
+        tokens: tokens gained, all requests together.
+        accepted_length: tokens gained per round.
+        other_text: whether it decoded other text than the run it is compared with, so that part
+            of a gain may be the text's.
+    """
+
+    what: str
+    remedy: str
+    tokens: int
+    accepted_length: float
+    other_text: bool = False
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        findings: errors first.
+        runs: live runs, temperature 0 first; empty where none could be made.
+        trials: the alternatives tried.
+    """
+
+    findings: tuple[Finding, ...]
+    runs: tuple[LiveRun, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return self.count("error") == 0
+
+    @property
+    def expected_speedup(self) -> float | None:
+        """Measured tokens per second over plain decoding's, at temperature 0."""
+        return self.runs[0].speedup if self.runs else None
+
+    def count(self, severity: Severity) -> int:
+        """How many findings are of this severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+
+def by_severity(findings: list[Finding]) -> tuple[Finding, ...]:
+    """The findings, errors first, else in the order found."""
+    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))

@@ -1,0 +1,156 @@
+"""Short live runs: how much of a drafter is accepted, and how fast that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from dspark.attention.slots import CacheShape, SlotCache
+from dspark.data.conversations import Prompt
+from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
+from dspark.engine.model import Model
+from dspark.evaluation.findings import LiveRun
+from dspark.request import Request, Stats, merge_stats
+
+REPEATS = 3
+TokenIds = tuple[int, ...]
+
+
+@dataclass
+class Witness:
+    """A drafter that reads the layers it is told to, and is watched while it drafts.
+
+    Implements `drafters.base.Drafter`.
+
+    Attributes:
+        drafter: who drafts, bound to the target.
+        taps: the layers to feed it with; its own, or an alternative.
+        beliefs: per round, the largest probability of each first draft's own law [R], raw logits.
+    """
+
+    drafter: Drafter
+    taps: tuple[int, ...]
+    beliefs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def block_size(self) -> int:
+        """The drafter's own."""
+        return self.drafter.block_size
+
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]:
+        """The drafter's own."""
+        return self.drafter.context_shapes
+
+    def bind(self, parts: BorrowedParts) -> None:
+        """Bind the drafter."""
+        self.drafter.bind(parts)
+
+    def observe(
+        self,
+        context: SlotCache,
+        slots_T: Tensor,
+        positions_T: Tensor,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
+    ) -> None:
+        """Hand the features on."""
+        self.drafter.observe(context, slots_T, positions_T, features_TF, next_tokens_T)
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """Draft as the drafter does, taking note of its first law; confidences are left out."""
+
+        def watched(step: int, logits_RV: Tensor) -> Tensor:
+            if step == 0:
+                self.beliefs.append(logits_RV.double().softmax(dim=1).amax(dim=1))
+            return draw(step, logits_RV)
+
+        return self.drafter.propose(context, replace(batch, confidences=False), watched)
+
+    @property
+    def belief(self) -> float | None:
+        """The mean of `beliefs`: the share of first drafts that ought to stay at temperature 0."""
+        values = [value for row in self.beliefs for value in row.tolist()]
+        return sum(values) / len(values) if values else None
+
+
+def render(model: Model, prompts: Sequence[Prompt]) -> list[TokenIds]:
+    """Token ids of prompts: messages by the chat template where there is one, texts as they are.
+
+    Raises:
+        RequestError: the chat template refuses a prompt, or is missing for a dialogue.
+    """
+    return [
+        model.encode(p.text, raw=True)
+        if p.messages is None
+        else model.encode(p.messages if len(p.messages) > 1 else p.text, raw=False)
+        for p in prompts
+    ]
+
+
+def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[TokenIds]]:
+    """The same prompts as a drafter may have been trained on them: raw, or in a thinking mode.
+
+    Renderings that give the same tokens as `render` are left out.
+    """
+    tokenizer = model.target.tokenizer
+    found: dict[str, list[TokenIds]] = {"raw prompts": [model.encode(p.text) for p in prompts]}
+    if "enable_thinking" in (tokenizer.chat_template or ""):
+        for thinking in (True, False):
+            found[f"enable_thinking={thinking}"] = [
+                tuple(
+                    tokenizer.apply_chat_template(
+                        [dict(message) for message in p.messages],
+                        tokenize=True,
+                        add_generation_prompt=True,
+                        return_dict=True,
+                        enable_thinking=thinking,
+                    )["input_ids"]
+                )
+                if p.messages
+                else model.encode(p.text)
+                for p in prompts
+            ]
+    usual = render(model, prompts)
+    return {name: rendered for name, rendered in found.items() if rendered != usual}
+
+
+def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Stats:
+    """Decode all requests at once with the drafter, and count."""
+    engine = Model(model.target, drafter).engine(requests, batch_size=len(requests))
+    return merge_stats(engine.run(requests))
+
+
+def race(
+    model: Model, requests: Sequence[Request], *, temperature: float, batch_size: int
+) -> LiveRun:
+    """Decode plainly and with the drafter in turn; each counts its fastest of `REPEATS` runs.
+
+    Args:
+        model: a target with a drafter.
+        requests: what to decode; their temperature is replaced.
+        temperature: of all requests.
+        batch_size: requests at once.
+    """
+    warm = [Request(r.prompt_ids, replace(r.params, temperature=temperature)) for r in requests]
+    plain, ours, stats = 0.0, 0.0, Stats()
+    for _ in range(REPEATS):
+        speed, _ = _tokens_per_s(Model(model.target), warm, batch_size)
+        plain = max(plain, speed)
+        speed, stats = _tokens_per_s(model, warm, batch_size)
+        ours = max(ours, speed)
+    first = stats.conditional_acceptance[0] if stats.offered else None
+    return LiveRun(temperature, stats.tokens, stats.accepted_length, first, ours, plain)
+
+
+def _tokens_per_s(
+    model: Model, requests: Sequence[Request], batch_size: int
+) -> tuple[float, Stats]:
+    engine = model.engine(requests, batch_size=batch_size)
+    started = time.perf_counter()
+    outputs = engine.run(requests)
+    seconds = time.perf_counter() - started
+    return sum(len(output.token_ids) for output in outputs) / seconds, merge_stats(outputs)
