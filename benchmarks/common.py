@@ -31,8 +31,13 @@ Decoder = Callable[[Request], Output]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every measurement."""
+    """Options of every measurement of a pair."""
     parser.add_argument("--model", default="bundled", help="target directory, drafter attached")
+    add_machine_options(parser)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every measurement."""
     parser.add_argument("--dtype", choices=DTYPES, help="default: what the measurement is about")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="names prompts and randomness")

@@ -85,7 +85,6 @@ class Engine:
         schedule: Schedule | None = None,
         block_size: int | None = None,
     ) -> None:
-        self.target = target
         _check_sizes(verifier, max_requests, max_length)
         self.target = target
         self.schedule = schedule or Schedule()
