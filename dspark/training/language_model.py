@@ -4,72 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dspark.data.corpus import Conversation, read_source
-from dspark.data.tokenizer import END, TEXT_END, train_tokenizer
+from dspark.data.corpus import Conversation
+from dspark.data.tokenizer import END, train_tokenizer
 from dspark.errors import RecipeError
-from dspark.training.recipe import CorpusSettings, Source, TargetRecipe
+from dspark.training.recipe import TargetRecipe
+from dspark.training.token_stream import (
+    LEARN,
+    READ,
+    TokenStream,
+    corpus_conversations,
+    corpus_documents,
+    source_conversations,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def corpus_conversations(corpus: CorpusSettings) -> Iterator[Conversation]:
-    """Yield the training conversations of every source, each `repeat` times."""
-    for source in corpus.sources:
-        for _ in range(source.repeat):
-            yield from _source_conversations(corpus, source)
-
-
-def _source_conversations(corpus: CorpusSettings, source: Source) -> Iterator[Conversation]:
-    path = None if source.path is None else Path(corpus.root) / source.path
-    return read_source(source.format, path)
-
-
-def encode_conversations(tokenizer: Any, conversations: list[Conversation]) -> list[np.ndarray]:
-    """Render each conversation by the chat template and encode it; an array of ids each."""
-    texts = [tokenizer.apply_chat_template(list(c), tokenize=False) for c in conversations]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    end = tokenizer.convert_tokens_to_ids(TEXT_END)
-    return [np.asarray([*ids, end], dtype=np.uint16) for ids in encoded]
-
-
-class TokenStream:
-    """Conversations, shuffled anew each epoch, joined and cut into rows.
-
-    Row r of step s is a function of (seed, s, r) alone.
-    """
-
-    def __init__(self, documents: list[np.ndarray], row_tokens: int, seed: int) -> None:
-        self.documents = documents
-        self.row_tokens = row_tokens
-        self.seed = seed
-        self.rows_per_epoch = sum(len(d) for d in documents) // row_tokens
-        self._epoch = -1
-        self._tokens = np.empty(0, dtype=np.uint16)
-
-    def rows(self, first: int, count: int) -> Tensor:
-        """Rows `first`..`first + count - 1` of the endless stream, int64 [count, row_tokens]."""
-        found = [self._row(first + i) for i in range(count)]
-        return torch.from_numpy(np.stack(found).astype(np.int64))
-
-    def _row(self, index: int) -> np.ndarray:
-        epoch, within = divmod(index, self.rows_per_epoch)
-        if epoch != self._epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
-            self._tokens = np.concatenate([self.documents[i] for i in order])
-            self._epoch = epoch
-        start = within * self.row_tokens
-        return self._tokens[start : start + self.row_tokens]
 
 
 class LanguageModelObjective:
@@ -79,8 +36,7 @@ class LanguageModelObjective:
         self.recipe = recipe
         self.device = device
         self.tokenizer = prepare_tokenizer(recipe)
-        conversations = list(corpus_conversations(recipe.corpus))
-        documents = encode_conversations(self.tokenizer, conversations)
+        documents = corpus_documents(recipe.corpus, self.tokenizer)
         self.stream = TokenStream(documents, recipe.run.row_tokens, recipe.run.seed)
         torch.manual_seed(recipe.run.seed)
         config = _config(recipe, self.tokenizer)
@@ -96,18 +52,19 @@ class LanguageModelObjective:
         self._loss = torch.compile(self._row_loss) if recipe.run.compile else self._row_loss
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats of this part's rows."""
+        """Loss per token, in nats, of this part's rows: see `stream_loss`."""
         run = self.recipe.run
         share = run.rows // parts
-        rows = self.stream.rows(step * run.rows + part * share, share).to(self.device)
-        self.tokens_seen += rows.numel()
-        loss = self._loss(rows)
+        ids, parts_BS = self.stream.rows(step * run.rows + part * share, share)
+        self.tokens_seen += ids.numel()
+        loss = self._loss(ids.to(self.device), parts_BS.to(self.device))
         return loss, {"epoch": step * run.rows / self.stream.rows_per_epoch}
 
-    def _row_loss(self, ids_BS: Tensor) -> Tensor:
+    def _row_loss(self, ids_BS: Tensor, parts_BS: Tensor) -> Tensor:
         hidden = self.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden[:, :-1].flatten(0, 1)).float()
-        return F.cross_entropy(logits, ids_BS[:, 1:].flatten())
+        weight = self.recipe.corpus.unlearn_weight
+        return stream_loss(logits, ids_BS[:, 1:].flatten(), parts_BS[:, 1:].flatten(), weight)
 
     def export(self, directory: Path) -> None:
         """Write the model in bf16, its tokenizer, and held-out bits per byte per domain."""
@@ -116,11 +73,31 @@ class LanguageModelObjective:
         self.tokenizer.save_pretrained(directory)
         report = {
             domain: heldout_bits_per_byte(
-                self.model, self.tokenizer, list(_source_conversations(self.recipe.corpus, source))
+                self.model, self.tokenizer, list(source_conversations(self.recipe.corpus, source))
             )
             for domain, source in self.recipe.corpus.heldout.items()
         }
         (directory / "heldout.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def stream_loss(
+    logits_NV: Tensor, labels_N: Tensor, parts_N: Tensor, unlearn_weight: float
+) -> Tensor:
+    """-log p of learned tokens and -weight log(1 - p) of unlearned ones, over all N tokens.
+
+    Divided by N whatever the parts, so that the loss of several batches is the mean of theirs.
+
+    Args:
+        logits_NV: of the tokens' predictions.
+        labels_N: the tokens.
+        parts_N: LEARN, READ or UNLEARN.
+        unlearn_weight: see above.
+    """
+    nats_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+    # In a loop p is nearly 1: the small number keeps the gradient finite.
+    unlearned_N = -torch.log(1 - torch.exp(-nats_N) + 1e-5)
+    wanted_N = torch.where(parts_N == LEARN, nats_N, unlearn_weight * unlearned_N)
+    return torch.where(parts_N == READ, 0.0, wanted_N).mean()
 
 
 def prepare_tokenizer(recipe: TargetRecipe) -> Any:

@@ -25,6 +25,12 @@ class Source(_Settings):
     format: SourceFormat = Field("messages", description="how records become conversations")
     path: str | None = Field(None, description="JSON-lines file, relative to `root`")
     repeat: int = Field(1, ge=1, description="times it is seen per epoch")
+    unlearn_repeats: int = Field(
+        0,
+        ge=0,
+        description="for a model's own answers: instead of learning them, make tokens unlikely "
+        "that repeat a row of so many tokens of the answer; 0 learns them",
+    )
 
 
 class CorpusSettings(_Settings):
@@ -32,6 +38,7 @@ class CorpusSettings(_Settings):
 
     root: str = Field(".", description="folder that the sources' paths are relative to")
     sources: tuple[Source, ...] = Field(min_length=1)
+    unlearn_weight: float = Field(1.0, gt=0, description="of unlearned tokens in the loss")
     heldout: dict[str, Source] = Field(
         default_factory=dict, description="domain -> source, for held-out bits per byte"
     )
