@@ -84,12 +84,14 @@ class Proposal:
         confidence_logits_RK: logits of c_k, at least fp32, before any calibration, known before
             draft k is drawn. None when the drafter has no estimate of its own: the engine then
             takes the margin of its raw logits.
+        are_margins: whether the engine did so; a margin orders drafts but is no log-odds.
         lengths: how many of the drawn tokens each request really proposes; None means all
             `num_drafts`. Draws past a request's length are to be ignored, and no draw happens
             past the largest length.
     """
 
     confidence_logits_RK: Tensor | None = None
+    are_margins: bool = False
     lengths: tuple[int, ...] | None = None
 
 

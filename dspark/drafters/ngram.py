@@ -108,7 +108,7 @@ class NgramDrafter:
             ],
             dtype=torch.float32,
         )
-        return Proposal(confidences_R[:, None].expand(-1, max(lengths, default=0)), lengths)
+        return Proposal(confidences_R[:, None].expand(-1, max(lengths, default=0)), lengths=lengths)
 
     def lookup(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` tokens proposed after `tokens`; empty without a match.

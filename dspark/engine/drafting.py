@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -12,7 +13,7 @@ from torch.nn.functional import pad
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
 from dspark.drafters.heads import at_least_fp32
-from dspark.engine.schedule import Schedule
+from dspark.engine.record import FloatArray
 from dspark.engine.sequence import ActiveRequest
 from dspark.engine.state import RoundState
 from dspark.errors import NumericsError
@@ -87,12 +88,15 @@ class Drafts:
         laws_RKV: the laws they were drawn from; None when all requests are greedy, or K is 0.
         tokens: per request, the draft tokens that are verified.
         proposed: per request, how many drafts it was offered.
+        confidence_logits_RK: of all that was drawn, before calibration, if anyone reads them;
+            NaN in the rows of requests without a context.
     """
 
     tokens_RK: Tensor
     laws_RKV: Tensor | None
     tokens: tuple[tuple[int, ...], ...]
     proposed: tuple[int, ...]
+    confidence_logits_RK: FloatArray | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -148,12 +152,16 @@ def propose(
     except NumericsError as error:
         raise NumericsError(f"The drafter failed: {error}") from error
     if confidences and drawing.tokens and proposal.confidence_logits_RK is None:
-        proposal = replace(proposal, confidence_logits_RK=drawing.margins())
+        proposal = replace(proposal, confidence_logits_RK=drawing.margins(), are_margins=True)
     return drawing, proposal
 
 
 def choose(
-    drawing: Drawing, proposal: Proposal, limits: Sequence[int], schedule: Schedule
+    drawing: Drawing,
+    proposal: Proposal,
+    limits: Sequence[int],
+    wanted: Sequence[int],
+    confidence_logits_DK: FloatArray | None = None,
 ) -> Drafts:
     """Keep what the schedule wants verified.
 
@@ -161,13 +169,13 @@ def choose(
         drawing: the tokens drawn for the first D requests.
         proposal: what the drafter says about them.
         limits: most drafts of each of the R requests; 0 behind the first D.
-        schedule: decides the lengths.
+        wanted: what the schedule would verify of each of the D requests.
+        confidence_logits_DK: of what was drawn, to be remembered.
     """
     drawn = len(drawing.tokens)
     num_drafted, num_requests = len(drawing.state.rounds), len(limits)
     if drawn == 0:
         return Drafts.none(num_requests, drawing.state.laws.seeds_R.device)
-    wanted = schedule.lengths(proposal, num_drafted, drawn)
     offered = proposal.lengths or (drawn,) * num_drafted
     proposed = [min(o, most) for o, most in zip(offered, limits, strict=False)]
     tokens_RK = torch.stack(drawing.tokens, dim=1)
@@ -177,7 +185,19 @@ def choose(
     ]
     laws_RKV = torch.stack(drawing.laws, dim=1) if drawing.laws else None
     joining = num_requests - num_drafted
+    logits_RK = confidence_logits_DK
     if joining:
         tokens_RK = pad(tokens_RK, (0, 0, 0, joining))
         laws_RKV = None if laws_RKV is None else pad(laws_RKV, (0, 0, 0, 0, 0, joining))
-    return Drafts(tokens_RK, laws_RKV, (*kept, *((),) * joining), (*proposed, *(0,) * joining))
+        if logits_RK is not None:
+            logits_RK = np.pad(logits_RK, ((0, joining), (0, 0)), constant_values=np.nan)
+    return Drafts(
+        tokens_RK, laws_RKV, (*kept, *((),) * joining), (*proposed, *(0,) * joining), logits_RK
+    )
+
+
+def confidence_array(proposal: Proposal) -> FloatArray | None:
+    """The proposal's confidence logits as numbers, [D, K] float64."""
+    if proposal.confidence_logits_RK is None:
+        return None
+    return proposal.confidence_logits_RK.double().cpu().numpy()

@@ -11,8 +11,11 @@ import torch
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import Drafter
+from dspark.engine.context import DraftContext
+from dspark.engine.record import Watch
 from dspark.engine.round import RoundTimes, Speculator, play
 from dspark.engine.schedule import Schedule
+from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import ActiveRequest, Event, Piece
 from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
@@ -69,6 +72,7 @@ class Engine:
         verifier: token, block or coupled.
         schedule: how many drafts are verified, all by default; `off` leaves the drafter out.
         block_size: drafts per round, at most the drafter's own, which is the default.
+        watch: is told about every round in which a drafter takes part.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -84,6 +88,7 @@ class Engine:
         verifier: Verifier = "block",
         schedule: Schedule | None = None,
         block_size: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
         _check_sizes(verifier, max_requests, max_length)
         self.target = target
@@ -105,7 +110,12 @@ class Engine:
         if self.drafter is not None:
             shapes = self.drafter.context_shapes
             context = SlotCache(shapes, max_requests, capacity, target.dtype, target.device)
-            self._speculator = Speculator(self.drafter, context, self.schedule)
+            self._speculator = Speculator(
+                self.drafter,
+                DraftContext(self.drafter, context),
+                Scheduler(self.schedule),
+                watch,
+            )
 
     @property
     def has_work(self) -> bool:
@@ -180,6 +190,8 @@ class Engine:
 
     def _release(self, active: ActiveRequest) -> None:
         if active.slot >= 0:
+            if self._speculator is not None:
+                self._speculator.context.forget(active.slot)
             heapq.heappush(self._free, active.slot)
             active.slot = -1
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import Drafter
-from dspark.engine.drafting import Drafts, choose, draft_limits, propose
+from dspark.engine.context import DraftContext
+from dspark.engine.drafting import Drafts, choose, confidence_array, draft_limits, propose
 from dspark.engine.judging import Verdict, verify
-from dspark.engine.schedule import Schedule
+from dspark.engine.record import RoundRecord, Watch
+from dspark.engine.scheduler import Offer, Scheduler
 from dspark.engine.sequence import ActiveRequest, Piece
 from dspark.engine.state import RoundState
 from dspark.targets.target import Target
@@ -27,11 +29,17 @@ from dspark.targets.target import Target
 
 @dataclass(frozen=True)
 class Speculator:
-    """A drafter with its cache and the schedule that trims what it proposes."""
+    """A drafter with its context, the scheduler that trims what it proposes, and who watches."""
 
     drafter: Drafter
-    context: SlotCache
-    schedule: Schedule
+    context: DraftContext
+    scheduler: Scheduler
+    watch: Watch | None = None
+
+    @property
+    def reads_confidences(self) -> bool:
+        """Whether drafting must come up with confidences."""
+        return self.scheduler.reads_confidences or self.watch is not None
 
 
 @dataclass
@@ -78,6 +86,8 @@ def play(
     if speculator is not None and output.features_TF is not None:
         _observe(speculator, requests, batch, output.features_TF, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
+    if speculator is not None:
+        _learn(speculator, requests, drafts, verdict, times)
     return _commit(requests, verdict, drafts), times
 
 
@@ -87,25 +97,32 @@ def _draft(
     speculator: Speculator,
     times: RoundTimes,
 ) -> Drafts | None:
-    """Drafts of the requests that have a context; None where none can be of use."""
+    """Drafts of the requests that have a context; None where none can be of use, or pays."""
     started = time.perf_counter()
-    limits = draft_limits(requests, state.num_drafts)
+    scheduler = speculator.scheduler
+    limits = scheduler.limits(requests, draft_limits(requests, state.num_drafts))
     most = max(limits)
+    times.schedule_ms = (time.perf_counter() - started) * 1e3
     if most <= 0:
         return None
+    started = time.perf_counter()
     ready = [request for request in requests if request.cached > 0]
+    speculator.context.flush()
     drawing, proposal = propose(
         speculator.drafter,
-        speculator.context,
+        speculator.context.cache,
         ready,
         state.first(len(ready)),
         most,
-        confidences=speculator.schedule.reads_confidences,
+        confidences=speculator.reads_confidences,
     )
     decided = time.perf_counter()
-    drafts = choose(drawing, proposal, limits, speculator.schedule)
+    logits_DK = confidence_array(proposal)
+    offer = Offer(len(ready), len(drawing.tokens), logits_DK, proposal.are_margins)
+    wanted = scheduler.lengths(requests, limits, offer)
+    drafts = choose(drawing, proposal, limits, wanted, logits_DK)
     times.draft_ms = (decided - started) * 1e3
-    times.schedule_ms = (time.perf_counter() - decided) * 1e3
+    times.schedule_ms += (time.perf_counter() - decided) * 1e3
     return drafts
 
 
@@ -135,7 +152,7 @@ def _observe(
     drafts: Drafts,
     verdict: Verdict,
 ) -> None:
-    """Give the drafter the features of the rows that stay: all but the rejected drafts.
+    """Keep for the drafter the features of the rows that stay: all but the rejected drafts.
 
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
@@ -153,7 +170,36 @@ def _observe(
         following += request.tokens[request.cached + 1 :]
         following += committed
     next_tokens_T = torch.tensor(following, device=slots_T.device)
-    speculator.drafter.observe(speculator.context, slots_T, positions_T, features_TF, next_tokens_T)
+    speculator.context.hold(slots_T, positions_T, features_TF, next_tokens_T)
+
+
+def _learn(
+    speculator: Speculator,
+    requests: Sequence[ActiveRequest],
+    drafts: Drafts,
+    verdict: Verdict,
+    times: RoundTimes,
+) -> None:
+    """Tell the scheduler, and who watches, how the round went."""
+    survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted)
+    if speculator.watch is None:
+        return
+    offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)
+    speculator.watch(
+        RoundRecord(
+            request_ids=tuple(request.request_id for request in requests),
+            greedy=tuple(request.request.params.temperature == 0 for request in requests),
+            drafts=tuple(tuple(row[:count]) for row, count in offered),
+            confidence_logits_RK=drafts.confidence_logits_RK,
+            survival_RK=survival_RK,
+            lengths=drafts.lengths,
+            accepted=tuple(verdict.accepted),
+            committed=tuple(map(tuple, verdict.committed)),
+            draft_ms=times.draft_ms,
+            schedule_ms=times.schedule_ms,
+            verify_ms=times.verify_ms,
+        )
+    )
 
 
 def _commit(

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dspark.drafters.base import Proposal
 from dspark.errors import UsageError
-from dspark.scheduling.prefix import fixed_lengths, threshold_lengths
-from dspark.scheduling.survival import confidence
 
 ScheduleName = Literal["off", "fixed", "threshold"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
@@ -39,16 +36,3 @@ class Schedule:
             raise UsageError("Give a threshold with the schedule 'threshold', and only with it.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"The threshold is {self.threshold}, but must be between 0 and 1.")
-
-    @property
-    def reads_confidences(self) -> bool:
-        """Whether lengths hang on confidences, so that drafting must come up with them."""
-        return self.threshold is not None
-
-    def lengths(self, proposal: Proposal, num_requests: int, num_drafts: int) -> list[int]:
-        """Verification length of each request, before limits of its own."""
-        if self.threshold is None:
-            return list(map(int, fixed_lengths(num_requests, num_drafts)))
-        assert proposal.confidence_logits_RK is not None  # `drafting.propose` sees to it
-        confidence_RK = confidence(proposal.confidence_logits_RK.double().cpu().numpy())
-        return list(map(int, threshold_lengths(confidence_RK, self.threshold)))

@@ -33,9 +33,9 @@ def test_margin_is_that_of_the_raw_logits_whatever_the_processors(tiny, target, 
     margin_V = best_V2[:, 0] - best_V2[:, 1]
     seen, choose = [], round_module.choose
 
-    def watch(drawing, proposal, limits, schedule):
+    def watch(drawing, proposal, *rest):
         seen.append((torch.stack(drawing.tokens, dim=1), proposal.confidence_logits_RK))
-        return choose(drawing, proposal, limits, schedule)
+        return choose(drawing, proposal, *rest)
 
     monkeypatch.setattr(round_module, "choose", watch)
     requests = [Request((5, 9), params) for params in PROCESSORS]

@@ -39,9 +39,10 @@ def check_caches(engine, request, *, tolerance=1e-9):
     own = next_logits(target, engine._cache, request.slot, tokens, request.cached)
     torch.testing.assert_close(own, fresh, rtol=tolerance, atol=tolerance)
     speculator = engine._speculator
+    speculator.context.flush()
     expected = fresh_context(target, speculator.drafter, tokens, capacity)
     for layer in range(len(speculator.drafter.context_shapes)):
-        own_pair = speculator.context.view(layer, request.slot, request.cached)
+        own_pair = speculator.context.cache.view(layer, request.slot, request.cached)
         for mine, theirs in zip(own_pair, expected.view(layer, 0, request.cached), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -113,6 +114,7 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
         engine.add(Request(tokens, SamplingParams(20, temperature=1.0, seed=tokens[0])))
     for _ in range(4):
         engine.step()
+        engine._speculator.context.flush()
         for request in engine._running:
             assert seen[request.slot] == list(range(request.cached))
             assert following[request.slot] == request.tokens[1:]

@@ -1,0 +1,46 @@
+"""What one round did, for whoever watches: calibration, the live page, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of the R requests that took part in it, in its order.
+
+    Attributes:
+        request_ids: who took part.
+        greedy: whether each decodes at temperature 0.
+        drafts: the tokens that each was offered, verified or not.
+        confidence_logits_RK: raw logits of c_k, before any calibration; None where nothing was
+            drafted. NaN behind the requests that drafted (the others read their prompt).
+        survival_RK: the survivals that the lengths were decided from; None where none were.
+        lengths: how many of the drafts were verified.
+        accepted: how many of these stayed.
+        committed: the kept drafts and the token after them, before stop tokens and limits.
+        draft_ms: what drafting took.
+        schedule_ms: what deciding the lengths took.
+        verify_ms: what target forward and verification took.
+    """
+
+    request_ids: tuple[int, ...]
+    greedy: tuple[bool, ...]
+    drafts: tuple[tuple[int, ...], ...]
+    confidence_logits_RK: FloatArray | None
+    survival_RK: FloatArray | None
+    lengths: tuple[int, ...]
+    accepted: tuple[int, ...]
+    committed: tuple[tuple[int, ...], ...]
+    draft_ms: float
+    schedule_ms: float
+    verify_ms: float
+
+
+Watch = Callable[[RoundRecord], None]
