@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.engine.model import load
+from dspark.engine.loading import load
 from dspark.request import SamplingParams
 
 

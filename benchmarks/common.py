@@ -21,7 +21,9 @@ import dspark
 from dspark.drafters.base import Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
-from dspark.engine.model import BUNDLED, Model
+from dspark.engine.loading import BUNDLED
+from dspark.engine.model import Model
+from dspark.engine.profile import hardware_name
 from dspark.engine.schedule import SCHEDULES, Schedule
 from dspark.request import VERIFIERS, Output, Request, Stats, merge_stats
 from dspark.targets.target import Target
@@ -74,13 +76,8 @@ def load_pair(name: str, dtype: str) -> Model:
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:
     """Hardware, threads, dtype and versions."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
     return {
-        "cpu": cpu,
+        "cpu": hardware_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),

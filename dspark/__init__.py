@@ -13,7 +13,8 @@ from dspark.errors import DSparkError
 from dspark.request import Output, Request, SamplingParams, Stats
 
 if TYPE_CHECKING:
-    from dspark.engine.model import Model, load
+    from dspark.engine.loading import load
+    from dspark.engine.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["DSparkError", "Model", "Output", "Request", "SamplingParams", "Stats", "load"]
@@ -21,8 +22,12 @@ __all__ = ["DSparkError", "Model", "Output", "Request", "SamplingParams", "Stats
 
 def __getattr__(name: str) -> Any:
     """Import the engine, and torch with it, only when it is asked for."""
-    if name in ("Model", "load"):
-        from dspark.engine import model
+    if name == "Model":
+        from dspark.engine.model import Model
 
-        return getattr(model, name)
+        return Model
+    if name == "load":
+        from dspark.engine.loading import load
+
+        return load
     raise AttributeError(f"module 'dspark' has no attribute {name!r}")

@@ -9,7 +9,7 @@ import pytest
 import dspark
 from dspark.cli.main import main
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.engine.model import BUNDLED
+from dspark.engine.loading import BUNDLED
 from dspark.request import merge_stats
 
 ROOT = Path(__file__).parents[1]

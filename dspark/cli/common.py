@@ -121,7 +121,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
         CheckpointError, CompatibilityError, UsageError: as `dspark.load`.
     """
     with screen.log.status(f"Loading {options.target} ..."):
-        from dspark.engine.model import load
+        from dspark.engine.loading import load
 
         use_threads(options)
         return load(

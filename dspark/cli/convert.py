@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
     from dspark.drafters.target_tables import TargetTables
-    from dspark.engine.model import BUNDLED
+    from dspark.engine.loading import BUNDLED
 
     use_threads(options)
     with screen.log.status(f"Reading {options.source} ..."):

@@ -23,14 +23,15 @@ class EngineOptions:
 
     Attributes:
         verifier: token, block or coupled.
-        schedule: off, fixed or threshold.
+        schedule: off, fixed, threshold, prefix or lagged; None takes `lagged` where the pair is
+            calibrated and this machine profiled, else `fixed`.
         threshold: of the schedule `threshold`.
         block_size: drafts per round; None for the drafter's own.
         batch_size: requests at once.
     """
 
     verifier: str = "block"
-    schedule: str = "fixed"
+    schedule: str | None = None
     threshold: float | None = None
     block_size: int | None = None
     batch_size: int = 8
@@ -49,9 +50,7 @@ class EngineOptions:
     def plain_engine(self, model: Model, requests: Sequence[Request]) -> Engine:
         """The same target without any drafter, hooks or draft context."""
         plain = Model(model.target)
-        return replace(self, schedule="fixed", threshold=None, block_size=None).engine(
-            plain, requests
-        )
+        return replace(self, schedule=None, threshold=None, block_size=None).engine(plain, requests)
 
 
 @dataclass(frozen=True)

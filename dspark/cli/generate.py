@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dspark.engine.model import Model
     from dspark.engine.sequence import Piece
 
-SCHEDULE_NAMES = ("off", "fixed", "threshold")
+SCHEDULE_NAMES = ("off", "fixed", "threshold", "prefix", "lagged")
 EXAMPLE = """\
   dspark generate bundled --prompt "What does the command `tar` do?" --compare
   dspark generate ./target --draft ./drafter --prompts questions.jsonl --temperature 1 --json"""
@@ -74,7 +74,13 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "--verifier", choices=VERIFIER_NAMES, default="block", help="default: %(default)s"
     )
     group.add_argument(
-        "--schedule", choices=SCHEDULE_NAMES, help="which drafts are verified (default: fixed)"
+        "--schedule",
+        choices=SCHEDULE_NAMES,
+        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
+        "machine profiled, else fixed)",
+    )
+    group.add_argument(
+        "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
     )
     group.add_argument(
         "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
@@ -104,7 +110,10 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     engine_options = _engine_options(options, model)
     requests = _requests(model, prompts, params, raw=options.raw)
-    engine = engine_options.engine(model, requests)
+    if options.cost is not None:
+        model.use_costs(options.cost)
+    with screen.log.status("Measuring what steps cost on this machine, where that is needed ..."):
+        engine = engine_options.engine(model, requests)
     if options.compare:
         warm_up(engine, requests[0])
     decoded = _decode_and_show(engine, requests, prompts, screen)
@@ -122,16 +131,20 @@ def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
 
     if options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}, but must be at least 1.")
-    schedule = Schedule(options.schedule or "fixed", options.threshold)
-    idle = model.drafter is None or schedule.name == "off"
-    for name, given in (("--block-size", options.block_size), ("--schedule", options.schedule)):
+    Schedule(options.schedule or "fixed", options.threshold)  # refuses what does not go together
+    idle = model.drafter is None or options.schedule == "off"
+    for name, given in (
+        ("--block-size", options.block_size),
+        ("--schedule", options.schedule),
+        ("--cost", options.cost),
+    ):
         if idle and given not in (None, "off"):
             raise UsageError(
                 f"{name} is {given}, but nothing is drafted here; give a drafter with --draft."
             )
     return EngineOptions(
         verifier=options.verifier,
-        schedule=schedule.name,
+        schedule=options.schedule,
         threshold=options.threshold,
         block_size=options.block_size,
         batch_size=options.batch_size,

@@ -230,7 +230,7 @@ def _answer(
         asked.append(dialogue)
     if not requests:
         return 0
-    engine = model.engine(requests, batch_size=batch_size)
+    engine = model.engine(requests, batch_size=batch_size, schedule="fixed")
     numbers = {engine.add(r): d for r, d in zip(requests, asked, strict=True)}
     done = tokens = 0
     while engine.has_work:

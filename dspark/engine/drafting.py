@@ -90,6 +90,7 @@ class Drafts:
         proposed: per request, how many drafts it was offered.
         confidence_logits_RK: of all that was drawn, before calibration, if anyone reads them;
             NaN in the rows of requests without a context.
+        are_margins: whether these are margins of raw logits in place of log-odds.
     """
 
     tokens_RK: Tensor
@@ -97,6 +98,7 @@ class Drafts:
     tokens: tuple[tuple[int, ...], ...]
     proposed: tuple[int, ...]
     confidence_logits_RK: FloatArray | None = None
+    are_margins: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -192,7 +194,12 @@ def choose(
         if logits_RK is not None:
             logits_RK = np.pad(logits_RK, ((0, joining), (0, 0)), constant_values=np.nan)
     return Drafts(
-        tokens_RK, laws_RKV, (*kept, *((),) * joining), (*proposed, *(0,) * joining), logits_RK
+        tokens_RK,
+        laws_RKV,
+        (*kept, *((),) * joining),
+        (*proposed, *(0,) * joining),
+        logits_RK,
+        proposal.are_margins,
     )
 
 

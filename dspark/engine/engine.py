@@ -70,7 +70,8 @@ class Engine:
         max_requests: requests in a round at most; more wait in the queue.
         max_length: tokens of prompt and output together; the target's context by default.
         verifier: token, block or coupled.
-        schedule: how many drafts are verified, all by default; `off` leaves the drafter out.
+        schedule: how many drafts are verified, all by default; `off` leaves the drafter out. One
+            that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
         watch: is told about every round in which a drafter takes part.
 
@@ -86,13 +87,16 @@ class Engine:
         max_requests: int = 8,
         max_length: int | None = None,
         verifier: Verifier = "block",
-        schedule: Schedule | None = None,
+        schedule: Schedule | Scheduler | None = None,
         block_size: int | None = None,
         watch: Watch | None = None,
     ) -> None:
         _check_sizes(verifier, max_requests, max_length)
         self.target = target
-        self.schedule = schedule or Schedule()
+        given = schedule if isinstance(schedule, Scheduler) else None
+        self.schedule = (
+            schedule.schedule if isinstance(schedule, Scheduler) else schedule or Schedule()
+        )
         self.drafter = None if self.schedule.name == "off" else drafter
         self.verifier = verifier
         self.max_requests = max_requests
@@ -113,7 +117,7 @@ class Engine:
             self._speculator = Speculator(
                 self.drafter,
                 DraftContext(self.drafter, context),
-                Scheduler(self.schedule),
+                given or Scheduler(self.schedule, verifier, self.num_drafts),
                 watch,
             )
 
@@ -192,6 +196,7 @@ class Engine:
         if active.slot >= 0:
             if self._speculator is not None:
                 self._speculator.context.forget(active.slot)
+                self._speculator.scheduler.forget(active.request_id)
             heapq.heappush(self._free, active.slot)
             active.slot = -1
 

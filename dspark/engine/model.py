@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -9,82 +10,21 @@ from typing import Any, overload
 from jinja2 import TemplateError
 
 from dspark.drafters.base import Drafter
-from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
-from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
+from dspark.engine.profile import Progress, machine_key, measure_costs
+from dspark.engine.record import Watch
 from dspark.engine.schedule import Schedule, ScheduleName
+from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import Piece
-from dspark.errors import CheckpointError, RequestError, UsageError
+from dspark.errors import DataError, RequestError, UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
+from dspark.scheduling.calibration import temperature_class
+from dspark.scheduling.calibration_file import Calibration
+from dspark.scheduling.cost import CostTable
+from dspark.scheduling.machine import MachineKey
 from dspark.targets.target import Target
 
-BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "bundled"
 Messages = Sequence[Mapping[str, str]]
-
-
-def load(
-    target: str | Path,
-    draft: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-) -> Model:
-    """Load a target and its drafter.
-
-    Args:
-        target: a directory, a hub id, or "bundled".
-        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup; None
-            takes the drafter attached to the target's directory, or none where there is none.
-        device: auto, cpu, cuda, cuda:i or mps.
-        dtype: auto, float32, bfloat16 or float16.
-        revision: branch, tag or commit on the hub, for the target.
-        offline: use only what is on this machine.
-        trust_remote_code: run code that a checkpoint brings along.
-
-    Raises:
-        CheckpointError: a checkpoint is missing, incomplete or damaged.
-        CompatibilityError: the architecture is not supported, or drafter and target do not fit.
-    """
-    if target == "bundled":
-        target = BUNDLED
-        if not BUNDLED.is_dir():
-            raise CheckpointError(f"The bundled model is missing from {BUNDLED}; reinstall dspark.")
-    loaded = Target.load(
-        target,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
-    return Model(loaded, _load_draft(target, draft, loaded, revision, offline))
-
-
-def _load_draft(
-    source: str | Path,
-    draft: str | Path | None,
-    target: Target,
-    revision: str | None,
-    offline: bool,
-) -> Drafter | None:
-    if draft == "none":
-        return None
-    if draft == "ngram":
-        lookup = NgramDrafter()
-        lookup.bind(target.parts())
-        return lookup
-    if draft is None:
-        if not has_attached_drafter(source, revision=revision, offline=offline):
-            return None
-        draft = source
-    drafter = load_drafter(draft, revision=revision if draft == source else None, offline=offline)
-    drafter.to(target.device)
-    drafter.bind(target.parts(), num_target_layers=target.num_layers)
-    drafter.eval()
-    return drafter
 
 
 class Model:
@@ -93,11 +33,84 @@ class Model:
     Args:
         target: the model whose outputs are wanted.
         drafter: who proposes, bound to the target; None decodes plainly.
+        name: where the drafter came from; a cost table belongs to it.
+        directory: where the drafter lies, if it lies anywhere.
+        calibration: of the drafter's confidences.
+        costs: of this machine; by default those that `dspark profile` left in the user's cache.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        *,
+        name: str = "",
+        directory: Path | None = None,
+        calibration: Calibration | None = None,
+        costs: CostTable | None = None,
+    ) -> None:
         self.target = target
         self.drafter = drafter
+        self.name = name
+        self.directory = directory
+        self.calibration = calibration
+        self._costs = costs
+
+    @property
+    def machine(self) -> MachineKey:
+        """What a cost table of this pair, here and now, belongs to."""
+        return machine_key(self.target, self.name)
+
+    @property
+    def costs(self) -> CostTable | None:
+        """What steps cost on this machine, if it has been measured (`profile`).
+
+        Raises:
+            DataError: the table in the user's cache is damaged.
+        """
+        if self._costs is not None:
+            return self._costs
+        machine = self.machine
+        if self.drafter is None or not machine.path().is_file():
+            return None
+        return CostTable.load(machine=machine)
+
+    def use_costs(self, path: str | Path) -> None:
+        """Take the cost table of a file from now on.
+
+        Raises:
+            DataError: the file is missing or damaged.
+            CompatibilityError: it belongs to another machine, dtype, target or drafter.
+        """
+        self._costs = CostTable.load(path, self.machine)
+
+    def profile(
+        self,
+        *,
+        max_requests: int = 8,
+        block_size: int | None = None,
+        repeats: int = 5,
+        progress: Progress | None = None,
+    ) -> CostTable:
+        """Measure what steps cost on this machine, and use that from now on.
+
+        Raises:
+            UsageError: there is no drafter, or a size is not possible.
+        """
+        if self.drafter is None:
+            raise UsageError(
+                "A cost table needs a drafter, whose cost is half of it; give one with --draft."
+            )
+        self._costs = measure_costs(
+            self.target,
+            self.drafter,
+            self.machine,
+            max_requests=max_requests,
+            block_size=block_size,
+            repeats=repeats,
+            progress=progress,
+        )
+        return self._costs
 
     def engine(
         self,
@@ -105,11 +118,23 @@ class Model:
         *,
         batch_size: int = 8,
         verifier: Verifier = "block",
-        schedule: ScheduleName = "fixed",
+        schedule: ScheduleName | None = None,
         threshold: float | None = None,
         block_size: int | None = None,
+        watch: Watch | None = None,
     ) -> Engine:
         """An engine with room for these requests, `batch_size` of them at once.
+
+        Args:
+            requests: what is to be decoded.
+            batch_size: requests in a round at most.
+            verifier: token, block or coupled.
+            schedule: None takes `lagged` where the drafter is calibrated for these requests and
+                this machine is profiled, else `fixed`. A schedule that weighs costs on a machine
+                without a cost table measures one first.
+            threshold: of the schedule `threshold`.
+            block_size: drafts per round, at most the drafter's own, which is the default.
+            watch: is told about every round in which a drafter takes part.
 
         Raises:
             RequestError: there are no requests.
@@ -120,15 +145,43 @@ class Model:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
         longest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
+        at_once = min(batch_size, len(requests))
         return Engine(
             self.target,
             self.drafter,
-            max_requests=min(batch_size, len(requests)),
+            max_requests=at_once,
             max_length=longest,
             verifier=verifier,
-            schedule=Schedule(schedule, threshold),
+            schedule=self._scheduler(requests, schedule, threshold, verifier, block_size, at_once),
             block_size=block_size,
+            watch=watch,
         )
+
+    def _scheduler(
+        self,
+        requests: Sequence[Request],
+        name: ScheduleName | None,
+        threshold: float | None,
+        verifier: Verifier,
+        block_size: int | None,
+        at_once: int,
+    ) -> Schedule | Scheduler:
+        if self.drafter is None:
+            return Schedule(name or "fixed", threshold)
+        num_drafts = block_size or self.drafter.block_size
+        if name is None:
+            classes = {temperature_class(r.params.temperature) for r in requests}
+            known = self.calibration is not None and all(
+                self.calibration.has(num_drafts, verifier, c) for c in classes
+            )
+            name = "lagged" if known and self.costs is not None else "fixed"
+        schedule = Schedule(name, threshold)
+        costs = self.costs if schedule.weighs_costs else None
+        if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):
+            costs = self.profile(max_requests=at_once, block_size=block_size)
+            with contextlib.suppress(DataError):  # a cache that cannot be written is no obstacle
+                costs.save()
+        return Scheduler(schedule, verifier, num_drafts, self.calibration, costs)
 
     def encode(self, prompt: str | Messages, *, raw: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt.

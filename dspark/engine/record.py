@@ -21,6 +21,7 @@ class RoundRecord:
         drafts: the tokens that each was offered, verified or not.
         confidence_logits_RK: raw logits of c_k, before any calibration; None where nothing was
             drafted. NaN behind the requests that drafted (the others read their prompt).
+        are_margins: whether these are margins of the draft's raw logits in place of log-odds.
         survival_RK: the survivals that the lengths were decided from; None where none were.
         lengths: how many of the drafts were verified.
         accepted: how many of these stayed.
@@ -34,6 +35,7 @@ class RoundRecord:
     greedy: tuple[bool, ...]
     drafts: tuple[tuple[int, ...], ...]
     confidence_logits_RK: FloatArray | None
+    are_margins: bool
     survival_RK: FloatArray | None
     lengths: tuple[int, ...]
     accepted: tuple[int, ...]

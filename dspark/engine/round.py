@@ -191,6 +191,7 @@ def _learn(
             greedy=tuple(request.request.params.temperature == 0 for request in requests),
             drafts=tuple(tuple(row[:count]) for row, count in offered),
             confidence_logits_RK=drafts.confidence_logits_RK,
+            are_margins=drafts.are_margins,
             survival_RK=survival_RK,
             lengths=drafts.lengths,
             accepted=tuple(verdict.accepted),

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from dspark.errors import UsageError
 
-ScheduleName = Literal["off", "fixed", "threshold"]
+ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
@@ -17,7 +17,8 @@ class Schedule:
 
     Attributes:
         name: `off` drafts nothing, `fixed` verifies every draft, `threshold` the longest prefix
-            whose confidences all reach `threshold`.
+            whose confidences all reach `threshold`; `prefix` (Algorithm 1) and `lagged` weigh
+            survivals against the cost of a step, and may draft nothing for a while.
         threshold: for `threshold`, between 0 and 1.
 
     Raises:
@@ -36,3 +37,13 @@ class Schedule:
             raise UsageError("Give a threshold with the schedule 'threshold', and only with it.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"The threshold is {self.threshold}, but must be between 0 and 1.")
+
+    @property
+    def weighs_costs(self) -> bool:
+        """Whether it needs a cost table."""
+        return self.name in ("prefix", "lagged")
+
+    @property
+    def reads_confidences(self) -> bool:
+        """Whether lengths hang on confidences, so that drafting must come up with them."""
+        return self.weighs_costs or self.threshold is not None

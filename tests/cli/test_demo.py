@@ -7,7 +7,7 @@ from rich.console import Console
 from dspark.cli import replay as replay_module
 from dspark.cli.decoding import Decoded, run_report
 from dspark.cli.replay import Side, replay
-from dspark.engine import model as model_module
+from dspark.engine import loading
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Stats
 
@@ -33,7 +33,7 @@ KEYS = {
 
 @pytest.fixture
 def bundled(pair, monkeypatch):
-    monkeypatch.setattr(model_module, "BUNDLED", pair.attached)
+    monkeypatch.setattr(loading, "BUNDLED", pair.attached)
     # The byte-level tokenizer of the test spells prompts out; the context is to hold them.
     from dspark.cli import demo
 
@@ -70,11 +70,11 @@ def test_one_domain_sampled(dspark, bundled):
 
 
 def test_without_a_bundled_model_or_its_drafter(dspark, pair, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_module, "BUNDLED", tmp_path / "absent")
+    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
     missing = dspark("demo")
     assert missing.status == 1
     assert "The bundled model is missing" in missing.err
-    monkeypatch.setattr(model_module, "BUNDLED", pair.target)
+    monkeypatch.setattr(loading, "BUNDLED", pair.target)
     bare = dspark("demo")
     assert bare.status == 1
     assert "has no drafter attached" in bare.err

@@ -21,9 +21,13 @@ from dspark.drafters.base import Proposal
 from dspark.engine.drafting import Drawing
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
+from dspark.engine.scheduler import Scheduler
 from dspark.engine.state import RoundState
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
+from dspark.scheduling.calibration_file import Calibration
+from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.machine import MachineKey
 
 VOCAB, TOKENS, PER_KIND = 6, 3, 1000
 EXACT, BIASED = 4.0, 6.0  # standard deviations
@@ -106,9 +110,12 @@ def deviation(counts: Counter, law: dict) -> float:
     return ((statistic / degrees) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
 
 
-def sampled(target, drafter, *, kinds=KINDS, threshold=None, per_kind=PER_KIND, **options):
+def sampled(
+    target, drafter, *, kinds=KINDS, threshold=None, schedule=None, per_kind=PER_KIND, **options
+):
     """Outputs of many requests of every kind, decoded 192 at a time, joining and leaving."""
-    schedule = None if threshold is None else Schedule("threshold", threshold)
+    if threshold is not None:
+        schedule = Schedule("threshold", threshold)
     engine = Engine(target, drafter, max_requests=192, max_length=16, schedule=schedule, **options)
     requests = [
         Request(prompt, SamplingParams(5 + i % 4, seed=1000 * i + kind, **params))
@@ -153,6 +160,28 @@ def test_a_dspark_drafter_and_the_joint_law_of_neighbours(tiny, small):
     pairs = {(a, b): second[a] * second[b] for a, b in product(range(VOCAB), repeat=2)}
     tokens = [output.token_ids[1] for output in outputs[0]]
     assert deviation(Counter(pairwise(tokens)), pairs) < EXACT
+
+
+def jagged_costs():
+    """Steps in stairs of 96 tokens, so that budgets hang on confidences of many requests."""
+    points = tuple(
+        CostPoint(tokens, requests, 4.0 + 3.0 * (tokens // 96), 0.5)
+        for requests in (1, 8, 32, 96, 192)
+        for tokens in sorted({requests, *range(max(requests, 24), 8 * requests + 1, 24)})
+    )
+    return CostTable(points, MachineKey("test", 1, "float32", "tiny", "tiny"))
+
+
+@pytest.mark.parametrize("name", ["prefix", "lagged"])
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_lengths_weighed_against_costs_leave_the_law(tiny, small, verifier, name):
+    drafter = tiny.MarkovDrafter(VOCAB)
+    schedule = Scheduler(
+        Schedule(name), verifier, drafter.block_size, Calibration(), jagged_costs()
+    )
+    outputs = sampled(small, drafter, verifier=verifier, schedule=schedule)
+    assert max(deviations(small, outputs)) < EXACT
+    trimmed(outputs)
 
 
 @pytest.mark.parametrize("name", ["eagle3", "mtp"])

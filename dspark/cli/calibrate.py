@@ -1,0 +1,149 @@
+"""`dspark calibrate`: fits a drafter's confidences to what becomes of its drafts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from dspark.cli.common import (
+    VERIFIER_NAMES,
+    Commands,
+    Screen,
+    add_common_options,
+    add_loading_options,
+    load_model,
+    new_parser,
+)
+from dspark.cli.prompts import add_prompt_options, read_prompt_texts
+from dspark.errors import UsageError
+from dspark.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from dspark.engine.model import Model
+    from dspark.scheduling.calibration_file import CalibrationEntry
+
+EXAMPLE = """\
+  dspark calibrate bundled --prompts questions.jsonl --temperature 1 --out calibration.json
+  dspark calibrate ./target --draft ./drafter --prompts questions.jsonl --verifier token"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `calibrate`."""
+    summary = "fit a drafter's confidences to what becomes of its drafts"
+    parser = new_parser(commands, "calibrate", summary, EXAMPLE)
+    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument(
+        "--draft",
+        metavar="D",
+        help="a drafter's directory or hub id; by default the drafter attached to TARGET",
+    )
+    add_prompt_options(parser)
+    group = parser.add_argument_group("rounds")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
+    group.add_argument(
+        "--verifier", choices=VERIFIER_NAMES, default="block", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=16, metavar="R", help="requests at once (default: 16)"
+    )
+    group.add_argument(
+        "--rounds", type=int, metavar="N", help="stop after so many (default: all prompts)"
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a file that other entries stay in (default: calibration.json beside the drafter)",
+    )
+    add_loading_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
+    for name in ("batch_size", "max_new_tokens", "rounds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is {value}, but must be at least 1.")
+    params = SamplingParams(
+        options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
+    )
+    prompts = read_prompt_texts(options)
+    model = load_model(options, options.draft, screen)
+    from dspark.evaluation.calibration import halves, record_rounds
+    from dspark.scheduling.calibration import temperature_class
+    from dspark.scheduling.calibration_file import Calibration, calibrate
+
+    path = _out(options, model)
+    known = Calibration.load(path) if path.is_file() else Calibration()
+    requests = [
+        Request(prompt.encode(model, raw=options.raw), params.with_seed(params.seed + i))
+        for i, prompt in enumerate(prompts)
+    ]
+    with screen.log.status("Recording rounds ...") as status:
+        rounds = record_rounds(
+            model,
+            requests,
+            verifier=options.verifier,
+            block_size=options.block_size,
+            batch_size=options.batch_size,
+            most=options.rounds,
+            progress=lambda n: status.update(f"Recording rounds ... {n}"),
+        )
+    fitted, held_out = halves(rounds)
+    entry = calibrate(fitted, options.verifier, temperature_class(options.temperature), held_out)
+    known.with_entry(entry).save(path)
+    _show(entry, screen)
+    screen.out.print(f"Written to {path}.", soft_wrap=True)
+    return {
+        "temperatures": list(entry.scaling.temperatures),
+        "ece_before": [r.ece for r in entry.before],
+        "ece_after": [r.ece for r in entry.after],
+        "auc": [r.auc for r in entry.after],
+        "brier_before": [r.brier for r in entry.before],
+        "brier_after": [r.brier for r in entry.after],
+        "rounds": len(rounds.accepted_N),
+        "block_size": entry.block_size,
+        "verifier": entry.verifier,
+        "temperature_class": entry.temperature_class,
+        "out": str(path),
+    }
+
+
+def _out(options: argparse.Namespace, model: Model) -> Path:
+    from dspark.scheduling.calibration_file import FILE_NAME
+
+    if options.out is not None:
+        return Path(options.out)
+    if model.directory is None:
+        raise UsageError("There is no drafter's directory to write to; give a file with --out.")
+    return model.directory / FILE_NAME
+
+
+def _show(entry: CalibrationEntry, screen: Screen) -> None:
+    table = Table("position", "temperature", box=None, pad_edge=False)
+    for name in ("ECE before", "after", "AUC", "Brier before", "after"):
+        table.add_column(name, justify="right")
+    rows = zip(entry.scaling.temperatures, entry.before, entry.after, strict=True)
+    for k, (temperature, before, after) in enumerate(rows, start=1):
+        table.add_row(
+            str(k),
+            f"{temperature:.2f}",
+            f"{100 * before.ece:.1f} %",
+            f"{100 * after.ece:.1f} %",
+            "-" if after.auc is None else f"{after.auc:.3f}",
+            f"{before.brier:.3f}",
+            f"{after.brier:.3f}",
+        )
+    screen.out.print(table)

@@ -1,0 +1,84 @@
+"""Load a target and the drafter that belongs to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
+from dspark.drafters.files import resolve
+from dspark.drafters.ngram import NgramDrafter
+from dspark.engine.model import Model
+from dspark.errors import CheckpointError
+from dspark.scheduling.calibration_file import FILE_NAME, Calibration
+from dspark.targets.target import Target
+
+BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "bundled"
+
+
+def load(
+    target: str | Path,
+    draft: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a target and its drafter.
+
+    Args:
+        target: a directory, a hub id, or "bundled".
+        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup; None
+            takes the drafter attached to the target's directory, or none where there is none.
+        device: auto, cpu, cuda, cuda:i or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        revision: branch, tag or commit on the hub, for the target.
+        offline: use only what is on this machine.
+        trust_remote_code: run code that a checkpoint brings along.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, incomplete or damaged.
+        CompatibilityError: the architecture is not supported, or drafter and target do not fit.
+    """
+    if target == "bundled":
+        target = BUNDLED
+        if not BUNDLED.is_dir():
+            raise CheckpointError(f"The bundled model is missing from {BUNDLED}; reinstall dspark.")
+    loaded = Target.load(
+        target,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+    return _with_draft(target, draft, loaded, revision, offline)
+
+
+def _with_draft(
+    source: str | Path,
+    draft: str | Path | None,
+    target: Target,
+    revision: str | None,
+    offline: bool,
+) -> Model:
+    if draft == "none":
+        return Model(target)
+    if draft == "ngram":
+        lookup = NgramDrafter()
+        lookup.bind(target.parts())
+        return Model(target, lookup, name="ngram")
+    if draft is None:
+        if not has_attached_drafter(source, revision=revision, offline=offline):
+            return Model(target)
+        draft = source
+    revision = revision if draft == source else None
+    drafter = load_drafter(draft, revision=revision, offline=offline)
+    drafter.to(target.device)
+    drafter.bind(target.parts(), num_target_layers=target.num_layers)
+    drafter.eval()
+    directory = resolve(draft, revision, offline)
+    path = directory / FILE_NAME
+    calibration = Calibration.load(path) if path.is_file() else None
+    return Model(target, drafter, name=str(draft), directory=directory, calibration=calibration)

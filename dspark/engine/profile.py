@@ -1,0 +1,180 @@
+"""Measures what a step costs on this machine: the table that schedules weigh drafts with."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dspark.drafters.base import Drafter
+from dspark.engine.engine import Engine
+from dspark.engine.schedule import Schedule
+from dspark.engine.scheduler import Offer, Scheduler
+from dspark.engine.sequence import ActiveRequest
+from dspark.request import Request, SamplingParams
+from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.machine import MachineKey
+from dspark.targets.target import Target
+
+PROMPT_TOKENS = 64
+WARM_UP = 2
+Progress = Callable[[int, int], None]
+"""(points measured, points in all)"""
+
+
+def hardware_name(device: torch.device) -> str:
+    """What the processor or accelerator calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_key(target: Target, drafter_name: str) -> MachineKey:
+    """What a cost table of this process's machine, threads and models belongs to."""
+    return MachineKey(
+        hardware=hardware_name(target.device),
+        threads=torch.get_num_threads(),
+        dtype=str(target.dtype).removeprefix("torch."),
+        target=target.name,
+        drafter=drafter_name,
+    )
+
+
+class _Told(Scheduler):
+    """Drafts what it can, and verifies as many of each request as it is told."""
+
+    def __init__(self, num_drafts: int) -> None:
+        super().__init__(Schedule(), num_drafts=num_drafts)
+        self.told: list[int] = []
+
+    def lengths(
+        self,
+        requests: Sequence[ActiveRequest],  # noqa: ARG002
+        limits: Sequence[int],  # noqa: ARG002
+        offer: Offer,
+    ) -> list[int]:
+        return self.told[: offer.num_requests]
+
+    @property
+    def reads_confidences(self) -> bool:
+        return True
+
+
+def measure_costs(
+    target: Target,
+    drafter: Drafter,
+    machine: MachineKey,
+    *,
+    max_requests: int = 8,
+    block_size: int | None = None,
+    repeats: int = 5,
+    temperature: float = 1.0,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Time rounds of 1, 2, 4, ... requests that verify none, a few, ... all of their drafts.
+
+    They are the engine's own rounds on random prompts of 64 tokens, confidences included, at a
+    temperature that makes verification as dear as it gets. Every point is the median of `repeats`
+    rounds; the points are visited in turn, `repeats` times, so that a slow moment of the machine
+    does not fall on one of them alone.
+
+    Args:
+        target: the model.
+        drafter: bound to it.
+        machine: what the table will belong to.
+        max_requests: the most requests to measure.
+        block_size: drafts per round, at most the drafter's own, which is the default.
+        repeats: rounds per point.
+        temperature: of the requests.
+        progress: told after every point of a visit.
+
+    Raises:
+        UsageError: a size is not possible.
+    """
+    counts = _steps(max_requests)
+    rooms = {
+        count: _engine(target, drafter, count, block_size, repeats, temperature) for count in counts
+    }
+    plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].num_drafts)]
+    verify: dict[tuple[int, int], list[float]] = {point: [] for point in plan}
+    draft: dict[int, list[float]] = {count: [] for count in counts}
+    done = 0
+    for visit in range(-1, repeats):
+        for count, n in plan:
+            engine, told = rooms[count]
+            told.told = [n // count + (i < n % count) for i in range(count)]
+            before = replace(engine.clock)
+            engine.step()
+            if visit >= 0:  # the first visit warms up
+                verify[count, n].append(engine.clock.verify_ms - before.verify_ms)
+                draft[count].append(engine.clock.draft_ms - before.draft_ms)
+            done += 1
+            if progress is not None:
+                progress(done, len(plan) * (repeats + 1))
+    points = tuple(
+        CostPoint(
+            tokens=count + n,
+            requests=count,
+            verify_ms=statistics.median(verify[count, n]),
+            draft_ms=statistics.median(draft[count]),
+        )
+        for count, n in plan
+    )
+    return CostTable(points, machine)
+
+
+def _engine(
+    target: Target,
+    drafter: Drafter,
+    count: int,
+    block_size: int | None,
+    repeats: int,
+    temperature: float,
+) -> tuple[Engine, _Told]:
+    """An engine whose `count` requests have read their prompts and will not end."""
+    num_drafts = block_size or drafter.block_size
+    told = _Told(num_drafts)
+    visits = (repeats + 1) * len(_drafts(count, num_drafts)) + WARM_UP
+    room = min(visits * (num_drafts + 1) + 1, target.max_context - PROMPT_TOKENS)
+    engine = Engine(
+        target,
+        drafter,
+        max_requests=count,
+        max_length=PROMPT_TOKENS + room,
+        schedule=told,
+        block_size=block_size,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        prompt = torch.randint(target.vocab_size, (PROMPT_TOKENS,), generator=generator)
+        params = SamplingParams(room, temperature=temperature, seed=i, ignore_eos=True)
+        engine.add(Request(tuple(prompt.tolist()), params))
+    told.told = [0] * count
+    for _ in range(WARM_UP):
+        engine.step()
+    return engine, told
+
+
+def _steps(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`, which is the last."""
+    steps = [1]
+    while steps[-1] * 2 < most:
+        steps.append(steps[-1] * 2)
+    return steps if most == 1 else [*steps, most]
+
+
+def _drafts(count: int, num_drafts: int) -> list[int]:
+    """Numbers of drafts to measure with `count` requests: every one for one, fewer for more."""
+    if count == 1:
+        return list(range(num_drafts + 1))
+    lengths = sorted({0, 1, 2, (num_drafts + 1) // 2, num_drafts})
+    return sorted({count * length for length in lengths if length <= num_drafts} | {count // 2})

@@ -1,0 +1,242 @@
+"""Schedules at work in the engine: what they verify, what they learn, and that outputs stay."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dspark.engine.engine import Engine
+from dspark.engine.schedule import Schedule
+from dspark.engine.scheduler import Offer, Scheduler
+from dspark.errors import UsageError
+from dspark.request import Request, SamplingParams
+from dspark.scheduling.calibration import Rounds
+from dspark.scheduling.calibration_file import Calibration, calibrate
+from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.survival import confidence
+
+MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")
+
+
+def table(verify_ms, *, draft_ms=0.1, requests=(1, 2, 4), most=32):
+    """Costs of steps by a function of tokens."""
+    points = [
+        CostPoint(tokens, count, verify_ms(tokens), draft_ms)
+        for count in requests
+        for tokens in range(count, most + 1)
+    ]
+    return CostTable(tuple(points), MACHINE)
+
+
+def flat(_tokens):
+    return 10.0
+
+
+def steep(tokens):
+    return float(tokens)
+
+
+def staircase(tokens):
+    return 10.0 * (1 + (tokens - 1) // 4)
+
+
+def scheduler(name, costs, *, verifier="block", num_drafts=5, calibration=None):
+    return Scheduler(Schedule(name), verifier, num_drafts, calibration, costs)
+
+
+def decode(target, drafter, requests, schedule, *, verifier="block", records=None, at_once=2):
+    engine = Engine(
+        target,
+        drafter,
+        max_requests=at_once,
+        max_length=96,
+        verifier=verifier,
+        schedule=schedule,
+        watch=None if records is None else records.append,
+    )
+    return engine.run(requests), engine
+
+
+def prompts(tiny, count, **params):
+    return [
+        Request(tuple(tokens), SamplingParams(24, seed=i, **params))
+        for i, tokens in enumerate(tiny.make_prompts(count, 64, seed=5))
+    ]
+
+
+@pytest.mark.parametrize("name", ["prefix", "lagged"])
+@pytest.mark.parametrize("costs", [flat, steep, staircase])
+@pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
+def test_greedy_output_is_that_of_plain_decoding(tiny, target, name, costs, verifier):
+    requests = prompts(tiny, 5)
+    plain, _ = decode(target, None, requests, None)
+    drafter = tiny.make_drafter(target)
+    schedule = scheduler(name, table(costs), verifier=verifier)
+    outputs, _ = decode(target, drafter, requests, schedule, verifier=verifier)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+
+
+@pytest.mark.parametrize("name", ["prefix", "lagged"])
+def test_coupled_output_is_that_of_plain_decoding_at_any_temperature(tiny, target, name):
+    requests = prompts(tiny, 5, temperature=1.0)
+    plain, _ = decode(target, None, requests, None, verifier="coupled")
+    drafter = tiny.make_drafter(target)
+    schedule = scheduler(name, table(staircase), verifier="coupled")
+    outputs, _ = decode(target, drafter, requests, schedule, verifier="coupled")
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+
+
+def test_flat_costs_verify_everything_and_steep_ones_little(tiny, target):
+    drafter = tiny.TargetDrafter(target, spoil=4)
+    requests = prompts(tiny, 4, temperature=1.0)
+    verified = {}
+    for costs in (flat, steep):
+        outputs, _ = decode(target, drafter, requests, scheduler("lagged", table(costs)))
+        verified[costs] = sum(o.stats.verified for o in outputs) / sum(
+            o.stats.rounds for o in outputs
+        )
+    assert verified[flat] > 3 * verified[steep]
+
+
+def test_drafting_stops_where_it_does_not_pay_and_is_tried_again(tiny, target):
+    """Drafting costs as much as ten steps: off, but for the first rounds and the probes."""
+    records = []
+    schedule = scheduler("lagged", table(flat, draft_ms=100.0))
+    requests = [Request((1, 2, 3), SamplingParams(60, temperature=1.0))]
+    drafter = tiny.make_drafter(target)
+    [output], _ = decode(target, drafter, requests, schedule, records=records)
+    drafted = [i for i, record in enumerate(records) if sum(map(len, record.drafts))]
+    assert output.stats.rounds > 20
+    assert 1 <= len(drafted) < 5
+    assert max(np.diff(drafted)) >= 16  # a probe after a pause
+
+
+def test_context_after_a_pause_is_whole(tiny, target):
+    """A drafter that was left out for a while drafts as one that never was."""
+    drafter = tiny.make_drafter(target)
+    request = Request((1, 2, 3), SamplingParams(50))
+    records, always = [], []
+    schedule = scheduler("lagged", table(flat, draft_ms=100.0))
+    decode(target, drafter, [request], schedule, records=records)
+    decode(target, drafter, [request], Schedule(), records=always)
+
+    def first_drafts(found):
+        """The first draft after each number of committed tokens."""
+        drafts, position = {}, 0
+        for record in found:
+            if record.drafts[0]:
+                drafts[position] = record.drafts[0][0]
+            position += len(record.committed[0])
+        return drafts
+
+    late, prompt = first_drafts(records), first_drafts(always)
+    shared = set(late) & set(prompt)
+    assert any(position > 16 for position in late)
+    assert shared
+    assert all(late[position] == prompt[position] for position in shared)
+
+
+def test_lagged_budget_knows_nothing_of_this_round():
+    """Confidences of this round move drafts between requests, never the sum."""
+    requests = [
+        SimpleNamespace(
+            request_id=i, cached=4, request=SimpleNamespace(params=SamplingParams(8, temperature=1))
+        )
+        for i in range(2)
+    ]
+    lengths = []
+    for logits in ([[3.0] * 5, [-3.0] * 5], [[-3.0] * 5, [3.0] * 5], [[0.0] * 5, [0.1] * 5]):
+        schedule = scheduler("lagged", table(lambda tokens: 10.0 if tokens <= 8 else 1000.0))
+        limits = schedule.limits(requests, [5, 5])
+        offer = Offer(2, 5, np.array(logits))
+        lengths.append(schedule.lengths(requests, limits, offer))
+    assert [sum(pair) for pair in lengths] == [6, 6, 6]
+    assert lengths[0] == [5, 1]
+    assert lengths[1] == [1, 5]
+
+
+def test_more_requests_than_were_measured_are_verified_in_full(tiny, target):
+    requests = prompts(tiny, 4, temperature=1.0)
+    drafter = tiny.make_drafter(target)
+    schedule = scheduler("lagged", table(steep, requests=(1,)))
+    records = []
+    decode(target, drafter, requests, schedule, records=records, at_once=4)
+    crowded = [r for r in records if sum(map(bool, r.drafts)) > 1]
+    assert crowded
+    assert all(r.lengths == tuple(map(len, r.drafts)) for r in crowded)
+
+
+def test_a_schedule_that_weighs_costs_needs_a_table():
+    with pytest.raises(UsageError, match="needs a cost table"):
+        Scheduler(Schedule("lagged"), "block", 5)
+
+
+def test_calibration_is_applied_to_its_own_temperature_class_only():
+    generator = np.random.default_rng(0)
+    logits_NK = generator.normal(1.0, 1.0, (4000, 5))
+    stays = generator.random((4000, 5)) < confidence(logits_NK / 4)
+    accepted_N = np.logical_and.accumulate(stays, axis=1).sum(axis=1)
+    entry = calibrate(Rounds.of(logits_NK, accepted_N, np.full(4000, 5)), "block", "sampled")
+    schedule = scheduler("lagged", table(flat), calibration=Calibration((entry,)))
+    requests = [
+        SimpleNamespace(
+            request_id=i, cached=4, request=SimpleNamespace(params=SamplingParams(8, temperature=t))
+        )
+        for i, t in enumerate((1.0, 0.0))
+    ]
+    schedule.limits(requests, [5, 5])
+    schedule.lengths(requests, [5, 5], Offer(2, 5, np.full((2, 5), 2.0)))
+    sampled, greedy = schedule._survival_DK[:, 0]
+    assert greedy == confidence(np.array([[2.0]]))[0, 0]
+    assert sampled < 0.75 < greedy
+
+
+def test_margins_become_chances_as_rounds_teach_them(tiny, target):
+    """Every draft of the target itself stays, whatever its margin: the estimator finds out."""
+    drafter = tiny.HeadlessDrafter(64)
+    schedule = scheduler("lagged", table(flat), verifier="token", num_drafts=drafter.block_size)
+    before = schedule._logistic.apply([0.5])
+    decode(target, drafter, prompts(tiny, 6, temperature=1.0), schedule, verifier="token")
+    assert schedule._logistic.apply([0.5]) != before
+
+
+def test_penalised_requests_teach_the_shared_estimator_nothing(tiny, target):
+    drafter = tiny.HeadlessDrafter(64)
+    schedule = scheduler("lagged", table(flat), verifier="token", num_drafts=drafter.block_size)
+    before = schedule._logistic.apply([0.5])
+    requests = prompts(tiny, 4, temperature=1.0, repetition_penalty=1.3)
+    decode(target, drafter, requests, schedule, verifier="token")
+    assert schedule._logistic.apply([0.5]) == before
+
+
+def test_what_is_known_of_a_request_ends_with_it(tiny, target):
+    drafter = tiny.make_drafter(target)
+    schedule = scheduler("lagged", table(flat))
+    decode(target, drafter, prompts(tiny, 5, temperature=1.0), schedule)
+    assert len(schedule._history) == 0
+
+
+def test_a_watcher_sees_every_round(tiny, target):
+    drafter = tiny.make_drafter(target)
+    records = []
+    outputs, engine = decode(target, drafter, prompts(tiny, 3), Schedule(), records=records)
+    rounds = sum(sum(map(bool, record.drafts)) for record in records)
+    assert sum(sum(record.lengths) for record in records) == sum(o.stats.verified for o in outputs)
+    assert rounds > 0
+    drafted = [r for r in records if r.confidence_logits_RK is not None]
+    assert all(np.isfinite(r.confidence_logits_RK[0]).all() for r in drafted)
+    joined = [r for r in drafted if not all(r.drafts)]
+    assert all(
+        np.isnan(row).all()
+        for r in joined
+        for row, drafts in zip(r.confidence_logits_RK, r.drafts, strict=True)
+        if not drafts and len(r.request_ids) > 1 and row is r.confidence_logits_RK[-1]
+    )
+    total = sum(r.draft_ms + r.schedule_ms + r.verify_ms for r in records)
+    clock = engine.clock
+    assert total == pytest.approx(
+        clock.prefill_ms + clock.draft_ms + clock.schedule_ms + clock.verify_ms
+    )
