@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dspark.engine.model import Model
     from dspark.engine.sequence import Piece
 
-SCHEDULE_NAMES = ("off", "fixed", "threshold", "prefix", "lagged")
+SCHEDULE_NAMES = ("off", "fixed", "threshold", "prefix", "lagged", "lookahead")
 EXAMPLE = """\
   dspark generate bundled --prompt "What does the command `tar` do?" --compare
   dspark generate ./target --draft ./drafter --prompts questions.jsonl --temperature 1 --json"""

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from dspark.errors import UsageError
 
-ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged"]
+ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged", "lookahead"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
@@ -17,7 +17,8 @@ class Schedule:
 
     Attributes:
         name: `off` drafts nothing, `fixed` verifies every draft, `threshold` the longest prefix
-            whose confidences all reach `threshold`; `prefix` (Algorithm 1) and `lagged` weigh
+            whose confidences all reach `threshold`; `prefix` (Algorithm 1), `lagged` (a budget
+            from earlier rounds) and `lookahead` (that, and this round's first confidences) weigh
             survivals against the cost of a step, and may draft nothing for a while.
         threshold: for `threshold`, between 0 and 1.
 
@@ -41,7 +42,7 @@ class Schedule:
     @property
     def weighs_costs(self) -> bool:
         """Whether it needs a cost table."""
-        return self.name in ("prefix", "lagged")
+        return self.name in ("prefix", "lagged", "lookahead")
 
     @property
     def reads_confidences(self) -> bool:

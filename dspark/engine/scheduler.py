@@ -22,21 +22,23 @@ from dspark.scheduling.calibration import TemperatureScaling, temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.online import OnlineLogistic, observed
 from dspark.scheduling.prefix import (
+    IntArray,
     best_budget,
+    drafting_gain,
     fill_budget,
     fixed_lengths,
     prefix_lengths,
     threshold_lengths,
-    worth_drafting,
 )
 from dspark.scheduling.survival import confidence, survival
 from dspark.scheduling.switch import DraftSwitch
 
-# What a smaller budget, or drafting nothing, must promise more before it is believed: medians of
-# step times on an idle machine repeat within 1 or 2 %.
-MARGIN = 0.02
+# What a smaller budget, or drafting nothing, must promise more before it is believed: the larger,
+# the closer to fixed blocks, the smaller, the more noise of a table may lose (docs/scheduling.md).
+MARGIN = 0.005
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class Scheduler:
         self.num_drafts = num_drafts
         self.costs = costs
         self._scalings = _scalings(calibration, num_drafts, verifier)
-        self._history = RequestHistory()
-        self._switch = DraftSwitch()
+        typical_K = _typical(calibration, num_drafts, verifier)
+        self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
+        self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
         self._budget = 0
         self._margins_DK: FloatArray | None = None
@@ -112,23 +115,30 @@ class Scheduler:
         if not self._weighs(len(ready)):
             return list(most)
         assert self.costs is not None
-        survival_DK = self._earlier(ready)
-        limits_D = list(most[: len(ready)])
-        step_ms_N = self.costs.step_ms(len(ready), sum(limits_D))
-        off_ms = self.costs.off_ms(len(ready))
-        worth = worth_drafting(survival_DK, step_ms_N, off_ms, limits_D, MARGIN)
-        if not self._switch.decide(worth):
+        limits_D = np.array(most[: len(ready)])
+        step_ms_N = self.costs.step_ms(len(ready), int(limits_D.sum()))
+        earlier_DK = self._earlier(ready)
+        budget = None
+        if self.schedule.name == "prefix" and self.verifier != "coupled":
+            # Algorithm 1 may stop far below the best budget: what it would do is what counts.
+            budget = int(prefix_lengths(earlier_DK, step_ms_N, limits_D).sum())
+        gain = drafting_gain(earlier_DK, step_ms_N, self.costs.off_ms(len(ready)), limits_D, budget)
+        if not self._switch.decide(gain):
             return [0] * len(most)
-        if self.schedule.name == "lagged" and self.verifier != "coupled":
-            self._budget = best_budget(survival_DK, step_ms_N, limits_D, MARGIN)
-            # Round after round without a verified draft would teach nothing.
-            self._budget = max(self._budget, 1)
+        # A probe that verifies nothing would teach nothing.
+        self._budget = max(best_budget(earlier_DK, step_ms_N, limits_D, MARGIN), 1)
         return list(most)
 
     def lengths(
         self, requests: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
     ) -> list[int]:
-        """Verification length of each of the D requests that were drafted for."""
+        """Verification length of each of the D requests that were drafted for.
+
+        Args:
+            requests: who takes part in the round, those D first.
+            limits: most drafts of each.
+            offer: what was drafted.
+        """
         ready, logits_DK = requests[: offer.num_requests], offer.confidence_logits_DK
         if logits_DK is None or not offer.drawn:
             return _as_list(fixed_lengths(len(ready), offer.drawn))
@@ -138,16 +148,24 @@ class Scheduler:
             return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
         if not self._weighs(len(ready)):
             return _as_list(fixed_lengths(len(ready), offer.drawn))
-        assert self.costs is not None
         limits_D = np.minimum(limits[: len(ready)], offer.drawn)
-        survival_DK = self._survival_DK * self._factors(ready)
+        return _as_list(self._weighed(ready, self._survival_DK, limits_D))
+
+    def _weighed(
+        self, ready: Sequence[ActiveRequest], survival_DK: FloatArray, limits_D: IntArray
+    ) -> IntArray:
+        assert self.costs is not None
+        survival_DK = survival_DK * self._factors(ready)
         step_ms_N = self.costs.step_ms(len(ready), int(limits_D.sum()))
-        if self.verifier == "coupled":
+        if self.verifier == "coupled":  # and there only may this round's own survivals be searched
             budget = best_budget(survival_DK, step_ms_N, limits_D, MARGIN)
-            return _as_list(fill_budget(survival_DK, budget, limits_D))
+            return fill_budget(survival_DK, budget, limits_D)
         if self.schedule.name == "prefix":
-            return _as_list(prefix_lengths(survival_DK, step_ms_N, limits_D))
-        return _as_list(fill_budget(survival_DK, self._budget, limits_D))
+            return prefix_lengths(survival_DK, step_ms_N, limits_D)
+        if self.schedule.name == "lookahead":
+            earlier_DK = self._earlier(ready)[:, : survival_DK.shape[1]]
+            return lookahead_lengths(survival_DK, earlier_DK, step_ms_N, limits_D, MARGIN)
+        return fill_budget(survival_DK, self._budget, limits_D)
 
     def learn(
         self, requests: Sequence[ActiveRequest], drafts: Drafts, accepted: Sequence[int]
@@ -160,15 +178,23 @@ class Scheduler:
         survival_DK = self._survival_DK
         if not self.schedule.weighs_costs:
             return survival_DK
-        lengths = drafts.lengths
-        if survival_DK is None:  # nothing was drafted: what is known of failures fades
-            for request in requests:
-                self._history.update(request.request_id, (), 0, 0)
+        if survival_DK is None:  # nothing was drafted
+            self._history.fade([request.request_id for request in requests])
             return None
-        for row, request in enumerate(requests[: len(survival_DK)]):
-            offered_K = survival_DK[row, : drafts.proposed[row]]
-            self._history.update(request.request_id, offered_K, accepted[row], lengths[row])
-        self._learn_margins(requests, drafts, accepted)
+        ready = requests[: len(survival_DK)]
+        shared_D = [
+            not (r.request.params.has_penalties or r.request.params.logit_bias) for r in ready
+        ]
+        accepted_D = np.array(accepted[: len(ready)])
+        lengths_D = np.array(drafts.lengths[: len(ready)])
+        tags = [request.request_id for request in ready]
+        self._history.update(tags, survival_DK, accepted_D, lengths_D, shared_D)
+        if self._margins_DK is not None:
+            whole_D = lengths_D == np.array(drafts.proposed[: len(ready)])
+            rows = np.array(shared_D) & (whole_D | (self.verifier != "block"))
+            self._logistic.update(
+                *observed(self._margins_DK[rows], accepted_D[rows], lengths_D[rows])
+            )
         return survival_DK
 
     def forget(self, request_id: int) -> None:
@@ -185,8 +211,9 @@ class Scheduler:
         )
 
     def _earlier(self, requests: Sequence[ActiveRequest]) -> FloatArray:
+        """What earlier rounds say of this one's survivals, [D, K]."""
         tags = [request.request_id for request in requests]
-        return self._history.earlier(tags, self.num_drafts) * self._factors(requests)
+        return self._history.earlier(tags, self._history.typical) * self._factors(requests)
 
     def _factors(self, requests: Sequence[ActiveRequest]) -> FloatArray:
         return self._history.factors([request.request_id for request in requests])[:, None]
@@ -208,26 +235,6 @@ class Scheduler:
                 confidence_DK[rows] = scaling.apply(logits_DK[rows])
         return confidence_DK
 
-    def _learn_margins(
-        self, requests: Sequence[ActiveRequest], drafts: Drafts, accepted: Sequence[int]
-    ) -> None:
-        """Teach the shared estimator, by requests whose laws are the model's own."""
-        if self._margins_DK is None:
-            return
-        rows = [
-            row
-            for row, request in enumerate(requests[: len(self._margins_DK)])
-            if not (request.request.params.has_penalties or request.request.params.logit_bias)
-            and (self.verifier != "block" or len(drafts.tokens[row]) == drafts.proposed[row])
-        ]
-        self._logistic.update(
-            *observed(
-                self._margins_DK[rows],
-                [accepted[row] for row in rows],
-                [len(drafts.tokens[row]) for row in rows],
-            )
-        )
-
 
 def _scalings(
     calibration: Calibration | None, num_drafts: int, verifier: Verifier
@@ -240,5 +247,17 @@ def _scalings(
     }
 
 
-def _as_list(lengths_R: np.ndarray) -> list[int]:
+def _typical(
+    calibration: Calibration | None, num_drafts: int, verifier: Verifier
+) -> FloatArray | None:
+    """Mean survivals of the rounds that the calibration was fitted on, whatever temperature."""
+    means = [
+        entry.mean_survival
+        for entry in (calibration.entries if calibration else ())
+        if (entry.block_size, entry.verifier) == (num_drafts, verifier)
+    ]
+    return np.array(means).mean(axis=0) if means else None
+
+
+def _as_list(lengths_R: IntArray) -> list[int]:
     return [int(length) for length in lengths_R]

@@ -172,7 +172,7 @@ def jagged_costs():
     return CostTable(points, MachineKey("test", 1, "float32", "tiny", "tiny"))
 
 
-@pytest.mark.parametrize("name", ["prefix", "lagged"])
+@pytest.mark.parametrize("name", ["prefix", "lagged", "lookahead"])
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_lengths_weighed_against_costs_leave_the_law(tiny, small, verifier, name):
     drafter = tiny.MarkovDrafter(VOCAB)

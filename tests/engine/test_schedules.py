@@ -67,7 +67,7 @@ def prompts(tiny, count, **params):
     ]
 
 
-@pytest.mark.parametrize("name", ["prefix", "lagged"])
+@pytest.mark.parametrize("name", ["prefix", "lagged", "lookahead"])
 @pytest.mark.parametrize("costs", [flat, steep, staircase])
 @pytest.mark.parametrize("verifier", ["token", "block", "coupled"])
 def test_greedy_output_is_that_of_plain_decoding(tiny, target, name, costs, verifier):
@@ -79,7 +79,7 @@ def test_greedy_output_is_that_of_plain_decoding(tiny, target, name, costs, veri
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
 
 
-@pytest.mark.parametrize("name", ["prefix", "lagged"])
+@pytest.mark.parametrize("name", ["prefix", "lagged", "lookahead"])
 def test_coupled_output_is_that_of_plain_decoding_at_any_temperature(tiny, target, name):
     requests = prompts(tiny, 5, temperature=1.0)
     plain, _ = decode(target, None, requests, None, verifier="coupled")
