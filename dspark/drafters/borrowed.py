@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.drafters.backbone import RMSNorm
 from dspark.drafters.base import BorrowedParts
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import at_least_fp32
+from dspark.drafters.layers import RMSNorm
 from dspark.errors import CompatibilityError
 
 logger = logging.getLogger(__name__)

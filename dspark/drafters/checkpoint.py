@@ -31,6 +31,7 @@ from dspark.drafters.registry import (
     DEEPSPEC,
     SPECULATORS,
     AnyDrafter,
+    is_drafter,
     read_config,
     write_config,
 )
@@ -90,6 +91,7 @@ def save_published(
     Raises:
         CompatibilityError: the layout has no place for something of the drafter (a learned mask
             embedding, a window, ...), or it has no embedding and head.
+        CheckpointError: the directory holds another model than a drafter.
     """
     return _save(drafter, Path(directory), DEEPSPEC, _all_tables(drafter), dtype)
 
@@ -209,6 +211,15 @@ def _all_tables(drafter: AnyDrafter) -> dict[str, Tensor]:
     }
 
 
+def _refuse_to_replace(directory: Path) -> None:
+    """Refuse to write over a model that is no drafter: a target, most likely."""
+    if (directory / CONFIG).is_file() and not is_drafter(read_json(directory / CONFIG)):
+        raise CheckpointError(
+            f"{directory} holds a model that is no drafter, which would be lost; name another "
+            "directory, or save the drafter attached to it."
+        )
+
+
 def _save(
     drafter: AnyDrafter,
     directory: Path,
@@ -216,6 +227,7 @@ def _save(
     tables: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> Written:
+    _refuse_to_replace(directory)
     kept = drafter.fc.weight.dtype if dtype is None else dtype
     data = write_config(drafter, layout, str(kept).removeprefix("torch."))
     named = {**drafter.state_dict(), **tables}

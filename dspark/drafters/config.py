@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -167,17 +167,8 @@ class DSparkConfig:
         Raises:
             CompatibilityError: naming the field, its value and what it must be.
         """
-        ids, layers, mask = self.target_layer_ids, self.num_target_layers, self.mask_token_id
-        increasing = all(a < b for a, b in pairwise(ids))
-        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
-            raise CompatibilityError(
-                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
-                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
-            )
-        if len(ids) != self.backbone.num_taps:
-            raise CompatibilityError(
-                f"num_taps is {self.backbone.num_taps}, but target_layer_ids has {len(ids)}."
-            )
+        check_taps(self.target_layer_ids, self.num_target_layers, self.backbone)
+        mask = self.mask_token_id
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
             raise CompatibilityError(
                 f"draft_vocab_size is {self.draft_vocab_size}, but must be less than vocab_size "
@@ -198,6 +189,24 @@ class DSparkConfig:
                 f"block_size is {self.block_size} and head_dim {self.backbone.head_dim}, but they "
                 f"must be at least {1 + self.unused_slots} and even."
             )
+
+
+def check_taps(ids: Sequence[int], num_target_layers: int, backbone: BackboneConfig) -> None:
+    """Refuse captured layers that a target cannot have, or another number of them.
+
+    Raises:
+        CompatibilityError: naming the field, its value and what it must be.
+    """
+    last, increasing = num_target_layers - 1, all(a < b for a, b in pairwise(ids))
+    if not ids or not increasing or ids[0] < -1 or ids[-1] > last:
+        raise CompatibilityError(
+            f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
+            f"from -1 (the embedding output) to {last} (num_target_layers - 1)."
+        )
+    if len(ids) != backbone.num_taps:
+        raise CompatibilityError(
+            f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
+        )
 
 
 def evenly_spaced_taps(num_target_layers: int, count: int) -> tuple[int, ...]:

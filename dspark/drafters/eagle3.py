@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
-from dspark.drafters.backbone import rotary
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.borrowed import TargetBound
-from dspark.drafters.config import BackboneConfig
+from dspark.drafters.config import BackboneConfig, check_taps
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
 from dspark.drafters.layer_fields import is_gemma4
+from dspark.drafters.layers import rotary
 from dspark.errors import CompatibilityError
 
 # Cache layers: the layer's keys and values, and the projected features as keys of width H.
@@ -64,17 +63,8 @@ class Eagle3Config:
         Raises:
             CompatibilityError: naming the field, its value and what it must be.
         """
-        ids, layers, backbone = self.target_layer_ids, self.num_target_layers, self.backbone
-        increasing = all(a < b for a, b in pairwise(ids))
-        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
-            raise CompatibilityError(
-                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
-                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
-            )
-        if len(ids) != backbone.num_taps:
-            raise CompatibilityError(
-                f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
-            )
+        backbone = self.backbone
+        check_taps(self.target_layer_ids, self.num_target_layers, backbone)
         if is_gemma4(backbone) or backbone.sliding_layers:
             raise CompatibilityError(
                 "The Eagle3 drafter's layer is Gemma4's or has a sliding window, but only Qwen3's "

@@ -258,6 +258,11 @@ def _is_positive(value: object) -> TypeGuard[float]:
 
 def _sliding_layers(read: Reader) -> tuple[int, ...]:
     kinds, layers = read.data.get("layer_types"), read.integer("num_hidden_layers")
+    if kinds is None and read.data.get("use_sliding_window"):
+        raise CompatibilityError(
+            f"{read.where} has use_sliding_window true and no layer_types; add them, {FULL} or "
+            f"{SLIDING} for each of the {layers} layers."
+        )
     if kinds is None:
         return ()
     known = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)

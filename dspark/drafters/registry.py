@@ -35,6 +35,7 @@ from dspark.errors import CheckpointError, CompatibilityError
 
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
 LAYOUTS = (DEEPSPEC, SPECULATORS, ATTACHED)
+_DRAFTER_WORDS = ("DSpark", "DFlash", "Eagle")  # in the name of every drafter's architecture
 MASK_EMBEDDING = "mask_embedding.weight"
 
 AnyDrafter = DSparkDrafter | Eagle3Drafter
@@ -163,8 +164,7 @@ def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], 
         if name in family.readers:
             return family, family.readers[name](data, where)
     known = ", ".join(name for family in FAMILIES for name in family.readers)
-    drafters = ("DSpark", "Eagle", "DFlash", "speculators")
-    if any(word in name for word in drafters):
+    if is_drafter(data):
         raise CompatibilityError(
             f"{where} is a drafter of architecture {name}, which is not supported yet; use one of "
             f"{known}."
@@ -173,6 +173,13 @@ def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], 
         f"{where} is of architecture {name}, which is no drafter; give the directory of a drafter "
         f"({known}), or a target directory that holds one in dspark/."
     )
+
+
+def is_drafter(data: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json names a kind of drafter, supported or not."""
+    names = data.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return "speculators_model_type" in data or any(word in str(first) for word in _DRAFTER_WORDS)
 
 
 def write_config(drafter: AnyDrafter, layout: str, dtype: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         **LAYER_DEFAULTS,
         **layers,
         **(_NO_HEADS if kind == DFLASH else {}),
-        "num_target_layers": max(aux),
+        "num_target_layers": max(1, *aux),
         **{name: data[name] for name in _SAME if data.get(name) is not None},
         "num_anchors": data.get("max_anchors", data.get("num_anchors", 512)),
         "sample_from_anchor": _sample_from_anchor(read, kind),
@@ -163,7 +163,8 @@ def nested_fields(flat: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str
 def _sample_from_anchor(read: Reader, kind: str) -> bool:
     """The slots' layout; where a file does not say, its number of tokens does.
 
-    Files from before the field was introduced have 1 + n slots, whatever their kind.
+    Files from before the field was introduced have 1 + n slots, whatever their kind, and one token
+    less than slots; where the number tells nothing, the library's default for the kind is taken.
     """
     if read.data.get("sample_from_anchor") is not None:
         return read.boolean("sample_from_anchor")

@@ -65,7 +65,7 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
     flat: dict[str, Any] = {
         **LAYER_DEFAULTS,
         **layers,
-        "num_target_layers": max(taps),
+        "num_target_layers": max(1, *taps),
         **{name: data[name] for name in own if data.get(name) is not None},
         "target_layer_ids": [i - 1 for i in taps],
         "ttt_length": tokens,

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.backbone import rotary
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.layers import rotary
 from dspark.training.chain_attention import chain_attention
 from dspark.training.losses import suitable_rows
 

@@ -15,9 +15,8 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspark.drafters.backbone import rotary
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.layers import rotary
 from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention
 from dspark.training.eagle import ttt_loss, ttt_passes
