@@ -117,6 +117,7 @@ class BackboneWeights:
         """The weights of a backbone; gradients flow back to its parameters."""
         config = backbone.backbone_config
         layers: list[Layer] = [layer for layer in backbone.layers if isinstance(layer, Layer)]
+        key_norms = [a.self_attn.k_norm for a in layers if a.self_attn.k_norm is not None]
         pairs = [p for a in layers for p in a.self_attn.projections()[1:]]
         return cls(
             config=config,
@@ -124,7 +125,7 @@ class BackboneWeights:
             hidden_norm_H=backbone.hidden_norm.weight,
             context_kv=torch.cat([p.weight for p in pairs]),
             context_kv_bias=torch.cat([p.bias for p in pairs]) if config.attention_bias else None,
-            context_key_norm=torch.stack([a.self_attn.k_norm.weight for a in layers]).unsqueeze(1),
+            context_key_norm=torch.stack([n.weight for n in key_norms]).unsqueeze(1),
             layers=tuple(LayerWeights.of(layer, config) for layer in layers),
             norm_H=backbone.norm.weight,
         )

@@ -58,7 +58,7 @@ def load_drafter(
     directory = resolve(source, revision, offline)
     config_path = directory / CONFIG
     family, config = read_config(read_json(config_path), str(config_path))
-    state = read_weights(directory)
+    state = {_usual(name, family.renamed): x for name, x in read_weights(directory).items()}
     with torch.device("meta"):
         drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
     return _fill(drafter, state, directory)
@@ -139,6 +139,13 @@ def has_attached_drafter(
     if not directory.exists():
         directory = fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
     return (directory / ATTACHED_FOLDER / CONFIG).is_file()
+
+
+def _usual(name: str, renamed: Mapping[str, str]) -> str:
+    for beginning, usual in renamed.items():
+        if name.startswith(beginning):
+            return usual + name.removeprefix(beginning)
+    return name
 
 
 def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> AnyDrafter:

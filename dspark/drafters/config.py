@@ -38,6 +38,8 @@ class BackboneConfig:
         rms_norm_eps: epsilon of every norm.
         rope_theta: base of the rotary embedding.
         attention_bias: whether q, k, v and o projections have a bias.
+        query_key_norms: queries and keys are normed per head; Llama's are not, which only an Eagle3
+            drafter may have.
         softmax_scale: factor on query-key products; None for D ** -0.5.
         value_from_key: values are the key projection, before the key's norm and rotary embedding.
         value_norm: values are normed per head, without a weight.
@@ -62,6 +64,7 @@ class BackboneConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     attention_bias: bool = False
+    query_key_norms: bool = True
     softmax_scale: float | None = None
     value_from_key: bool = False
     value_norm: bool = False
@@ -168,12 +171,13 @@ class DSparkConfig:
             CompatibilityError: naming the field, its value and what it must be.
         """
         check_taps(self.target_layer_ids, self.num_target_layers, self.backbone)
-        mask = self.mask_token_id
-        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
+        check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
+        if not self.backbone.query_key_norms:
             raise CompatibilityError(
-                f"draft_vocab_size is {self.draft_vocab_size}, but must be less than vocab_size "
-                f"({self.vocab_size}), or None."
+                "The DSpark drafter's layers have no norms of queries and keys, but no published "
+                "drafter is so; use Qwen3's or Gemma4's layers."
             )
+        mask = self.mask_token_id
         if mask is not None and not 0 <= mask < self.vocab_size:
             raise CompatibilityError(
                 f"mask_token_id is {mask}, but must be a token of the vocabulary (0 to "
@@ -206,6 +210,19 @@ def check_taps(ids: Sequence[int], num_target_layers: int, backbone: BackboneCon
     if len(ids) != backbone.num_taps:
         raise CompatibilityError(
             f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
+        )
+
+
+def check_draft_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:
+    """Refuse a reduced vocabulary that is none.
+
+    Raises:
+        CompatibilityError: naming the field and its value.
+    """
+    if draft_vocab_size is not None and not 0 < draft_vocab_size < vocab_size:
+        raise CompatibilityError(
+            f"draft_vocab_size is {draft_vocab_size}, but must be less than vocab_size "
+            f"({vocab_size}), or None."
         )
 
 

@@ -43,8 +43,11 @@ class Attention(nn.Module):
         if not config.value_from_key:
             self.v_proj = nn.Linear(input_width, kv, bias=config.attention_bias)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.head_dim)
-        self.k_norm = RMSNorm(config.head_dim)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.query_key_norms:
+            self.q_norm = RMSNorm(config.head_dim)
+            self.k_norm = RMSNorm(config.head_dim)
 
     def projections(self) -> tuple[nn.Linear, ...]:
         """Of query, key and, where it has its own, value."""
@@ -97,7 +100,7 @@ class LayerWeights:
     input_norm_H: Tensor
     qkv: Tensor  # the value's rows only where it has its own
     qkv_bias: Tensor | None
-    query_key_norm: Tensor  # [A + G, D]
+    query_key_norm: Tensor | None  # [A + G, D]
     output: Tensor
     output_bias: Tensor | None
     attention_out_norm_H: Tensor | None
@@ -117,14 +120,17 @@ class LayerWeights:
             layer.pre_feedforward_layernorm,
         )
         after_mlp = layer.post_feedforward_layernorm
-        norms = [attention.q_norm.weight.expand(config.num_heads, -1)]
-        norms.append(attention.k_norm.weight.expand(config.num_kv_heads, -1))
+        query_key_norm: Tensor | None = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            query_norm = attention.q_norm.weight.expand(config.num_heads, -1)
+            key_norm = attention.k_norm.weight.expand(config.num_kv_heads, -1)
+            query_key_norm = torch.cat((query_norm, key_norm))
         return cls(
             config=config,
             input_norm_H=layer.input_layernorm.weight,
             qkv=torch.cat([p.weight for p in projections]),
             qkv_bias=torch.cat([p.bias for p in projections]) if config.attention_bias else None,
-            query_key_norm=torch.cat(norms),
+            query_key_norm=query_key_norm,
             output=attention.o_proj.weight,
             output_bias=attention.o_proj.bias,
             attention_out_norm_H=None if before_mlp is None else after_attention.weight,
@@ -167,7 +173,8 @@ class LayerWeights:
         rows = F.linear(x, self.qkv[first * config.head_dim :], bias)
         rows = rows.view((*rows.shape[:-1], -1, config.head_dim))
         key, value = rows[..., : config.num_kv_heads, :], rows[..., -config.num_kv_heads :, :]
-        key = turned(key, self.query_key_norm[first:], rotary_rows.unbind(-3), config)
+        key_norm = None if self.query_key_norm is None else self.query_key_norm[first:]
+        key = turned(key, key_norm, rotary_rows.unbind(-3), config)
         return key, value_of(value, config)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -205,10 +212,22 @@ def value_of(value: Tensor, config: BackboneConfig) -> Tensor:
 
 
 def turned(
-    heads: Tensor, norm_weight: Tensor, cosine_sine: Sequence[Tensor], config: BackboneConfig
+    heads: Tensor,
+    norm_weight: Tensor | None,
+    cosine_sine: Sequence[Tensor],
+    config: BackboneConfig,
 ) -> Tensor:
-    """Query or key heads [.., heads, D], normed and turned to their positions."""
-    return rotate(norm(heads, None, config) * norm_weight, *cosine_sine)
+    """Query or key heads [.., heads, D], normed where they have norms, turned to their positions.
+
+    Args:
+        heads: as projected.
+        norm_weight: [heads, D]; None for no norm.
+        cosine_sine: the two halves of `rotary` of their positions.
+        config: for epsilon.
+    """
+    if norm_weight is not None:
+        heads = norm(heads, None, config) * norm_weight
+    return rotate(heads, *cosine_sine)
 
 
 def rotary(positions: Tensor, config: BackboneConfig, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ config.json says. A new family is a new row of `FAMILIES` and a new member of `A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -25,7 +25,16 @@ from dspark.drafters.published import (
     refuse_beyond_published,
 )
 from dspark.drafters.published_eagle3 import ARCHITECTURE as EAGLE3_ARCHITECTURE
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.published_eagle3 import GEMMA4_ARCHITECTURE as GEMMA4_EAGLE3
+from dspark.drafters.published_eagle3 import LEGACY_ARCHITECTURE as LEGACY_EAGLE3
+from dspark.drafters.published_eagle3 import (
+    eagle3_from_json,
+    eagle3_to_json,
+    legacy_eagle3_from_json,
+)
+from dspark.drafters.published_eagle3 import (
+    refuse_beyond_published as refuse_eagle3_beyond_published,
+)
 from dspark.drafters.speculators import speculators_from_json, speculators_to_json
 from dspark.drafters.speculators_eagle3 import (
     speculators_eagle3_from_json,
@@ -56,12 +65,14 @@ class Family(Generic[ConfigT, DrafterT]):
             module.
         writers: by layout, (drafter, dtype of the stored weights) -> config.json; a writer refuses
             what its layout cannot carry.
+        renamed: other beginnings of tensors' names that are read, each with the usual one.
     """
 
     drafter: type[DrafterT]
     readers: Mapping[str, Callable[[Mapping[str, Any], str], ConfigT]]
     build: Callable[[ConfigT, Set[str], str], DrafterT]
     writers: Mapping[str, Callable[[DrafterT, str], dict[str, Any]]]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def _build_dspark(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:
@@ -122,6 +133,11 @@ def _build_eagle3(config: Eagle3Config, names: Set[str], where: str) -> Eagle3Dr
     return Eagle3Drafter(config)
 
 
+def _write_published_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    refuse_eagle3_beyond_published(drafter.config)
+    return eagle3_to_json(drafter.config, dtype)
+
+
 def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     return eagle3_to_json(drafter.config, dtype)
 
@@ -134,15 +150,18 @@ EAGLE3 = Family(
     drafter=Eagle3Drafter,
     readers={
         EAGLE3_ARCHITECTURE: eagle3_from_json,
+        GEMMA4_EAGLE3: eagle3_from_json,
+        LEGACY_EAGLE3: legacy_eagle3_from_json,
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
         "speculators eagle3": speculators_eagle3_from_json,
     },
     build=_build_eagle3,
     writers={
-        DEEPSPEC: _write_eagle3,
+        DEEPSPEC: _write_published_eagle3,
         SPECULATORS: _write_speculators_eagle3,
         ATTACHED: _write_eagle3,
     },
+    renamed={"midlayer.": "layers.0."},
 )
 
 FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK, EAGLE3)
@@ -163,6 +182,12 @@ def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], 
     for family in FAMILIES:
         if name in family.readers:
             return family, family.readers[name](data, where)
+    if "dspark_block_size" in data:
+        raise CompatibilityError(
+            f"{where} is a target of architecture {name} with DSpark layers among its own (mtp.*), "
+            "whose compressed attention and hyper-connections are not supported; serve it with "
+            "vLLM or SGLang."
+        )
     known = ", ".join(name for family in FAMILIES for name in family.readers)
     if is_drafter(data):
         raise CompatibilityError(

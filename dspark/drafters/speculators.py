@@ -11,8 +11,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dspark.drafters.config import DSparkConfig
-from dspark.drafters.layer_fields import QWEN3_FIELDS, Reader, is_gemma4
+from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.json_reader import Reader
+from dspark.drafters.layer_fields import QWEN3_FIELDS, is_gemma4
 from dspark.drafters.published import config_from_json, config_to_json
 from dspark.errors import CheckpointError, CompatibilityError
 
@@ -102,11 +103,7 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     Raises:
         CompatibilityError: the drafter's layers are not Qwen3's.
     """
-    if is_gemma4(config.backbone):
-        raise CompatibilityError(
-            "The drafter has Gemma4's layers, for which the speculators layout has no place; use "
-            "the published layout, or save it attached to its target."
-        )
+    refuse_gemma4(config.backbone)
     _without_moving_state(config, "The drafter")
     headless = config.markov_rank == 0 and not config.confidence_head
     kind = DFLASH if headless and not config.sample_from_anchor else DSPARK
@@ -139,6 +136,19 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
             "markov_rank": config.markov_rank,
         }
     return dict(sorted(top.items()))
+
+
+def refuse_gemma4(backbone: BackboneConfig) -> None:
+    """Refuse layers that the library has no module for.
+
+    Raises:
+        CompatibilityError: they are Gemma4's.
+    """
+    if is_gemma4(backbone):
+        raise CompatibilityError(
+            "The drafter has Gemma4's layers, for which the speculators layout has no place; use "
+            "the published layout, or save it attached to its target."
+        )
 
 
 def proposal_fields(
