@@ -13,8 +13,9 @@ from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.drafter import drafter_config
+from dspark.training.drafter_settings import DSparkSettings
 from dspark.training.eagle_drafter import eagle3_config
-from dspark.training.recipe import DSparkSettings, Eagle3Recipe
+from dspark.training.recipe import Eagle3Recipe
 
 EAGLE3 = Eagle3Recipe(
     kind="drafter",
