@@ -111,18 +111,14 @@ def legacy_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config
             f"{where} does not say which layers the drafter reads; add target_layer_ids, which for "
             "a target of n layers usually are [1, n/2 - 1, n - 4]."
         )
-    flat = {key: value for key, value in data.items() if key not in ("eagle_config", AUX_LAYERS)}
-    if data.get("target_layer_ids") is None:
+    flat = llama_shapes(data)
+    for name in ("eagle_config", AUX_LAYERS):
+        flat.pop(name, None)
+    if "target_layer_ids" not in flat:
         flat["target_layer_ids"] = [i - 1 for i in read.integers(AUX_LAYERS)]
-    return eagle3_from_json(
-        llama_shapes(flat)
-        | {
-            "num_target_layers": data.get("num_target_layers")
-            or max(1, *(i + 1 for i in Reader(flat, where).integers("target_layer_ids"))),
-            "ttt_length": data.get("ttt_length") or _LEGACY_LENGTH,
-        },
-        where,
-    )
+    taps = Reader(flat, where).integers("target_layer_ids")
+    least = {"num_target_layers": max([0, *taps]) + 1, "ttt_length": _LEGACY_LENGTH}
+    return eagle3_from_json(least | flat, where)
 
 
 def llama_shapes(data: Mapping[str, Any]) -> dict[str, Any]:

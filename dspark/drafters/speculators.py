@@ -84,7 +84,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         **LAYER_DEFAULTS,
         **layers,
         **(_NO_HEADS if kind == DFLASH else {}),
-        "num_target_layers": max(1, *aux),
+        "num_target_layers": max([1, *aux]),
         **{name: data[name] for name in _SAME if data.get(name) is not None},
         "num_anchors": data.get("max_anchors", data.get("num_anchors", 512)),
         "sample_from_anchor": _sample_from_anchor(read, kind),

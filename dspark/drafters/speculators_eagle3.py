@@ -72,7 +72,7 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
     flat: dict[str, Any] = {
         **LAYER_DEFAULTS,
         **(llama_shapes(layers) if llama else layers),
-        "num_target_layers": max(1, *taps),
+        "num_target_layers": max([1, *taps]),
         **{name: data[name] for name in own if data.get(name) is not None},
         "target_layer_ids": [i - 1 for i in taps],
         "ttt_length": tokens,

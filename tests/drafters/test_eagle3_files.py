@@ -269,6 +269,11 @@ def test_a_reduced_vocabulary_has_no_place_in_the_published_layout(make_eagle3_l
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}},
+            CompatibilityError,
+            r"target_layer_ids is \[\]",
+        ),
         ({"eagle_config": {}}, CheckpointError, "not say which layers.*add target_layer_ids"),
         ({"eagle_config": {"norm_before_residual": True}}, CompatibilityError, "norm_before_resid"),
         ({"sliding_window": 512}, CompatibilityError, "sliding_window 512"),
