@@ -40,6 +40,8 @@ class BackboneConfig:
         attention_bias: whether q, k, v and o projections have a bias.
         query_key_norms: queries and keys are normed per head; Llama's are not, which only an Eagle3
             drafter may have.
+        norm_before_residual: the residual of an Eagle3 layer is the hidden state after its norm,
+            not before.
         softmax_scale: factor on query-key products; None for D ** -0.5.
         value_from_key: values are the key projection, before the key's norm and rotary embedding.
         value_norm: values are normed per head, without a weight.
@@ -65,6 +67,7 @@ class BackboneConfig:
     rope_theta: float = 1e6
     attention_bias: bool = False
     query_key_norms: bool = True
+    norm_before_residual: bool = False
     softmax_scale: float | None = None
     value_from_key: bool = False
     value_norm: bool = False
@@ -172,10 +175,10 @@ class DSparkConfig:
         """
         check_taps(self.target_layer_ids, self.num_target_layers, self.backbone)
         check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
-        if not self.backbone.query_key_norms:
+        if not self.backbone.query_key_norms or self.backbone.norm_before_residual:
             raise CompatibilityError(
-                "The DSpark drafter's layers have no norms of queries and keys, but no published "
-                "drafter is so; use Qwen3's or Gemma4's layers."
+                "The DSpark drafter has query_key_norms false or norm_before_residual true, which "
+                "are for Eagle3; use Qwen3's or Gemma4's layers."
             )
         mask = self.mask_token_id
         if mask is not None and not 0 <= mask < self.vocab_size:

@@ -3,7 +3,8 @@
 A row is made of two parts: the hidden state h of a token (projected features, or what this layer
 gave a step before) and the embedding of the token after it. Both are normed and laid side by side
 as the input of the attention, so that the q, k and v projections read 2 H numbers; the residual is
-h itself, before its norm. What comes out is the next step's h, and, normed, what the head reads.
+h itself, before its norm (or, with `norm_before_residual`, after). What comes out is the next
+step's h, and, normed, what the head reads.
 
 Module names are the published state dict's keys. All else of the layer is `layers.Layer`, of
 whatever family: training builds `Eagle3Weights` from the parameters at every step (gradients flow
@@ -106,8 +107,10 @@ class Eagle3Weights:
         Returns:
             The next hidden states [.., H], before the final norm.
         """
-        heads = self.layer.heads(self._input(embedded, hidden), rotary_rows)
-        return self.layer.finish(hidden, mix(*heads))
+        read = self._input(embedded, hidden)
+        # The input's second half is the normed hidden state.
+        residual = read[..., embedded.shape[-1] :] if self.config.norm_before_residual else hidden
+        return self.layer.finish(residual, mix(*self.layer.heads(read, rotary_rows)))
 
     def final(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., H] as the head reads them."""

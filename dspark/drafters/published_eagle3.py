@@ -9,6 +9,7 @@ reduced vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dspark.drafters.eagle3 import Eagle3Config
@@ -26,8 +27,9 @@ from dspark.errors import CheckpointError, CompatibilityError
 ARCHITECTURE, GEMMA4_ARCHITECTURE = "Qwen3Eagle3Model", "Gemma4Eagle3Model"
 LEGACY_ARCHITECTURE = "LlamaForCausalLMEagle3"
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
-# Variants of the layer; all of them false in the layer that is built here.
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+RESIDUAL = "norm_before_residual"
+# Variants of the layer that are not built here: all must be false.
+FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
 _LEGACY_LENGTH = 7
 
 # Every field that acts here beside the layer's; all others are kept in `Eagle3Config.extra`.
@@ -42,6 +44,7 @@ _FIELDS = frozenset(
         "num_target_layers",
         "ttt_length",
         "step_loss_decay",
+        RESIDUAL,
         "tie_word_embeddings",
         "dtype",
         "torch_dtype",
@@ -70,9 +73,10 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     else:
         normed = data.get("model_type") != "llama"
         backbone = qwen3_layers_from_json(data, where, len(taps), query_key_norms=normed)
+    residual = read.boolean(RESIDUAL, default=False)
     fields = _FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return Eagle3Config(
-        backbone=backbone,
+        backbone=replace(backbone, norm_before_residual=residual),
         vocab_size=vocab,
         target_layer_ids=tuple(taps),
         num_target_layers=read.integer("num_target_layers"),
@@ -114,6 +118,8 @@ def legacy_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config
     flat = llama_shapes(data)
     for name in ("eagle_config", AUX_LAYERS):
         flat.pop(name, None)
+    if own.get(RESIDUAL) is not None:
+        flat[RESIDUAL] = own[RESIDUAL]
     if "target_layer_ids" not in flat:
         flat["target_layer_ids"] = [i - 1 for i in read.integers(AUX_LAYERS)]
     taps = Reader(flat, where).integers("target_layer_ids")
@@ -151,6 +157,8 @@ def eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         "ttt_length": config.ttt_length,
         "vocab_size": config.vocab_size,
     }
+    if config.backbone.norm_before_residual:
+        data[RESIDUAL] = True
     if config.draft_vocab_size is not None:
         data["draft_vocab_size"] = config.draft_vocab_size
     return dict(sorted(data.items()))
@@ -164,6 +172,7 @@ def refuse_beyond_published(config: Eagle3Config) -> None:
     """
     beyond = {
         f"draft_vocab_size {config.draft_vocab_size}": config.draft_vocab_size is not None,
+        f"{RESIDUAL} true": config.backbone.norm_before_residual,
         "Llama's layer": not config.backbone.query_key_norms,
     }
     found = [name for name, there in beyond.items() if there]

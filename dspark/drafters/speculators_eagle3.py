@@ -15,6 +15,7 @@ from dspark.drafters.json_reader import Reader
 from dspark.drafters.published_eagle3 import (
     AUX_LAYERS,
     FLAGS,
+    RESIDUAL,
     eagle3_from_json,
     eagle3_to_json,
     llama_shapes,
@@ -68,7 +69,7 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
             f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
             "how many drafts a round has."
         ) from error
-    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size")
+    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL)
     flat: dict[str, Any] = {
         **LAYER_DEFAULTS,
         **(llama_shapes(layers) if llama else layers),
@@ -96,6 +97,7 @@ def speculators_eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, An
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "dtype": dtype,
         **dict.fromkeys(FLAGS, False),
+        RESIDUAL: config.backbone.norm_before_residual,
         "num_target_layers": config.num_target_layers,
         "speculators_config": proposal_fields(EAGLE3, config.ttt_length, name, architectures),
         "speculators_model_type": EAGLE3,

@@ -155,10 +155,11 @@ def make_eagle3_layer(make_eagle3, make_parts):
     """A drafter with the layer of a family, bound to such a target; norms and scalars random."""
 
     def make(kind: str, **changes: object) -> Eagle3Drafter:
-        own = {"query_key_norms": False} if kind == "llama" else {}
+        own = {"query_key_norms": not kind.startswith("llama")}
+        own |= {"norm_before_residual": kind.endswith("normed")}
         parts = make_parts()
         if kind.startswith("gemma4"):
-            own = GEMMA4_PARTS | {"rotary_fraction": 0.5, "head_dim": 8}
+            own |= GEMMA4_PARTS | {"rotary_fraction": 0.5, "head_dim": 8}
             own |= {"value_from_key": "k_eq_v" in kind}
             parts = make_parts(embedding_scale=4.0, logit_softcap=1.5)
         backbone = replace(make_eagle3().config.backbone, **own)

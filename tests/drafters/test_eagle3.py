@@ -57,7 +57,7 @@ def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
         return layer[f"{name}.weight"] @ x + layer.get(f"{name}.bias", 0)
 
     def head_norm(x, name):
-        return x if kind == "llama" else rms(x, layer[f"self_attn.{name}_norm.weight"])
+        return x if kind.startswith("llama") else rms(x, layer[f"self_attn.{name}_norm.weight"])
 
     def row(token, hidden, position):
         embedded = borrowed.embedding_VH[token] * (4.0 if gemma4 else 1.0)
@@ -78,6 +78,8 @@ def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
             scores = torch.stack([key[group] @ query[head] for key in keys])
             weights = (scores * scale).softmax(0)
             mixed.append(sum(w * v[group] for w, v in zip(weights, values, strict=True)))
+        if kind.endswith("normed"):
+            hidden = rms(hidden, layer["hidden_norm.weight"])
         attended = linear(torch.cat(mixed), "self_attn.o_proj")
         if gemma4:
             hidden = hidden + rms(attended, layer["post_attention_layernorm.weight"])
@@ -101,7 +103,7 @@ def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
     return torch.stack(logits)
 
 
-KINDS = ("qwen3", "llama", "gemma4", "gemma4 k_eq_v")
+KINDS = ("qwen3", "qwen3 normed", "llama", "llama normed", "gemma4", "gemma4 k_eq_v")
 
 
 @pytest.mark.parametrize("kind", KINDS)

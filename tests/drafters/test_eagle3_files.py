@@ -101,7 +101,8 @@ def test_speculators_and_back_is_bit_identical(golden_eagle3, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"norm_before_residual": True}, CompatibilityError, "norm_before_residual True"),
+        ({"norm_before_residual": "yes"}, CheckpointError, "norm_before_residual 'yes'"),
+        ({"norm_before_fc": True}, CompatibilityError, "norm_before_fc True"),
         ({"fc_norm": True}, CompatibilityError, "fc_norm True"),
         ({"draft_vocab_size": 212}, CompatibilityError, "draft_vocab_size is 212"),
         ({"target_hidden_size": 99}, CompatibilityError, "target_hidden_size 99"),
@@ -225,6 +226,8 @@ def test_legacy_files_are_read(legacy, make_parts, draft):
     assert load_drafter(directory).taps == (-1, 1, 4)
     change(directory, eagle_aux_hidden_state_layer_ids=..., target_layer_ids=[-1, 1, 4])
     change(directory, num_target_layers=9, ttt_length=3)
+    change(directory, eagle_config={"norm_before_residual": True})
+    assert load_drafter(directory).config.backbone.norm_before_residual
     config = load_drafter(directory).config
     assert (config.target_layer_ids, config.num_target_layers) == ((-1, 1, 4), 9)
     assert config.ttt_length == 3
@@ -256,6 +259,23 @@ def test_legacy_drafters_travel_attached_and_as_speculators(legacy, make_parts, 
         torch.testing.assert_close(drafts_of(again, draft), drafts_of(drafter, draft))
 
 
+@pytest.mark.parametrize("kind", ["qwen3 normed", "llama normed"])
+def test_a_residual_after_the_norm_travels_too(
+    make_eagle3_layer, make_parts, draft, tmp_path, kind
+):
+    drafter = make_eagle3_layer(kind)
+    with pytest.raises(CompatibilityError, match="norm_before_residual true"):
+        save_published(drafter, tmp_path / "published")
+    save_speculators(drafter, tmp_path / "there", dtype=None)
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["norm_before_residual"]
+    save_attached(drafter, tmp_path, dtype=None)
+    for place in (tmp_path, tmp_path / "there"):
+        loaded = load_drafter(place)
+        loaded.bind(make_parts())
+        assert loaded.config.backbone == drafter.config.backbone
+        torch.testing.assert_close(drafts_of(loaded, draft), drafts_of(drafter, draft))
+
+
 def test_a_reduced_vocabulary_has_no_place_in_the_published_layout(make_eagle3_layer, tmp_path):
     drafter = make_eagle3_layer("qwen3", draft_vocab_size=8, draft_tokens=KNOWN)
     with pytest.raises(CompatibilityError, match="has draft_vocab_size 8, for which"):
@@ -275,7 +295,7 @@ def test_a_reduced_vocabulary_has_no_place_in_the_published_layout(make_eagle3_l
             r"target_layer_ids is \[\]",
         ),
         ({"eagle_config": {}}, CheckpointError, "not say which layers.*add target_layer_ids"),
-        ({"eagle_config": {"norm_before_residual": True}}, CompatibilityError, "norm_before_resid"),
+        ({"eagle_config": {"norm_output": True}}, CompatibilityError, "norm_output True"),
         ({"sliding_window": 512}, CompatibilityError, "sliding_window 512"),
         ({"model_type": "deepseek"}, CompatibilityError, "'deepseek'"),
         ({"rope_theta": ...}, CheckpointError, "rope_theta None"),
@@ -290,7 +310,8 @@ def test_legacy_files_that_cannot_be_used_are_refused(legacy, changes, error, wo
         load_drafter(directory)
 
 
-def test_a_dspark_drafter_cannot_have_llamas_layers(make_drafter, tiny_config):
-    backbone = replace(tiny_config.backbone, query_key_norms=False)
-    with pytest.raises(CompatibilityError, match="no norms of queries and keys"):
+@pytest.mark.parametrize("part", [{"query_key_norms": False}, {"norm_before_residual": True}])
+def test_a_dspark_drafter_cannot_have_eagle3s_layers(make_drafter, tiny_config, part):
+    backbone = replace(tiny_config.backbone, **part)
+    with pytest.raises(CompatibilityError, match="which are for Eagle3"):
         make_drafter(backbone=backbone)
