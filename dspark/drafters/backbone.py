@@ -156,9 +156,10 @@ class BackboneWeights:
             rotary_rows: `rotary` of the slots' positions.
             attend: mixes values over context and block.
         """
+        cosine_sine = rotary_rows.unbind(-3)
         for i, layer in enumerate(self.layers):
             read = norm(x, layer.input_norm_H, self.config)
-            x = layer.finish(x, attend(i, *layer.heads(read, rotary_rows)))
+            x = layer.finish(x, attend(i, *layer.heads(read, cosine_sine)))
         return norm(x, self.norm_H, self.config)
 
 

@@ -93,7 +93,7 @@ class Eagle3Weights:
             hidden: hidden states [.., H] of the rows.
             rotary_rows: `layers.rotary` of their positions.
         """
-        return self.layer.key_value(self._input(embedded, hidden), rotary_rows)
+        return self.layer.key_value(self._input(embedded, hidden), rotary_rows.unbind(-3))
 
     def step(self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix) -> Tensor:
         """One pass through the layer.
@@ -110,7 +110,7 @@ class Eagle3Weights:
         read = self._input(embedded, hidden)
         # The input's second half is the normed hidden state.
         residual = read[..., embedded.shape[-1] :] if self.config.norm_before_residual else hidden
-        return self.layer.finish(residual, mix(*self.layer.heads(read, rotary_rows)))
+        return self.layer.finish(residual, mix(*self.layer.heads(read, rotary_rows.unbind(-3))))
 
     def final(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., H] as the head reads them."""

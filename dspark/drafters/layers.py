@@ -147,12 +147,12 @@ class LayerWeights:
         moved: dict[str, Any] = {n: x.to(other) for n, x in named.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
-    def heads(self, x: Tensor, rotary_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, cosine_sine: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query [.., A, D], key and value [.., G, D] of what the attention reads.
 
         Args:
             x: the attention's input, normed.
-            rotary_rows: `rotary` of the rows' positions.
+            cosine_sine: the two halves of `rotary` of the rows' positions.
         """
         config, sizes = self.config, (self.config.num_heads, self.config.num_kv_heads)
         # A key that is also the value is the last heads of the projection as much as a value is.
@@ -160,13 +160,11 @@ class LayerWeights:
         qkv = F.linear(x, self.qkv, self.qkv_bias)
         qkv = qkv.view((*qkv.shape[:-1], -1, config.head_dim))
         value = value_of(qkv.narrow(-2, sizes[0] + own, sizes[1]), config)
-        query_key = turned(
-            qkv.narrow(-2, 0, sum(sizes)), self.query_key_norm, rotary_rows.unbind(-3), config
-        )
+        query_key = turned(qkv.narrow(-2, 0, sum(sizes)), self.query_key_norm, cosine_sine, config)
         query, key = torch.split_with_sizes(query_key, sizes, -2)
         return query, key, value
 
-    def key_value(self, x: Tensor, rotary_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value(self, x: Tensor, cosine_sine: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Key and value [.., G, D] of rows that are only looked at; args as `heads`."""
         config, first = self.config, self.config.num_heads
         bias = None if self.qkv_bias is None else self.qkv_bias[first * config.head_dim :]
@@ -174,7 +172,7 @@ class LayerWeights:
         rows = rows.view((*rows.shape[:-1], -1, config.head_dim))
         key, value = rows[..., : config.num_kv_heads, :], rows[..., -config.num_kv_heads :, :]
         key_norm = None if self.query_key_norm is None else self.query_key_norm[first:]
-        key = turned(key, key_norm, rotary_rows.unbind(-3), config)
+        key = turned(key, key_norm, cosine_sine, config)
         return key, value_of(value, config)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
