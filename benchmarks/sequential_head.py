@@ -56,7 +56,7 @@ def random_target(shape: Shape, vocab_size: int, dtype: torch.dtype, device: str
 
 def drafter_config(target: Target, shape: Shape, head: str, args: Any, block: int) -> DSparkConfig:
     """A drafter of the target's width; only the head differs between configurations."""
-    taps = evenly_spaced_taps(target.num_layers, min(5, target.num_layers))
+    taps = evenly_spaced_taps(target.num_layers, min(5, target.num_layers - 3))
     backbone = BackboneConfig(
         shape.hidden_size,
         shape.intermediate_size,

@@ -5,7 +5,7 @@ without an input norm; the block's slots attend to all of it and to each other i
 (FORMAT_FACTS.md A.5). Module names are the published state dict's keys (A.2).
 
 The arithmetic is written once, on `BackboneWeights`, where projections that read the same input are
-one matrix: query, key and value of a block; gate and up; and the context's keys and values of all
+one matrix: those of a layer (`layers.LayerWeights`), and the context's keys and values of all
 layers. Training builds these views of the parameters at every step (gradients flow through the
 concatenation); decoding builds them once.
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.drafters.config import BackboneConfig
+from dspark.drafters.layers import Layer, LayerWeights, RMSNorm, norm, rotary, turned, value_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
@@ -39,64 +40,6 @@ class AttentionTile:
     stop: int
     context: int
     mask_BQP: Tensor
-
-
-class RMSNorm(nn.Module):
-    """Holds the weight of a root-mean-square norm over the last dimension."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-
-class Attention(nn.Module):
-    """Holds one layer's attention projections and per-head norms."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=config.attention_bias)
-        self.v_proj: nn.Linear | None = None
-        if not config.value_from_key:
-            self.v_proj = nn.Linear(config.hidden_size, kv, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.head_dim)
-        self.k_norm = RMSNorm(config.head_dim)
-
-    def projections(self) -> tuple[nn.Linear, ...]:
-        """Of query, key and, where it has its own, value."""
-        query_key = (self.q_proj, self.k_proj)
-        return query_key if self.v_proj is None else (*query_key, self.v_proj)
-
-
-class MLP(nn.Module):
-    """Holds one layer's gated projections."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
-class Layer(nn.Module):
-    """Holds one draft layer."""
-
-    layer_scalar: Tensor | None
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
-        self.pre_feedforward_layernorm: RMSNorm | None = None
-        self.post_feedforward_layernorm: RMSNorm | None = None
-        if config.sandwich_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size)
-            self.post_feedforward_layernorm = RMSNorm(config.hidden_size)
-        self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scalar else None)
 
 
 class ParallelBackbone(nn.Module):
@@ -157,54 +100,6 @@ class ParallelBackbone(nn.Module):
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One layer's weights, those with a common input side by side.
-
-    A layer without sandwich norms has no norm after attention and MLP.
-    """
-
-    input_norm_H: Tensor
-    qkv: Tensor  # the value's rows only where it has its own
-    qkv_bias: Tensor | None
-    query_key_norm: Tensor  # [A + G, D]
-    output: Tensor
-    output_bias: Tensor | None
-    attention_out_norm_H: Tensor | None
-    mlp_norm_H: Tensor
-    gate_up: Tensor
-    down: Tensor
-    mlp_out_norm_H: Tensor | None
-    scalar_1: Tensor | None
-
-    @classmethod
-    def of(cls, layer: Layer, config: BackboneConfig) -> LayerWeights:
-        """The weights of a layer."""
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = attention.projections()
-        after_attention, before_mlp = (
-            layer.post_attention_layernorm,
-            layer.pre_feedforward_layernorm,
-        )
-        after_mlp = layer.post_feedforward_layernorm
-        norms = [attention.q_norm.weight.expand(config.num_heads, -1)]
-        norms.append(attention.k_norm.weight.expand(config.num_kv_heads, -1))
-        return cls(
-            input_norm_H=layer.input_layernorm.weight,
-            qkv=torch.cat([p.weight for p in projections]),
-            qkv_bias=torch.cat([p.bias for p in projections]) if config.attention_bias else None,
-            query_key_norm=torch.cat(norms),
-            output=attention.o_proj.weight,
-            output_bias=attention.o_proj.bias,
-            attention_out_norm_H=None if before_mlp is None else after_attention.weight,
-            mlp_norm_H=(after_attention if before_mlp is None else before_mlp).weight,
-            gate_up=torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
-            down=mlp.down_proj.weight,
-            mlp_out_norm_H=None if after_mlp is None else after_mlp.weight,
-            scalar_1=layer.layer_scalar,
-        )
-
-
-@dataclass(frozen=True)
 class BackboneWeights:
     """All weights of a backbone in the form that computes fastest, and the computation."""
 
@@ -222,6 +117,7 @@ class BackboneWeights:
         """The weights of a backbone; gradients flow back to its parameters."""
         config = backbone.backbone_config
         layers: list[Layer] = [layer for layer in backbone.layers if isinstance(layer, Layer)]
+        key_norms = [a.self_attn.k_norm for a in layers if a.self_attn.k_norm is not None]
         pairs = [p for a in layers for p in a.self_attn.projections()[1:]]
         return cls(
             config=config,
@@ -229,7 +125,7 @@ class BackboneWeights:
             hidden_norm_H=backbone.hidden_norm.weight,
             context_kv=torch.cat([p.weight for p in pairs]),
             context_kv_bias=torch.cat([p.bias for p in pairs]) if config.attention_bias else None,
-            context_key_norm=torch.stack([a.self_attn.k_norm.weight for a in layers]).unsqueeze(1),
+            context_key_norm=torch.stack([n.weight for n in key_norms]).unsqueeze(1),
             layers=tuple(LayerWeights.of(layer, config) for layer in layers),
             norm_H=backbone.norm.weight,
         )
@@ -244,13 +140,12 @@ class BackboneWeights:
         config = self.config
         projections = 1 if config.value_from_key else 2
         shape = (config.num_layers, projections, config.num_kv_heads, config.head_dim)
-        context = self._norm(F.linear(features, self.fc), self.hidden_norm_H)
+        context = norm(F.linear(features, self.fc), self.hidden_norm_H, config)
         rows = F.linear(context, self.context_kv, self.context_kv_bias)
         rows = rows.view(rows.shape[:-1] + shape)
-        key, value = rows.select(-3, 0), self._value(rows.select(-3, -1))
-        key = torch.rms_norm(key, (config.head_dim,), None, config.rms_norm_eps)
-        cosine, sine = rotary_rows.unsqueeze(-2).unbind(-4)
-        key = rotate(key * self.context_key_norm, cosine, sine)
+        cosine_sine = rotary_rows.unsqueeze(-2).unbind(-4)
+        key = turned(rows.select(-3, 0), self.context_key_norm, cosine_sine, config)
+        value = value_of(rows.select(-3, -1), config)
         return list(zip(key.unbind(-3), value.unbind(-3), strict=True))
 
     def block(self, x: Tensor, rotary_rows: Tensor, attend: Attend) -> Tensor:
@@ -261,46 +156,11 @@ class BackboneWeights:
             rotary_rows: `rotary` of the slots' positions.
             attend: mixes values over context and block.
         """
-        config = self.config
-        sizes = (config.num_heads, config.num_kv_heads)
-        # A key that is also the value is the last heads of the projection as much as a value is.
-        own = 0 if config.value_from_key else config.num_kv_heads
-        cosine, sine = rotary_rows.unbind(-3)
+        cosine_sine = rotary_rows.unbind(-3)
         for i, layer in enumerate(self.layers):
-            qkv = F.linear(self._norm(x, layer.input_norm_H), layer.qkv, layer.qkv_bias)
-            qkv = qkv.view((*qkv.shape[:-1], -1, config.head_dim))
-            value = self._value(qkv.narrow(-2, sizes[0] + own, sizes[1]))
-            query_key = qkv.narrow(-2, 0, sum(sizes))
-            query_key = torch.rms_norm(query_key, (config.head_dim,), None, config.rms_norm_eps)
-            query_key = rotate(query_key * layer.query_key_norm, cosine, sine)
-            query, key = torch.split_with_sizes(query_key, sizes, -2)
-            mixed = attend(i, query, key, value).flatten(-2)
-            mixed = F.linear(mixed, layer.output, layer.output_bias)
-            if layer.attention_out_norm_H is not None:
-                mixed = self._norm(mixed, layer.attention_out_norm_H)
-            x = x + mixed
-            gate_up = F.linear(self._norm(x, layer.mlp_norm_H), layer.gate_up)
-            gate, up = gate_up.chunk(2, dim=-1)
-            mlp = F.linear(self._activate(gate) * up, layer.down)
-            if layer.mlp_out_norm_H is not None:
-                mlp = self._norm(mlp, layer.mlp_out_norm_H)
-            x = x + mlp
-            if layer.scalar_1 is not None:
-                x = x * layer.scalar_1
-        return self._norm(x, self.norm_H)
-
-    def _activate(self, gate: Tensor) -> Tensor:
-        if self.config.activation == "silu":
-            return F.silu(gate)
-        return F.gelu(gate, approximate="tanh")
-
-    def _value(self, value: Tensor) -> Tensor:
-        if not self.config.value_norm:
-            return value
-        return torch.rms_norm(value, (self.config.head_dim,), None, self.config.rms_norm_eps)
-
-    def _norm(self, x: Tensor, weight_H: Tensor) -> Tensor:
-        return torch.rms_norm(x, (x.shape[-1],), weight_H, self.config.rms_norm_eps)
+            read = norm(x, layer.input_norm_H, self.config)
+            x = layer.finish(x, attend(i, *layer.heads(read, cosine_sine)))
+        return norm(x, self.norm_H, self.config)
 
 
 def layer_masks(tiles: Sequence[AttentionTile], config: BackboneConfig) -> list[list[Tensor]]:
@@ -322,23 +182,3 @@ def _windowed(tile: AttentionTile, config: BackboneConfig) -> Tensor:
     context = context & (columns >= ends_BQ1 - config.sliding_window)
     slots = tile.mask_BQP[..., tile.context :]
     return torch.cat((context, slots.tril() if config.causal_windows else slots), dim=-1)
-
-
-def rotary(positions: Tensor, config: BackboneConfig, dtype: torch.dtype) -> Tensor:
-    """Cosine and signed sine of positions [..], as [.., 2, 1, D], to broadcast over heads.
-
-    The sine's first half is negated, so that `rotate` needs no negation of its own.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-half / config.head_dim)
-    turning = int(config.rotary_fraction * config.head_dim / 2)
-    frequency = torch.where(half < 2 * turning, frequency, 0.0)
-    angle = positions.unsqueeze(-1).float() * frequency
-    cosine, sine = angle.cos(), angle.sin()
-    pair = (torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
-    return torch.stack(pair, dim=-2).unsqueeze(-2).to(dtype)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of heads x [.., heads, D], with the two halves of `rotary`."""
-    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)

@@ -31,6 +31,7 @@ from dspark.drafters.registry import (
     DEEPSPEC,
     SPECULATORS,
     AnyDrafter,
+    is_drafter,
     read_config,
     write_config,
 )
@@ -57,7 +58,7 @@ def load_drafter(
     directory = resolve(source, revision, offline)
     config_path = directory / CONFIG
     family, config = read_config(read_json(config_path), str(config_path))
-    state = read_weights(directory)
+    state = {_usual(name, family.renamed): x for name, x in read_weights(directory).items()}
     with torch.device("meta"):
         drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
     return _fill(drafter, state, directory)
@@ -90,6 +91,7 @@ def save_published(
     Raises:
         CompatibilityError: the layout has no place for something of the drafter (a learned mask
             embedding, a window, ...), or it has no embedding and head.
+        CheckpointError: the directory holds another model than a drafter.
     """
     return _save(drafter, Path(directory), DEEPSPEC, _all_tables(drafter), dtype)
 
@@ -137,6 +139,13 @@ def has_attached_drafter(
     if not directory.exists():
         directory = fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
     return (directory / ATTACHED_FOLDER / CONFIG).is_file()
+
+
+def _usual(name: str, renamed: Mapping[str, str]) -> str:
+    for beginning, usual in renamed.items():
+        if name.startswith(beginning):
+            return usual + name.removeprefix(beginning)
+    return name
 
 
 def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> AnyDrafter:
@@ -209,6 +218,15 @@ def _all_tables(drafter: AnyDrafter) -> dict[str, Tensor]:
     }
 
 
+def _refuse_to_replace(directory: Path) -> None:
+    """Refuse to write over a model that is no drafter: a target, most likely."""
+    if (directory / CONFIG).is_file() and not is_drafter(read_json(directory / CONFIG)):
+        raise CheckpointError(
+            f"{directory} holds a model that is no drafter, which would be lost; name another "
+            "directory, or save the drafter attached to it."
+        )
+
+
 def _save(
     drafter: AnyDrafter,
     directory: Path,
@@ -216,6 +234,7 @@ def _save(
     tables: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> Written:
+    _refuse_to_replace(directory)
     kept = drafter.fc.weight.dtype if dtype is None else dtype
     data = write_config(drafter, layout, str(kept).removeprefix("torch."))
     named = {**drafter.state_dict(), **tables}

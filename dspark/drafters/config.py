@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -38,6 +38,10 @@ class BackboneConfig:
         rms_norm_eps: epsilon of every norm.
         rope_theta: base of the rotary embedding.
         attention_bias: whether q, k, v and o projections have a bias.
+        query_key_norms: queries and keys are normed per head; Llama's are not, which only an Eagle3
+            drafter may have.
+        norm_before_residual: the residual of an Eagle3 layer is the hidden state after its norm,
+            not before.
         softmax_scale: factor on query-key products; None for D ** -0.5.
         value_from_key: values are the key projection, before the key's norm and rotary embedding.
         value_norm: values are normed per head, without a weight.
@@ -62,6 +66,8 @@ class BackboneConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     attention_bias: bool = False
+    query_key_norms: bool = True
+    norm_before_residual: bool = False
     softmax_scale: float | None = None
     value_from_key: bool = False
     value_norm: bool = False
@@ -167,22 +173,14 @@ class DSparkConfig:
         Raises:
             CompatibilityError: naming the field, its value and what it must be.
         """
-        ids, layers, mask = self.target_layer_ids, self.num_target_layers, self.mask_token_id
-        increasing = all(a < b for a, b in pairwise(ids))
-        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
+        check_taps(self.target_layer_ids, self.num_target_layers, self.backbone)
+        check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
+        if not self.backbone.query_key_norms or self.backbone.norm_before_residual:
             raise CompatibilityError(
-                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
-                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
+                "The DSpark drafter has query_key_norms false or norm_before_residual true, which "
+                "are for Eagle3; use Qwen3's or Gemma4's layers."
             )
-        if len(ids) != self.backbone.num_taps:
-            raise CompatibilityError(
-                f"num_taps is {self.backbone.num_taps}, but target_layer_ids has {len(ids)}."
-            )
-        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
-            raise CompatibilityError(
-                f"draft_vocab_size is {self.draft_vocab_size}, but must be less than vocab_size "
-                f"({self.vocab_size}), or None."
-            )
+        mask = self.mask_token_id
         if mask is not None and not 0 <= mask < self.vocab_size:
             raise CompatibilityError(
                 f"mask_token_id is {mask}, but must be a token of the vocabulary (0 to "
@@ -198,6 +196,37 @@ class DSparkConfig:
                 f"block_size is {self.block_size} and head_dim {self.backbone.head_dim}, but they "
                 f"must be at least {1 + self.unused_slots} and even."
             )
+
+
+def check_taps(ids: Sequence[int], num_target_layers: int, backbone: BackboneConfig) -> None:
+    """Refuse captured layers that a target cannot have, or another number of them.
+
+    Raises:
+        CompatibilityError: naming the field, its value and what it must be.
+    """
+    last, increasing = num_target_layers - 1, all(a < b for a, b in pairwise(ids))
+    if not ids or not increasing or ids[0] < -1 or ids[-1] > last:
+        raise CompatibilityError(
+            f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
+            f"from -1 (the embedding output) to {last} (num_target_layers - 1)."
+        )
+    if len(ids) != backbone.num_taps:
+        raise CompatibilityError(
+            f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
+        )
+
+
+def check_draft_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:
+    """Refuse a reduced vocabulary that is none.
+
+    Raises:
+        CompatibilityError: naming the field and its value.
+    """
+    if draft_vocab_size is not None and not 0 < draft_vocab_size < vocab_size:
+        raise CompatibilityError(
+            f"draft_vocab_size is {draft_vocab_size}, but must be less than vocab_size "
+            f"({vocab_size}), or None."
+        )
 
 
 def evenly_spaced_taps(num_target_layers: int, count: int) -> tuple[int, ...]:

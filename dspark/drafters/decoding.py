@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.backbone import BackboneWeights, ParallelBackbone, rotary
+from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
 from dspark.drafters.heads import ConfidenceHead, MarkovHead
+from dspark.drafters.layers import rotary
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -6,7 +6,6 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,30 +14,20 @@ from torch import Tensor, nn
 from dspark.attention.backends import block_attention
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
-from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import TargetBound
+from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.drafters.target_bound import TargetBound
 from dspark.errors import CompatibilityError
-
-# Of tokens outside a reduced vocabulary: its exponential is 0 beside any real logit, yet a request
-# that bans every token that the drafter knows leaves it a law to draw from.
-UNKNOWN_LOGIT = -1e30
 
 
 class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
 
-    With a reduced vocabulary the head is a copy of some of the target's rows, and `d2t` [Vd] (token
-    id minus draft id) and `t2d` [V] (which tokens are known) are buffers.
-
     Args:
         config: what to build.
     """
-
-    d2t: Tensor | None
-    t2d: Tensor | None
 
     def __init__(self, config: DSparkConfig) -> None:
         super().__init__(config)
@@ -55,47 +44,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             self.confidence_head = ConfidenceHead(width, read)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
-        known = config.draft_vocab_size
-        self.register_buffer("d2t", None if known is None else torch.zeros(known, dtype=torch.long))
-        self.register_buffer("t2d", None if known is None else torch.zeros(vocab, dtype=torch.bool))
-        self._draft_tokens: Tensor | None = None
         self._plan: DecodePlan | None = None
-
-    @classmethod
-    def from_target(
-        cls,
-        parts: BorrowedParts,
-        config: DSparkConfig,
-        *,
-        generator: torch.Generator,
-        init_std: float = 0.02,
-        copy_final_norm: bool = True,
-        draft_tokens: Tensor | None = None,
-    ) -> Self:
-        """A new drafter in fp32, bound to its target.
-
-        Args:
-            parts: the target's parts.
-            config: what to build.
-            generator: source of the random weights (CPU).
-            init_std: standard deviation of every matrix.
-            copy_final_norm: start from the target's final norm.
-            draft_tokens: the token ids [Vd] of a reduced vocabulary, ascending.
-
-        Raises:
-            CompatibilityError: the parts do not fit the configuration.
-        """
-        drafter = cls(config)
-        if drafter.d2t is not None and drafter.t2d is not None:
-            if draft_tokens is None or draft_tokens.shape != drafter.d2t.shape:
-                raise CompatibilityError(
-                    f"draft_vocab_size is {config.draft_vocab_size}, so draft_tokens must name as "
-                    "many token ids."
-                )
-            drafter.d2t.copy_(draft_tokens - torch.arange(draft_tokens.numel()))
-            drafter.t2d[draft_tokens] = True
-        drafter._start(parts, generator, init_std, copy_final_norm=copy_final_norm)
-        return drafter
 
     @property
     def block_size(self) -> int:
@@ -108,15 +57,6 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         backbone = self.config.backbone
         shape = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
         return (shape,) * backbone.num_layers
-
-    def bind(self, parts: BorrowedParts, *, num_target_layers: int | None = None) -> None:
-        """See `TargetBound.bind`; of the head only the rows of a reduced vocabulary are kept."""
-        super().bind(parts, num_target_layers=num_target_layers)
-        if self.d2t is not None:
-            offsets = self.d2t.to(self.borrowed.head_VH.device)
-            self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
-            self._borrowed = self.borrowed.reduced(self._draft_tokens)
-            self.own_head_VH = self._borrowed.head_VH
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -165,20 +105,6 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             tiles,
         )
         return hidden.view(batch, anchors, block, -1)[:, :, unused:]
-
-    def base_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits of the head, soft-capped, before any Markov bias.
-
-        [.., V], or [.., Vd] with a reduced vocabulary: see `over_vocabulary`.
-        """
-        return super().base_logits(hidden_NH)
-
-    def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits [.., V] of all tokens; those that it does not know get probability 0."""
-        if self._draft_tokens is None:
-            return logits
-        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
-        return everything.index_copy(-1, self._draft_tokens, logits)
 
     def confidence_logits(
         self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False

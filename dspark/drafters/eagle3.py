@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
-from dspark.drafters.backbone import rotary
 from dspark.drafters.base import DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import TargetBound
-from dspark.drafters.config import BackboneConfig
+from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
-from dspark.drafters.layer_fields import is_gemma4
+from dspark.drafters.layers import rotary
+from dspark.drafters.target_bound import TargetBound
 from dspark.errors import CompatibilityError
 
 # Cache layers: the layer's keys and values, and the projected features as keys of width H.
@@ -46,6 +44,7 @@ class Eagle3Config:
         step_loss_decay: factor from one pass's weight in the loss to the next's, recorded in the
             published config.
         max_position_embeddings: longest context, in tokens; the target's.
+        draft_vocab_size: tokens that it can propose, at most V - 1; None for all.
         extra: fields of a published config that change nothing here, written back unchanged.
     """
 
@@ -56,6 +55,7 @@ class Eagle3Config:
     ttt_length: int = 7
     step_loss_decay: float = 0.8
     max_position_embeddings: int = 40960
+    draft_vocab_size: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,21 +64,13 @@ class Eagle3Config:
         Raises:
             CompatibilityError: naming the field, its value and what it must be.
         """
-        ids, layers, backbone = self.target_layer_ids, self.num_target_layers, self.backbone
-        increasing = all(a < b for a, b in pairwise(ids))
-        if not ids or not increasing or ids[0] < -1 or ids[-1] >= layers:
+        backbone = self.backbone
+        check_taps(self.target_layer_ids, self.num_target_layers, backbone)
+        check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
+        if backbone.sliding_layers:
             raise CompatibilityError(
-                f"target_layer_ids is {list(ids)}, but must be strictly increasing layer numbers "
-                f"from -1 (the embedding output) to {layers - 1} (num_target_layers - 1)."
-            )
-        if len(ids) != backbone.num_taps:
-            raise CompatibilityError(
-                f"num_taps is {backbone.num_taps}, but target_layer_ids has {len(ids)}."
-            )
-        if is_gemma4(backbone) or backbone.sliding_layers:
-            raise CompatibilityError(
-                "The Eagle3 drafter's layer is Gemma4's or has a sliding window, but only Qwen3's "
-                "with full attention is supported yet."
+                f"The Eagle3 drafter's layer has a sliding_window of {backbone.sliding_window}, "
+                "which is not supported yet; use a drafter with full attention."
             )
         if backbone.num_layers != 1:
             raise CompatibilityError(
@@ -174,7 +166,8 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             embedded_RH = self.borrowed.embed(tokens_R)
             rotary_rows = plan.rotary_table[rows.positions_T]
             hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
-            tokens_R = draw(step, self.base_logits(plan.weights.final(hidden_RH)))
+            logits = self.base_logits(plan.weights.final(hidden_RH))
+            tokens_R = draw(step, self.over_vocabulary(logits))
         return Proposal()
 
     def _decode_plan(self, context: SlotCache) -> _DecodePlan:

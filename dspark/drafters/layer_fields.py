@@ -6,11 +6,11 @@ A drafter's config.json is that of its target's family with the drafter's own va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
+from dspark.drafters.json_reader import Reader, is_positive
 from dspark.errors import CheckpointError, CompatibilityError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -48,71 +48,16 @@ GEMMA4_FIELDS = _COMMON | {
 }
 
 
-class Reader:
-    """Fields of a configuration by type, with errors that name them.
-
-    Args:
-        data: a parsed config.json.
-        where: what to call it in errors.
-    """
-
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data = data
-        self.where = where
-
-    def integer(self, name: str, *, minimum: int = 1, default: int | None = None) -> int:
-        """An integer of at least `minimum`."""
-        value = self.data.get(name, default)
-        if type(value) is not int or value < minimum:
-            raise self._error(name, value, f"an integer of at least {minimum}")
-        return value
-
-    def number(self, name: str) -> float:
-        """A positive number."""
-        value = self.data.get(name)
-        if not _is_positive(value):
-            raise self._error(name, value, "a positive number")
-        return float(value)
-
-    def boolean(self, name: str, *, default: bool | None = None) -> bool:
-        """True or false."""
-        value = self.data.get(name, default)
-        if not isinstance(value, bool):
-            raise self._error(name, value, "true or false")
-        return value
-
-    def integers(self, name: str) -> list[int]:
-        """A list of integers."""
-        value = self.data.get(name)
-        if not isinstance(value, list) or not all(type(i) is int for i in value):
-            raise self._error(name, value, "a list of integers")
-        return value
-
-    def only(self, name: str, supported: object) -> None:
-        """Refuse a field that is there and has another value than the one that is supported.
-
-        Raises:
-            CompatibilityError: naming it.
-        """
-        value = self.data.get(name, supported)
-        if value != supported or type(value) is not type(supported):
-            raise CompatibilityError(
-                f"{self.where} has {name} {value!r}, but only {supported} is supported yet."
-            )
-
-    def _error(self, name: str, value: object, needed: str) -> CheckpointError:
-        if value is None:
-            return CheckpointError(f"{self.where} lacks {name}, which must be {needed}.")
-        return CheckpointError(f"{self.where} has {name} {value!r}, but it must be {needed}.")
-
-
-def qwen3_layers_from_json(data: Mapping[str, Any], where: str, num_taps: int) -> BackboneConfig:
+def qwen3_layers_from_json(
+    data: Mapping[str, Any], where: str, num_taps: int, *, query_key_norms: bool = True
+) -> BackboneConfig:
     """The layers of a Qwen3 configuration.
 
     Args:
         data: the parsed config.json.
         where: what to call it in errors.
         num_taps: captured target layers.
+        query_key_norms: false for Llama's layers, whose fields are the same.
 
     Raises:
         CheckpointError: a field is missing or has a value of the wrong kind.
@@ -138,6 +83,7 @@ def qwen3_layers_from_json(data: Mapping[str, Any], where: str, num_taps: int) -
         rms_norm_eps=read.number("rms_norm_eps"),
         rope_theta=theta,
         attention_bias=read.boolean("attention_bias", default=False),
+        query_key_norms=query_key_norms,
         sliding_layers=sliding,
         sliding_window=read.integer("sliding_window") if sliding else None,
         causal_windows=bool(sliding)
@@ -181,13 +127,13 @@ def gemma4_layers_from_json(data: Mapping[str, Any], where: str, num_taps: int) 
 
 
 def is_gemma4(backbone: BackboneConfig) -> bool:
-    """Whether the layers are Gemma4's; else they are Qwen3's.
+    """Whether the layers are Gemma4's; else they are Qwen3's, or Llama's without their norms.
 
     Raises:
         CompatibilityError: they are neither's, so no configuration can describe them.
     """
     parts = {name: getattr(backbone, name) for name in GEMMA4_PARTS}
-    if parts == GEMMA4_PARTS and not backbone.sliding_layers:
+    if parts == GEMMA4_PARTS and backbone.query_key_norms and not backbone.sliding_layers:
         return True
     plain = {name: getattr(BackboneConfig, name) for name in GEMMA4_PARTS}
     if parts == plain and not backbone.value_from_key and backbone.rotary_fraction == 1.0:
@@ -229,7 +175,7 @@ def layers_to_json(backbone: BackboneConfig) -> dict[str, Any]:
     fields |= {
         "head_dim": backbone.head_dim,
         "hidden_act": "silu",
-        "model_type": "qwen3",
+        "model_type": "qwen3" if backbone.query_key_norms else "llama",
         "num_key_value_heads": backbone.num_kv_heads,
         "rope_parameters": {"rope_theta": backbone.rope_theta, "rope_type": "default"},
     }
@@ -242,7 +188,28 @@ def layers_to_json(backbone: BackboneConfig) -> dict[str, Any]:
     return fields
 
 
-def gemma4_rope(backbone: BackboneConfig, others: object) -> dict[str, Any]:
+def model_to_json(backbone: BackboneConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of a model with these layers, `extra` as it was read.
+
+    Raises:
+        CompatibilityError: see `is_gemma4`.
+    """
+    data: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "sliding_window": None,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+    if not is_gemma4(backbone):
+        return {**data, **extra, **layers_to_json(backbone)}
+    shapes = {"head_dim": backbone.head_dim, "num_key_value_heads": backbone.num_kv_heads}
+    rope = {"rope_parameters": _gemma4_rope(backbone, extra.get("rope_parameters"))}
+    data |= {"model_type": "gemma4_text", **shapes}
+    return {**data, **extra, **layers_to_json(backbone), **rope}
+
+
+def _gemma4_rope(backbone: BackboneConfig, others: object) -> dict[str, Any]:
     """`rope_parameters` of a Gemma4 configuration, the other layer types' as they were read."""
     own: dict[str, Any] = {"rope_theta": backbone.rope_theta, "rope_type": "default"}
     if backbone.rotary_fraction != 1.0:
@@ -251,13 +218,13 @@ def gemma4_rope(backbone: BackboneConfig, others: object) -> dict[str, Any]:
     return {**(others if isinstance(others, Mapping) else {}), FULL: own}
 
 
-def _is_positive(value: object) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
-
-
 def _sliding_layers(read: Reader) -> tuple[int, ...]:
     kinds, layers = read.data.get("layer_types"), read.integer("num_hidden_layers")
+    if kinds is None and read.data.get("use_sliding_window"):
+        raise CompatibilityError(
+            f"{read.where} has use_sliding_window true and no layer_types; add them, {FULL} or "
+            f"{SLIDING} for each of the {layers} layers."
+        )
     if kinds is None:
         return ()
     known = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
@@ -286,13 +253,13 @@ def _rope(parameters: object, old_theta: object, where: str) -> tuple[float, flo
             "proportional, with factor 1, are supported yet."
         )
     theta = parameters.get("rope_theta", old_theta)
-    if not _is_positive(theta):
+    if not is_positive(theta):
         raise CheckpointError(
             f"{where} has rope_theta {theta!r}, but it must be a positive number, in "
             "rope_parameters or at the top level."
         )
     fraction = parameters.get("partial_rotary_factor", 1.0)
-    if not _is_positive(fraction) or fraction > 1 or (kind == "default" and fraction != 1):
+    if not is_positive(fraction) or fraction > 1 or (kind == "default" and fraction != 1):
         raise CompatibilityError(
             f"{where} has partial_rotary_factor {fraction!r} with rope_type {kind}, but it must be "
             "more than 0, at most 1, and less than 1 for proportional only."

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark.drafters.config import DSparkConfig
+from dspark.drafters.json_reader import Reader
 from dspark.drafters.layer_fields import (
     FULL,
     GEMMA4_FIELDS,
     QWEN3_FIELDS,
-    Reader,
     gemma4_layers_from_json,
-    gemma4_rope,
     is_gemma4,
-    layers_to_json,
+    model_to_json,
     qwen3_layers_from_json,
 )
 from dspark.errors import CheckpointError, CompatibilityError
@@ -100,26 +99,10 @@ def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     Raises:
         CompatibilityError: the layers are no family's.
     """
-    backbone, extra = config.backbone, dict(config.extra)
-    fixed: dict[str, Any] = {"architectures": [ARCHITECTURE]}
-    if is_gemma4(backbone):
-        fixed["architectures"] = [GEMMA4_ARCHITECTURE]
-        fixed["rope_parameters"] = gemma4_rope(backbone, extra.get("rope_parameters"))
-        defaults = {
-            "head_dim": backbone.head_dim,
-            "model_type": "gemma4_text",
-            "num_key_value_heads": backbone.num_kv_heads,
-        }
-        extra = defaults | extra
+    gemma4 = is_gemma4(config.backbone)
     data: dict[str, Any] = {
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "sliding_window": None,
-        "use_cache": True,
-        "use_sliding_window": False,
-        **extra,
-        **layers_to_json(backbone),
-        **fixed,
+        **model_to_json(config.backbone, config.extra),
+        "architectures": [GEMMA4_ARCHITECTURE if gemma4 else ARCHITECTURE],
         "block_size": config.block_size,
         "dtype": dtype,
         "enable_confidence_head": config.confidence_head,

@@ -8,7 +8,7 @@ config.json says. A new family is a new row of `FAMILIES` and a new member of `A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -25,7 +25,16 @@ from dspark.drafters.published import (
     refuse_beyond_published,
 )
 from dspark.drafters.published_eagle3 import ARCHITECTURE as EAGLE3_ARCHITECTURE
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.published_eagle3 import GEMMA4_ARCHITECTURE as GEMMA4_EAGLE3
+from dspark.drafters.published_eagle3 import LEGACY_ARCHITECTURE as LEGACY_EAGLE3
+from dspark.drafters.published_eagle3 import (
+    eagle3_from_json,
+    eagle3_to_json,
+    legacy_eagle3_from_json,
+)
+from dspark.drafters.published_eagle3 import (
+    refuse_beyond_published as refuse_eagle3_beyond_published,
+)
 from dspark.drafters.speculators import speculators_from_json, speculators_to_json
 from dspark.drafters.speculators_eagle3 import (
     speculators_eagle3_from_json,
@@ -35,6 +44,7 @@ from dspark.errors import CheckpointError, CompatibilityError
 
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
 LAYOUTS = (DEEPSPEC, SPECULATORS, ATTACHED)
+_DRAFTER_WORDS = ("DSpark", "DFlash", "Eagle")  # in the name of every drafter's architecture
 MASK_EMBEDDING = "mask_embedding.weight"
 
 AnyDrafter = DSparkDrafter | Eagle3Drafter
@@ -55,12 +65,14 @@ class Family(Generic[ConfigT, DrafterT]):
             module.
         writers: by layout, (drafter, dtype of the stored weights) -> config.json; a writer refuses
             what its layout cannot carry.
+        renamed: other beginnings of tensors' names that are read, each with the usual one.
     """
 
     drafter: type[DrafterT]
     readers: Mapping[str, Callable[[Mapping[str, Any], str], ConfigT]]
     build: Callable[[ConfigT, Set[str], str], DrafterT]
     writers: Mapping[str, Callable[[DrafterT, str], dict[str, Any]]]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def _build_dspark(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:
@@ -121,6 +133,11 @@ def _build_eagle3(config: Eagle3Config, names: Set[str], where: str) -> Eagle3Dr
     return Eagle3Drafter(config)
 
 
+def _write_published_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    refuse_eagle3_beyond_published(drafter.config)
+    return eagle3_to_json(drafter.config, dtype)
+
+
 def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     return eagle3_to_json(drafter.config, dtype)
 
@@ -133,15 +150,18 @@ EAGLE3 = Family(
     drafter=Eagle3Drafter,
     readers={
         EAGLE3_ARCHITECTURE: eagle3_from_json,
+        GEMMA4_EAGLE3: eagle3_from_json,
+        LEGACY_EAGLE3: legacy_eagle3_from_json,
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
         "speculators eagle3": speculators_eagle3_from_json,
     },
     build=_build_eagle3,
     writers={
-        DEEPSPEC: _write_eagle3,
+        DEEPSPEC: _write_published_eagle3,
         SPECULATORS: _write_speculators_eagle3,
         ATTACHED: _write_eagle3,
     },
+    renamed={"midlayer.": "layers.0."},
 )
 
 FAMILIES: tuple[Family[Any, Any], ...] = (DSPARK, EAGLE3)
@@ -162,9 +182,14 @@ def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], 
     for family in FAMILIES:
         if name in family.readers:
             return family, family.readers[name](data, where)
+    if "dspark_block_size" in data:
+        raise CompatibilityError(
+            f"{where} is a target of architecture {name} with DSpark layers among its own (mtp.*), "
+            "whose compressed attention and hyper-connections are not supported; serve it with "
+            "vLLM or SGLang."
+        )
     known = ", ".join(name for family in FAMILIES for name in family.readers)
-    drafters = ("DSpark", "Eagle", "DFlash", "speculators")
-    if any(word in name for word in drafters):
+    if is_drafter(data):
         raise CompatibilityError(
             f"{where} is a drafter of architecture {name}, which is not supported yet; use one of "
             f"{known}."
@@ -173,6 +198,13 @@ def read_config(data: Mapping[str, Any], where: str) -> tuple[Family[Any, Any], 
         f"{where} is of architecture {name}, which is no drafter; give the directory of a drafter "
         f"({known}), or a target directory that holds one in dspark/."
     )
+
+
+def is_drafter(data: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json names a kind of drafter, supported or not."""
+    names = data.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return "speculators_model_type" in data or any(word in str(first) for word in _DRAFTER_WORDS)
 
 
 def write_config(drafter: AnyDrafter, layout: str, dtype: str) -> dict[str, Any]:

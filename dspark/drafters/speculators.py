@@ -11,8 +11,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dspark.drafters.config import DSparkConfig
-from dspark.drafters.layer_fields import QWEN3_FIELDS, Reader, is_gemma4
+from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.json_reader import Reader
+from dspark.drafters.layer_fields import QWEN3_FIELDS, is_gemma4
 from dspark.drafters.published import config_from_json, config_to_json
 from dspark.errors import CheckpointError, CompatibilityError
 
@@ -83,7 +84,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         **LAYER_DEFAULTS,
         **layers,
         **(_NO_HEADS if kind == DFLASH else {}),
-        "num_target_layers": max(aux),
+        "num_target_layers": max([1, *aux]),
         **{name: data[name] for name in _SAME if data.get(name) is not None},
         "num_anchors": data.get("max_anchors", data.get("num_anchors", 512)),
         "sample_from_anchor": _sample_from_anchor(read, kind),
@@ -102,11 +103,7 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     Raises:
         CompatibilityError: the drafter's layers are not Qwen3's.
     """
-    if is_gemma4(config.backbone):
-        raise CompatibilityError(
-            "The drafter has Gemma4's layers, for which the speculators layout has no place; use "
-            "the published layout, or save it attached to its target."
-        )
+    refuse_gemma4(config.backbone)
     _without_moving_state(config, "The drafter")
     headless = config.markov_rank == 0 and not config.confidence_head
     kind = DFLASH if headless and not config.sample_from_anchor else DSPARK
@@ -141,6 +138,19 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(top.items()))
 
 
+def refuse_gemma4(backbone: BackboneConfig) -> None:
+    """Refuse layers that the library has no module for.
+
+    Raises:
+        CompatibilityError: they are Gemma4's.
+    """
+    if is_gemma4(backbone):
+        raise CompatibilityError(
+            "The drafter has Gemma4's layers, for which the speculators layout has no place; use "
+            "the published layout, or save it attached to its target."
+        )
+
+
 def proposal_fields(
     kind: str, tokens: int, name: str | None, architectures: list[str]
 ) -> dict[str, Any]:
@@ -163,7 +173,8 @@ def nested_fields(flat: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str
 def _sample_from_anchor(read: Reader, kind: str) -> bool:
     """The slots' layout; where a file does not say, its number of tokens does.
 
-    Files from before the field was introduced have 1 + n slots, whatever their kind.
+    Files from before the field was introduced have 1 + n slots, whatever their kind, and one token
+    less than slots; where the number tells nothing, the library's default for the kind is taken.
     """
     if read.data.get("sample_from_anchor") is not None:
         return read.boolean("sample_from_anchor")

@@ -11,21 +11,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark.drafters.eagle3 import Eagle3Config
-from dspark.drafters.layer_fields import Reader
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
+from dspark.drafters.json_reader import Reader
+from dspark.drafters.published_eagle3 import (
+    AUX_LAYERS,
+    FLAGS,
+    RESIDUAL,
+    eagle3_from_json,
+    eagle3_to_json,
+    llama_shapes,
+)
 from dspark.drafters.speculators import (
     LAYER_DEFAULTS,
     TARGET_ARCHITECTURES,
     TARGET_NAME,
     nested_fields,
     proposal_fields,
+    refuse_gemma4,
     verifier_fields,
 )
 from dspark.errors import CheckpointError
 
 EAGLE3 = "eagle3"
-_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-_TAPS = "eagle_aux_hidden_state_layer_ids"
 
 
 def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
@@ -46,14 +52,16 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
     if not isinstance(layers, Mapping):
         raise CheckpointError(f"{where} has transformer_layer_config {layers!r}, not an object.")
     read = Reader(data, where)
-    for flag in _FLAGS:
+    for flag in FLAGS:
         read.only(flag, False)
-    Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
+    llama = layers.get("model_type") == "llama"
+    if not llama:
+        Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
     if data.get("target_hidden_size") is not None:
         read.only("target_hidden_size", layers.get("hidden_size"))
-    taps = read.integers(_TAPS)
+    taps = read.integers(AUX_LAYERS)
     if not taps:
-        raise CheckpointError(f"{where} has no {_TAPS}.")
+        raise CheckpointError(f"{where} has no {AUX_LAYERS}.")
     try:
         tokens = data["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     except (KeyError, IndexError, TypeError) as error:
@@ -61,11 +69,11 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
             f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
             "how many drafts a round has."
         ) from error
-    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size")
+    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL)
     flat: dict[str, Any] = {
         **LAYER_DEFAULTS,
-        **layers,
-        "num_target_layers": max(taps),
+        **(llama_shapes(layers) if llama else layers),
+        "num_target_layers": max([1, *taps]),
         **{name: data[name] for name in own if data.get(name) is not None},
         "target_layer_ids": [i - 1 for i in taps],
         "ttt_length": tokens,
@@ -75,15 +83,21 @@ def speculators_eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3C
 
 
 def speculators_eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
-    """The configuration of a drafter whose weights are stored as `dtype`."""
+    """The configuration of a drafter whose weights are stored as `dtype`.
+
+    Raises:
+        CompatibilityError: the drafter's layer is Gemma4's.
+    """
+    refuse_gemma4(config.backbone)
     flat = eagle3_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
     top: dict[str, Any] = {
         "architectures": ["Eagle3Speculator"],
-        _TAPS: [i + 1 for i in config.target_layer_ids],
-        "draft_vocab_size": config.vocab_size,
+        AUX_LAYERS: [i + 1 for i in config.target_layer_ids],
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "dtype": dtype,
-        **dict.fromkeys(_FLAGS, False),
+        **dict.fromkeys(FLAGS, False),
+        RESIDUAL: config.backbone.norm_before_residual,
         "num_target_layers": config.num_target_layers,
         "speculators_config": proposal_fields(EAGLE3, config.ttt_length, name, architectures),
         "speculators_model_type": EAGLE3,

@@ -14,7 +14,7 @@ from dspark.drafters.files import CONFIG, INDEX, fetch, read_json, read_named
 from dspark.drafters.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError
 
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD, _TIED = "embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class TargetTables:
                 "loaded target in Python and save it there."
             )
         head = _one(found, _HEAD, directory)
+        if head is None and not text.get(_TIED, config.get(_TIED, True)):
+            raise CheckpointError(
+                f"{directory} has no tensor that ends in {_HEAD}, though its {_TIED} is false; "
+                "bind the drafter to the loaded target in Python and save it there."
+            )
         architectures = config.get("architectures")
         return cls(
             name=str(source),

@@ -72,7 +72,8 @@ def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
             yield Variant(
                 Witness(drafter, taps),
                 f"every layer id {'raised' if shift > 0 else 'lowered'} by 1",
-                f"Set target_layer_ids to {list(taps)} in the drafter's config.json.",
+                f"Set target_layer_ids to {list(taps)} in the drafter's config.json (where layers "
+                f"are counted from 1, as speculators does: {[tap + 1 for tap in taps]}).",
             )
     if isinstance(drafter, DSparkDrafter) and drafter.config.block_size > 1:
         other = not drafter.config.sample_from_anchor

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.target_bound import TargetBound
 from dspark.engine.model import Model
 from dspark.evaluation.findings import Finding
 from dspark.targets.target import Target
@@ -22,13 +23,18 @@ def inspect(model: Model, prompts: Sequence[Sequence[int]]) -> list[Finding]:
     """
     target, drafter = model.target, model.drafter
     findings = [*_vocabulary(target), *_template(target), *_precision(target)]
+    if isinstance(drafter, TargetBound):
+        findings += [
+            *_made_for(drafter, target),
+            *_own_tables(drafter),
+            *_draft_precision(drafter, target),
+        ]
     if isinstance(drafter, DSparkDrafter):
         used = {token for prompt in prompts for token in prompt} | target.eos_token_ids
         findings += [
-            *_made_for(drafter, target),
+            *_block(drafter),
             *_mask_token(drafter, target.tokenizer, used),
             *_heads(drafter),
-            *_draft_precision(drafter, target),
         ]
     return findings
 
@@ -70,8 +76,8 @@ def _precision(target: Target) -> Iterator[Finding]:
         )
 
 
-def _made_for(drafter: DSparkDrafter, target: Target) -> Iterator[Finding]:
-    made_for = drafter.config.num_target_layers
+def _made_for(drafter: TargetBound[Any], target: Target) -> Iterator[Finding]:
+    made_for: int = drafter.config.num_target_layers
     # Layouts that do not say it (drafters/speculators.py) take it to end at the last tap.
     told = made_for > drafter.taps[-1] + 1
     if made_for > target.num_layers or (told and made_for != target.num_layers):
@@ -81,6 +87,9 @@ def _made_for(drafter: DSparkDrafter, target: Target) -> Iterator[Finding]:
             "warning",
             "Use the drafter of this target, or correct num_target_layers in its config.json.",
         )
+
+
+def _block(drafter: DSparkDrafter) -> Iterator[Finding]:
     if drafter.block_size == 1:
         yield Finding(
             "The drafter's block_size is 1, so a round gains 2 tokens at most.",
@@ -109,15 +118,23 @@ def _mask_token(drafter: DSparkDrafter, tokenizer: Any, used: set[int]) -> Itera
     )
 
 
-def _heads(drafter: DSparkDrafter) -> Iterator[Finding]:
+def _own_tables(drafter: TargetBound[Any]) -> Iterator[Finding]:
     own = {"embed_tokens": drafter.own_embedding_VH, "lm_head": drafter.own_head_VH}
-    differing = [name for name, table in own.items() if table is not None]
+    reduced = drafter.d2t is not None  # its head is a copy, or trained, in any case
+    differing = [
+        name
+        for name, table in own.items()
+        if table is not None and not (reduced and name == "lm_head")
+    ]
     if differing:
         yield Finding(
             f"The drafter brings its own {' and '.join(differing)}, different from the target's.",
             "warning",
             "Check that it was made for this very target and not for a base or fine-tuned sibling.",
         )
+
+
+def _heads(drafter: DSparkDrafter) -> Iterator[Finding]:
     if drafter.markov_head is None:
         yield Finding(
             "The drafter has no sequential head: its drafts do not see each other.",
@@ -132,7 +149,7 @@ def _heads(drafter: DSparkDrafter) -> Iterator[Finding]:
         )
 
 
-def _draft_precision(drafter: DSparkDrafter, target: Target) -> Iterator[Finding]:
+def _draft_precision(drafter: TargetBound[Any], target: Target) -> Iterator[Finding]:
     own = next(drafter.parameters()).dtype
     if target.dtype == torch.float16 and own != torch.float16:
         name = str(own).removeprefix("torch.")

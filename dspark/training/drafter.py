@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import DSparkConfig, evenly_spaced_taps
+from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
+from dspark.training.drafter_settings import BlockSettings, DFlashLossSettings, DSparkSettings
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes
-from dspark.training.recipe import BlockRecipe, BlockSettings, DFlashLossSettings, DSparkSettings
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.recipe import BlockRecipe
 
 
 def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
@@ -26,7 +26,7 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
     Raises:
         CompatibilityError: the settings do not fit the target.
     """
-    taps = settings.target_layer_ids or evenly_spaced_taps(target.num_layers, settings.num_taps)
+    taps = settings.taps(target.num_layers)
     backbone = backbone_shapes(
         target,
         num_layers=settings.num_layers,
@@ -39,9 +39,11 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
         vocab_size=target.vocab_size,
         block_size=settings.block_size,
         mask_token_id=find_mask_token(target) if mask is None else mask,
-        target_layer_ids=tuple(taps),
+        target_layer_ids=taps,
         num_target_layers=target.num_layers,
         max_position_embeddings=target.max_context,
+        sample_from_anchor=settings.sample_from_anchor,
+        draft_vocab_size=settings.draft_vocab_size,
         markov_rank=0,
         confidence_head=False,
         confidence_head_with_markov=False,
@@ -95,6 +97,7 @@ class DrafterObjective:
             generator=generator,
             init_std=recipe.drafter.init_std,
             copy_final_norm=recipe.drafter.copy_final_norm,
+            draft_tokens=self.samples.draft_tokens,
         )
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
@@ -143,14 +146,5 @@ class DrafterObjective:
         return LossWeights(ce, tv, s.confidence, s.decay, s.detach_confidence)
 
     def export(self, directory: Path) -> None:
-        """Write the drafter in bf16.
-
-        In the published layout, or attached: to the target's directory where the recipe says so,
-        to the run's own where a learned mask embedding has no place in the published layout.
-        """
-        if self.recipe.layout == "attached":
-            save_attached(self.drafter, self.recipe.target)
-        elif self.drafter.mask_embedding is not None:
-            save_attached(self.drafter, directory)
-        else:
-            save_published(self.drafter, directory)
+        """Write the drafter; see `online.export`."""
+        export(self.drafter, self.recipe, directory)

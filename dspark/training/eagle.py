@@ -4,7 +4,8 @@ The layer runs P times over whole sequences, each pass on what the pass before g
 drafts does. Pass t (0-based) reads at row i the embedding of token i + 1 + t, stands at position
 i + t, sees the rows <= i of pass 0 (the context) and row i of the passes 1 .. t (its own chain),
 and predicts token i + 2 + t: its label is the target's law at position i + 1 + t. The loss is the
-cross-entropy against that law, times decay ** t.
+cross-entropy against that law, times decay ** t. With a reduced vocabulary it is the law given
+that the token is a known one: more a drafter cannot learn.
 
 All rows that predict the same token share the target's law, so supervision is by teacher position
 s = i + 1 + t, and only a chunk of these positions meets the vocabulary at once: its loss and exact
@@ -21,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.backbone import rotary
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.layers import rotary
 from dspark.training.chain_attention import chain_attention
 from dspark.training.losses import suitable_rows
 
@@ -180,6 +181,21 @@ class _Rows:
     with_gradient: bool
 
 
+def _labels(drafter: Eagle3Drafter, teacher_MH: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The target's laws [M, V], and with a reduced vocabulary what they give to other tokens.
+
+    With a reduced vocabulary they are laws [M, Vd], given that the token is a known one: more a
+    drafter cannot learn. The chance [M, 1] of the others is none otherwise.
+    """
+    logits_MV = drafter.target_logits(teacher_MH)
+    known_MV = drafter.over_drafts(logits_MV)
+    unknown_M1 = None
+    if drafter.t2d is not None:
+        shares = known_MV.logsumexp(-1, keepdim=True) - logits_MV.logsumexp(-1, keepdim=True)
+        unknown_M1 = 1 - shares.exp()
+    return F.softmax(known_MV, dim=-1), unknown_M1
+
+
 class _LawLoss(torch.autograd.Function):
     """sum w_tm CE(p_t, p_d), positions chunk by chunk, and its gradient."""
 
@@ -190,7 +206,7 @@ class _LawLoss(torch.autograd.Function):
         ce_PM, accept_PM = torch.zeros_like(weight_PM), torch.zeros_like(weight_PM)
         for start in range(0, weight_PM.shape[1], rows.chunk):
             part = slice(start, start + rows.chunk)
-            teacher_MV = F.softmax(rows.drafter.target_logits(rows.teacher_MH[part]), dim=-1)
+            teacher_MV, unknown_M1 = _labels(rows.drafter, rows.teacher_MH[part])
             with torch.set_grad_enabled(rows.with_gradient):
                 # Rows of one matrix: as a stack the head would be copied once per pass.
                 normed_NH = normed_PMH[:, part].detach().flatten(0, 1)
@@ -198,8 +214,15 @@ class _LawLoss(torch.autograd.Function):
             shape = (weight_PM.shape[0], -1)
             log_law_PMV = torch.unflatten(F.log_softmax(logits_NV.detach(), dim=-1), 0, shape)
             ce_PM[:, part] = -(log_law_PMV * teacher_MV).sum(dim=-1)
-            gap_PMV = log_law_PMV.exp_().sub_(teacher_MV)  # the cross-entropy's gradient
-            accept_PM[:, part] = (1 - 0.5 * gap_PMV.abs().sum(dim=-1)).clamp(0, 1)
+            law_PMV = log_law_PMV.exp_()
+            if unknown_M1 is None:
+                gap_PMV = law_PMV.sub_(teacher_MV)  # the cross-entropy's gradient
+                distance_PM = gap_PMV.abs().sum(dim=-1)
+            else:
+                distance_PM = (law_PMV - (1 - unknown_M1) * teacher_MV).abs().sum(dim=-1)
+                distance_PM += unknown_M1.squeeze(-1)
+                gap_PMV = law_PMV.sub_(teacher_MV)
+            accept_PM[:, part] = (1 - 0.5 * distance_PM).clamp(0, 1)
             if grad_PMH is not None:
                 [grad_NH] = torch.autograd.grad(logits_NV, [normed_NH], [gap_PMV.flatten(0, 1)])
                 grad_part_PMH = torch.unflatten(grad_NH, 0, shape)

@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import evenly_spaced_taps
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
 from dspark.training.eagle import ttt_loss, ttt_passes
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
 from dspark.training.recipe import ChainRecipe, Eagle3Recipe
 
 
@@ -28,7 +26,7 @@ def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
     passes, decay = 1, 1.0
     if isinstance(recipe, Eagle3Recipe):
         own = recipe.drafter
-        taps = own.target_layer_ids or evenly_spaced_taps(target.num_layers, own.num_taps)
+        taps = own.taps(target.num_layers)
         passes, decay = own.ttt_length, recipe.loss.step_loss_decay
     return Eagle3Config(
         backbone=backbone_shapes(
@@ -43,6 +41,7 @@ def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
         ttt_length=passes,
         step_loss_decay=decay,
         max_position_embeddings=target.max_context,
+        draft_vocab_size=recipe.drafter.draft_vocab_size,
     )
 
 
@@ -63,6 +62,7 @@ class Eagle3Objective:
             generator=torch.Generator().manual_seed(recipe.run.seed),
             init_std=recipe.drafter.init_std,
             copy_final_norm=recipe.drafter.copy_final_norm,
+            draft_tokens=self.samples.draft_tokens,
         )
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
@@ -91,8 +91,5 @@ class Eagle3Objective:
         return report.loss, metrics
 
     def export(self, directory: Path) -> None:
-        """Write the drafter in bf16, published or attached to the target's directory."""
-        if self.recipe.layout == "attached":
-            save_attached(self.drafter, self.recipe.target)
-        else:
-            save_published(self.drafter, directory)
+        """Write the drafter; see `online.export`."""
+        export(self.drafter, self.recipe, directory)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
+from dspark.drafters.checkpoint import save_attached, save_published
 from dspark.drafters.config import BackboneConfig
-from dspark.errors import DataError, RecipeError
+from dspark.drafters.registry import AnyDrafter
+from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
@@ -25,12 +27,18 @@ class OnlineSamples:
     Args:
         recipe: says which samples, and how many a step has.
         target: frozen.
+
+    Attributes:
+        draft_tokens: token ids [Vd] of the recipe's reduced vocabulary, ascending; None for all.
     """
 
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
         self.target = target
         self.rows = recipe.run.rows
-        self.stream = SampleStream(_load_samples(recipe, target), self.rows, recipe.run.seed)
+        samples = _load_samples(recipe, target)
+        self.stream = SampleStream(samples, self.rows, recipe.run.seed)
+        known = recipe.drafter.draft_vocab_size
+        self.draft_tokens = None if known is None else commonest_tokens(samples, known)
 
     def part(
         self, step: int, part: int, parts: int, taps: Sequence[int]
@@ -106,6 +114,17 @@ def _load_samples(recipe: BlockRecipe | ChainRecipe, target: Target) -> list[Sam
     return kept
 
 
+def commonest_tokens(samples: Sequence[Sample], count: int) -> Tensor:
+    """The ids of the `count` tokens that answers hold most often, ascending.
+
+    Of equally common tokens those of lower id; also where answers hold fewer than `count`.
+    """
+    rows = [zip(s.input_ids, s.loss_mask, strict=True) for s in samples]
+    answers = [token for row in rows for token, counts in row if counts]
+    times_V = torch.bincount(torch.tensor(answers), minlength=count)
+    return times_V.sort(descending=True, stable=True).indices[:count].sort().values
+
+
 @torch.no_grad()
 def target_features(
     target: Target, samples: Sequence[Sample], taps: Sequence[int]
@@ -126,6 +145,22 @@ def target_features(
         table[batch.slots_T, batch.positions_T] = rows
         padded.append(table)
     return padded[0], padded[1]
+
+
+def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
+    """Write a trained drafter in bf16.
+
+    In the published layout, or attached: to the target's directory where the recipe says so, to
+    the run's own where the published layout has no place for something of the drafter (a learned
+    mask embedding, slots that draft nothing, a reduced vocabulary).
+    """
+    if recipe.layout == "attached":
+        save_attached(drafter, recipe.target)
+        return
+    try:
+        save_published(drafter, directory)
+    except CompatibilityError:
+        save_attached(drafter, directory)
 
 
 def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:

@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
+from dspark.training.drafter_settings import (
+    BlockSettings,
+    DFlashLossSettings,
+    DSparkLossSettings,
+    DSparkSettings,
+    Eagle3LossSettings,
+    Eagle3Settings,
+    NewDrafterSettings,
+    Settings,
+)
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(_Settings):
+class Source(Settings):
     """One file of the corpus."""
 
     format: SourceFormat = Field("messages", description="how records become conversations")
@@ -33,7 +39,7 @@ class Source(_Settings):
     )
 
 
-class CorpusSettings(_Settings):
+class CorpusSettings(Settings):
     """The conversations of a run."""
 
     root: str = Field(".", description="folder that the sources' paths are relative to")
@@ -44,7 +50,7 @@ class CorpusSettings(_Settings):
     )
 
 
-class OptimiserSettings(_Settings):
+class OptimiserSettings(Settings):
     """AdamW, or Muon for the layers' matrices with AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -57,7 +63,7 @@ class OptimiserSettings(_Settings):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
-class RunSettings(_Settings):
+class RunSettings(Settings):
     """How long, on what, and what is kept."""
 
     output_dir: str
@@ -80,7 +86,7 @@ class TargetRunSettings(RunSettings):
     compile: bool = Field(False, description="torch.compile the loss")
 
 
-class ArchitectureSettings(_Settings):
+class ArchitectureSettings(Settings):
     """A Qwen3-architecture target, trained from scratch."""
 
     vocab_size: int = Field(4096, ge=300)
@@ -94,7 +100,7 @@ class ArchitectureSettings(_Settings):
     rope_theta: float = 10000.0
 
 
-class TargetRecipe(_Settings):
+class TargetRecipe(Settings):
     """Trains a small language model, from scratch or from an earlier one."""
 
     kind: Literal["target"]
@@ -109,70 +115,7 @@ class TargetRecipe(_Settings):
     run: TargetRunSettings
 
 
-class NewDrafterSettings(_Settings):
-    """What every new drafter has; what is not given is the target's."""
-
-    intermediate_size: int | None = Field(None, description="width of the gated MLP")
-    copy_final_norm: bool = Field(True, description="start from the target's final norm")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of new matrices")
-
-
-class TapSettings(NewDrafterSettings):
-    """Which target layers a drafter reads."""
-
-    num_taps: int = Field(5, ge=2, description="captured layers, spread evenly")
-    target_layer_ids: tuple[int, ...] | None = Field(None, description="captured layers, by id")
-
-
-class BlockSettings(TapSettings):
-    """A drafter that fills a block in one pass."""
-
-    num_layers: int = Field(5, ge=1, description="draft layers")
-    block_size: int = Field(7, ge=1, description="drafts per round")
-    mask_token_id: int | None = Field(None, description="what fills a block; found if absent")
-
-
-class DSparkSettings(BlockSettings):
-    """A DSpark drafter."""
-
-    markov_rank: int = Field(256, ge=0, description="rank of the sequential head, 0 for none")
-    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    confidence_head: bool = True
-    confidence_head_with_markov: bool = True
-
-
-class Eagle3Settings(TapSettings):
-    """An Eagle3 drafter."""
-
-    ttt_length: int = Field(7, ge=1, description="passes of the training-time test: most drafts")
-
-
-class DSparkLossSettings(_Settings):
-    """Weights of the losses (METHOD.md 3); cross-entropy first, if asked for."""
-
-    ce: float = Field(0.1, ge=0)
-    tv: float = Field(0.9, ge=0)
-    confidence: float = Field(1.0, ge=0)
-    decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
-    detach_confidence: bool = False
-    ce_first_steps: int = Field(
-        0, ge=0, description="steps with cross-entropy in the place of total variation"
-    )
-
-
-class DFlashLossSettings(_Settings):
-    """Cross-entropy alone."""
-
-    decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
-
-
-class Eagle3LossSettings(_Settings):
-    """Cross-entropy against the target's laws, pass by pass."""
-
-    step_loss_decay: float = Field(0.8, gt=0, le=1, description="a pass's weight over the last's")
-
-
-class SampleSettings(_Settings):
+class SampleSettings(Settings):
     """The conversations that a drafter learns from."""
 
     root: str = Field(".", description="folder that the paths are relative to")
@@ -187,7 +130,7 @@ class AnchorSampleSettings(SampleSettings):
     num_anchors: int = Field(512, ge=1, description="blocks per sample at most")
 
 
-class DrafterRecipe(_Settings):
+class DrafterRecipe(Settings):
     """Trains a drafter online against a frozen target: no cache on disk."""
 
     kind: Literal["drafter"]
@@ -306,6 +249,8 @@ def _sentence(path: Path, what: str, error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{path}: {what} has no key {key!r}; remove it or correct its name."
+    if first["type"] == "value_error":  # of our own validators
+        return f"{path}: {key}: {first['ctx']['error']}."
     return f"{path}: {key} is {first['input']!r}: {first['msg']}."
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks import bundled, identity, inflate, inflated
+from benchmarks import bundled, identity, inflate, inflated, sequential_head
 from benchmarks.common import Tally, load_pair, rounded, side_by_side
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
@@ -95,7 +95,8 @@ def run(monkeypatch, capsys, pair, data):
     """Call a measurement's main with options; returns its JSON line."""
 
     def call(module, *options, source=pair, use_data=True):
-        argv = [module.__name__, "--model", str(source), "--threads", "1", *options]
+        argv = [module.__name__, "--threads", "1", *options]
+        argv += [] if source is None else ["--model", str(source)]
         monkeypatch.setattr(sys, "argv", [*argv, "--data", str(data)] if use_data else argv)
         module.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -156,6 +157,51 @@ def test_inflate_writes_a_pair_that_loads(run, tmp_path, pair, data):
     (request,) = domain_requests(small, data, "chat", 1, SamplingParams(max_new_tokens=6))
     outputs = [model.engine([request]).run([request])[0] for model in (small, large)]
     assert outputs[0].token_ids == outputs[1].token_ids
+
+
+HEAD_SHAPE = "6,32,4,2,16,48"
+
+
+def test_sequential_head_times_every_head_at_every_block_size(run):
+    line = run(
+        sequential_head, "--shape", HEAD_SHAPE, "--vocab-size", "80", "--rank", "4",
+        "--draft-layers", "1", "--block-sizes", "2", "3", "--context", "6", "--rounds", "3",
+        "--dtype", "float32", source=None, use_data=False,
+    )  # fmt: skip
+    assert (line["shape"], line["rounds"]) == ([6, 32, 4, 2, 16, 48], 3)
+    assert list(line["blocks"]) == ["2", "3"]
+    for row in line["blocks"].values():
+        assert set(row) == {f"{head}_ms" for head in sequential_head.HEADS} | {
+            "vanilla_over_none", "rnn_over_none",
+        }  # fmt: skip
+        assert min(row.values()) > 0
+    assert ("ceilings" in line) is torch.cuda.is_available()
+
+
+def test_sequential_head_compares_rounds_in_pairs():
+    times = {"none": [1.0, 2.0, 4.0], "vanilla": [2.0, 2.0, 4.0], "rnn": [3.0, 4.0, 12.0]}
+    found = sequential_head.results_of(times)
+    assert (found["none_ms"], found["rnn_ms"]) == (2.0, 4.0)
+    assert (found["vanilla_over_none"], found["rnn_over_none"]) == (1.0, 3.0)
+
+
+def test_sequential_head_takes_its_engines_in_turn_and_drops_the_first_rounds():
+    seen = []
+
+    class Steps:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            seen.append(self.name)
+
+    names = ("none", "vanilla", "rnn")
+    times = sequential_head.round_times({name: Steps(name) for name in names}, 2)
+    assert {name: len(row) for name, row in times.items()} == dict.fromkeys(names, 2)
+    rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
+    assert len(rounds) == sequential_head.WARM_UP + 2
+    assert all(sorted(row) == sorted(names) for row in rounds)
+    assert [row[0] for row in rounds[:4]] == [*names, "none"]
 
 
 def test_prompts_end_with_a_user_turn_and_have_their_own_seeds(pair, data):

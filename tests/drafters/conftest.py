@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
@@ -125,7 +125,12 @@ def make_drafter(tiny_config, make_parts):
 
 @pytest.fixture
 def make_eagle3(tiny_config, make_parts):
-    def make(parts: Parts | None = None, seed: int = 1, **changes: object) -> Eagle3Drafter:
+    def make(
+        parts: Parts | None = None,
+        seed: int = 1,
+        draft_tokens: Tensor | None = None,
+        **changes: object,
+    ) -> Eagle3Drafter:
         generator = torch.Generator().manual_seed(seed)
         config = Eagle3Config(
             replace(tiny_config.backbone, num_layers=1),
@@ -135,8 +140,36 @@ def make_eagle3(tiny_config, make_parts):
             ttt_length=5,
         )
         return Eagle3Drafter.from_target(
-            parts or make_parts(), replace(config, **changes), generator=generator, init_std=0.3
+            parts or make_parts(),
+            replace(config, **changes),
+            generator=generator,
+            init_std=0.3,
+            draft_tokens=draft_tokens,
         ).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_eagle3_layer(make_eagle3, make_parts):
+    """A drafter with the layer of a family, bound to such a target; norms and scalars random."""
+
+    def make(kind: str, **changes: object) -> Eagle3Drafter:
+        own = {"query_key_norms": not kind.startswith("llama")}
+        own |= {"norm_before_residual": kind.endswith("normed")}
+        parts = make_parts()
+        if kind.startswith("gemma4"):
+            own |= GEMMA4_PARTS | {"rotary_fraction": 0.5, "head_dim": 8}
+            own |= {"value_from_key": "k_eq_v" in kind}
+            parts = make_parts(embedding_scale=4.0, logit_softcap=1.5)
+        backbone = replace(make_eagle3().config.backbone, **own)
+        drafter = make_eagle3(parts, backbone=backbone, **changes)
+        source = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, tensor in drafter.state_dict().items():
+                if "norm" in name or "scalar" in name:
+                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=source))
+        return drafter.eval()
 
     return make
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from dspark.attention.slots import SlotCache
-from dspark.drafters.backbone import AttentionTile, rotary, rotate
+from dspark.drafters.backbone import AttentionTile
+from dspark.drafters.layers import rotary, rotate
 
 
 def dense_tile(anchors, context, block):

@@ -146,6 +146,15 @@ def test_an_interrupted_write_leaves_the_old_checkpoint_whole(
     assert torch.equal(load_drafter(tmp_path).fc.weight, make_drafter(seed=1).fc.weight.bfloat16())
 
 
+@pytest.mark.parametrize("save", [save_published, save_speculators])
+def test_another_model_is_not_written_over(golden, make_drafter, tmp_path, save):
+    target = shutil.copytree(golden / "target", tmp_path / "target")
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    with pytest.raises(CheckpointError, match="target holds a model that is no drafter"):
+        save(make_drafter(), target)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+
+
 def test_attaching_needs_the_target(make_drafter, tmp_path):
     with pytest.raises(CheckpointError, match="absent"):
         save_attached(make_drafter(), tmp_path / "absent")
@@ -189,6 +198,8 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
         ({"architectures": ["Qwen3EagleModel"]}, CompatibilityError, "Qwen3EagleModel.*not supp"),
         ({"architectures": ["Gemma4DSparkModel"]}, CheckpointError, "rope_parameters None"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
+        ({"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5}, CompatibilityError,
+         "DeepseekV4ForCausalLM with DSpark layers among its own"),
         ({"speculators_model_type": "mtp"}, CompatibilityError, "speculators mtp.*not supp"),
         ({"speculators_model_type": "dspark"}, CheckpointError, "transformer_layer_config None"),
         ({"architectures": ...}, CheckpointError, "names no architecture"),
@@ -198,6 +209,7 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
         ({"layer_types": ["sliding_attention"] * 2}, CheckpointError, "lacks sliding_window"),
         ({"layer_types": ["full_attention"]}, CompatibilityError, "one for each of the 2 layers"),
         ({"layer_types": ["linear_attention"] * 2}, CompatibilityError, "linear_attention"),
+        ({"layer_types": ..., "use_sliding_window": True}, CompatibilityError, "no layer_types"),
         ({"draft_vocab_size": 212}, CompatibilityError, "draft_vocab_size is 212"),
         ({"draft_vocab_size": 100}, CheckpointError, "lacks.*d2t, t2d"),
         ({"hidden_act": "gelu"}, CompatibilityError, "gelu"),

@@ -1,18 +1,13 @@
-import json
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dspark.attention.slots import SlotCache
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
-from dspark.drafters.registry import read_config
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.errors import CompatibilityError
 
 LENGTHS = (3, 11, 6)
 
@@ -25,15 +20,15 @@ def inputs(*lengths, width=48):
     return features, [ids[:-1] for ids in tokens], [ids[-1] for ids in tokens]
 
 
-def rms(x, weight, eps=1e-6):
+def rms(x, weight=1.0, eps=1e-6):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def turned(x, position, theta=1e6):
-    """Rotary embedding of heads [heads, D], pair by pair."""
+def turned(x, position, fraction=1.0, theta=1e6):
+    """Rotary embedding of heads [heads, D], pair by pair; only the first pairs turn."""
     half = x.shape[-1] // 2
     out = x.clone()
-    for i in range(half):
+    for i in range(int(half * fraction)):
         angle = torch.tensor(position * theta ** (-2 * i / x.shape[-1]))
         a, b = x[:, i], x[:, i + half]
         out[:, i] = a * angle.cos() - b * angle.sin()
@@ -41,60 +36,109 @@ def turned(x, position, theta=1e6):
     return out
 
 
-def chain_by_hand(drafter, features, tokens, anchor, drafts):
-    """Logits of each draft: one row at a time, heads one by one (FORMAT_FACTS.md A.4)."""
-    state = dict(drafter.named_parameters())
+def sigmoid_gate(x):
+    return x * x.sigmoid()
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
+    """Logits of each draft: one row at a time, heads one by one (FORMAT_FACTS.md A.4, A.3)."""
+    gemma4 = kind.startswith("gemma4")
+    state = drafter.state_dict()
     layer = {n.removeprefix("layers.0."): p for n, p in state.items() if n.startswith("layers.0.")}
-    backbone, embedding = drafter.config.backbone, drafter.borrowed.embedding_VH
+    backbone, borrowed = drafter.config.backbone, drafter.borrowed
+    scale, fraction = (1.0, 0.5) if gemma4 else (backbone.head_dim**-0.5, 1.0)
     keys, values = [], []
 
     def linear(x, name):
         return layer[f"{name}.weight"] @ x + layer.get(f"{name}.bias", 0)
 
+    def head_norm(x, name):
+        return x if kind.startswith("llama") else rms(x, layer[f"self_attn.{name}_norm.weight"])
+
     def row(token, hidden, position):
+        embedded = borrowed.embedding_VH[token] * (4.0 if gemma4 else 1.0)
         x = torch.cat((
-            rms(embedding[token], layer["input_layernorm.weight"]),
+            rms(embedded, layer["input_layernorm.weight"]),
             rms(hidden, layer["hidden_norm.weight"]),
         ))  # fmt: skip
+        names = "qkk" if kind == "gemma4 k_eq_v" else "qkv"
         query, key, value = (
-            linear(x, f"self_attn.{n}_proj").view(-1, backbone.head_dim) for n in "qkv"
+            linear(x, f"self_attn.{n}_proj").view(-1, backbone.head_dim) for n in names
         )
-        keys.append(turned(rms(key, layer["self_attn.k_norm.weight"]), position))
-        values.append(value)
-        query = turned(rms(query, layer["self_attn.q_norm.weight"]), position)
+        keys.append(turned(head_norm(key, "k"), position, fraction))
+        values.append(rms(value) if gemma4 else value)
+        query = turned(head_norm(query, "q"), position, fraction)
         mixed = []
         for head in range(backbone.num_heads):
             group = head * backbone.num_kv_heads // backbone.num_heads
             scores = torch.stack([key[group] @ query[head] for key in keys])
-            weights = (scores * backbone.head_dim**-0.5).softmax(0)
+            weights = (scores * scale).softmax(0)
             mixed.append(sum(w * v[group] for w, v in zip(weights, values, strict=True)))
-        hidden = hidden + linear(torch.cat(mixed), "self_attn.o_proj")
+        if kind.endswith("normed"):
+            hidden = rms(hidden, layer["hidden_norm.weight"])
+        attended = linear(torch.cat(mixed), "self_attn.o_proj")
+        if gemma4:
+            hidden = hidden + rms(attended, layer["post_attention_layernorm.weight"])
+            x = rms(hidden, layer["pre_feedforward_layernorm.weight"])
+            x = gelu_tanh(linear(x, "mlp.gate_proj")) * linear(x, "mlp.up_proj")
+            x = rms(linear(x, "mlp.down_proj"), layer["post_feedforward_layernorm.weight"])
+            return (hidden + x) * layer["layer_scalar"]
+        hidden = hidden + attended
         x = rms(hidden, layer["post_attention_layernorm.weight"])
-        gate, up = linear(x, "mlp.gate_proj"), linear(x, "mlp.up_proj")
-        return hidden + linear(gate * gate.sigmoid() * up, "mlp.down_proj")
+        x = sigmoid_gate(linear(x, "mlp.gate_proj")) * linear(x, "mlp.up_proj")
+        return hidden + linear(x, "mlp.down_proj")
 
     following = [*tokens[1:], anchor]
     for i, token in enumerate(following):
         hidden = row(token, state["fc.weight"] @ features[i], i)
     logits = []
     for k, draft in enumerate(drafts):
-        logits.append(drafter.borrowed.head_VH @ rms(hidden, state["norm.weight"]))
+        row_of_logits = borrowed.head_VH @ rms(hidden, state["norm.weight"])
+        logits.append(1.5 * torch.tanh(row_of_logits / 1.5) if gemma4 else row_of_logits)
         hidden = row(draft, hidden, len(features) + k)
     return torch.stack(logits)
 
 
-def test_drafting_equals_one_row_at_a_time_by_hand(make_eagle3, draft):
-    drafter = make_eagle3()
+KINDS = ("qwen3", "qwen3 normed", "llama", "llama normed", "gemma4", "gemma4 k_eq_v")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafting_equals_one_row_at_a_time_by_hand(make_eagle3_layer, draft, kind):
+    drafter = make_eagle3_layer(kind)
     features, tokens, anchors = inputs(*LENGTHS)
     draw, proposal = draft(drafter, features, anchors, tokens=tokens)
     assert (proposal.confidence_logits_RK, proposal.lengths) == (None, None)
     for r in range(3):
         drafts = [int(step[r]) for step in draw.tokens]
         with torch.no_grad():
-            expected = chain_by_hand(drafter, features[r], tokens[r], anchors[r], drafts)
+            expected = chain_by_hand(drafter, features[r], tokens[r], anchors[r], drafts, kind)
         seen = torch.stack([step[r] for step in draw.logits])
         torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
     assert len({tuple(step.tolist()) for step in draw.tokens}) > 1
+
+
+def test_with_a_reduced_vocabulary_the_law_is_the_full_one_on_known_tokens(
+    make_eagle3_layer, make_eagle3, make_parts, draft
+):
+    known = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
+    reduced = make_eagle3_layer("qwen3", draft_vocab_size=8, draft_tokens=known)
+    full, (features, tokens, anchors) = make_eagle3_layer("qwen3"), inputs(*LENGTHS)
+    assert reduced.borrowed.head_VH.shape == (8, 16)
+    assert torch.equal(reduced.t2d.nonzero().flatten(), known)
+    forced = [2, 3, 7, 11, 20]
+    mine, _ = draft(reduced, features, anchors, tokens=tokens, forced=forced)
+    theirs, _ = draft(full, features, anchors, tokens=tokens, forced=forced)
+    for own, other in zip(mine.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(own[:, known], other[:, known])
+        law = own.softmax(-1)
+        torch.testing.assert_close(law[:, known], other[:, known].softmax(-1))
+        assert law.sum(-1).allclose(law[:, known].sum(-1))
+    with pytest.raises(CompatibilityError, match="draft_tokens"):
+        make_eagle3(draft_vocab_size=8)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -255,118 +299,3 @@ def test_taps_beyond_the_target_are_refused_and_unbound_says_so(make_eagle3, mak
         drafter.bind(make_parts(), num_target_layers=4)
     with pytest.raises(CompatibilityError, match="bind"):
         Eagle3Drafter(drafter.config).base_logits(torch.zeros(1, 16))
-
-
-# Files
-
-
-@pytest.fixture
-def golden_eagle3(golden):
-    return golden.parent / "eagle3" / "draft"
-
-
-def test_state_dict_is_the_published_one(golden_eagle3):
-    published = json.loads((golden_eagle3.parent / "keys.json").read_text())
-    trained = {name: tuple(k["shape"]) for name, k in published.items() if k["trainable"]}
-    drafter = load_drafter(golden_eagle3)
-    assert {name: tuple(x.shape) for name, x in drafter.state_dict().items()} == trained
-    assert not drafter.training
-
-
-def test_published_config_survives_a_round_trip(golden_eagle3):
-    data = json.loads((golden_eagle3 / "config.json").read_text())
-    assert eagle3_to_json(eagle3_from_json(data, "config.json"), "float32") == data
-
-
-def test_checkpoints_survive_round_trips(golden_eagle3, golden_parts, tmp_path):
-    drafter = load_drafter(golden_eagle3)
-    drafter.bind(golden_parts)
-    save_published(drafter, tmp_path / "published", dtype=None)
-    files = [d / "model.safetensors" for d in (golden_eagle3, tmp_path / "published")]
-    before, after = map(load_file, files)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    save_attached(drafter, tmp_path, dtype=None)
-    attached = load_drafter(tmp_path)
-    assert (attached.own_embedding_VH, attached.own_head_VH) == (None, None)
-    assert attached.config == drafter.config
-    assert all(torch.equal(after[name], x) for name, x in attached.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3Eagle3Model"),
-        (
-            {"num_hidden_layers": 2, "layer_types": None},
-            CompatibilityError,
-            "num_hidden_layers is 2",
-        ),
-        ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
-        ({"target_layer_ids": "all"}, CheckpointError, "target_layer_ids 'all'"),
-        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, CompatibilityError, "window"),
-        ({"ttt_length": None}, CheckpointError, "lacks ttt_length"),
-        ({"step_loss_decay": "x"}, CheckpointError, "step_loss_decay 'x'"),
-    ],
-)
-def test_configs_that_cannot_be_used_are_refused(golden_eagle3, changes, error, words):
-    data = json.loads((golden_eagle3 / "config.json").read_text()) | changes
-    with pytest.raises(error, match=words):
-        read_config(data, "config.json")
-
-
-def test_the_older_architecture_name_is_read(golden_eagle3):
-    data = json.loads((golden_eagle3 / "config.json").read_text())
-    renamed = data | {"architectures": ["Eagle3DraftModel"], "draft_vocab_size": 211}
-    assert read_config(renamed, "config.json") == read_config(data, "config.json")
-
-
-def test_speculators_and_back_is_bit_identical(golden_eagle3, tmp_path):
-    save_speculators(load_drafter(golden_eagle3), tmp_path / "there", dtype=None)
-    save_published(load_drafter(tmp_path / "there"), tmp_path / "back", dtype=None)
-    folders = (golden_eagle3, tmp_path / "there", tmp_path / "back")
-    before, there, back = (load_file(d / "model.safetensors") for d in folders)
-    assert before.keys() == there.keys() == back.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, there[name])
-        assert torch.equal(tensor, back[name])
-    published, config, again = (json.loads((d / "config.json").read_text()) for d in folders)
-    assert again == published
-    assert config["eagle_aux_hidden_state_layer_ids"] == [
-        i + 1 for i in published["target_layer_ids"]
-    ]
-    [method] = config["speculators_config"]["proposal_methods"]
-    assert method["speculative_tokens"] == published["ttt_length"]
-    assert config["transformer_layer_config"]["hidden_size"] == published["hidden_size"]
-    assert "ttt_length" not in config["transformer_layer_config"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"norm_before_residual": True}, CompatibilityError, "norm_before_residual True"),
-        ({"fc_norm": True}, CompatibilityError, "fc_norm True"),
-        ({"draft_vocab_size": 100}, CompatibilityError, "draft_vocab_size 100"),
-        ({"target_hidden_size": 99}, CompatibilityError, "target_hidden_size 99"),
-        ({"eagle_aux_hidden_state_layer_ids": None}, CheckpointError, "eagle_aux_hidden_state"),
-        ({"speculators_config": {}}, CheckpointError, "speculative_tokens"),
-        ({"transformer_layer_config": {"model_type": "llama"}}, CompatibilityError, "'llama'"),
-        ({"transformer_layer_config": None}, CheckpointError, "transformer_layer_config None"),
-    ],
-)
-def test_speculators_files_that_cannot_be_used_are_refused(
-    golden_eagle3, tmp_path, changes, error, words
-):
-    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
-    data = json.loads((tmp_path / "config.json").read_text())
-    with pytest.raises(error, match=words):
-        read_config(data | changes, "config.json")
-
-
-def test_what_speculators_leave_out_is_the_least(golden_eagle3, tmp_path):
-    save_speculators(load_drafter(golden_eagle3), tmp_path, dtype=None)
-    data = json.loads((tmp_path / "config.json").read_text())
-    for name in ("num_target_layers", "step_loss_decay", "norm_output"):
-        del data[name]
-    _, config = read_config(data, "config.json")
-    assert config.num_target_layers == max(config.target_layer_ids) + 1

@@ -316,6 +316,9 @@ def test_a_targets_tables_are_found_by_name(tmp_path):
     assert torch.equal(tables.embedding_VH, embedding)
     assert tables.head_VH is tables.embedding_VH  # tied
     assert tables.as_dtype(torch.bfloat16).head_VH.dtype == torch.bfloat16
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"lm_head.*tie_word_embeddings is false"):
+        TargetTables.read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="num_hidden_layers None"):
         TargetTables.read(tmp_path)

@@ -15,10 +15,10 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import CacheShape, SlotCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.backbone import BackboneConfig
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
 
 LAYERS, WIDTH, CONTEXT = 5, 16, 160
@@ -52,7 +52,11 @@ def make_target(tokenizer: Any = None, *, vocab: int | None = None) -> Target:
 
 
 def make_drafter(
-    target: Target, *, kind: type[DSparkDrafter] = DSparkDrafter, **changes: Any
+    target: Target,
+    *,
+    kind: type[DSparkDrafter] = DSparkDrafter,
+    draft_tokens: torch.Tensor | None = None,
+    **changes: Any,
 ) -> DSparkDrafter:
     """A random DSpark drafter, bound to the target."""
     taps = (0, 2)
@@ -75,7 +79,9 @@ def make_drafter(
     }
     config = DSparkConfig(backbone, **(fields | changes))
     generator = torch.Generator().manual_seed(1)
-    return kind.from_target(target.parts(), config, generator=generator).eval()
+    return kind.from_target(
+        target.parts(), config, generator=generator, draft_tokens=draft_tokens
+    ).eval()
 
 
 @dataclass
@@ -151,6 +157,35 @@ class OtherwiseBlocks(DSparkDrafter):
         return self.knowing.propose(context, batch, lambda step, logits: draw(step, scale * logits))
 
 
+class KnowingChain(Eagle3Drafter):
+    """Drafts what `knowing` does."""
+
+    knowing: KnowingDrafter
+
+    def observe(self, *rows: Any) -> None:
+        self.knowing.observe(*rows)
+
+    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        return self.knowing.propose(context, batch, draw)
+
+
+def make_eagle3(
+    target: Target, *, kind: type[Eagle3Drafter] = Eagle3Drafter, **changes: Any
+) -> Eagle3Drafter:
+    """A random Eagle3 drafter, bound to the target; MTP-1 with one tap and a `ttt_length` of 1."""
+    fields: dict[str, Any] = {
+        "vocab_size": target.vocab_size,
+        "target_layer_ids": (0, 2),
+        "num_target_layers": LAYERS,
+        "ttt_length": 4,
+    }
+    fields |= changes
+    taps = len(fields["target_layer_ids"])
+    config = Eagle3Config(BackboneConfig(WIDTH, 24, 1, 4, 2, 8, num_taps=taps), **fields)
+    generator = torch.Generator().manual_seed(1)
+    return kind.from_target(target.parts(), config, generator=generator).eval()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return new_tokenizer()
@@ -176,6 +211,8 @@ def tiny() -> SimpleNamespace:
         make_drafter=make_drafter,
         KnowingDrafter=KnowingDrafter,
         OtherwiseBlocks=OtherwiseBlocks,
+        make_eagle3=make_eagle3,
+        KnowingChain=KnowingChain,
     )
 
 

@@ -72,6 +72,43 @@ def test_the_other_slot_convention_is_named(tiny, target, prompts, convention, n
     assert finding.remedy.startswith(f"Set sample_from_anchor to {set_to} ")
 
 
+@pytest.mark.parametrize(
+    ("reads", "wants", "drafts", "shift"),
+    [
+        ((1, 3), (0, 2), 4, "lowered by 1"),
+        ((-1, 1), (0, 2), 4, "raised by 1"),
+        ((3,), (4,), 1, "raised by 1"),  # MTP-1, which reads the last layer
+    ],
+)
+def test_layer_ids_of_eagle3_and_mtp_off_by_one_are_named(
+    tiny, target, prompts, reads, wants, drafts, shift
+):
+    drafter = tiny.make_eagle3(
+        target, kind=tiny.KnowingChain, target_layer_ids=reads, ttt_length=drafts
+    )
+    drafter.knowing = tiny.KnowingDrafter(target, wants=wants, block_size=drafts)
+    report = check(Model(target, drafter), prompts, **SHORT)
+    (finding,) = [f for f in report.findings if f.severity == "error"]
+    assert f"with every layer id {shift}" in finding.what
+    assert f"target_layer_ids to {list(wants)}" in finding.remedy
+    assert f"counted from 1, as speculators does: {[i + 1 for i in wants]}" in finding.remedy
+    best = max(report.trials, key=lambda trial: trial.accepted_length)
+    assert best.accepted_length > 0.7 * (1 + drafts)
+
+
+def test_variants_of_an_eagle3_drafter_change_its_features_alone(tiny, target):
+    drafter = tiny.make_eagle3(target)
+    lowered, raised = variants(drafter, tiny.layers)
+    assert [v.drafter.taps for v in (lowered, raised)] == [(-1, 1), (1, 3)]
+    requests = [Request((5, 9, 7), SamplingParams(12)), Request((8,), SamplingParams(12))]
+    fresh = tiny.make_eagle3(target, target_layer_ids=(1, 3))
+    fresh.load_state_dict(drafter.state_dict())
+    got = accepted(Model(target), raised.drafter, requests)
+    assert got == accepted(Model(target), fresh, requests)
+    (last,) = variants(tiny.make_eagle3(target, target_layer_ids=(4,), ttt_length=1), tiny.layers)
+    assert last.drafter.taps == (3,)
+
+
 def test_a_drafter_that_nothing_helps(tiny, target, prompts):
     report = check(Model(target, tiny.KnowingDrafter(target, wants=(1, 4))), prompts, **SHORT)
     (what,) = texts(report, "error")

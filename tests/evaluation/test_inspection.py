@@ -31,6 +31,25 @@ def test_another_number_of_layers(pair):
     assert "7 layers, but this one has 5" in what
 
 
+def test_eagle3_is_held_to_what_every_drafter_is(tiny, pair, target):
+    assert pair(tiny.make_eagle3(target)) == []
+    assert pair(tiny.make_eagle3(target, target_layer_ids=(4,), ttt_length=1)) == []
+    ((severity, what),) = pair(tiny.make_eagle3(target, num_target_layers=7))
+    assert severity == "warning"
+    assert "7 layers, but this one has 5" in what
+    drafter = tiny.make_eagle3(target)
+    drafter.own_embedding_VH = target.parts().embedding_VH + 1
+    drafter.bind(target.parts())
+    ((_, what),) = pair(drafter)
+    assert "its own embed_tokens" in what
+
+
+def test_a_reduced_vocabulary_is_no_head_of_another_target(tiny, pair, target):
+    tokens = torch.arange(0, target.vocab_size, 2)
+    known = {"draft_vocab_size": len(tokens)}
+    assert pair(tiny.make_drafter(target, draft_tokens=tokens, **known)) == []
+
+
 def test_a_number_of_layers_that_the_checkpoint_did_not_tell(pair):
     assert pair(num_target_layers=3, target_layer_ids=(0, 2)) == []
     assert len(pair(num_target_layers=4, target_layer_ids=(0, 2))) == 1

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspark.drafters.backbone import rotary
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.layers import rotary
 from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention
 from dspark.training.eagle import ttt_loss, ttt_passes
@@ -33,7 +33,7 @@ class Parts:
     final_norm_H: Tensor | None = None
 
 
-def made_up(dtype=torch.float64, softcap=None):
+def made_up(dtype=torch.float64, softcap=None, known=None):
     """A drafter, and features, tokens, mask and teacher states of two sequences."""
     generator = torch.Generator().manual_seed(3)
 
@@ -42,8 +42,12 @@ def made_up(dtype=torch.float64, softcap=None):
 
     parts = Parts(randn(VOCAB, WIDTH), randn(VOCAB, WIDTH), VOCAB, WIDTH, logit_softcap=softcap)
     backbone = BackboneConfig(WIDTH, 12, 1, 4, 2, 6, 2)
-    config = Eagle3Config(backbone, VOCAB, (0, 1), 2, ttt_length=PASSES)
-    drafter = Eagle3Drafter.from_target(parts, config, generator=generator, init_std=0.4)
+    config = Eagle3Config(
+        backbone, VOCAB, (0, 1), 2, ttt_length=PASSES, draft_vocab_size=known and len(known)
+    )
+    drafter = Eagle3Drafter.from_target(
+        parts, config, generator=generator, init_std=0.4, draft_tokens=known and torch.tensor(known)
+    )
     ids = torch.randint(0, VOCAB, (2, 11), generator=generator)
     mask = torch.zeros(2, 11, dtype=torch.bool)
     mask[0, 4:] = True
@@ -83,6 +87,7 @@ def plain_loss(drafter, hidden, teacher, mask, decay, supervision):
     """Row by row; the loss, each pass's cross-entropy and rate, and the chains' mean length."""
     passes, batch, length, _ = hidden.shape
     laws = drafter.target_logits(teacher).softmax(-1)
+    known = torch.arange(VOCAB) if drafter.t2d is None else drafter.t2d.nonzero().flatten()
     logits = drafter.base_logits(normed(drafter, hidden))
     ces, rates = [[] for _ in range(passes)], [[] for _ in range(passes)]
     gained = []
@@ -99,8 +104,10 @@ def plain_loss(drafter, hidden, teacher, mask, decay, supervision):
                     continue
                 law = laws[b, i + 1 + t]
                 log_draft = logits[t, b, i].log_softmax(-1)
-                ces[t].append(-(law * log_draft).sum())
-                rates[t].append(1 - 0.5 * (log_draft.exp() - law).abs().sum())
+                learnt = law[known] / law[known].sum()
+                ces[t].append(-(learnt * log_draft).sum())
+                drafted = torch.zeros_like(law).index_copy(0, known, log_draft.exp())
+                rates[t].append(torch.minimum(drafted, law).sum())
                 survival = survival * rates[t][-1]
                 if t == 0 or chain:
                     chain.append(survival)
@@ -118,10 +125,15 @@ def gradients(loss, drafter):
 
 
 @pytest.mark.parametrize("supervision", ["predicted", "reference"])
-@pytest.mark.parametrize(("chunk_rows", "softcap"), [(1024, None), (7, None), (7, 3.0)])
-def test_loss_and_gradients_equal_the_plain_form(supervision, chunk_rows, softcap, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk_rows", "softcap", "known"),
+    [(1024, None, None), (7, None, None), (7, 3.0, None), (7, 3.0, (0, 2, 3, 7, 8, 12))],
+)
+def test_loss_and_gradients_equal_the_plain_form(
+    supervision, chunk_rows, softcap, known, monkeypatch
+):
     monkeypatch.setattr(room, "_TILE_ROWS", 4)
-    drafter, features, ids, mask, teacher = made_up(softcap=softcap)
+    drafter, features, ids, mask, teacher = made_up(softcap=softcap, known=known)
     hidden = ttt_passes(drafter, features, ids, PASSES)
     report = ttt_loss(
         drafter,

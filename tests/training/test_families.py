@@ -8,12 +8,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.drafters.config import GEMMA4_PARTS
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.drafter import drafter_config
-from dspark.training.recipe import DSparkSettings
+from dspark.training.drafter_settings import DSparkSettings
+from dspark.training.eagle_drafter import eagle3_config
+from dspark.training.recipe import Eagle3Recipe
 
+EAGLE3 = Eagle3Recipe(
+    kind="drafter",
+    target="unused",
+    algorithm="eagle3",
+    drafter={"target_layer_ids": (-1, 1), "ttt_length": 3},
+    samples={"paths": ["unused"]},
+    run={"output_dir": "unused", "steps": 1},
+)
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -89,6 +100,27 @@ def test_a_drafter_with_gemma4_layers(name):
     assert drafter.borrowed.embedding_scale == pytest.approx(24**0.5)
     assert drafter.borrowed.softcap == 4.0
     assert decode(target, drafter) == decode(target, None)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4 k_eq_v"])
+@pytest.mark.parametrize("known", [None, tuple(range(0, 61, 3))])
+def test_an_eagle3_drafter_with_gemma4_layers(name, known):
+    target = make_target(name)
+    config = eagle3_config(target, EAGLE3)
+    parts = dict(GEMMA4_PARTS, value_from_key="k_eq_v" in name, rotary_fraction=0.25)
+    config = replace(
+        config,
+        backbone=replace(config.backbone, **parts),
+        draft_vocab_size=known and len(known),
+    )
+    drafter = Eagle3Drafter.from_target(
+        target.parts(),
+        config,
+        generator=torch.Generator().manual_seed(1),
+        init_std=0.2,
+        draft_tokens=known and torch.tensor(known),
+    )
+    assert decode(target, drafter.eval()) == decode(target, None)
 
 
 def test_a_drafter_with_windows():

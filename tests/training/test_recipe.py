@@ -81,6 +81,16 @@ def test_what_contradicts_the_algorithm_is_named(minimal, algorithm, override, s
         load_recipe(str(minimal), [f"algorithm={algorithm}", override])
 
 
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
+def test_layers_are_named_in_one_way(minimal, algorithm):
+    both = ["drafter.num_taps=3", "drafter.target_layer_ids=[0, 1, 2]", f"algorithm={algorithm}"]
+    with pytest.raises(RecipeError, match=r"drafter: num_taps \(3\) says nothing beside target_la"):
+        load_recipe(str(minimal), both)
+    assert load_recipe(str(minimal), both[1:]).drafter.taps(12) == (0, 1, 2)
+    assert load_recipe(str(minimal), both[::2]).drafter.taps(12) == (1, 5, 9)
+    assert len(load_recipe(str(minimal), both[2:]).drafter.taps(12)) == 5
+
+
 def test_missing_recipe_lists_the_bundled_ones():
     with pytest.raises(RecipeError, match="bundled_target"):
         load_recipe("nonsense")
