@@ -1,18 +1,26 @@
-"""How many drafts of each request to verify: fixed and threshold lengths.
+"""How many drafts of each request to verify: confidences and step costs in, lengths out.
 
 A length may depend on draft tokens only through prefixes that are already admitted: c_k is known
 before x_k is drawn, so deciding about draft k from c_1..c_k keeps every output exact. Deciding
 from the probability of the token drawn, or from confidences behind the first that fails, does not.
+
+With R requests and n drafts admitted in all, a step gains R + (their survivals) tokens in
+expectation and takes step_ms[n]; the throughput is the quotient (METHOD.md 5). Drafts are
+admitted in one order, by falling survival, ties by (position, request); survival never rises
+within a request, so prefixes stay whole.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from dspark.errors import UsageError
+from dspark.errors import NumericsError, UsageError
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 
 def fixed_lengths(num_requests: int, length: int) -> IntArray:
@@ -51,3 +59,216 @@ def threshold_lengths(confidence_RK: npt.ArrayLike, threshold: float) -> IntArra
     reached_RK = np.asarray(confidence_RK, dtype=np.float64) >= threshold
     lengths_R: IntArray = np.logical_and.accumulate(reached_RK, axis=-1).sum(axis=-1)
     return lengths_R
+
+
+def prefix_lengths(
+    survival_RK: npt.ArrayLike, step_ms_N: npt.ArrayLike, limits_R: npt.ArrayLike | None = None
+) -> IntArray:
+    """Algorithm 1: admit drafts by falling survival until one does not raise the throughput.
+
+    Exact because it stops there: whether a draft is admitted hangs on survivals up to its own
+    only. It finds the best budget where the throughput has one peak, and stops at stairs. Drafts
+    of survival 0 are never admitted.
+
+    Args:
+        survival_RK: survivals a_k of this round (`survival.survival`).
+        step_ms_N: [N + 1] milliseconds of a step that verifies 0..N drafts in all, drafting
+            included; never more than N are admitted.
+        limits_R: most drafts of each request; None allows K.
+
+    Returns:
+        [R] int64.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: survivals rise within a request, or a step cost is not positive and finite.
+    """
+    ranked = _ranked(survival_RK, limits_R)
+    step_ms = _checked_costs(step_ms_N)
+    candidates = min(int(np.count_nonzero(ranked.survival_D)), len(step_ms) - 1)
+    throughput_N = ranked.throughput(step_ms[: candidates + 1])
+    stops = np.flatnonzero(throughput_N[1:] <= throughput_N[:-1])
+    return ranked.lengths(int(stops[0]) if stops.size else candidates)
+
+
+def best_budget(
+    survival_RK: npt.ArrayLike,
+    step_ms_N: npt.ArrayLike,
+    limits_R: npt.ArrayLike | None = None,
+    margin: float = 0.0,
+) -> int:
+    """How many drafts in all promise the highest throughput, searched globally.
+
+    Exact only on survivals of *earlier* rounds (the schedule `lagged`), or under the `coupled`
+    verifier: on this round's own the search sees behind the budget it chooses.
+
+    Args:
+        survival_RK: survivals a_k; 1 for requests without a history.
+        step_ms_N: as for `prefix_lengths`.
+        limits_R: most drafts of each request; None allows K.
+        margin: against noise: every draft within limits (at most N) is verified unless a smaller
+            budget promises more than (1 + margin) times as much.
+
+    Returns:
+        0..N.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: survivals rise within a request, a step cost is not positive and finite, or
+            the margin is negative.
+    """
+    _check_margin(margin)
+    ranked = _ranked(survival_RK, limits_R)
+    step_ms = _checked_costs(step_ms_N)
+    full = min(len(ranked.survival_D), len(step_ms) - 1)
+    throughput_N = ranked.throughput(step_ms[: full + 1])
+    best = int(np.argmax(throughput_N))
+    return best if throughput_N[best] > (1 + margin) * throughput_N[full] else full
+
+
+def fill_budget(
+    survival_RK: npt.ArrayLike, budget: int, limits_R: npt.ArrayLike | None = None
+) -> IntArray:
+    """Spend a budget on the drafts of the highest survival.
+
+    Exact where the budget knows nothing of this round's draft tokens.
+
+    Args:
+        survival_RK: survivals a_k of this round.
+        budget: drafts in all; what the limits cannot take is left over.
+        limits_R: most drafts of each request; None allows K.
+
+    Returns:
+        [R] int64.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: survivals rise within a request, or the budget is negative.
+    """
+    if budget < 0:
+        raise UsageError(f"The budget is {budget} drafts, but must be 0 or more.")
+    return _ranked(survival_RK, limits_R).lengths(budget)
+
+
+def throughput(survival_RK: npt.ArrayLike, lengths_R: npt.ArrayLike, step_ms: float) -> float:
+    """Expected tokens per millisecond of a step that verifies these lengths.
+
+    Args:
+        survival_RK: survivals a_k.
+        lengths_R: drafts of each request that are verified.
+        step_ms: milliseconds of the step, drafting included.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: survivals rise within a request, or the cost is not positive and finite.
+    """
+    ranked = _ranked(survival_RK, lengths_R)
+    costs = _checked_costs(np.full(len(ranked.survival_D) + 1, step_ms, dtype=np.float64))
+    return float(ranked.throughput(costs)[-1])
+
+
+def worth_drafting(
+    survival_RK: npt.ArrayLike,
+    step_ms_N: npt.ArrayLike,
+    off_ms: float,
+    limits_R: npt.ArrayLike | None = None,
+    margin: float = 0.0,
+) -> bool:
+    """Whether the best budget, drafting included, promises as much as a step without drafts.
+
+    Exact only on survivals of *earlier* rounds, or under the `coupled` verifier.
+
+    Args:
+        survival_RK: survivals a_k; 1 for requests without a history.
+        step_ms_N: as for `prefix_lengths`.
+        off_ms: milliseconds of a step in which nothing is drafted.
+        limits_R: most drafts of each request; None allows K.
+        margin: against noise: drafting is given up only where plain decoding promises more than
+            (1 + margin) times as much.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: survivals rise within a request, a cost is not positive and finite, or the
+            margin is negative.
+    """
+    _check_margin(margin)
+    ranked = _ranked(survival_RK, limits_R)
+    off = ranked.num_requests / _checked_costs([off_ms])[0]
+    return bool(off <= (1 + margin) * ranked.throughput(_checked_costs(step_ms_N)).max())
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """All D drafts within limits in the order in which they are admitted.
+
+    Attributes:
+        num_requests: R.
+        requests_D: whose draft it is.
+        survival_D: never rising.
+    """
+
+    num_requests: int
+    requests_D: IntArray
+    survival_D: FloatArray
+
+    def throughput(self, step_ms_N: FloatArray) -> FloatArray:
+        """Tokens per millisecond with 0, 1, ... drafts, for as many as there are.
+
+        The sum runs from left to right (`cumsum`), so that an entry knows nothing, not even in
+        its last bit, of drafts behind it.
+        """
+        most = min(len(self.survival_D), len(step_ms_N) - 1)
+        gains = np.concatenate(([float(self.num_requests)], self.survival_D[:most]))
+        per_ms: FloatArray = np.cumsum(gains) / step_ms_N[: most + 1]
+        return per_ms
+
+    def lengths(self, admitted: int) -> IntArray:
+        """Drafts of each request among the first `admitted`, [R]."""
+        return np.bincount(self.requests_D[:admitted], minlength=self.num_requests).astype(np.int64)
+
+
+def _ranked(survival_RK: npt.ArrayLike, limits_R: npt.ArrayLike | None) -> _Ranked:
+    survival_RK = np.asarray(survival_RK, dtype=np.float64)
+    # A comparison with NaN is false: one pass finds rising rows and NaN behind the first column.
+    if not (survival_RK[:, 1:] <= survival_RK[:, :-1]).all() or np.isnan(survival_RK[:, :1]).any():
+        _refuse(survival_RK)
+    # Stably sorted from position-major order, ties fall by (position, request).
+    survival_KR = survival_RK.T
+    num_drafts, num_requests = survival_KR.shape
+    if limits_R is None:
+        flat = np.arange(survival_KR.size)
+    else:
+        within_KR = np.arange(num_drafts)[:, None] < np.asarray(limits_R)
+        flat = np.flatnonzero(within_KR)
+    values = survival_KR.ravel()[flat]
+    order = np.argsort(-values, kind="stable")
+    return _Ranked(num_requests, flat[order] % max(num_requests, 1), values[order])
+
+
+def _refuse(survival_RK: FloatArray) -> None:
+    bad = np.flatnonzero(np.isnan(survival_RK).any(axis=1))
+    if bad.size:
+        raise NumericsError(
+            f"The survivals of request {bad[0]} in this batch contain NaN; "
+            "check the drafter's confidence head and its calibration."
+        )
+    rising = np.flatnonzero((np.diff(survival_RK, axis=1) > 0).any(axis=1))[0]
+    raise UsageError(
+        f"The survivals of request {rising} in this batch rise with the position; "
+        "give running products of confidences (dspark.scheduling.survival.survival)."
+    )
+
+
+def _checked_costs(step_ms_N: npt.ArrayLike) -> FloatArray:
+    costs: FloatArray = np.asarray(step_ms_N, dtype=np.float64)
+    if costs.ndim != 1 or not costs.size or not (costs.min() > 0 and costs.max() < np.inf):
+        raise UsageError(
+            f"Step costs must be one or more positive milliseconds, but are {costs.tolist()}; "
+            "measure the table again (dspark profile) or use --schedule fixed."
+        )
+    return costs
+
+
+def _check_margin(margin: float) -> None:
+    if not margin >= 0:
+        raise UsageError(f"The margin is {margin}, but must be 0 or more.")
