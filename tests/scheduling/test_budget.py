@@ -194,11 +194,11 @@ def test_bad_numbers_are_refused_by_name():
         lambda survival: throughput(survival, [1, 1], 1.0),
         lambda survival: worth_drafting(survival, costs, 1.0),
     ):
-        with pytest.raises(NumericsError, match="request 1 .*NaN"):
+        with pytest.raises(NumericsError, match=r"request 1 .*NaN"):
             function([[0.5, 0.4], [float("nan"), 0.1]])
-        with pytest.raises(NumericsError, match="request 1 .*NaN"):
+        with pytest.raises(NumericsError, match=r"request 1 .*NaN"):
             function([[0.5, 0.4], [0.5, float("nan")]])
-        with pytest.raises(UsageError, match="request 0 .*rise"):
+        with pytest.raises(UsageError, match=r"request 0 .*rise"):
             function([[0.4, 0.5], [0.5, 0.4]])
     for bad in ([], [1.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0]]):
         with pytest.raises(UsageError, match="--schedule fixed"):

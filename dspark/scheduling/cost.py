@@ -1,0 +1,290 @@
+"""What a step costs on this machine: measured points, a monotone envelope, load and save.
+
+A step of R requests and n drafts sends R + n tokens to the target. Noise must not invent cheap
+tokens, so the table is made monotone; where it was not measured it says nothing, because a table
+that is extrapolated makes tokens look free (ENGINES.md, fault 4). Between two probes a cost is a
+straight line: a stair shows where probes stand on both sides of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark.errors import CompatibilityError, DataError, UsageError
+from dspark.scheduling.files import read_json, typed_fields, write_json
+from dspark.scheduling.machine import MachineKey
+
+VERSION = 1
+FALLBACK = "measure it with dspark profile; until then the schedule is 'fixed'"
+FLAT_RISE, FLAT_SPAN = 1.10, 4
+NOISE = 0.15
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """One measurement: medians of several runs.
+
+    Attributes:
+        tokens: rows sent to the target, anchors included.
+        requests: R.
+        verify_ms: milliseconds of a round without drafting: the target's forward and the rest.
+        draft_ms: milliseconds of drafting for R requests.
+    """
+
+    tokens: int
+    requests: int
+    verify_ms: float
+    draft_ms: float
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of steps by tokens and requests.
+
+    Attributes:
+        points: as measured, at least one.
+        machine: what they were measured on.
+
+    Raises:
+        DataError: there is no point, or one is not possible.
+    """
+
+    points: tuple[CostPoint, ...]
+    machine: MachineKey
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise DataError(f"The cost table is empty; {FALLBACK}.")
+        for point in self.points:
+            costs = (point.verify_ms, point.draft_ms)
+            if not (
+                1 <= point.requests <= point.tokens
+                and all(map(math.isfinite, costs))
+                and point.verify_ms > 0
+                and point.draft_ms >= 0
+            ):
+                raise DataError(f"The cost table has an impossible point, {point}; {FALLBACK}.")
+
+    def covers(self, requests: int) -> bool:
+        """Whether steps of so many requests lie within what was measured."""
+        return self._counts[0] <= requests <= self._counts[-1]
+
+    def most_tokens(self, requests: int) -> int:
+        """The last probe: the most tokens of a step of so many requests that the table knows.
+
+        Raises:
+            UsageError: the table does not cover so many requests.
+        """
+        low, high, weight = self._bracket(requests)
+        ends = [self._curves[count][0][-1] for count in (low, high)]
+        return max(requests, int(ends[0] + weight * (ends[1] - ends[0])))
+
+    def verify_ms(self, tokens: int, requests: int) -> float:
+        """Milliseconds of a step that sends so many tokens of so many requests to the target.
+
+        Raises:
+            UsageError: the step lies outside what was measured.
+        """
+        if not requests <= tokens <= self.most_tokens(requests):
+            raise UsageError(
+                f"A step of {tokens} tokens and {requests} requests lies outside the cost table "
+                f"({requests} to {self.most_tokens(requests)} tokens); {FALLBACK}."
+            )
+        return float(self._verify(np.array([float(tokens)]), requests)[0])
+
+    def draft_ms(self, requests: int) -> float:
+        """Milliseconds of drafting for so many requests.
+
+        Raises:
+            UsageError: the table does not cover so many requests.
+        """
+        low, high, weight = self._bracket(requests)
+        return (1 - weight) * self._draft[low] + weight * self._draft[high]
+
+    def step_ms(self, requests: int, drafts: int) -> FloatArray:
+        """Milliseconds of steps that verify 0, 1, ... drafts in all, drafting included.
+
+        Args:
+            requests: R.
+            drafts: the most drafts of interest, usually R * K.
+
+        Returns:
+            [N + 1], never falling; N is `drafts`, or less where the last probe comes before.
+
+        Raises:
+            UsageError: the table does not cover so many requests, or the drafts are negative.
+        """
+        if drafts < 0:
+            raise UsageError(f"The number of drafts is {drafts}, but must be 0 or more.")
+        most = min(drafts, self.most_tokens(requests) - requests)
+        tokens = np.arange(requests, requests + most + 1, dtype=np.float64)
+        return self._verify(tokens, requests) + self.draft_ms(requests)
+
+    def off_ms(self, requests: int) -> float:
+        """Milliseconds of a step that drafts nothing.
+
+        Raises:
+            UsageError: the table does not cover so many requests.
+        """
+        return float(self._verify(np.array([float(requests)]), requests)[0])
+
+    def warnings(self) -> list[str]:
+        """One sentence for each thing that makes schedules from this table doubtful."""
+        found = []
+        by_cost = sorted(self.points, key=lambda point: point.verify_ms)
+        tokens = [point.tokens for point in self.points]
+        rise = by_cost[-1].verify_ms / by_cost[0].verify_ms
+        if rise < FLAT_RISE and max(tokens) >= FLAT_SPAN * min(tokens):
+            found.append(
+                f"The cost table is flat: from {min(tokens)} to {max(tokens)} tokens the dearest "
+                f"step costs {100 * (rise - 1):.0f} % more than the cheapest, so the schedule "
+                "verifies nearly every draft; profile with more requests if that is not so."
+            )
+        moved = [
+            abs(smooth / point.verify_ms - 1)
+            for point, smooth in zip(self.points, self._envelope, strict=True)
+        ]
+        worst = int(np.argmax(moved))
+        if moved[worst] > NOISE:
+            point = self.points[worst]
+            found.append(
+                f"The cost table is noisy: the step of {point.tokens} tokens and {point.requests} "
+                f"requests was measured at {point.verify_ms:.3g} ms, {100 * moved[worst]:.0f} % "
+                "off what its neighbours allow; profile again on an idle machine."
+            )
+        return found
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the table, by default to its place in the user's cache; returns the path.
+
+        Raises:
+            DataError: the place cannot be written.
+        """
+        path = self.machine.path() if path is None else Path(path)
+        record = {"machine": asdict(self.machine), "points": [asdict(p) for p in self.points]}
+        write_json(path, {"version": VERSION, **record})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, machine: MachineKey | None = None) -> CostTable:
+        """Read a table.
+
+        Args:
+            path: the file; None takes the machine's place in the user's cache.
+            machine: refuse a table of another one; None takes any.
+
+        Raises:
+            DataError: the file is missing, damaged, empty or of another version.
+            CompatibilityError: it belongs to another machine, dtype, target or drafter.
+            UsageError: neither a path nor a machine is given.
+        """
+        if path is None:
+            if machine is None:
+                raise UsageError("Give the path of a cost table, or the machine it belongs to.")
+            path = machine.path()
+        record = read_json(path, VERSION, FALLBACK)
+        try:
+            theirs = MachineKey(**typed_fields(record["machine"], MachineKey))
+            rows = record["points"]
+            points = tuple(CostPoint(**typed_fields(row, CostPoint)) for row in rows)
+            table = cls(points, theirs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a cost table ({error}); {FALLBACK}.") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        if machine is not None and machine != theirs:
+            differing = [
+                f.name
+                for f in fields(machine)
+                if getattr(machine, f.name) != getattr(theirs, f.name)
+            ]
+            first = differing[0]
+            raise CompatibilityError(
+                f"{path} was measured for {first} {getattr(theirs, first)!r}, but this is "
+                f"{getattr(machine, first)!r}; {FALLBACK}."
+            )
+        return table
+
+    @cached_property
+    def _envelope(self) -> list[float]:
+        """Verify costs made monotone in tokens and requests, one per point."""
+        where = [(p.tokens, p.requests) for p in self.points]
+        return _monotone(where, [p.verify_ms for p in self.points])
+
+    @cached_property
+    def _curves(self) -> dict[int, tuple[FloatArray, FloatArray]]:
+        """Per measured number of requests: tokens, rising, and their verify costs."""
+        curves: dict[int, dict[int, float]] = {}
+        for point, ms in zip(self.points, self._envelope, strict=True):
+            curves.setdefault(point.requests, {})[point.tokens] = ms
+        return {
+            count: (
+                np.array(sorted(curve), dtype=np.float64),
+                np.array([curve[t] for t in sorted(curve)]),
+            )
+            for count, curve in curves.items()
+        }
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return sorted(self._curves)
+
+    @cached_property
+    def _draft(self) -> dict[int, float]:
+        """Drafting costs made monotone, per measured number of requests."""
+        costs = {
+            count: float(np.median([p.draft_ms for p in self.points if p.requests == count]))
+            for count in self._counts
+        }
+        smooth = _monotone([(count, 0) for count in costs], list(costs.values()))
+        return dict(zip(costs, smooth, strict=True))
+
+    def _bracket(self, requests: int) -> tuple[int, int, float]:
+        """The measured numbers of requests on both sides, and the weight of the upper one."""
+        if not self.covers(requests):
+            raise UsageError(
+                f"The cost table was measured for {self._counts[0]} to {self._counts[-1]} "
+                f"requests, but {requests} run; {FALLBACK}."
+            )
+        low = max(count for count in self._counts if count <= requests)
+        high = min(count for count in self._counts if count >= requests)
+        return low, high, (requests - low) / (high - low) if high > low else 0.0
+
+    def _verify(self, tokens_T: FloatArray, requests: int) -> FloatArray:
+        low, high, weight = self._bracket(requests)
+        low_tokens, low_ms = self._curves[low]
+        if weight == 0:
+            return np.interp(tokens_T, low_tokens, low_ms)
+        high_tokens, high_ms = self._curves[high]
+        # Each curve borrows from the other what was measured where it has no probe itself: fewer
+        # requests send fewer tokens. Envelopes keep the joined curves monotone.
+        more, fewer = high_tokens > low_tokens[-1], low_tokens < high_tokens[0]
+        below = np.interp(
+            tokens_T, np.append(low_tokens, high_tokens[more]), np.append(low_ms, high_ms[more])
+        )
+        above = np.interp(
+            tokens_T, np.append(low_tokens[fewer], high_tokens), np.append(low_ms[fewer], high_ms)
+        )
+        smooth: FloatArray = (1 - weight) * below + weight * above
+        return smooth
+
+
+def _monotone(where: Sequence[tuple[int, int]], values: Sequence[float]) -> list[float]:
+    """The mean of the upper and the lower monotone envelope.
+
+    The upper one is the dearest of all points that are no larger, the lower one the cheapest of
+    all that are no smaller; either alone would let a single outlier move all others.
+    """
+    at_P2, values_P = np.asarray(where), np.asarray(values, dtype=np.float64)
+    below_PP = (at_P2[None, :, :] <= at_P2[:, None, :]).all(axis=-1)  # [p, q]: q is no larger
+    upper = np.where(below_PP, values_P, -np.inf).max(axis=1)
+    lower = np.where(below_PP.T, values_P, np.inf).min(axis=1)
+    return [float(v) for v in (upper + lower) / 2]
