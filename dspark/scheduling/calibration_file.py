@@ -72,6 +72,17 @@ class CalibrationEntry:
         """What tells entries apart."""
         return self.block_size, self.verifier, self.temperature_class
 
+    @property
+    def mean_survival(self) -> tuple[float, ...]:
+        """Mean calibrated survival per position: what a request without a history may expect."""
+        means, least = [], 1.0
+        for after in self.after:
+            total = sum(n * p for n, p in zip(after.bin_counts, after.bin_predicted, strict=True))
+            # Trimmed positions were observed in other rounds: keep the row from rising.
+            least = min(least, total / after.count if after.count else least)
+            means.append(least)
+        return tuple(means)
+
 
 def calibrate(
     rounds: Rounds,

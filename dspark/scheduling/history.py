@@ -12,6 +12,8 @@ from dspark.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 LEAST_FACTOR = 0.05
+# Requests times rounds that a typical survival remembers, and that a given one counts for.
+TYPICAL_ROUNDS, PRIOR_ROUNDS = 200.0, 8.0
 
 
 @dataclass
@@ -30,44 +32,65 @@ class RequestHistory:
     unknown tag counts as survival 1 and factor 1 (LOSSLESS.md, scheduling rule 9).
     """
 
-    def __init__(self, memory: float = 0.9, smoothing: float = 0.0, doubt: float = 2.0) -> None:
+    def __init__(
+        self, memory: float = 0.9, doubt: float = 2.0, typical_K: npt.ArrayLike = ()
+    ) -> None:
         """Start without any request.
 
         Args:
             memory: weight of what was known, per round, in realised and predicted acceptance.
-            smoothing: weight of what was known in the earlier survivals; 0 keeps the last
-                round's.
             doubt: standard deviations that realised acceptance may lie below the predicted one
                 before a request is thought to fail.
+            typical_K: what `typical` says before the first round, for example
+                `calibration_file.CalibrationEntry.mean_survival`; 1 where it says nothing.
 
         Raises:
-            UsageError: a weight is outside [0, 1), or the doubt is negative.
+            UsageError: the memory is outside [0, 1), or the doubt is negative.
         """
-        if not (0 <= memory < 1 and 0 <= smoothing < 1):
-            raise UsageError(
-                f"The memory is {memory} and the smoothing {smoothing}, but both must be at "
-                "least 0 and less than 1."
-            )
+        if not 0 <= memory < 1:
+            raise UsageError(f"The memory is {memory}, but must be at least 0 and less than 1.")
         if not doubt >= 0:
             raise UsageError(f"The doubt is {doubt}, but must be 0 or more.")
-        self._memory, self._smoothing, self._doubt = memory, smoothing, doubt
+        self._memory, self._doubt = memory, doubt
         self._records: dict[Hashable, _Record] = {}
+        self._typical: FloatArray = np.array(typical_K, dtype=np.float64)
+        self._weight = PRIOR_ROUNDS
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def earlier(self, tags: Sequence[Hashable], num_drafts: int) -> FloatArray:
-        """Survivals that earlier rounds showed, [R, K]; 1 for requests and positions unknown.
+    def earlier(
+        self, tags: Sequence[Hashable], num_drafts: int, unknown_K: npt.ArrayLike = 1.0
+    ) -> FloatArray:
+        """Survivals that earlier rounds showed, [R, K].
 
         They never rise within a row: a position unknown behind known ones takes the last of them.
+
+        Args:
+            tags: name the requests.
+            num_drafts: K.
+            unknown_K: survivals of requests without a history, `typical` for example.
         """
-        found = np.ones((len(tags), num_drafts))
+        found = np.empty((len(tags), num_drafts))
+        found[:] = unknown_K
         for row, tag in zip(found, tags, strict=True):
             record = self._records.get(tag)
             if record is not None and record.survival_K.size:
                 known = record.survival_K[:num_drafts]
                 row[: len(known)] = known
                 row[len(known) :] = known[-1]
+        return found
+
+    def typical(self, num_drafts: int) -> FloatArray:
+        """Mean survivals of all requests of late, [K]; 1 before anything is known.
+
+        Shared by all requests. Where many come and go, taking newcomers for sure successes would
+        spend the budget on them, and end every pause of drafting at once.
+        """
+        found = np.ones(num_drafts)
+        known = self._typical[:num_drafts]
+        found[: len(known)] = known
+        found[len(known) :] = known[-1] if known.size else 1.0
         return found
 
     def factors(self, tags: Sequence[Hashable]) -> FloatArray:
@@ -79,7 +102,13 @@ class RequestHistory:
         return np.array([self._factor(self._records.get(tag)) for tag in tags], dtype=np.float64)
 
     def update(
-        self, tag: Hashable, survival_K: npt.ArrayLike, accepted: int, verified: int
+        self,
+        tag: Hashable,
+        survival_K: npt.ArrayLike,
+        accepted: int,
+        verified: int,
+        *,
+        shared: bool = True,
     ) -> None:
         """Learn from a finished round of a request.
 
@@ -91,6 +120,7 @@ class RequestHistory:
             survival_K: predicted survivals of every offered draft, without the factor.
             accepted: drafts that stayed.
             verified: drafts that were verified.
+            shared: whether it is typical; penalised and constrained requests are not.
 
         Raises:
             UsageError: the counts are impossible.
@@ -105,9 +135,9 @@ class RequestHistory:
         if record is None:
             record = self._records[tag] = _Record(survival)
         elif survival.size:
-            old, weight = record.survival_K, self._smoothing
-            same = old.shape == survival.shape
-            record.survival_K = weight * old + (1 - weight) * survival if same else survival
+            record.survival_K = survival
+        if shared and survival.size:
+            self._learn_typical(survival)
         tried = survival[:verified]
         mean = float(tried.sum())
         # E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
@@ -115,6 +145,13 @@ class RequestHistory:
         record.predicted = self._memory * record.predicted + mean
         record.realised = self._memory * record.realised + accepted
         record.variance = self._memory**2 * record.variance + max(square - mean * mean, 0.0)
+
+    def _learn_typical(self, survival_K: FloatArray) -> None:
+        if survival_K.shape != self._typical.shape:  # another block size: start anew
+            self._typical, self._weight = survival_K.copy(), 1.0
+            return
+        self._weight = min(self._weight + 1.0, TYPICAL_ROUNDS)
+        self._typical = self._typical + (survival_K - self._typical) / self._weight
 
     def drop(self, tag: Hashable) -> None:
         """Forget a request that has ended; an unknown tag is no error."""

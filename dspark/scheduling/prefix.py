@@ -145,8 +145,7 @@ def fill_budget(
         NumericsError: a survival is NaN.
         UsageError: survivals rise within a request, or the budget is negative.
     """
-    if budget < 0:
-        raise UsageError(f"The budget is {budget} drafts, but must be 0 or more.")
+    _check_budget(budget)
     return _ranked(survival_RK, limits_R).lengths(budget)
 
 
@@ -167,14 +166,14 @@ def throughput(survival_RK: npt.ArrayLike, lengths_R: npt.ArrayLike, step_ms: fl
     return float(ranked.throughput(costs)[-1])
 
 
-def worth_drafting(
+def drafting_gain(
     survival_RK: npt.ArrayLike,
     step_ms_N: npt.ArrayLike,
     off_ms: float,
     limits_R: npt.ArrayLike | None = None,
-    margin: float = 0.0,
-) -> bool:
-    """Whether the best budget, drafting included, promises as much as a step without drafts.
+    budget: int | None = None,
+) -> float:
+    """Throughput of a step with drafts, drafting included, over that of a step without.
 
     Exact only on survivals of *earlier* rounds, or under the `coupled` verifier.
 
@@ -183,18 +182,51 @@ def worth_drafting(
         step_ms_N: as for `prefix_lengths`.
         off_ms: milliseconds of a step in which nothing is drafted.
         limits_R: most drafts of each request; None allows K.
-        margin: against noise: drafting is given up only where plain decoding promises more than
-            (1 + margin) times as much.
+        budget: drafts in all that the step would verify; None takes the best budget. Algorithm 1
+            stops earlier at stairs: give it the sum of its lengths on these survivals.
+
+    Returns:
+        The quotient; 0 without requests.
 
     Raises:
         NumericsError: a survival is NaN.
         UsageError: survivals rise within a request, a cost is not positive and finite, or the
-            margin is negative.
+            budget is negative.
+    """
+    ranked = _ranked(survival_RK, limits_R)
+    off_ms = float(_checked_costs([off_ms])[0])
+    throughput_N = ranked.throughput(_checked_costs(step_ms_N))
+    if budget is not None:
+        _check_budget(budget)
+        throughput_N = throughput_N[min(budget, len(throughput_N) - 1) :][:1]
+    return float(throughput_N.max()) * off_ms / max(ranked.num_requests, 1)
+
+
+def worth_drafting(
+    survival_RK: npt.ArrayLike,
+    step_ms_N: npt.ArrayLike,
+    off_ms: float,
+    limits_R: npt.ArrayLike | None = None,
+    margin: float = 0.0,
+    budget: int | None = None,
+) -> bool:
+    """Whether `drafting_gain` is 1 at least.
+
+    Args:
+        survival_RK: as there, of earlier rounds, and so are the other arguments but one.
+        step_ms_N: as there.
+        off_ms: as there.
+        limits_R: as there.
+        margin: against noise: drafting is given up only where plain decoding promises more than
+            (1 + margin) times as much.
+        budget: as there.
+
+    Raises:
+        NumericsError: a survival is NaN.
+        UsageError: as `drafting_gain`, or the margin is negative.
     """
     _check_margin(margin)
-    ranked = _ranked(survival_RK, limits_R)
-    off = ranked.num_requests / _checked_costs([off_ms])[0]
-    return bool(off <= (1 + margin) * ranked.throughput(_checked_costs(step_ms_N)).max())
+    return (1 + margin) * drafting_gain(survival_RK, step_ms_N, off_ms, limits_R, budget) >= 1
 
 
 @dataclass(frozen=True)
@@ -272,3 +304,8 @@ def _checked_costs(step_ms_N: npt.ArrayLike) -> FloatArray:
 def _check_margin(margin: float) -> None:
     if not margin >= 0:
         raise UsageError(f"The margin is {margin}, but must be 0 or more.")
+
+
+def _check_budget(budget: int) -> None:
+    if budget < 0:
+        raise UsageError(f"The budget is {budget} drafts, but must be 0 or more.")

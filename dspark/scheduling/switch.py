@@ -1,45 +1,71 @@
-"""Whether to draft at all: on while it is worth its cost, with a probe now and then while not."""
+"""Whether to draft at all: on while it gains, with a probe now and then while it does not."""
 
 from __future__ import annotations
 
-from dspark.errors import UsageError
+import math
+
+from dspark.errors import NumericsError, UsageError
 
 
 class DraftSwitch:
     """Decides per round whether to draft, so that off is never for ever.
 
-    Ask it once a round with what earlier rounds say (`prefix.worth_drafting`). While drafting is
-    not worth it, a probe round drafts all the same, to see whether that has changed: after 16
-    rounds first, and after twice as many each time, up to 256. The spacing knows nothing of
-    tokens or of randomness, so every output stays exact.
+    Ask it once a round with what earlier rounds promise (`prefix.drafting_gain`). The mean of
+    late promises counts: one unlucky round of a single request is no reason to stop. While
+    drafting does not gain, a probe round drafts all the same, to see whether that has changed:
+    after `first_pause` rounds, then after twice as many each time, up to `longest_pause`. The
+    spacing knows nothing of tokens or of randomness, so every output stays exact.
     """
 
-    def __init__(self, first_pause: int = 16, longest_pause: int = 256) -> None:
-        """Start on.
+    def __init__(
+        self,
+        margin: float = 0.005,
+        memory: float = 0.8,
+        first_pause: int = 32,
+        longest_pause: int = 256,
+    ) -> None:
+        """Start without any round seen.
 
         Args:
+            margin: against noise: drafting is given up only where plain decoding promises more
+                than (1 + margin) times as much.
+            memory: weight of earlier promises, per round.
             first_pause: rounds without drafts before the first probe.
             longest_pause: bound of the pauses, which double.
 
         Raises:
-            UsageError: a pause is not positive, or the first is longer than the longest.
+            UsageError: a value is out of range.
         """
+        if not (margin >= 0 and 0 <= memory < 1):
+            raise UsageError(
+                f"The margin is {margin} and the memory {memory}, but must be 0 or more, and at "
+                "least 0 and less than 1."
+            )
         if not 1 <= first_pause <= longest_pause:
             raise UsageError(
                 f"Pauses between probes are {first_pause} to {longest_pause} rounds, but must be "
                 "positive and rising."
             )
+        self._margin, self._memory = margin, memory
         self._first, self._longest = first_pause, longest_pause
-        self._pause, self._idle = first_pause, 0
+        self._gain: float | None = None
+        self._pause, self._idle = first_pause, first_pause  # a load not seen yet is probed at once
 
-    def decide(self, worth: bool) -> bool:
+    def decide(self, gain: float) -> bool:
         """Whether this round drafts.
 
         Args:
-            worth: what earlier rounds say.
+            gain: throughput with drafts over throughput without, by earlier rounds.
+
+        Raises:
+            NumericsError: the gain is NaN.
         """
-        if worth:
-            # What made it worth drafting may last a round only: pauses shrink one by one.
+        if math.isnan(gain):
+            raise NumericsError("The gain of drafting is NaN; check the survivals and costs.")
+        old = gain if self._gain is None else self._gain
+        self._gain = self._memory * old + (1 - self._memory) * gain
+        if (1 + self._margin) * self._gain >= 1:
+            # What made it worth drafting may pass soon: pauses shrink step by step, too.
             self._pause, self._idle = max(self._first, self._pause // 2), 0
             return True
         if self._idle < self._pause:

@@ -9,6 +9,7 @@ import pytest
 from dspark.errors import NumericsError, UsageError
 from dspark.scheduling.prefix import (
     best_budget,
+    drafting_gain,
     fill_budget,
     prefix_lengths,
     throughput,
@@ -175,10 +176,28 @@ def test_worth_drafting_compares_the_best_budget_with_a_step_without_drafts():
     assert not worth_drafting(survival, step_ms, off_ms=0.67, limits_R=[0])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_gain_of_drafting_is_the_quotient_of_throughputs(seed):
+    survival, step_ms, limits = a_case(seed)
+    off_ms, plain = 3.5, len(survival) / 3.5
+    lengths = fill_budget(survival, best_budget(survival, step_ms, limits), limits)
+    best = slow_throughput(survival, lengths, step_ms) / plain
+    assert drafting_gain(survival, step_ms, off_ms, limits) == pytest.approx(best)
+    assert worth_drafting(survival, step_ms, off_ms, limits) == (best >= 1)
+    lengths = prefix_lengths(survival, step_ms, limits)
+    stopped = slow_throughput(survival, lengths, step_ms) / plain
+    got = drafting_gain(survival, step_ms, off_ms, limits, budget=int(lengths.sum()))
+    assert got == pytest.approx(stopped)
+    everything = drafting_gain(survival, step_ms, off_ms, limits, budget=1000)
+    full = fill_budget(survival, min(len(step_ms) - 1, limits.sum()), limits)
+    assert everything == pytest.approx(slow_throughput(survival, full, step_ms) / plain)
+
+
 def test_no_requests_or_no_drafts():
     nothing = np.zeros((0, 4))
     assert prefix_lengths(nothing, [1.0, 1.0]).tolist() == []
     assert best_budget(nothing, [1.0, 1.0]) == 0
+    assert drafting_gain(nothing, [1.0, 1.0], 1.0) == 0
     assert fill_budget(nothing, 5).tolist() == []
     assert prefix_lengths(np.zeros((2, 0)), [1.0]).tolist() == [0, 0]
     assert fill_budget(np.zeros((2, 0)), 5).tolist() == [0, 0]
@@ -207,6 +226,10 @@ def test_bad_numbers_are_refused_by_name():
             best_budget(good, bad)
     with pytest.raises(UsageError, match="budget is -1"):
         fill_budget(good, -1)
+    with pytest.raises(UsageError, match="budget is -1"):
+        drafting_gain(good, costs, 1.0, budget=-1)
+    with pytest.raises(UsageError, match="--schedule fixed"):
+        drafting_gain(good, costs, 0.0)
     for margin in (-0.1, float("nan")):
         with pytest.raises(UsageError, match="margin"):
             best_budget(good, costs, margin=margin)

@@ -161,6 +161,13 @@ def test_entries_are_assessed_on_held_out_rounds(entry):
     assert [r.count for r in alone.after] == [300] * 4
 
 
+def test_mean_survival_is_that_of_the_assessed_rounds(entry):
+    held_out = rounds_of(200, seed=1)
+    means = survival(entry.scaling.apply(held_out.logits_NK)).mean(axis=0)
+    assert entry.mean_survival == pytest.approx(means)
+    assert (np.diff(entry.mean_survival) <= 0).all()
+
+
 def test_save_and_load(tmp_path, entry):
     path = tmp_path / "dspark" / "calibration.json"
     greedy = calibrate(rounds_of(300), "block", "greedy")

@@ -1,0 +1,159 @@
+"""The schedules under simulated load, and what a decision costs.
+
+Per table (smooth, staircase, flat) and traffic (mixed, easy, hard), for loads from 1 to 256
+requests: each schedule's throughput over the best budget in hindsight and over the better of
+plain decoding and fixed blocks (`benchmarks.simulated_load`), the worst of all loads. Then the
+time of a decision for 256 requests with 7 drafts each, on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import emit, say
+from benchmarks.simulated_load import (
+    POLICIES,
+    TRAFFIC,
+    Simulation,
+    expected_survival_of,
+    record_of,
+    tables,
+)
+from dspark.scheduling.lookahead import lookahead_lengths
+from dspark.scheduling.prefix import best_budget, drafting_gain, fill_budget, prefix_lengths
+
+FLOOR_HINDSIGHT, FLOOR_BETTER, CEILING_MS = 0.95, 0.99, 1.0
+
+
+def decision_ms(requests: int, drafts: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
+    """Least and median milliseconds of every kind of decision, survivals and limits given."""
+    generator = np.random.default_rng(seed)
+    survival_RK, earlier_RK = (
+        np.multiply.accumulate(generator.random((requests, drafts)) ** 0.3, axis=1)
+        for _ in range(2)
+    )
+    limits_R = np.full(requests, drafts)
+    step_ms_N = 20 + 0.01 * np.arange(requests * drafts + 1)
+    kinds: dict[str, Callable[[], object]] = {
+        "prefix": lambda: prefix_lengths(survival_RK, step_ms_N, limits_R),
+        "lagged": lambda: fill_budget(
+            survival_RK, best_budget(earlier_RK, step_ms_N, limits_R), limits_R
+        ),
+        "lookahead": lambda: lookahead_lengths(survival_RK, earlier_RK, step_ms_N, limits_R),
+        "gain": lambda: drafting_gain(earlier_RK, step_ms_N, 20.0, limits_R),
+    }
+    found = {}
+    for name, decide in kinds.items():
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            decide()
+            times.append((time.perf_counter() - started) * 1e3)
+        found[name] = {"least_ms": min(times), "median_ms": statistics.median(times)}
+    return found
+
+
+def load_results(
+    loads: Sequence[int], drafts: int, rounds: int, seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Per traffic and table, the worst load of every schedule."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, traffic in TRAFFIC.items():
+        found[name] = {}
+        records = {r: record_of(traffic, r, drafts, rounds, seed) for r in loads}
+        expected_K = expected_survival_of(traffic, drafts, seed + 1)
+        for kind, table in tables().items():
+            rows: dict[str, list[tuple[float, float, int]]] = {policy: [] for policy in POLICIES}
+            oracle = []
+            for requests, record in records.items():
+                simulation = Simulation(record, table, expected_K)
+                hindsight = simulation.hindsight().throughput
+                better = max(simulation.off().throughput, simulation.fixed().throughput)
+                oracle.append(simulation.oracle().throughput / hindsight)
+                for policy, decide in POLICIES.items():
+                    got = simulation.scheduled(decide).throughput
+                    rows[policy].append((got / hindsight, got / better, requests))
+            found[name][kind] = {policy: worst(row) for policy, row in rows.items()}
+            found[name][kind]["oracle_over_hindsight_mean"] = statistics.mean(oracle)
+            say(f"{name} {kind}: " + "; ".join(f"{p} {worst(r)}" for p, r in rows.items()))
+    return found
+
+
+def worst(rows: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
+    """The least of both ratios over loads, and the loads they belong to."""
+    hindsight, better = min(rows), min(rows, key=lambda row: row[1])
+    return {
+        "over_hindsight": round(hindsight[0], 4),
+        "at_requests": hindsight[2],
+        "over_better": round(better[1], 4),
+        "better_at_requests": better[2],
+        "mean_over_hindsight": round(statistics.mean(row[0] for row in rows), 4),
+    }
+
+
+def main() -> None:
+    """Simulate loads and time decisions."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--drafts", type=int, default=7, help="K")
+    parser.add_argument("--rounds", type=int, default=200, help="per load")
+    parser.add_argument("--every", type=int, default=0, help="all loads in steps; 0: 24 of them")
+    parser.add_argument("--repeats", type=int, default=500, help="of each timed decision")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    loads = (
+        sorted({1, *range(args.every, 257, args.every), 256})
+        if args.every
+        else [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192]
+        + [224, 240, 256]
+    )
+    decisions = decision_ms(256, args.drafts, args.repeats, args.seed)
+    say(f"a decision for 256 requests: {decisions}")
+    results = load_results(loads, args.drafts, args.rounds, args.seed)
+    least = {
+        key: min(row["lagged"][key] for kinds in results.values() for row in kinds.values())
+        for key in ("over_hindsight", "over_better")
+    }
+    slowest = max(decisions[name]["median_ms"] for name in ("prefix", "lagged"))
+    floors = {
+        "lagged_over_hindsight": (least["over_hindsight"], FLOOR_HINDSIGHT),
+        "lagged_over_better": (least["over_better"], FLOOR_BETTER),
+    }
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    emit(
+        "scheduling",
+        machine,
+        {
+            **vars(args),
+            "loads": loads,
+            "decision": decisions,
+            "load": results,
+            "floors": {
+                name: {"value": value, "floor": floor, "reached": value >= floor}
+                for name, (value, floor) in floors.items()
+            },
+            "ceilings": {
+                "decision_ms": {
+                    "value": slowest,
+                    "ceiling": CEILING_MS,
+                    "reached": slowest < CEILING_MS,
+                }
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

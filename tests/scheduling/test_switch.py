@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dspark.errors import NumericsError, UsageError
+from dspark.scheduling.switch import DraftSwitch
+
+
+def rounds(switch, gain, count):
+    return [switch.decide(gain) for _ in range(count)]
+
+
+def test_on_while_drafting_gains():
+    assert all(rounds(DraftSwitch(), 1.4, 500))
+    assert all(rounds(DraftSwitch(margin=0.02), 0.99, 500)), "within the margin"
+
+
+def test_off_is_never_for_ever_and_probes_grow_rare():
+    switch = DraftSwitch(first_pause=4, longest_pause=32)
+    drafted = np.flatnonzero(rounds(switch, 0.5, 300))
+    assert drafted[0] == 0, "a load not seen yet is probed"
+    assert np.diff(drafted).tolist()[:6] == [9, 17, 33, 33, 33, 33]
+    assert (
+        drafted.tolist()
+        == np.flatnonzero(rounds(DraftSwitch(first_pause=4, longest_pause=32), 0.5, 300)).tolist()
+    ), "deterministic"
+
+
+def test_one_bad_round_is_no_reason_to_stop_and_many_are():
+    switch = DraftSwitch(memory=0.8)
+    rounds(switch, 1.5, 20)
+    assert switch.decide(0.5)
+    assert not all(rounds(switch, 0.5, 20))
+    at_once = DraftSwitch(memory=0.0)
+    rounds(at_once, 1.5, 20)
+    assert not at_once.decide(0.5)
+
+
+def test_it_comes_back_when_the_promise_does():
+    switch = DraftSwitch()
+    rounds(switch, 0.5, 100)
+    back = rounds(switch, 2.0, 10)
+    assert back[-1]
+    assert np.argmax(back) < 5
+
+
+def test_pauses_shrink_while_on():
+    switch = DraftSwitch(memory=0.0, first_pause=4, longest_pause=64)
+    rounds(switch, 0.5, 400)
+    rounds(switch, 2.0, 1)
+    drafted = np.flatnonzero(rounds(switch, 0.5, 100))
+    assert drafted[0] == 32
+    rounds(switch, 2.0, 10)
+    assert np.flatnonzero(rounds(switch, 0.5, 100))[0] == 4
+
+
+def test_bad_values_are_refused():
+    for bad in (
+        {"margin": -0.1},
+        {"margin": float("nan")},
+        {"memory": 1.0},
+        {"memory": -0.1},
+        {"first_pause": 0},
+        {"first_pause": 8, "longest_pause": 4},
+    ):
+        with pytest.raises(UsageError):
+            DraftSwitch(**bad)
+    with pytest.raises(NumericsError, match="NaN"):
+        DraftSwitch().decide(float("nan"))
