@@ -31,6 +31,7 @@ from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.prefix import best_budget, drafting_gain, fill_budget, prefix_lengths
 
 FLOOR_HINDSIGHT, FLOOR_BETTER, CEILING_MS = 0.95, 0.99, 1.0
+LOADS = [*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256]
 
 
 def decision_ms(requests: int, drafts: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
@@ -104,16 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--drafts", type=int, default=7, help="K")
     parser.add_argument("--rounds", type=int, default=200, help="per load")
-    parser.add_argument("--every", type=int, default=0, help="all loads in steps; 0: 24 of them")
+    parser.add_argument(
+        "--every", type=int, default=0, help="loads in even steps; 0: more of the low"
+    )
     parser.add_argument("--repeats", type=int, default=500, help="of each timed decision")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    loads = (
-        sorted({1, *range(args.every, 257, args.every), 256})
-        if args.every
-        else [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192]
-        + [224, 240, 256]
-    )
+    loads = sorted({1, *range(args.every, 257, args.every), 256}) if args.every else LOADS
     decisions = decision_ms(256, args.drafts, args.repeats, args.seed)
     say(f"a decision for 256 requests: {decisions}")
     results = load_results(loads, args.drafts, args.rounds, args.seed)

@@ -228,19 +228,22 @@ class Simulation:
 
     def scheduled(self, policy: Policy) -> Tally:
         """A schedule that learns from earlier rounds only, drafting while that is worth it."""
-        history, switch = RequestHistory(typical_K=self.expected_K), DraftSwitch(self.margin)
         _, requests, drafts = self.record.survival_TRK.shape
+        history, switch = (
+            RequestHistory(drafts, typical_K=self.expected_K),
+            DraftSwitch(self.margin),
+        )
         unfinished: deque[tuple[IntArray, FloatArray] | None] = deque()
         tally = Tally()
         for survival_RK, generation_R in zip(
             self.record.survival_TRK, self.record.generation_TR, strict=True
         ):
             if len(unfinished) == LAG and (done := unfinished.popleft()) is not None:
-                for slot, (generation, row) in enumerate(zip(*done, strict=True)):
-                    history.drop((slot, int(generation) - 1))
-                    history.update((slot, int(generation)), row, 0, 0)
-            tags = [(slot, int(generation)) for slot, generation in enumerate(generation_R)]
-            earlier_RK = history.earlier(tags, drafts, history.typical(drafts))
+                for slot, generation in enumerate(done[0].tolist()):
+                    history.drop((slot, generation - 1))
+                nothing_R = np.zeros(requests, dtype=np.int64)
+                history.update(_tags(done[0]), done[1], nothing_R, nothing_R)
+            earlier_RK = history.earlier(_tags(generation_R), history.typical)
             now = Round(survival_RK, earlier_RK, self.step_ms_N, self.margin)
             # Algorithm 1 may stop far below the best budget: judge what it would do.
             before = replace(now, survival_RK=earlier_RK)
@@ -293,3 +296,7 @@ class Simulation:
         verified_RK = np.arange(survival_RK.shape[1]) < lengths_R[:, None]
         gained = len(survival_RK) + float(survival_RK[verified_RK].sum())
         tally.add(gained, float(self.step_ms_N[lengths_R.sum()]), drafted=True)
+
+
+def _tags(generation_R: IntArray) -> list[tuple[int, int]]:
+    return list(enumerate(generation_R.tolist()))

@@ -1,27 +1,19 @@
-"""What finished rounds of a request say about its next one."""
+"""What finished rounds of requests say about their next ones."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import UsageError
 
+IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 LEAST_FACTOR = 0.05
 # Requests times rounds that a typical survival remembers, and that a given one counts for.
 TYPICAL_ROUNDS, PRIOR_ROUNDS = 200.0, 8.0
-
-
-@dataclass
-class _Record:
-    survival_K: FloatArray
-    predicted: float = 0.0
-    realised: float = 0.0
-    variance: float = 0.0
 
 
 class RequestHistory:
@@ -33,65 +25,70 @@ class RequestHistory:
     """
 
     def __init__(
-        self, memory: float = 0.9, doubt: float = 2.0, typical_K: npt.ArrayLike = ()
+        self,
+        num_drafts: int,
+        memory: float = 0.9,
+        doubt: float = 2.0,
+        typical_K: npt.ArrayLike | None = None,
     ) -> None:
         """Start without any request.
 
         Args:
+            num_drafts: K.
             memory: weight of what was known, per round, in realised and predicted acceptance.
             doubt: standard deviations that realised acceptance may lie below the predicted one
                 before a request is thought to fail.
             typical_K: what `typical` says before the first round, for example
-                `calibration_file.CalibrationEntry.mean_survival`; 1 where it says nothing.
+                `calibration_file.CalibrationEntry.mean_survival`; None says 1.
 
         Raises:
-            UsageError: the memory is outside [0, 1), or the doubt is negative.
+            UsageError: the memory is outside [0, 1), the doubt is negative, or `typical_K` is
+                not K survivals.
         """
         if not 0 <= memory < 1:
             raise UsageError(f"The memory is {memory}, but must be at least 0 and less than 1.")
         if not doubt >= 0:
             raise UsageError(f"The doubt is {doubt}, but must be 0 or more.")
+        typical = np.ones(num_drafts) if typical_K is None else np.array(typical_K, np.float64)
+        if typical.shape != (num_drafts,):
+            raise UsageError(
+                f"Typical survivals have the shape {typical.shape}, but {num_drafts} drafts need "
+                f"{(num_drafts,)}; take those of this block size."
+            )
         self._memory, self._doubt = memory, doubt
-        self._records: dict[Hashable, _Record] = {}
-        self._typical: FloatArray = np.array(typical_K, dtype=np.float64)
-        self._weight = PRIOR_ROUNDS
+        self._typical_K: FloatArray = typical
+        self._typical_weight = PRIOR_ROUNDS if typical_K is not None else 0.0
+        self._rows: dict[Hashable, int] = {}
+        self._free: list[int] = []
+        self._survival_MK = np.ones((0, num_drafts))
+        # Realised and predicted acceptance, and the variance of the latter.
+        self._evidence_M3 = np.zeros((0, 3))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._rows)
 
-    def earlier(
-        self, tags: Sequence[Hashable], num_drafts: int, unknown_K: npt.ArrayLike = 1.0
-    ) -> FloatArray:
-        """Survivals that earlier rounds showed, [R, K].
-
-        They never rise within a row: a position unknown behind known ones takes the last of them.
+    def earlier(self, tags: Sequence[Hashable], unknown_K: npt.ArrayLike = 1.0) -> FloatArray:
+        """Survivals that the last finished round of each request showed, [R, K].
 
         Args:
             tags: name the requests.
-            num_drafts: K.
             unknown_K: survivals of requests without a history, `typical` for example.
         """
-        found = np.empty((len(tags), num_drafts))
+        rows_R = self._find(tags)
+        found = np.empty((len(tags), len(self._typical_K)))
         found[:] = unknown_K
-        for row, tag in zip(found, tags, strict=True):
-            record = self._records.get(tag)
-            if record is not None and record.survival_K.size:
-                known = record.survival_K[:num_drafts]
-                row[: len(known)] = known
-                row[len(known) :] = known[-1]
+        known_R = rows_R >= 0
+        found[known_R] = self._survival_MK[rows_R[known_R]]
         return found
 
-    def typical(self, num_drafts: int) -> FloatArray:
-        """Mean survivals of all requests of late, [K]; 1 before anything is known.
+    @property
+    def typical(self) -> FloatArray:
+        """Mean survivals [K] of all requests of late; what was given, or 1, before the first.
 
-        Shared by all requests. Where many come and go, taking newcomers for sure successes would
-        spend the budget on them, and end every pause of drafting at once.
+        Where many requests come and go, taking newcomers for sure successes would spend the
+        budget on them, and end every pause of drafting at once.
         """
-        found = np.ones(num_drafts)
-        known = self._typical[:num_drafts]
-        found[: len(known)] = known
-        found[len(known) :] = known[-1] if known.size else 1.0
-        return found
+        return self._typical_K.copy()
 
     def factors(self, tags: Sequence[Hashable]) -> FloatArray:
         """Factors [R] in (0, 1] for the survivals of requests that keep failing.
@@ -99,67 +96,116 @@ class RequestHistory:
         Realised over predicted acceptance, both fading, the benefit of the doubt given: 1 while
         a request stays within `doubt` standard deviations of what its confidences promised.
         """
-        return np.array([self._factor(self._records.get(tag)) for tag in tags], dtype=np.float64)
+        rows_R = self._find(tags)
+        evidence_R3 = np.zeros((len(tags), 3))
+        known_R = rows_R >= 0
+        evidence_R3[known_R] = self._evidence_M3[rows_R[known_R]]
+        realised_R, predicted_R, variance_R = evidence_R3.T
+        # One draft of good faith lets the factor return to 1 as the evidence fades.
+        likely_R = realised_R + self._doubt * np.sqrt(variance_R) + 1.0
+        return np.clip(likely_R / (predicted_R + 1.0), LEAST_FACTOR, 1.0)
 
     def update(
         self,
-        tag: Hashable,
-        survival_K: npt.ArrayLike,
-        accepted: int,
-        verified: int,
-        *,
-        shared: bool = True,
+        tags: Sequence[Hashable],
+        survival_RK: npt.ArrayLike,
+        accepted_R: npt.ArrayLike,
+        verified_R: npt.ArrayLike,
+        shared_R: npt.ArrayLike | None = None,
     ) -> None:
-        """Learn from a finished round of a request.
-
-        A round in which nothing was drafted is given with no survivals: it fades what is known
-        of its failures, so that a request is tried again.
+        """Learn from a finished round in which these requests drafted.
 
         Args:
-            tag: names the request.
-            survival_K: predicted survivals of every offered draft, without the factor.
-            accepted: drafts that stayed.
-            verified: drafts that were verified.
-            shared: whether it is typical; penalised and constrained requests are not.
+            tags: name the requests, each once.
+            survival_RK: predicted survivals of every offered draft, without the factor; of a
+                shorter block the last column stands for the rest.
+            accepted_R: drafts that stayed.
+            verified_R: drafts that were verified.
+            shared_R: which requests are typical; penalised and constrained ones are not. None
+                takes all.
 
         Raises:
-            UsageError: the counts are impossible.
+            UsageError: the shapes do not fit, or the counts are impossible.
         """
-        survival = np.array(survival_K, dtype=np.float64)
-        if not 0 <= accepted <= verified <= len(survival):
+        survival_RK = self._whole(np.asarray(survival_RK, dtype=np.float64))
+        accepted_R = np.asarray(accepted_R, dtype=np.int64)
+        verified_R = np.asarray(verified_R, dtype=np.int64)
+        num_requests, num_drafts = survival_RK.shape
+        if not len(tags) == num_requests == len(accepted_R) == len(verified_R):
             raise UsageError(
-                f"A round has {accepted} accepted of {verified} verified of {len(survival)} "
-                "offered drafts, which cannot be; give the counts of one finished round."
+                f"A round of {len(tags)} requests has {num_requests} rows of survivals, "
+                f"{len(accepted_R)} accepted and {len(verified_R)} verified counts; give one each."
             )
-        record = self._records.get(tag)
-        if record is None:
-            record = self._records[tag] = _Record(survival)
-        elif survival.size:
-            record.survival_K = survival
-        if shared and survival.size:
-            self._learn_typical(survival)
-        tried = survival[:verified]
-        mean = float(tried.sum())
+        possible = (accepted_R >= 0) & (accepted_R <= verified_R) & (verified_R <= num_drafts)
+        if not possible.all():
+            bad = int(np.argmin(possible))
+            raise UsageError(
+                f"Request {bad} of a round has {accepted_R[bad]} accepted of {verified_R[bad]} "
+                f"verified of {num_drafts} drafts, which cannot be; give finished rounds."
+            )
+        rows_R = self._find_or_make(tags)
+        self._survival_MK[rows_R] = survival_RK
+        places_K = np.arange(num_drafts)
+        tried_RK = np.where(places_K < verified_R[:, None], survival_RK, 0.0)
+        mean_R = tried_RK.sum(axis=1)
         # E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
-        square = float(((2 * np.arange(verified) + 1) * tried).sum())
-        record.predicted = self._memory * record.predicted + mean
-        record.realised = self._memory * record.realised + accepted
-        record.variance = self._memory**2 * record.variance + max(square - mean * mean, 0.0)
+        variance_R = np.maximum(tried_RK @ (2.0 * places_K + 1) - mean_R**2, 0.0)
+        self._fade(rows_R)
+        self._evidence_M3[rows_R] += np.stack([accepted_R, mean_R, variance_R], axis=1)
+        typical_R = np.ones(num_requests, bool) if shared_R is None else np.asarray(shared_R, bool)
+        self._learn_typical(survival_RK[typical_R])
 
-    def _learn_typical(self, survival_K: FloatArray) -> None:
-        if survival_K.shape != self._typical.shape:  # another block size: start anew
-            self._typical, self._weight = survival_K.copy(), 1.0
-            return
-        self._weight = min(self._weight + 1.0, TYPICAL_ROUNDS)
-        self._typical = self._typical + (survival_K - self._typical) / self._weight
+    def fade(self, tags: Sequence[Hashable]) -> None:
+        """A round in which these requests drafted nothing: what is known of failures fades.
+
+        So a request whose drafts were given up is tried again.
+        """
+        rows_R = self._find(tags)
+        self._fade(rows_R[rows_R >= 0])
 
     def drop(self, tag: Hashable) -> None:
         """Forget a request that has ended; an unknown tag is no error."""
-        self._records.pop(tag, None)
+        row = self._rows.pop(tag, None)
+        if row is not None:
+            self._free.append(row)
 
-    def _factor(self, record: _Record | None) -> float:
-        if record is None:
-            return 1.0
-        # One draft of good faith lets the factor return to 1 as the evidence fades.
-        likely = record.realised + self._doubt * record.variance**0.5 + 1.0
-        return float(np.clip(likely / (record.predicted + 1.0), LEAST_FACTOR, 1.0))
+    def _find(self, tags: Sequence[Hashable]) -> IntArray:
+        return np.array([self._rows.get(tag, -1) for tag in tags], dtype=np.int64)
+
+    def _find_or_make(self, tags: Sequence[Hashable]) -> IntArray:
+        for tag in tags:
+            if tag not in self._rows:
+                if not self._free:
+                    self._grow()
+                row = self._rows[tag] = self._free.pop()
+                self._evidence_M3[row] = 0.0
+        return self._find(tags)
+
+    def _grow(self) -> None:
+        size, num_drafts = self._survival_MK.shape
+        more = max(size, 16)
+        self._survival_MK = np.concatenate([self._survival_MK, np.ones((more, num_drafts))])
+        self._evidence_M3 = np.concatenate([self._evidence_M3, np.zeros((more, 3))])
+        self._free.extend(range(size, size + more))
+
+    def _fade(self, rows_R: IntArray) -> None:
+        memory = self._memory
+        self._evidence_M3[rows_R] *= (memory, memory, memory**2)
+
+    def _learn_typical(self, survival_RK: FloatArray) -> None:
+        count = len(survival_RK)
+        if count:
+            self._typical_weight = min(self._typical_weight + count, max(TYPICAL_ROUNDS, count))
+            step_K = (survival_RK.mean(axis=0) - self._typical_K) * (count / self._typical_weight)
+            self._typical_K = self._typical_K + step_K
+
+    def _whole(self, survival_RK: FloatArray) -> FloatArray:
+        """Survivals of K drafts each."""
+        most = len(self._typical_K)
+        if survival_RK.ndim != 2 or not 1 <= survival_RK.shape[1] <= most:
+            raise UsageError(
+                f"Survivals of a round have the shape {survival_RK.shape}, but must have 1 to "
+                f"{most} columns; say `fade` where nothing was drafted."
+            )
+        missing = most - survival_RK.shape[1]
+        return np.concatenate([survival_RK, np.repeat(survival_RK[:, -1:], missing, 1)], axis=1)
