@@ -9,28 +9,30 @@ time of a decision for 256 requests with 7 drafts each, on one core.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.common import emit, say
+from benchmarks.common import against_floors, emit, environment, say
 from benchmarks.simulated_load import (
     POLICIES,
     TRAFFIC,
     Simulation,
     expected_survival_of,
+    lagged,
     record_of,
     tables,
 )
 from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.prefix import best_budget, drafting_gain, fill_budget, prefix_lengths
 
-FLOOR_HINDSIGHT, FLOOR_BETTER, CEILING_MS = 0.95, 0.99, 1.0
+FLOORS = {"over_hindsight": 0.95, "over_better": 0.99}
+CEILING_MS = 1.0
 LOADS = [*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256]
 
 
@@ -88,6 +90,32 @@ def load_results(
     return found
 
 
+def failing_results(drafts: int, rounds: int, seed: int) -> dict[str, dict[str, float]]:
+    """Throughput with factors of failing requests over throughput without, by load.
+
+    Where nobody fails, factors should cost nothing; where a third of the requests does, they
+    should pay.
+    """
+    table = tables()["smooth"]
+    found: dict[str, dict[str, float]] = {}
+    for name, traffic in (
+        ("nobody fails", TRAFFIC["mixed"]),
+        ("a third fails", replace(TRAFFIC["mixed"], failing=1 / 3)),
+    ):
+        expected_K = expected_survival_of(traffic, drafts, seed + 1)
+        found[name] = {}
+        for requests in (1, 16, 64, 256):
+            record = record_of(traffic, requests, drafts, rounds, seed)
+            simulation = Simulation(record, table, expected_K)
+            heeding, blind = (
+                simulation.scheduled(lagged, heeds_failures=heeds).throughput
+                for heeds in (True, False)
+            )
+            found[name][str(requests)] = heeding / blind
+    say(f"factors of failing requests: {found}")
+    return found
+
+
 def worst(rows: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
     """The least of both ratios over loads, and the loads they belong to."""
     hindsight, better = min(rows), min(rows, key=lambda row: row[1])
@@ -116,41 +144,28 @@ def main() -> None:
     say(f"a decision for 256 requests: {decisions}")
     results = load_results(loads, args.drafts, args.rounds, args.seed)
     least = {
-        key: min(row["lagged"][key] for kinds in results.values() for row in kinds.values())
-        for key in ("over_hindsight", "over_better")
+        f"lagged_{key}": min(
+            row["lagged"][key] for kinds in results.values() for row in kinds.values()
+        )
+        for key in FLOORS
     }
-    slowest = max(decisions[name]["median_ms"] for name in ("prefix", "lagged"))
-    floors = {
-        "lagged_over_hindsight": (least["over_hindsight"], FLOOR_HINDSIGHT),
-        "lagged_over_better": (least["over_better"], FLOOR_BETTER),
-    }
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-    emit(
-        "scheduling",
-        machine,
-        {
-            **vars(args),
-            "loads": loads,
-            "decision": decisions,
-            "load": results,
-            "floors": {
-                name: {"value": value, "floor": floor, "reached": value >= floor}
-                for name, (value, floor) in floors.items()
-            },
-            "ceilings": {
-                "decision_ms": {
-                    "value": slowest,
-                    "ceiling": CEILING_MS,
-                    "reached": slowest < CEILING_MS,
-                }
-            },
+    figures = {
+        **vars(args),
+        "loads": loads,
+        "decision": decisions,
+        "load": results,
+        "factors": failing_results(args.drafts, args.rounds, args.seed),
+        "floors": against_floors(least, {f"lagged_{key}": floor for key, floor in FLOORS.items()}),
+        "ceilings": {
+            name: {
+                "value": row["least_ms"],
+                "ceiling": CEILING_MS,
+                "reached": row["least_ms"] < CEILING_MS,
+            }
+            for name, row in decisions.items()
         },
-    )
+    }
+    emit("scheduling", environment(torch.float64), figures)
 
 
 if __name__ == "__main__":

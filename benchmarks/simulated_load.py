@@ -8,7 +8,6 @@ and not by luck; the oracle, which knows outcomes, counts those.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +32,7 @@ from dspark.scheduling.switch import DraftSwitch
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 SIMULATED = MachineKey("simulated", 1, "float32", "simulated", "simulated")
+FAILING = 0.3
 LAG = 2  # rounds until what a round showed is used, as where scheduling overlaps the step
 
 
@@ -47,6 +47,8 @@ class Traffic:
         persistence: correlation of one round with the next.
         sharpness: of the Beta law of confidences around their mean; more is narrower.
         life: mean rounds of a request.
+        failing: share of requests of whose drafts, whatever their confidences claim, each stays
+            only 0.3 times as often.
     """
 
     ease: float = 1.3
@@ -55,6 +57,7 @@ class Traffic:
     persistence: float = 0.8
     sharpness: float = 5.0
     life: float = 60.0
+    failing: float = 0.0
 
 
 TRAFFIC = {
@@ -70,11 +73,13 @@ class Record:
 
     Attributes:
         survival_TRK: calibrated survivals.
+        claimed_TRK: survivals as the drafter claims them: the same where nobody fails.
         accepted_TR: how many drafts would stay if all were verified.
         generation_TR: which request of its slot runs.
     """
 
     survival_TRK: FloatArray
+    claimed_TRK: FloatArray
     accepted_TR: IntArray
     generation_TR: IntArray
 
@@ -86,22 +91,28 @@ def record_of(traffic: Traffic, requests: int, drafts: int, rounds: int, seed: i
     ease_R = generator.normal(traffic.ease, traffic.between, requests)
     swing_R = generator.normal(0, traffic.within, requests)
     generation_R = np.zeros(requests, dtype=np.int64)
-    survivals, accepted, generations = [], [], []
+    honesty_R = np.where(generator.random(requests) < traffic.failing, FAILING, 1.0)
+    survivals, claimed, accepted, generations = [], [], [], []
     for _ in range(rounds):
         new_R = generator.random(requests) < 1 / traffic.life
         generation_R = generation_R + new_R
         ease_R = np.where(new_R, generator.normal(traffic.ease, traffic.between, requests), ease_R)
+        if traffic.failing:
+            fails_R = generator.random(requests) < traffic.failing
+            honesty_R = np.where(new_R, np.where(fails_R, FAILING, 1.0), honesty_R)
         noise_R = generator.normal(0, traffic.within, requests)
         swing_R = traffic.persistence * swing_R + np.sqrt(1 - traffic.persistence**2) * noise_R
         mean_RK = confidence((ease_R + swing_R)[:, None] + slope_K)
         confidence_RK = generator.beta(
             traffic.sharpness * mean_RK, traffic.sharpness * (1 - mean_RK)
         )
-        stays_RK = generator.random((requests, drafts)) < confidence_RK
-        survivals.append(survival(confidence_RK))
+        true_RK = confidence_RK * honesty_R[:, None]
+        stays_RK = generator.random((requests, drafts)) < true_RK
+        survivals.append(survival(true_RK))
+        claimed.append(survival(confidence_RK))
         accepted.append(np.logical_and.accumulate(stays_RK, axis=1).sum(axis=1))
         generations.append(generation_R)
-    return Record(np.array(survivals), np.array(accepted), np.array(generations))
+    return Record(*map(np.array, (survivals, claimed, accepted, generations)))
 
 
 def expected_survival_of(traffic: Traffic, drafts: int, seed: int) -> FloatArray:
@@ -226,36 +237,48 @@ class Simulation:
         self.step_ms_N = self.table.step_ms(requests, requests * drafts)
         self.off_ms = self.table.off_ms(requests)
 
-    def scheduled(self, policy: Policy) -> Tally:
+    def scheduled(self, policy: Policy, *, heeds_failures: bool = True) -> Tally:
         """A schedule that learns from earlier rounds only, drafting while that is worth it."""
         _, requests, drafts = self.record.survival_TRK.shape
-        history, switch = (
-            RequestHistory(drafts, typical_K=self.expected_K),
-            DraftSwitch(self.margin),
-        )
-        unfinished: deque[tuple[IntArray, FloatArray] | None] = deque()
+        history = RequestHistory(drafts, typical_K=self.expected_K)
+        switch = DraftSwitch(self.margin)
+        lengths_TR: list[IntArray | None] = []  # None where a round did not draft
         tally = Tally()
-        for survival_RK, generation_R in zip(
-            self.record.survival_TRK, self.record.generation_TR, strict=True
-        ):
-            if len(unfinished) == LAG and (done := unfinished.popleft()) is not None:
-                for slot, generation in enumerate(done[0].tolist()):
-                    history.drop((slot, generation - 1))
-                nothing_R = np.zeros(requests, dtype=np.int64)
-                history.update(_tags(done[0]), done[1], nothing_R, nothing_R)
-            earlier_RK = history.earlier(_tags(generation_R), history.typical)
-            now = Round(survival_RK, earlier_RK, self.step_ms_N, self.margin)
+        for t, survival_RK in enumerate(self.record.survival_TRK):
+            if t >= LAG:
+                self._learn(history, t - LAG, lengths_TR[t - LAG])
+            tags = self._tags(t)
+            factors_R1 = np.ones((requests, 1))
+            if heeds_failures:
+                factors_R1 = history.factors(tags)[:, None]
+            earlier_RK = history.earlier(tags, history.typical) * factors_R1
+            claimed_RK = self.record.claimed_TRK[t] * factors_R1
+            now = Round(claimed_RK, earlier_RK, self.step_ms_N, self.margin)
             # Algorithm 1 may stop far below the best budget: judge what it would do.
             before = replace(now, survival_RK=earlier_RK)
             budget = int(prefix(before).sum()) if policy is prefix else None
             gain = drafting_gain(earlier_RK, self.step_ms_N, self.off_ms, budget=budget)
             if switch.decide(gain):
-                self._count(tally, survival_RK, policy(now))
-                unfinished.append((generation_R, survival_RK))
+                lengths_R = policy(now)
+                self._count(tally, survival_RK, lengths_R)
+                lengths_TR.append(lengths_R)
             else:
                 tally.add(requests, self.off_ms, drafted=False)
-                unfinished.append(None)
+                lengths_TR.append(None)
         return tally
+
+    def _learn(self, history: RequestHistory, t: int, lengths_R: IntArray | None) -> None:
+        tags = self._tags(t)
+        for slot, generation in tags:
+            history.drop((slot, generation - 1))
+        if lengths_R is None:
+            history.fade(tags)
+        else:
+            accepted_R = np.minimum(self.record.accepted_TR[t], lengths_R)
+            history.update(tags, self.record.claimed_TRK[t], accepted_R, lengths_R)
+
+    def _tags(self, t: int) -> list[tuple[int, int]]:
+        return list(enumerate(self.record.generation_TR[t].tolist()))
 
     def off(self) -> Tally:
         """Plain decoding."""
@@ -296,7 +319,3 @@ class Simulation:
         verified_RK = np.arange(survival_RK.shape[1]) < lengths_R[:, None]
         gained = len(survival_RK) + float(survival_RK[verified_RK].sum())
         tally.add(gained, float(self.step_ms_N[lengths_R.sum()]), drafted=True)
-
-
-def _tags(generation_R: IntArray) -> list[tuple[int, int]]:
-    return list(enumerate(generation_R.tolist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,3 +110,14 @@ def test_the_oracle_is_above_hindsight_on_outcomes():
     """Reported only: no schedule can know outcomes."""
     world = simulation("mixed", "smooth", 64)
     assert world.oracle().throughput > world.hindsight().throughput
+
+
+def test_heeding_failing_requests_pays_and_costs_nothing_where_nobody_fails():
+    def gain(traffic):
+        record = record_of(traffic, 64, DRAFTS, ROUNDS, seed=0)
+        world = Simulation(record, tables()["smooth"], expected_survival_of(traffic, DRAFTS, 1))
+        heeding, blind = (world.scheduled(lagged, heeds_failures=heeds) for heeds in (True, False))
+        return heeding.throughput / blind.throughput
+
+    assert gain(TRAFFIC["mixed"]) > 0.995
+    assert gain(replace(TRAFFIC["mixed"], failing=1 / 3)) > 1.05
