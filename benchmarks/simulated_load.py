@@ -140,6 +140,20 @@ def table_of(
     return CostTable(tuple(points), SIMULATED)
 
 
+def noisy(table: CostTable, spread: float, seed: int) -> CostTable:
+    """The table as a measurement would find it whose medians scatter so much."""
+    generator = np.random.default_rng(seed)
+
+    def measured(ms: float) -> float:
+        return ms * float(np.exp(spread * generator.normal()))
+
+    points = [
+        replace(p, verify_ms=measured(p.verify_ms), draft_ms=measured(p.draft_ms))
+        for p in table.points
+    ]
+    return CostTable(tuple(points), table.machine)
+
+
 STAIRS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
@@ -223,12 +237,14 @@ class Simulation:
         table: what it costs.
         expected_K: mean survivals of other rounds of such traffic, as calibration has them.
         margin: against noise, of budget and switch.
+        believed: what schedules take for the table, where its measurement was noisy.
     """
 
     record: Record
     table: CostTable
     expected_K: FloatArray
     margin: float = 0.005
+    believed: CostTable | None = None
     step_ms_N: FloatArray = field(init=False)
     off_ms: float = field(init=False)
 
@@ -240,6 +256,9 @@ class Simulation:
     def scheduled(self, policy: Policy, *, heeds_failures: bool = True) -> Tally:
         """A schedule that learns from earlier rounds only, drafting while that is worth it."""
         _, requests, drafts = self.record.survival_TRK.shape
+        believed = self.believed or self.table
+        step_ms_N = believed.step_ms(requests, requests * drafts)
+        off_ms = believed.off_ms(requests)
         history = RequestHistory(drafts, typical_K=self.expected_K)
         switch = DraftSwitch(self.margin)
         lengths_TR: list[IntArray | None] = []  # None where a round did not draft
@@ -253,11 +272,11 @@ class Simulation:
                 factors_R1 = history.factors(tags)[:, None]
             earlier_RK = history.earlier(tags, history.typical) * factors_R1
             claimed_RK = self.record.claimed_TRK[t] * factors_R1
-            now = Round(claimed_RK, earlier_RK, self.step_ms_N, self.margin)
+            now = Round(claimed_RK, earlier_RK, step_ms_N, self.margin)
             # Algorithm 1 may stop far below the best budget: judge what it would do.
             before = replace(now, survival_RK=earlier_RK)
             budget = int(prefix(before).sum()) if policy is prefix else None
-            gain = drafting_gain(earlier_RK, self.step_ms_N, self.off_ms, budget=budget)
+            gain = drafting_gain(earlier_RK, step_ms_N, off_ms, budget=budget)
             if switch.decide(gain):
                 lengths_R = policy(now)
                 self._count(tally, survival_RK, lengths_R)

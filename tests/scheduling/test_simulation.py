@@ -15,6 +15,7 @@ from benchmarks.simulated_load import (
     expected_survival_of,
     lagged,
     lookahead,
+    noisy,
     prefix,
     record_of,
     tables,
@@ -121,3 +122,15 @@ def test_heeding_failing_requests_pays_and_costs_nothing_where_nobody_fails():
 
     assert gain(TRAFFIC["mixed"]) > 0.995
     assert gain(replace(TRAFFIC["mixed"], failing=1 / 3)) > 1.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_margin_keeps_a_noisy_table_from_losing_to_fixed_blocks(kind):
+    for requests in (1, 2, 4, 11, 32):
+        world = simulation("mixed", kind, requests)
+        better = max(world.off().throughput, world.fixed().throughput)
+        for seed in range(2):
+            believed = noisy(world.table, 0.02, seed)
+            careful = replace(world, margin=0.02, believed=believed).scheduled(lagged).throughput
+            assert careful / better > 0.998
+            assert careful / world.hindsight().throughput > 0.95
