@@ -8,18 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.simulated_load import (
-    POLICIES,
-    TRAFFIC,
-    Simulation,
-    expected_survival_of,
-    lagged,
-    lookahead,
-    noisy,
-    prefix,
-    record_of,
-    tables,
-)
+from benchmarks.simulated_load import POLICIES, Simulation, lagged, lookahead, prefix
+from benchmarks.simulated_traffic import TRAFFIC, expected_survival_of, noisy, record_of, tables
 from dspark.scheduling.reliability import reliability
 
 DRAFTS, ROUNDS = 7, 100
