@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,13 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
-from dspark.cli.prompts import add_prompt_options, read_prompt_texts
+from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
+    from dspark.scheduling.calibration import Rounds
     from dspark.scheduling.calibration_file import CalibrationEntry
 
 EXAMPLE = """\
@@ -59,6 +61,12 @@ def add_parser(commands: Commands) -> None:
         "--rounds", type=int, metavar="N", help="stop after so many (default: all prompts)"
     )
     group.add_argument(
+        "--held-out",
+        metavar="FILE",
+        help="prompts whose rounds the errors are measured on (default: the fit takes the first "
+        "half of all rounds, and the second half is measured)",
+    )
+    group.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
@@ -81,28 +89,20 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     )
     prompts = read_prompt_texts(options)
     model = load_model(options, options.draft, screen)
-    from dspark.evaluation.calibration import halves, record_rounds
+    from dspark.data.conversations import read_prompts
+    from dspark.evaluation.calibration import halves
     from dspark.scheduling.calibration import temperature_class
     from dspark.scheduling.calibration_file import Calibration, calibrate
 
     path = _out(options, model)
     known = Calibration.load(path) if path.is_file() else Calibration()
-    requests = [
-        Request(prompt.encode(model, raw=options.raw), params.with_seed(params.seed + i))
-        for i, prompt in enumerate(prompts)
-    ]
-    with screen.log.status("Recording rounds ...") as status:
-        rounds = record_rounds(
-            model,
-            requests,
-            verifier=options.verifier,
-            block_size=options.block_size,
-            batch_size=options.batch_size,
-            most=options.rounds,
-            progress=lambda n: status.update(f"Recording rounds ... {n}"),
-        )
-    fitted, held_out = halves(rounds)
-    entry = calibrate(fitted, options.verifier, temperature_class(options.temperature), held_out)
+    rounds = _record(options, model, prompts, params, screen)
+    if options.held_out is None:
+        rounds, held_out = halves(rounds)
+    else:
+        others = [PromptText(p.text, p.messages or ()) for p in read_prompts(options.held_out)]
+        held_out = _record(options, model, others, params, screen)
+    entry = calibrate(rounds, options.verifier, temperature_class(options.temperature), held_out)
     known.with_entry(entry).save(path)
     _show(entry, screen)
     screen.out.print(f"Written to {path}.", soft_wrap=True)
@@ -114,11 +114,37 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "brier_before": [r.brier for r in entry.before],
         "brier_after": [r.brier for r in entry.after],
         "rounds": len(rounds.accepted_N),
+        "held_out_rounds": len(held_out.accepted_N),
         "block_size": entry.block_size,
         "verifier": entry.verifier,
         "temperature_class": entry.temperature_class,
         "out": str(path),
     }
+
+
+def _record(
+    options: argparse.Namespace,
+    model: Model,
+    prompts: Sequence[PromptText],
+    params: SamplingParams,
+    screen: Screen,
+) -> Rounds:
+    from dspark.evaluation.calibration import record_rounds
+
+    requests = [
+        Request(prompt.encode(model, raw=options.raw), params.with_seed(params.seed + i))
+        for i, prompt in enumerate(prompts)
+    ]
+    with screen.log.status("Recording rounds ...") as status:
+        return record_rounds(
+            model,
+            requests,
+            verifier=options.verifier,
+            block_size=options.block_size,
+            batch_size=options.batch_size,
+            most=options.rounds,
+            progress=lambda n: status.update(f"Recording rounds ... {n}"),
+        )
 
 
 def _out(options: argparse.Namespace, model: Model) -> Path:

@@ -50,6 +50,18 @@ def test_calibration_stands_beside_the_drafter_one_entry_for_each_use(
     )
 
 
+def test_errors_are_measured_on_held_out_prompts_where_some_are_given(
+    dspark, pair, drafter, prompts, tmp_path
+):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(prompts.read_text().splitlines(keepends=True)[:2]))
+    report = calibrate(dspark, pair, drafter, prompts, "--held-out", other).json
+    assert report["rounds"] > 4 * report["held_out_rounds"] > 0
+    entry = Calibration.load(drafter / "calibration.json").entries[0]
+    assert entry.rounds == report["rounds"]
+    assert entry.after[0].count == report["held_out_rounds"]
+
+
 def test_too_few_rounds_are_said(dspark, pair, drafter, prompts):
     result = calibrate(dspark, pair, drafter, prompts, "--rounds", 20)
     assert result.status == 1
