@@ -12,7 +12,12 @@ from dspark.errors import CheckpointError
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.targets.target import Target
 
-BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "bundled"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUNDLED = ASSETS / "bundled"
+# Further drafters of the bundled model, by the names that `draft` knows them by.
+BUNDLED_DRAFTERS = {
+    f"bundled-{name}": ASSETS / "drafters" / name for name in ("dflash", "eagle3", "mtp")
+}
 
 
 def load(
@@ -29,8 +34,8 @@ def load(
 
     Args:
         target: a directory, a hub id, or "bundled".
-        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup; None
-            takes the drafter attached to the target's directory, or none where there is none.
+        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup;
+            "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None takes the drafter attached to the target's directory, or none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.
@@ -73,6 +78,7 @@ def _with_draft(
         if not has_attached_drafter(source, revision=revision, offline=offline):
             return Model(target)
         draft = source
+    draft = BUNDLED_DRAFTERS.get(str(draft), draft)
     revision = revision if draft == source else None
     drafter = load_drafter(draft, revision=revision, offline=offline)
     drafter.to(target.device)
