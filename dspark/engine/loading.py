@@ -35,7 +35,8 @@ def load(
     Args:
         target: a directory, a hub id, or "bundled".
         draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup;
-            "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None takes the drafter attached to the target's directory, or none where there is none.
+            "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None takes
+            the drafter attached to the target's directory, or none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.
