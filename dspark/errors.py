@@ -10,7 +10,8 @@ DSparkError                 everything a caller may want to catch
 ├── NumericsError           a model produced NaN or infinite numbers
 └── TrainingError           a training run cannot go on
 
-Each message is one sentence that names the thing, its value and the remedy.
+Each message is one sentence that names the thing, its value and the remedy. What can be done
+without is warned of in the same way: `DSparkWarning`, with what is done in its place.
 """
 
 
@@ -48,3 +49,7 @@ class NumericsError(DSparkError):
 
 class TrainingError(DSparkError):
     """A training run cannot go on."""
+
+
+class DSparkWarning(UserWarning):
+    """Something was left out because it cannot be used; decoding goes on without it."""

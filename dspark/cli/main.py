@@ -7,12 +7,15 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+
+from rich.text import Text
 
 from dspark import __version__
 from dspark.cli import calibrate, check, convert, data, demo, generate, profile, train
 from dspark.cli.common import Screen, without_nan
-from dspark.errors import DSparkError, UsageError
+from dspark.errors import DSparkError, DSparkWarning, UsageError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -68,8 +71,19 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     stdout = sys.stdout
     rest = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
-    with rest:
-        result = options.run(options, Screen())
+    screen = Screen()
+
+    def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
+        if issubclass(category, DSparkWarning):
+            screen.log.print(Text(str(message), "yellow"), soft_wrap=True)
+        else:
+            shown(message, category, *rest)  # type: ignore[arg-type]
+
+    shown = warnings.showwarning
+    with rest, warnings.catch_warnings():
+        warnings.simplefilter("always", DSparkWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        result = options.run(options, screen)
     if options.json:
         print(json.dumps(without_nan(result), allow_nan=False), file=stdout)
     stdout.flush()

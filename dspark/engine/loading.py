@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.files import resolve
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.targets.target import Target
 
@@ -87,5 +88,10 @@ def _with_draft(
     drafter.eval()
     directory = resolve(draft, revision, offline)
     path = directory / FILE_NAME
-    calibration = Calibration.load(path) if path.is_file() else None
+    calibration = None
+    if path.is_file():
+        try:
+            calibration = Calibration.load(path)
+        except DataError as error:
+            warnings.warn(DSparkWarning(str(error)), stacklevel=3)
     return Model(target, drafter, name=str(draft), directory=directory, calibration=calibration)

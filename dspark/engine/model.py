@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +17,13 @@ from dspark.engine.record import Watch
 from dspark.engine.schedule import Schedule, ScheduleName
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import Piece
-from dspark.errors import DataError, RequestError, UsageError
+from dspark.errors import (
+    CompatibilityError,
+    DataError,
+    DSparkWarning,
+    RequestError,
+    UsageError,
+)
 from dspark.request import Output, Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import Calibration
@@ -74,6 +81,14 @@ class Model:
         if self.drafter is None or not machine.path().is_file():
             return None
         return CostTable.load(machine=machine)
+
+    def _usable_costs(self) -> bool:
+        """Whether there is a cost table; one that is damaged is warned of."""
+        try:
+            return self.costs is not None
+        except (DataError, CompatibilityError) as error:
+            warnings.warn(DSparkWarning(str(error)), stacklevel=4)
+            return False
 
     def use_costs(self, path: str | Path) -> None:
         """Take the cost table of a file from now on.
@@ -174,7 +189,7 @@ class Model:
             known = self.calibration is not None and all(
                 self.calibration.has(num_drafts, verifier, c) for c in classes
             )
-            name = "lagged" if known and self.costs is not None else "fixed"
+            name = "lagged" if known and self._usable_costs() else "fixed"
         schedule = Schedule(name, threshold)
         costs = self.costs if schedule.weighs_costs else None
         if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):

@@ -44,7 +44,7 @@ def test_overview_and_version(dspark):
         ["generate", "x", "--threads", "0"],
         ["generate", "x", "--prompt", "a", "--prompts", "b"],
         ["generate", "x", "--verifier", "hope"],
-        ["generate", "x", "--schedule", "lagged"],
+        ["generate", "x", "--schedule", "hope"],
         ["demo", "--only", "poetry"],
         ["data", "regenerate", "x"],
     ],
