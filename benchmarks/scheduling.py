@@ -11,16 +11,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.common import against_floors, emit, environment, say
+from benchmarks.recorded_traffic import bundled_streams
 from benchmarks.simulated_load import POLICIES, Simulation, lagged
-from benchmarks.simulated_traffic import TRAFFIC, expected_survival_of, noisy, record_of, tables
+from benchmarks.simulated_traffic import (
+    TRAFFIC,
+    FloatArray,
+    Record,
+    expected_survival_of,
+    noisy,
+    record_of,
+    tables,
+)
 from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.prefix import best_budget, drafting_gain, fill_budget, prefix_lengths
 
@@ -58,15 +68,42 @@ def decision_ms(requests: int, drafts: int, repeats: int, seed: int) -> dict[str
     return found
 
 
+Replay = tuple[Callable[[int], Record], FloatArray]
+"""(the record of so many requests, mean survivals of other rounds of such traffic)"""
+
+
+def simulated(drafts: int, rounds: int, seed: int) -> dict[str, Replay]:
+    """Made-up traffic of three kinds."""
+    return {
+        name: (
+            lambda requests, traffic=traffic: record_of(traffic, requests, drafts, rounds, seed),
+            expected_survival_of(traffic, drafts, seed + 1),
+        )
+        for name, traffic in TRAFFIC.items()
+    }
+
+
+def recorded(args: argparse.Namespace) -> dict[str, Replay]:
+    """What the bundled drafter offered on held-out prompts."""
+    return {
+        name: (
+            lambda requests, streams=streams, scaling=scaling: streams.record(
+                scaling, requests, args.rounds, args.seed
+            ),
+            streams.record(scaling, 64, args.rounds, args.seed + 1).survival_TRK.mean(axis=(0, 1)),
+        )
+        for name, (streams, scaling) in bundled_streams(args).items()
+    }
+
+
 def load_results(
-    loads: Sequence[int], drafts: int, rounds: int, seed: int
+    loads: Sequence[int], replays: Mapping[str, Replay]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Per traffic and table, the worst load of every schedule."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, traffic in TRAFFIC.items():
+    for name, (replay, expected_K) in replays.items():
         found[name] = {}
-        records = {r: record_of(traffic, r, drafts, rounds, seed) for r in loads}
-        expected_K = expected_survival_of(traffic, drafts, seed + 1)
+        records = {requests: replay(requests) for requests in loads}
         for kind, table in tables().items():
             rows: dict[str, list[tuple[float, float, int]]] = {policy: [] for policy in POLICIES}
             oracle = []
@@ -159,11 +196,17 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=500, help="of each timed decision")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recorded", action="store_true", help="replay the bundled drafter's rounds, too"
+    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="its prompts")
+    parser.add_argument("--prompts", type=int, default=300, help="of these, per domain")
     args = parser.parse_args()
     loads = sorted({1, *range(args.every, 257, args.every), 256}) if args.every else LOADS
     decisions = decision_ms(256, args.drafts, args.repeats, args.seed)
     say(f"a decision for 256 requests: {decisions}")
-    results = load_results(loads, args.drafts, args.rounds, args.seed)
+    replays = simulated(args.drafts, args.rounds, args.seed)
+    results = load_results(loads, replays | (recorded(args) if args.recorded else {}))
     least = {
         f"lagged_{key}": min(
             row["lagged"][key] for kinds in results.values() for row in kinds.values()
@@ -171,7 +214,7 @@ def main() -> None:
         for key in FLOORS
     }
     figures = {
-        **vars(args),
+        **(vars(args) | {"data": str(args.data)}),
         "loads": loads,
         "decision": decisions,
         "load": results,
