@@ -125,7 +125,9 @@ class _Block:
             drafts.append(coupled_tokens(law_RV, seeds_R, starts_R + k))
             probs.append(law_RV.gather(1, drafts[-1][:, None]).squeeze(1))
             logits.append(torch.stack([w.logits[k][n] for w, n in here]))
-            places = [n * w.vocab_size + x for (w, n), x in zip(here, drafts[-1].tolist(), strict=True)]
+            places = [
+                n * w.vocab_size + x for (w, n), x in zip(here, drafts[-1].tolist(), strict=True)
+            ]
         columns = (torch.stack(c, dim=1) for c in (logits, drafts, probs))
         view = View(*(column.numpy() for column in columns))
         return cls(torch.stack(drafts, dim=1), torch.stack(own, dim=1), view)

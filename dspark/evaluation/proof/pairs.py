@@ -128,9 +128,7 @@ class SmallPair:
         )
 
     def _world(self, prefix: Prefix) -> World:
-        target = tuple(
-            self._plain(prefix, depth) for depth in range(self.horizon - len(prefix))
-        )
+        target = tuple(self._plain(prefix, depth) for depth in range(self.horizon - len(prefix)))
         draft, logits = self._drafted(prefix)
         return World(target, draft, logits, judged=self._judged(prefix))
 

@@ -126,9 +126,7 @@ def continued(world: World, verdicts_NLAV: Tensor) -> Tensor:
         after = rest.view(vocab_size**kept, vocab_size, -1)[prefix]
         # A view on `laws`: the block of sequences that begin with the kept prefix.
         block = laws.view(count, lengths, vocab_size**kept, vocab_size, -1)
-        block[torch.arange(count), :, prefix] += (
-            verdicts_NLAV[:, :, kept, :, None] * after[:, None]
-        )
+        block[torch.arange(count), :, prefix] += verdicts_NLAV[:, :, kept, :, None] * after[:, None]
     return laws
 
 

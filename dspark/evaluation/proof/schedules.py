@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedule, View
 from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.prefix import (
     best_budget,
     fill_budget,
@@ -65,11 +66,23 @@ def prefix(step_ms: npt.ArrayLike) -> Schedule:
 
 
 @dataclass(frozen=True)
-class _Lagged:
-    """What `lagged` takes from finished rounds: the budget, and a factor for each request."""
+class _Known:
+    """What finished rounds leave: expected survivals [R, K], factors [R], a budget."""
 
-    budget: int
+    earlier: tuple[tuple[float, ...], ...]
     factors: tuple[float, ...]
+    budget: int
+
+    @classmethod
+    def of(cls, history: RequestHistory, requests: int, step_ms: npt.ArrayLike) -> _Known:
+        """Read a history, newcomers and all."""
+        factors_R = history.factors(range(requests))
+        earlier_RK = history.earlier(range(requests), history.typical) * factors_R[:, None]
+        return cls(
+            tuple(map(tuple, earlier_RK.tolist())),
+            tuple(factors_R.tolist()),
+            best_budget(earlier_RK, step_ms),
+        )
 
 
 def lagged(step_ms: npt.ArrayLike) -> Schedule:
@@ -78,24 +91,31 @@ def lagged(step_ms: npt.ArrayLike) -> Schedule:
     Survivals are scaled by each request's history, so verifier outcomes of the round before act
     on the lengths too; the first round knows nothing and counts every survival as 1.
     """
+    return _with_history(step_ms, lambda scaled_RK, known: fill_budget(scaled_RK, known.budget))
 
-    def remembered(history: RequestHistory, requests: int, drafts: int) -> _Lagged:
-        factors = history.factors(range(requests))
-        earlier = history.earlier(range(requests), drafts) * factors[:, None]
-        return _Lagged(best_budget(earlier, step_ms), tuple(factors.tolist()))
 
+def lookahead(step_ms: npt.ArrayLike) -> Schedule:
+    """A budget searched over this round's first survivals, falling as those of earlier rounds."""
+    return _with_history(
+        step_ms,
+        lambda scaled_RK, known: lookahead_lengths(scaled_RK, known.earlier, step_ms),
+    )
+
+
+def _with_history(
+    step_ms: npt.ArrayLike, decide: Callable[[FloatArray, _Known], IntArray]
+) -> Schedule:
     def lengths(view: View, memory: Memory) -> IntArray:
-        known = memory
-        if known is None:
-            known = remembered(RequestHistory(), *view.logits_RK.shape)
-        assert isinstance(known, _Lagged)
-        return fill_budget(survivals(view) * np.array(known.factors)[:, None], known.budget)
+        requests, drafts = view.logits_RK.shape
+        known = memory or _Known.of(RequestHistory(drafts), requests, step_ms)
+        assert isinstance(known, _Known)
+        return decide(survivals(view) * np.array(known.factors)[:, None], known)
 
     def remember(view: View, accepted: IntArray, verified: IntArray) -> Memory:
-        history = RequestHistory(doubt=0.25)
-        for r, row in enumerate(survivals(view)):
-            history.update(r, row, int(accepted[r]), int(verified[r]))
-        return remembered(history, *view.logits_RK.shape)
+        requests, drafts = view.logits_RK.shape
+        history = RequestHistory(drafts, doubt=0.25)
+        history.update(range(requests), survivals(view), accepted, verified)
+        return _Known.of(history, requests, step_ms)
 
     return Schedule(lengths, remember)
 
