@@ -61,6 +61,11 @@ def add_parser(commands: Commands) -> None:
         "--rounds", type=int, metavar="N", help="stop after so many (default: all prompts)"
     )
     group.add_argument(
+        "--temperatures-only",
+        action="store_true",
+        help="fit no shifts beside the temperatures: the paper's form, and what SGLang reads",
+    )
+    group.add_argument(
         "--held-out",
         metavar="FILE",
         help="prompts whose rounds the errors are measured on (default: the fit takes the first "
@@ -102,12 +107,19 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     else:
         others = [PromptText(p.text, p.messages or ()) for p in read_prompts(options.held_out)]
         held_out = _record(options, model, others, params, screen)
-    entry = calibrate(rounds, options.verifier, temperature_class(options.temperature), held_out)
+    entry = calibrate(
+        rounds,
+        options.verifier,
+        temperature_class(options.temperature),
+        held_out,
+        shifts=not options.temperatures_only,
+    )
     known.with_entry(entry).save(path)
     _show(entry, screen)
     screen.out.print(f"Written to {path}.", soft_wrap=True)
     return {
         "temperatures": list(entry.scaling.temperatures),
+        "shifts": list(entry.scaling.shifts),
         "ece_before": [r.ece for r in entry.before],
         "ece_after": [r.ece for r in entry.after],
         "auc": [r.auc for r in entry.after],
@@ -158,14 +170,16 @@ def _out(options: argparse.Namespace, model: Model) -> Path:
 
 
 def _show(entry: CalibrationEntry, screen: Screen) -> None:
-    table = Table("position", "temperature", box=None, pad_edge=False)
+    table = Table("position", "temperature", "shift", box=None, pad_edge=False)
     for name in ("ECE before", "after", "AUC", "Brier before", "after"):
         table.add_column(name, justify="right")
-    rows = zip(entry.scaling.temperatures, entry.before, entry.after, strict=True)
-    for k, (temperature, before, after) in enumerate(rows, start=1):
+    shifts = entry.scaling.shifts or (0.0,) * entry.block_size
+    rows = zip(entry.scaling.temperatures, shifts, entry.before, entry.after, strict=True)
+    for k, (temperature, shift, before, after) in enumerate(rows, start=1):
         table.add_row(
             str(k),
             f"{temperature:.2f}",
+            f"{shift:+.1f}",
             f"{100 * before.ece:.1f} %",
             f"{100 * after.ece:.1f} %",
             "-" if after.auc is None else f"{after.auc:.3f}",

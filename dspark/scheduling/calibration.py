@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from dspark.scheduling.reliability import (
 from dspark.scheduling.survival import confidence, survival
 
 GRID = np.geomspace(0.1, 10.0, 161)  # 1 is in its middle; steps of 3 %
+SHIFTS = np.linspace(-2.0, 2.0, 41)
 FEWEST = 100
 TemperatureClass = Literal["greedy", "sampled"]
 FloatArray = npt.NDArray[np.float64]
@@ -32,18 +34,33 @@ def temperature_class(temperature: float) -> TemperatureClass:
 
 @dataclass(frozen=True)
 class TemperatureScaling:
-    """One temperature per draft position, dividing the logit of c_k.
+    """One temperature per draft position, dividing the logit of c_k, and one shift, added to it.
+
+    The paper's has no shifts. Where a verifier keeps drafts by another rule than the drafter was
+    trained to predict (block verification, temperature 0), confidences are off by more than their
+    sharpness, and no temperature can move a half.
 
     Attributes:
         temperatures: of positions 1..K, positive.
+        shifts: the same number; empty for none.
 
     Raises:
-        DataError: there is none, or one is not a positive number.
+        DataError: there is no temperature, one is not a positive number, or a shift is not finite.
     """
 
     temperatures: tuple[float, ...]
+    shifts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.shifts).all() or len(self.shifts) not in (
+            0,
+            len(self.temperatures),
+        ):
+            raise DataError(
+                f"Calibration shifts must be finite and as many as temperatures, but are "
+                f"{list(self.shifts)}; "
+                "calibrate again (dspark calibrate) or go on with uncalibrated confidences."
+            )
         if not self.temperatures or not all(0 < t < np.inf for t in self.temperatures):
             raise DataError(
                 f"Calibration temperatures must be positive, but are {list(self.temperatures)}; "
@@ -51,7 +68,7 @@ class TemperatureScaling:
             )
 
     def apply(self, logits_RK: npt.ArrayLike) -> FloatArray:
-        """Calibrated confidences c_k = sigmoid(logit / T_k).
+        """Calibrated confidences c_k = sigmoid(logit / T_k + shift_k).
 
         Order-preserving per position: division and sigmoid never fall in floating point.
 
@@ -72,7 +89,9 @@ class TemperatureScaling:
                 f"{len(self.temperatures)} temperatures; calibrate this block size "
                 "(dspark calibrate) or go on with uncalibrated confidences."
             )
-        return confidence(logits / np.array(self.temperatures[: logits.shape[-1]]))
+        count = logits.shape[-1]
+        scaled = logits / np.array(self.temperatures[:count])
+        return confidence(scaled + np.array(self.shifts[:count]) if self.shifts else scaled)
 
 
 @dataclass(frozen=True)
@@ -145,17 +164,19 @@ class Rounds:
         return self.verified_N >= needed
 
 
-def fit(rounds: Rounds, verifier: Verifier) -> TemperatureScaling:
-    """Fit one temperature after the other.
+def fit(rounds: Rounds, verifier: Verifier, *, shifts: bool = True) -> TemperatureScaling:
+    """Fit one temperature, and one shift, after the other.
 
-    For k = 1..K the temperature of position k, on a grid of 161 from 0.1 to 10, is the one whose
-    running product of calibrated confidences has the least expected calibration error (20
-    equal-width bins) against "draft k stayed"; earlier temperatures are kept as they are. Of
-    equals, the one nearest 1.
+    For k = 1..K those of position k are the ones whose running product of calibrated confidences
+    has the least expected calibration error (20 equal-width bins) against "draft k stayed";
+    earlier ones are kept as they are. Temperatures lie on a grid of 161 from 0.1 to 10. With
+    shifts, every fourth of them is tried with every shift from -2 to 2 in steps of 0.1, then all
+    of them with the best shift. Of equals, the ones nearest 1 and 0.
 
     Args:
         rounds: held-out rounds, best of full blocks (see `Rounds.observed` for trimmed ones).
         verifier: whose rounds they are: token, block and coupled keep drafts differently.
+        shifts: False fits temperatures alone, as the paper does.
 
     Raises:
         DataError: a position was observed in fewer than 100 rounds.
@@ -163,8 +184,7 @@ def fit(rounds: Rounds, verifier: Verifier) -> TemperatureScaling:
     """
     _check_verifier(verifier)
     before_N = np.ones(len(rounds.accepted_N))
-    nearest_1 = sorted(GRID, key=lambda t: abs(np.log(t)))
-    temperatures: list[float] = []
+    found: list[tuple[float, float]] = []
     for k in range(rounds.logits_NK.shape[1]):
         known = rounds.observed(k, verifier)
         if known.sum() < FEWEST:
@@ -173,16 +193,34 @@ def fit(rounds: Rounds, verifier: Verifier) -> TemperatureScaling:
                 "needed; record more rounds with the schedule 'fixed', or go on with "
                 "uncalibrated confidences."
             )
-        logits, stayed = rounds.logits_NK[known, k], rounds.accepted_N[known] > k
-        errors = [
-            expected_calibration_error(
-                before_N[known] * confidence((logits / t)[:, None])[:, 0], stayed
-            )
-            for t in nearest_1
-        ]
-        temperatures.append(float(nearest_1[int(np.argmin(errors))]))
-        before_N = before_N * confidence(rounds.logits_NK[:, k : k + 1] / temperatures[-1])[:, 0]
-    return TemperatureScaling(tuple(temperatures))
+        position = _Position(
+            before_N[known], rounds.logits_NK[known, k], rounds.accepted_N[known] > k
+        )
+        shift = position.best(GRID[::4], SHIFTS)[1] if shifts else 0.0
+        temperature = position.best(GRID, np.array([shift]))[0]
+        found.append((temperature, shift))
+        before_N = before_N * confidence(rounds.logits_NK[:, k] / temperature + shift)
+    temperatures, offsets = zip(*found, strict=True)
+    return TemperatureScaling(temperatures, offsets if shifts else ())
+
+
+@dataclass(frozen=True)
+class _Position:
+    """One draft position: survival up to it, its logits, and which of its drafts stayed."""
+
+    before_N: FloatArray
+    logits_N: FloatArray
+    stayed_N: BoolArray
+
+    def best(self, temperatures: FloatArray, shifts: FloatArray) -> tuple[float, float]:
+        """The temperature and shift with the least calibration error, of equals the mildest."""
+        tried = [(float(t), float(s)) for t in temperatures for s in shifts]
+        tried.sort(key=lambda pair: (abs(pair[1]), abs(math.log(pair[0]))))
+        return min(tried, key=lambda pair: self._error(*pair))
+
+    def _error(self, temperature: float, shift: float) -> float:
+        predicted_N = self.before_N * confidence(self.logits_N / temperature + shift)
+        return expected_calibration_error(predicted_N, self.stayed_N)
 
 
 def assess(
@@ -212,5 +250,14 @@ def _check_verifier(verifier: str) -> None:
 
 
 def sts_record(scaling: TemperatureScaling) -> dict[str, Sequence[float]]:
-    """The scaling as SGLang's --speculative-dspark-confidence-sts-path reads it, to be dumped."""
+    """The scaling as SGLang's --speculative-dspark-confidence-sts-path reads it, to be dumped.
+
+    Raises:
+        CompatibilityError: the scaling has shifts, which SGLang knows nothing of.
+    """
+    if any(scaling.shifts):
+        raise CompatibilityError(
+            "This calibration has shifts, which SGLang's format cannot carry; "
+            "calibrate with dspark calibrate --temperatures-only."
+        )
     return {"temperatures": list(scaling.temperatures)}

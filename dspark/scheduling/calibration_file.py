@@ -89,14 +89,16 @@ def calibrate(
     verifier: Verifier,
     temperature_class: TemperatureClass,
     held_out: Rounds | None = None,
+    *,
+    shifts: bool = True,
 ) -> CalibrationEntry:
-    """Fit a scaling and assess it, on held-out rounds where there are any.
+    """Fit a scaling, with shifts or without, and assess it, on held-out rounds where there are any.
 
     Raises:
         DataError: too few rounds were observed.
         UsageError: the verifier is unknown.
     """
-    scaling = fit(rounds, verifier)
+    scaling = fit(rounds, verifier, shifts=shifts)
     test = rounds if held_out is None else held_out
     return CalibrationEntry(
         block_size=len(scaling.temperatures),
@@ -164,8 +166,7 @@ class Calibration:
         records = []
         for entry in self.entries:
             record = asdict(entry)
-            record["temperatures"] = record.pop("scaling")["temperatures"]
-            records.append(record)
+            records.append(record.pop("scaling") | record)
         write_json(path, {"version": VERSION, "entries": records})
 
     @classmethod
@@ -190,12 +191,15 @@ def _named(block_size: int, verifier: str, temperature_class: str) -> str:
 
 def _entry(record: Mapping[str, Any]) -> CalibrationEntry:
     values = dict(record)
-    temperatures = tuple(_number(t) for t in values.pop("temperatures"))
+    scaling = TemperatureScaling(
+        tuple(_number(t) for t in values.pop("temperatures")),
+        tuple(_number(s) for s in values.pop("shifts", ())),
+    )
     for name in ("before", "after"):
         values[name] = tuple(_reliability(row) for row in values[name])
     if not isinstance(values["block_size"], int) or not isinstance(values["rounds"], int):
         raise TypeError("block_size and rounds must be whole numbers")
-    return CalibrationEntry(scaling=TemperatureScaling(temperatures), **values)
+    return CalibrationEntry(scaling=scaling, **values)
 
 
 def _reliability(record: Mapping[str, Any]) -> Reliability:

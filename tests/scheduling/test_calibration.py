@@ -60,19 +60,43 @@ def slow_fit(rounds):
 
 def test_fit_is_the_slow_grid_search():
     rounds = rounds_of(150)
-    assert fit(rounds, "token").temperatures == pytest.approx(slow_fit(rounds))
+    assert fit(rounds, "token", shifts=False).temperatures == pytest.approx(slow_fit(rounds))
     assert fit(rounds, "block") == fit(rounds, "token"), "all rounds are full"
 
 
 def test_fit_finds_the_temperatures_that_made_the_rounds():
     rounds, held_out = rounds_of(30_000), rounds_of(30_000, seed=1)
-    scaling = fit(rounds, "token")
+    scaling = fit(rounds, "token", shifts=False)
     assert np.array(scaling.temperatures) == pytest.approx(TRUE, rel=0.2)
     before, after = assess(held_out, "token"), assess(held_out, "token", scaling)
     assert np.mean([r.ece for r in before]) > 0.03
     assert np.mean([r.ece for r in after]) < 0.01
     assert all(b.auc is not None and b.auc > 0.7 for b in before)
     assert np.mean([r.brier for r in after]) < np.mean([r.brier for r in before])
+
+
+def test_shifts_mend_what_temperatures_cannot():
+    """Every draft stays less often than claimed, by a constant in the logit."""
+    generator = np.random.default_rng(3)
+    logits = generator.normal(0.5, 1.5, (30_000, 3))
+    stays = generator.random(logits.shape) < confidence(logits + np.array([-0.8, 0.5, -0.4]))
+    accepted = np.logical_and.accumulate(stays, axis=1).sum(axis=1)
+    rounds = Rounds.of(logits, accepted, np.full(len(logits), 3))
+    scaling, without = fit(rounds, "token"), fit(rounds, "token", shifts=False)
+    assert scaling.shifts == pytest.approx([-0.8, 0.5, -0.4], abs=0.21)
+    errors = [np.mean([r.ece for r in assess(rounds, "token", s)]) for s in (scaling, without)]
+    assert errors[0] < 0.01 < errors[1]
+    with pytest.raises(CompatibilityError, match="SGLang"):
+        sts_record(scaling)
+
+
+def test_shifts_leave_order_alone():
+    scaling = TemperatureScaling((0.3, 4.0), (-2.0, 1.7))
+    logits = np.sort(np.random.default_rng(0).normal(0, 9, (500, 2)), axis=0)
+    assert (np.diff(scaling.apply(logits), axis=0) >= 0).all()
+    assert scaling.apply([[1.2, -3.0]])[0] == pytest.approx(
+        [1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(-0.95))]
+    )
 
 
 def test_trimmed_positions_are_left_out_under_the_token_rule():
@@ -182,9 +206,8 @@ def test_save_and_load(tmp_path, entry):
     replaced = loaded.with_entry(again)
     assert replaced.entry(4, "token", "sampled") == again
     assert len(replaced.entries) == 2
-    assert json.loads(json.dumps(sts_record(entry.scaling))) == {
-        "temperatures": list(entry.scaling.temperatures)
-    }
+    plain = calibrate(rounds_of(400), "token", "sampled", shifts=False).scaling
+    assert json.loads(json.dumps(sts_record(plain))) == {"temperatures": list(plain.temperatures)}
 
 
 def test_another_block_size_verifier_or_temperature_is_said(entry):
@@ -222,6 +245,8 @@ def test_files_that_are_no_calibrations_are_refused_with_the_fallback(tmp_path, 
         with_row(temperatures=[1.0, 1.0, 1.0, float("nan")]),
         with_row(temperatures=[1.0, 1.0, 1.0, -1.0]),
         with_row(temperatures=[1.0, 1.0, 1.0, "1"]),
+        with_row(shifts=[0.0]),
+        with_row(shifts=[0.0, 0.0, 0.0, float("inf")]),
         with_row(verifier="nobody"),
         with_row(temperature_class="hot"),
         with_row(rounds=0),
