@@ -1,0 +1,97 @@
+"""What one case of the proof claims, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dspark.evaluation.proof.worlds import Distance
+
+EXACT, BIASED = 1e-12, 1e-3
+"""An exact law is nearer to plain decoding's than the first, a biased one farther than the last."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule under a schedule, or a wrong variant of one.
+
+    Attributes:
+        name: what was enumerated.
+        expected: exact, or biased: a control, which must fail or the proof would prove nothing.
+        tv_request: total variation between a request's output and plain decoding, the largest of
+            all worlds and requests. Where outputs are compared token for token: the share that
+            differs.
+        tv_joint: the same for all requests together; None where there is one.
+        limit: exact must be below, biased above.
+        correct: of a control, the distance of the right variant in the same worlds; None where
+            that is a case of its own.
+        documented: what the literature or the project's own trials found for this mistake, if
+            anything; the worlds are others.
+        lengths: how many different choices of verification lengths the schedule made.
+        holds: whether all else is so that `note` says.
+        note: what else was measured.
+    """
+
+    name: str
+    expected: Literal["exact", "biased"]
+    tv_request: float
+    tv_joint: float | None
+    limit: float
+    correct: float | None = None
+    documented: float | None = None
+    lengths: int | None = None
+    holds: bool = True
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the expectation came true; NaN never passes."""
+        distance = Distance(self.tv_request, self.tv_joint).largest
+        if self.expected == "exact":
+            return self.holds and distance < self.limit
+        return self.holds and distance > self.limit and (self.correct is None or self.correct_holds)
+
+    @property
+    def correct_holds(self) -> bool:
+        """Whether the right variant is exact where the control fails."""
+        return self.correct is not None and self.correct < EXACT
+
+
+def exact(
+    name: str, distance: Distance, *, lengths: int | None = None, note: str = "", holds: bool = True
+) -> Case:
+    """A case that must be exact."""
+    return Case(
+        name,
+        "exact",
+        distance.request,
+        distance.joint,
+        EXACT,
+        lengths=lengths,
+        note=note,
+        holds=holds,
+    )
+
+
+def control(
+    name: str,
+    wrong: Distance,
+    right: Distance | None = None,
+    *,
+    limit: float = BIASED,
+    documented: float | None = None,
+    note: str = "",
+    holds: bool = True,
+) -> Case:
+    """A wrong variant, beside the right one in the same worlds."""
+    return Case(
+        name,
+        "biased",
+        wrong.request,
+        wrong.joint,
+        limit,
+        correct=None if right is None else right.largest,
+        documented=documented,
+        note=note,
+        holds=holds,
+    )

@@ -1,0 +1,102 @@
+"""The promise: what must be exact, enumerated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Literal
+
+from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
+from dspark.evaluation.proof import schedules
+from dspark.evaluation.proof.case import Case, exact
+from dspark.evaluation.proof.pairs import SmallPair
+from dspark.evaluation.proof.rounds import RULES, Schedule, Verifier, Walk
+from dspark.evaluation.proof.worlds import Distance
+from dspark.request import SamplingParams
+from dspark.sampling.verification import Rule
+
+ScheduleName = Literal["fixed", "threshold", "prefix", "lagged"]
+SCHEDULES: tuple[ScheduleName, ...] = ("fixed", "threshold", "prefix", "lagged")
+SIZES = {1: ((4, 2), (3, 3)), 2: ((2, 2), (3, 2), (2, 3))}
+"""(V, K) of one round of one and of two requests; `lagged` takes two rounds at (2, 2)."""
+PROCESSED = {
+    "penalties, top-k": SamplingParams(
+        temperature=0.7, top_k=2, presence_penalty=0.6, frequency_penalty=0.3
+    ),
+    "bias, top-p": SamplingParams(
+        temperature=1.3, top_p=0.8, repetition_penalty=1.7, logit_bias={0: 0.4}
+    ),
+}
+
+
+def exact_cases(seed: int = 0) -> Iterator[Case]:
+    """Every rule, schedule, head and number of requests, and what else must be exact."""
+    for requests, head, name, rule in product((1, 2), MARKOV_KINDS, SCHEDULES, RULES):
+        yield schedule_case(rule, name, head, requests, seed)
+    for rule in RULES:
+        yield from _processed(rule, seed)
+    for rule in RULES:
+        yield _greedy(rule, seed)
+
+
+def schedule_case(
+    rule: Rule, name: ScheduleName, head: MarkovKind, requests: int, seed: int
+) -> Case:
+    """One cell of the table: the worst of several worlds and settings of the schedule."""
+    rounds = 2 if name == "lagged" else 1
+    sizes = ((2, 2),) if rounds == 2 else SIZES[requests]
+    distances, lengths = [], set[tuple[int, ...]]()
+    for (vocab_size, block_size), tied in product(sizes, (False, True)):
+        horizon = rounds * (block_size + 1)
+        pairs = [
+            SmallPair(seed + r, vocab_size, block_size, head, horizon, tied=tied)
+            for r in range(requests)
+        ]
+        if requests == 2 and tied and rounds == 1:
+            pairs[1] = pairs[0]  # the same survivals in both requests
+        for schedule in _settings(name, pairs):
+            walk = Walk(pairs, Verifier.of(rule), schedule)
+            distances.append(Distance.of(walk.law(rounds), walk.targets()))
+            lengths |= walk.lengths_seen
+    label = f"{rule} / {name} / {head} / {'one request' if requests == 1 else 'two requests'}"
+    return exact(label, Distance.farthest(distances), lengths=len(lengths))
+
+
+def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
+    """A schedule under every setting that the worlds make telling."""
+    block_size = pairs[0].block_size
+    if name == "fixed":
+        return [schedules.fixed(length) for length in range(block_size + 1)]
+    if name == "threshold":
+        logits = [pair(()).path_logits().numpy() for pair in pairs]
+        return [schedules.threshold(cut) for cut in schedules.telling_thresholds(logits)]
+    costs = schedules.step_costs(len(pairs) * block_size)
+    if name == "prefix":
+        return [schedules.prefix(step_ms) for step_ms in costs.values()]
+    return [schedules.lagged(costs[shape]) for shape in ("linear", "jagged")]
+
+
+def _processed(rule: Rule, seed: int) -> Iterator[Case]:
+    """Each row with the state of its own prefix, as the engine batches rows."""
+    for name, params in PROCESSED.items():
+        distances = []
+        for pair_seed in range(seed, seed + 3):
+            pair = SmallPair(pair_seed, 3, 2, params=params)
+            walk = Walk([pair], Verifier.of(rule), schedules.fixed(2))
+            distances.append(Distance.of(walk.law(), walk.targets()))
+        yield exact(f"{rule} / fixed / {name}", Distance.farthest(distances))
+
+
+def _greedy(rule: Rule, seed: int) -> Case:
+    """Drafts without chance cannot bias anything: even a global search over this round is exact."""
+    distances, lengths = [], set[tuple[int, ...]]()
+    for pair_seed, step_ms in product(
+        range(seed, seed + 6, 2), schedules.step_costs(4).values()
+    ):
+        greedy = SamplingParams(temperature=0.0)
+        pairs = [SmallPair(pair_seed + r, 3, 2, params=greedy) for r in range(2)]
+        walk = Walk(pairs, Verifier.of(rule), schedules.searched_globally(step_ms))
+        distances.append(Distance.of(walk.law(), walk.targets()))
+        lengths |= walk.lengths_seen
+    name = f"{rule} / global search / temperature 0 / two requests"
+    return exact(name, Distance.farthest(distances), lengths=len(lengths))

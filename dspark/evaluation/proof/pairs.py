@@ -1,0 +1,225 @@
+"""A small target with a real drafter: DSpark's own forward, heads and confidences, in float64.
+
+The target is a table of random logits over every prefix. The drafter is a `DSparkDrafter` with
+random weights that observes random features and proposes; whatever it draws is dictated, path by
+path, so that its laws and confidences come out over every prefix. Both sides go through the
+processors as in the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dspark.attention.slots import SlotCache
+from dspark.drafters.base import DraftBatch
+from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.heads import MarkovKind
+from dspark.evaluation.proof.worlds import Laws, Prefix, World, all_paths
+from dspark.request import SamplingParams
+from dspark.sampling.counts import TokenCounts
+from dspark.sampling.processors import Chain, law
+
+WIDTH, RANK = 8, 3
+CERTAIN = 40.0
+"""A confidence logit whose sigmoid is exactly 1, even in float64."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the small target lends its drafter."""
+
+    embedding_VH: Tensor
+    head_VH: Tensor
+    vocab_size: int
+    hidden_size: int = WIDTH
+    embedding_scale: float = 1.0
+    head_bias_V: Tensor | None = None
+    logit_softcap: float | None = None
+    final_norm_H: Tensor | None = None
+
+
+@dataclass
+class SmallPair:
+    """A target and a drafter, after a prompt of one token.
+
+    Attributes:
+        seed: of all weights and tables.
+        vocab_size: V.
+        block_size: K.
+        head: the drafter's sequential head.
+        horizon: tokens that the target reaches, T; every round but the last takes up to K + 1.
+        params: of the request.
+        tied: round the confidence logits to a few values, one of them `CERTAIN`, so that
+            survivals tie, within a request and between requests.
+        stale: judge every row with the token counts of the anchor's row (a wrong variant).
+    """
+
+    seed: int
+    vocab_size: int
+    block_size: int
+    head: MarkovKind = "vanilla"
+    horizon: int = 0
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.8))
+    tied: bool = False
+    stale: bool = False
+    _worlds: dict[Prefix, World] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Draw the tables and the drafter's weights."""
+        generator = torch.Generator().manual_seed(self.seed)
+        self.horizon = self.horizon or self.block_size + 1
+
+        def table(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+        depths = range(self.horizon)
+        self._logits = tuple(1.2 * table(self.vocab_size**d, self.vocab_size) for d in depths)
+        self._features = tuple(table(self.vocab_size**d, WIDTH) for d in depths)
+        parts = _Parts(
+            table(self.vocab_size, WIDTH), 0.5 * table(self.vocab_size, WIDTH), self.vocab_size
+        )
+        self._drafter = DSparkDrafter.from_target(
+            parts, self._config(), generator=generator, init_std=0.6
+        )
+        _sharpen(self._drafter)
+
+    def __call__(self, prefix: Prefix) -> World:
+        """The round after a committed prefix; it reaches as far as the horizon."""
+        if prefix not in self._worlds:
+            self._worlds[prefix] = self._world(prefix)
+        return self._worlds[prefix]
+
+    def _config(self) -> DSparkConfig:
+        backbone = BackboneConfig(
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+            num_taps=1,
+        )
+        return DSparkConfig(
+            backbone=backbone,
+            vocab_size=self.vocab_size,
+            block_size=self.block_size,
+            mask_token_id=None,
+            target_layer_ids=(0,),
+            num_target_layers=1,
+            markov_rank=RANK,
+            markov_head_type=self.head,
+            max_position_embeddings=self.horizon + self.block_size + 1,
+        )
+
+    def _world(self, prefix: Prefix) -> World:
+        target = tuple(
+            self._plain(prefix, depth) for depth in range(self.horizon - len(prefix))
+        )
+        draft, logits = self._drafted(prefix)
+        return World(target, draft, logits, judged=self._judged(prefix))
+
+    def _table(self, prefix: Prefix, depth: int) -> Tensor:
+        """The target's logits `depth` tokens after a prefix, [V**depth, V]."""
+        rows = self._logits[len(prefix) + depth].view(-1, self.vocab_size**depth, self.vocab_size)
+        return rows[self._place(prefix)]
+
+    def _place(self, prefix: Prefix) -> int:
+        place = 0
+        for token in prefix:
+            place = place * self.vocab_size + token
+        return place
+
+    def _plain(self, prefix: Prefix, depth: int) -> Tensor:
+        """The target's laws as plain decoding has them: every row with its own output so far."""
+        after = all_paths(self.vocab_size, depth).tolist()
+        outputs = [[*prefix, *x] for x in after]
+        counts = TokenCounts.of([[0]] * len(after), outputs, self.vocab_size)
+        return law(self._table(prefix, depth), self._chain(len(after)), counts)
+
+    @cached_property
+    def _paths(self) -> Tensor:
+        return all_paths(self.vocab_size, self.block_size)
+
+    def _chain(self, rows: int) -> Chain:
+        return Chain.of([self.params] * rows)
+
+    def _counts(self, prefix: Prefix, step: int) -> TokenCounts:
+        """Counts of the row after `step` drafts of every path, as the engine makes them."""
+        count = len(self._paths)
+        counts = TokenCounts.of([[0]] * count, [list(prefix)] * count, self.vocab_size)
+        steps = torch.full((count,), 0 if self.stale else step)
+        return counts.after_drafts(torch.arange(count), steps, self._paths)
+
+    def _by_prefix(self, rows: Tensor, depth: int) -> Tensor:
+        """Rows of all paths as rows of all prefixes of `depth` tokens.
+
+        One row stands for all paths with its prefix, so that no last bit hangs on later drafts.
+        """
+        return rows[:: self.vocab_size ** (self.block_size - depth)]
+
+    def _judged(self, prefix: Prefix) -> Laws:
+        laws = []
+        for step in range(min(self.block_size + 1, self.horizon - len(prefix))):
+            table = self._table(prefix, step)
+            rows = table.repeat_interleave(len(self._paths) // len(table), dim=0)
+            whole = law(rows, self._chain(len(rows)), self._counts(prefix, step))
+            laws.append(self._by_prefix(whole, step))
+        return tuple(laws)
+
+    def _drafted(self, prefix: Prefix) -> tuple[Laws, Laws]:
+        """The drafter's laws and confidence logits, from one proposal along every path."""
+        count, rows = len(self._paths), len(prefix) + 1
+        tokens = (0, *prefix)
+        capacity = self.horizon + self.block_size + 1
+        context = SlotCache(self._drafter.context_shapes, 1, capacity, torch.float64, "cpu")
+        features = torch.stack(
+            [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
+        )
+        # Row i is the context of the token before position i + 1; the first is the prompt's.
+        self._drafter.observe(
+            context,
+            torch.zeros(rows, dtype=torch.int64),
+            torch.arange(rows),
+            features,
+            torch.tensor(tokens),
+        )
+        laws = []
+
+        def draw(step: int, logits_RV: Tensor) -> Tensor:
+            whole = law(logits_RV, self._chain(count), self._counts(prefix, step))
+            laws.append(self._by_prefix(whole, step))
+            return self._paths[:, step]
+
+        batch = DraftBatch(
+            slots=(0,) * count,
+            anchors_R=torch.full((count,), tokens[-1]),
+            lengths=(rows,) * count,
+            tokens=(tokens,) * count,
+            num_drafts=self.block_size,
+        )
+        proposal = self._drafter.propose(context, batch, draw)
+        assert proposal.confidence_logits_RK is not None  # the configuration has the head
+        columns = proposal.confidence_logits_RK.unbind(1)
+        scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
+        return tuple(laws), tuple(map(_tied, scores)) if self.tied else scores
+
+
+@torch.no_grad()
+def _sharpen(drafter: DSparkDrafter) -> None:
+    """Let confidences be high, and both they and laws hang on the token before."""
+    markov, confidence = drafter.markov_head, drafter.confidence_head
+    assert markov is not None
+    assert confidence is not None
+    markov.markov_w1.weight.mul_(3)
+    confidence.proj.weight.mul_(2)
+    confidence.proj.bias.fill_(1.5)
+
+
+def _tied(logits: Tensor) -> Tensor:
+    """Logits rounded to -1, 0, 1 or `CERTAIN`."""
+    return torch.where(logits > 1.0, CERTAIN, logits.round().clamp(-1.0, 1.0))
