@@ -27,7 +27,8 @@ class Case:
             that is a case of its own.
         documented: what the literature or the project's own trials found for this mistake, if
             anything; the worlds are others.
-        lengths: how many different choices of verification lengths the schedule made.
+        lengths: how many different verification lengths the schedule chose, in the one world
+            and setting where these are most; 1 if it looked at nothing.
         holds: whether all else is so that `note` says.
         note: what else was measured.
     """

@@ -1,0 +1,133 @@
+"""`coupled` under proof: every output is plain decoding's own, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
+from dspark.evaluation.proof import schedules
+from dspark.evaluation.proof.case import Case, control, exact
+from dspark.evaluation.proof.pairs import SmallPair
+from dspark.evaluation.proof.rounds import Memory, Schedule, View
+from dspark.evaluation.proof.worlds import Distance, Prefix, World
+from dspark.sampling.noise import seed_tensor
+from dspark.sampling.verification import accepted_by_identity, coupled_tokens
+
+SEEDS, TOKENS = 24, 5
+
+
+def coupled_cases(seed: int = 0) -> Iterator[Case]:
+    """Every schedule and head, compared over many seeds, and a key that breaks the identity."""
+    for head in MARKOV_KINDS:
+        yield from _coupled(head, seed)
+    pairs = _pairs("vanilla", seed)
+    wrong, _seen = _differing(pairs, schedules.fixed(3), seed, keyed_by_slot=True)
+    yield control("coupled: noise keyed by the slot in the block", wrong)
+
+
+def _pairs(head: MarkovKind, seed: int) -> list[SmallPair]:
+    return [SmallPair(seed + r, 2, 3, head, horizon=TOKENS + 4) for r in range(2)]
+
+
+def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
+    """A global search over this round, wrong elsewhere, is right here like any other schedule."""
+    pairs, costs = _pairs(head, seed), schedules.step_costs(6).values()
+    ways = {
+        "fixed": [schedules.fixed(3)],
+        "threshold": [schedules.threshold(0.7)],
+        "prefix": [schedules.prefix(step_ms) for step_ms in costs],
+        "lagged": [schedules.lagged(step_ms) for step_ms in costs],
+        "global search": [schedules.searched_globally(step_ms) for step_ms in costs],
+    }
+    for name, settings in ways.items():
+        found = [_differing(pairs, schedule, seed) for schedule in settings]
+        yield exact(
+            f"coupled / {name} / {head} / two requests",
+            Distance.farthest([distance for distance, _seen in found]),
+            lengths=max(seen for _distance, seen in found),
+        )
+
+
+def _differing(
+    pairs: Sequence[SmallPair], schedule: Schedule, seed: int, *, keyed_by_slot: bool = False
+) -> tuple[Distance, int]:
+    """The share of outputs, and of pairs of outputs, that are not plain decoding's own.
+
+    Returns:
+        The shares, and how many different lengths the schedule has chosen.
+    """
+    different, seen = [], set[tuple[int, ...]]()
+    for first in range(seed, seed + 2 * SEEDS, 2):
+        seeds = seed_tensor([first, first + 1])
+        outputs = _speculative(pairs, schedule, seeds, seen, keyed_by_slot=keyed_by_slot)
+        plain = [_plain(pair, seeds[r : r + 1]) for r, pair in enumerate(pairs)]
+        different.append([ours != theirs for ours, theirs in zip(outputs, plain, strict=True)])
+    shares = np.array(different)
+    return Distance(float(shares.mean(axis=0).max()), float(shares.any(axis=1).mean())), len(seen)
+
+
+def _plain(pair: SmallPair, seed_1: Tensor) -> Prefix:
+    """Plain decoding's own sample."""
+    tokens: Prefix = ()
+    while len(tokens) < TOKENS:
+        law_1V = pair(tokens).target[0]
+        tokens += (int(coupled_tokens(law_1V, seed_1, torch.tensor([len(tokens)]))),)
+    return tokens
+
+
+def _speculative(
+    pairs: Sequence[SmallPair],
+    schedule: Schedule,
+    seeds_R: Tensor,
+    seen: set[tuple[int, ...]],
+    *,
+    keyed_by_slot: bool,
+) -> list[Prefix]:
+    """The first tokens of requests that share their rounds; one that is done idles along."""
+    outputs: list[Prefix] = [()] * len(pairs)
+    memory: Memory = None
+    while min(map(len, outputs)) < TOKENS:
+        worlds = [pair(done) for pair, done in zip(pairs, outputs, strict=True)]
+        starts_R = torch.tensor([0 if keyed_by_slot else len(done) for done in outputs])
+        block = _Block.draw(worlds, seeds_R, starts_R)
+        lengths = schedule.lengths(block.view, memory)
+        seen.add(tuple(map(int, lengths)))
+        accepted = accepted_by_identity(block.own_RK1, block.drafts_RK, torch.from_numpy(lengths))
+        memory = schedule.remember(block.view, accepted.numpy(), lengths)
+        for r, kept in enumerate(accepted.tolist()):
+            outputs[r] = (*outputs[r], *block.own_RK1[r, : kept + 1].tolist())[:TOKENS]
+    return outputs
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A drafted block of every request, and the target's own token at each of its rows."""
+
+    drafts_RK: Tensor
+    own_RK1: Tensor
+    view: View
+
+    @classmethod
+    def draw(cls, worlds: Sequence[World], seeds_R: Tensor, starts_R: Tensor) -> _Block:
+        """Draft K tokens after each request's prefix, and take the target's own along them."""
+        places = [0] * len(worlds)
+        drafts, probs, logits, own = [], [], [], []
+        for k in range(worlds[0].block_size + 1):
+            here = list(zip(worlds, places, strict=True))
+            judged = torch.stack([(w.judged or w.target)[k][n] for w, n in here])
+            own.append(coupled_tokens(judged, seeds_R, starts_R + k))
+            if k == worlds[0].block_size:
+                break
+            law_RV = torch.stack([w.draft[k][n] for w, n in here])
+            drafts.append(coupled_tokens(law_RV, seeds_R, starts_R + k))
+            probs.append(law_RV.gather(1, drafts[-1][:, None]).squeeze(1))
+            logits.append(torch.stack([w.logits[k][n] for w, n in here]))
+            places = [n * w.vocab_size + x for (w, n), x in zip(here, drafts[-1].tolist(), strict=True)]
+        columns = (torch.stack(c, dim=1) for c in (logits, drafts, probs))
+        view = View(*(column.numpy() for column in columns))
+        return cls(torch.stack(drafts, dim=1), torch.stack(own, dim=1), view)
