@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dspark.evaluation.proof.worlds import Distance
@@ -31,6 +31,7 @@ class Case:
             and setting where these are most; 1 if it looked at nothing.
         holds: whether all else is so that `note` says.
         note: what else was measured.
+        cell: of the table of schedules: verifier, schedule, head, number of requests.
     """
 
     name: str
@@ -43,34 +44,42 @@ class Case:
     lengths: int | None = None
     holds: bool = True
     note: str = ""
+    cell: tuple[str, str, str, int] | None = None
+
+    @property
+    def distance(self) -> float:
+        """The larger of both total variations; NaN if one is."""
+        return Distance(self.tv_request, self.tv_joint).largest
 
     @property
     def passed(self) -> bool:
         """Whether the expectation came true; NaN never passes."""
-        distance = Distance(self.tv_request, self.tv_joint).largest
         if self.expected == "exact":
-            return self.holds and distance < self.limit
-        return self.holds and distance > self.limit and (self.correct is None or self.correct_holds)
-
-    @property
-    def correct_holds(self) -> bool:
-        """Whether the right variant is exact where the control fails."""
-        return self.correct is not None and self.correct < EXACT
+            return self.holds and self.distance < self.limit
+        right = self.correct is None or self.correct < EXACT
+        return self.holds and self.distance > self.limit and right
 
 
-def exact(
-    name: str, distance: Distance, *, lengths: int | None = None, note: str = "", holds: bool = True
-) -> Case:
+def exact(name: str, distance: Distance, *, note: str = "", holds: bool = True) -> Case:
     """A case that must be exact."""
     return Case(
-        name,
-        "exact",
-        distance.request,
-        distance.joint,
-        EXACT,
+        name, "exact", distance.request, distance.joint, EXACT, note=note, holds=holds
+    )
+
+
+def of_schedule(
+    verifier: str, schedule: str, head: str, requests: int, distance: Distance, lengths: int
+) -> Case:
+    """A cell of the table of schedules.
+
+    A schedule that always chose the same lengths would prove nothing, so it fails, except `fixed`.
+    """
+    number = "one request" if requests == 1 else "two requests"
+    return replace(
+        exact(f"{verifier} / {schedule} / {head} / {number}", distance),
         lengths=lengths,
-        note=note,
-        holds=holds,
+        holds=schedule == "fixed" or lengths > 1,
+        cell=(verifier, schedule, head, requests),
     )
 
 

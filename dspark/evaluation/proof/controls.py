@@ -116,7 +116,7 @@ def _stop_node(rule: Rule, seed: int) -> Case:
         beyond = torch.where(lengths < drafts.shape[1], lengths + 1, lengths)
         return right.next_law(p, q, drafts, beyond, kept)
 
-    trimmed = schedules.threshold(0.35)
+    trimmed = schedules.threshold(0.6)
     both = _beside(_worlds(seed), (replace(right, next_law=residual), trimmed), (right, trimmed))
     return control(f"{rule}: residual at the stop node", *both, documented=0.78)
 
@@ -213,11 +213,15 @@ def _ties_by_value(rule: Rule, seed: int) -> Case:
 
 
 def _global_search(rule: Rule, seed: int) -> Case:
-    """The best budget of this round's own survivals, where stairs let the search look ahead."""
-    step_ms = schedules.step_costs(4)["stairs"]
+    """The best budget of this round's own survivals, where a stair pays only with what follows.
+
+    Whether it is climbed, and the first drafts are verified at all, hangs on those drafts.
+    """
+    logits = (_float64([2.0]), _float64([4.0, -2.0]))
+    step_ms = [1.0, 2.0, 2.0, 2.2, 2.2]
     wrong, right = [], []
     for s in range(seed, seed + WORLDS):
-        requests, verifier = _both(s), Verifier.of(rule)
+        requests, verifier = _both(s, logits), Verifier.of(rule)
         wrong.append(_measure(requests, verifier, schedules.searched_globally(step_ms)))
         right.append(_measure(requests, verifier, schedules.prefix(step_ms)))
     return control(

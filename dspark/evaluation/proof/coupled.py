@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
 from dspark.evaluation.proof import schedules
-from dspark.evaluation.proof.case import Case, control, exact
-from dspark.evaluation.proof.pairs import SmallPair
+from dspark.evaluation.proof.case import Case, control, of_schedule
+from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.rounds import Memory, Schedule, View
 from dspark.evaluation.proof.worlds import Distance, Prefix, World
 from dspark.sampling.noise import seed_tensor
@@ -31,7 +31,7 @@ def coupled_cases(seed: int = 0) -> Iterator[Case]:
 
 
 def _pairs(head: MarkovKind, seed: int) -> list[SmallPair]:
-    return [SmallPair(seed + r, 2, 3, head, horizon=TOKENS + 4) for r in range(2)]
+    return [telling_pair(2 * seed + r, 2, 3, head, TOKENS + 4, tied=False) for r in range(2)]
 
 
 def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
@@ -46,11 +46,9 @@ def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
     }
     for name, settings in ways.items():
         found = [_differing(pairs, schedule, seed) for schedule in settings]
-        yield exact(
-            f"coupled / {name} / {head} / two requests",
-            Distance.farthest([distance for distance, _seen in found]),
-            lengths=max(seen for _distance, seen in found),
-        )
+        distance = Distance.farthest([distance for distance, _seen in found])
+        lengths = max(seen for _distance, seen in found)
+        yield of_schedule("coupled", name, head, 2, distance, lengths)
 
 
 def _differing(

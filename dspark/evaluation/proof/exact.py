@@ -8,8 +8,8 @@ from typing import Literal
 
 from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
 from dspark.evaluation.proof import schedules
-from dspark.evaluation.proof.case import Case, exact
-from dspark.evaluation.proof.pairs import SmallPair
+from dspark.evaluation.proof.case import Case, exact, of_schedule
+from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.rounds import RULES, Schedule, Verifier, Walk
 from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
@@ -31,35 +31,47 @@ PROCESSED = {
 
 def exact_cases(seed: int = 0) -> Iterator[Case]:
     """Every rule, schedule, head and number of requests, and what else must be exact."""
-    for requests, head, name, rule in product((1, 2), MARKOV_KINDS, SCHEDULES, RULES):
-        yield schedule_case(rule, name, head, requests, seed)
+    for requests, head in product((1, 2), MARKOV_KINDS):
+        one_round = _worlds(requests, head, seed, SIZES[requests], rounds=1)
+        two_rounds = _worlds(requests, head, seed, ((2, 2),), rounds=2)
+        for name, rule in product(SCHEDULES, RULES):
+            worlds, rounds = (two_rounds, 2) if name == "lagged" else (one_round, 1)
+            yield _of_schedule(rule, name, worlds, rounds)
     for rule in RULES:
         yield from _processed(rule, seed)
     for rule in RULES:
         yield _greedy(rule, seed)
 
 
-def schedule_case(
-    rule: Rule, name: ScheduleName, head: MarkovKind, requests: int, seed: int
-) -> Case:
-    """One cell of the table: the worst of several worlds and settings of the schedule."""
-    rounds = 2 if name == "lagged" else 1
-    sizes = ((2, 2),) if rounds == 2 else SIZES[requests]
-    distances, lengths = [], 0
+def _worlds(
+    requests: int, head: MarkovKind, seed: int, sizes: Sequence[tuple[int, int]], rounds: int
+) -> list[list[SmallPair]]:
+    """Pairs of all requests, in several worlds: of all sizes, with confidences that tie or not."""
+    worlds = []
     for (vocab_size, block_size), tied in product(sizes, (False, True)):
         horizon = rounds * (block_size + 1)
         pairs = [
-            SmallPair(seed + r, vocab_size, block_size, head, horizon, tied=tied)
+            telling_pair(seed * 2 + r, vocab_size, block_size, head, horizon, tied=tied)
             for r in range(requests)
         ]
         if requests == 2 and tied and rounds == 1:
             pairs[1] = pairs[0]  # the same survivals in both requests
+        worlds.append(pairs)
+    return worlds
+
+
+def _of_schedule(
+    rule: Rule, name: ScheduleName, worlds: Sequence[Sequence[SmallPair]], rounds: int
+) -> Case:
+    """One cell of the table: the worst of several worlds and settings of the schedule."""
+    distances, lengths = [], 0
+    for pairs in worlds:
         for schedule in _settings(name, pairs):
             walk = Walk(pairs, Verifier.of(rule), schedule)
             distances.append(Distance.of(walk.law(rounds), walk.targets()))
             lengths = max(lengths, len(walk.lengths_seen))
-    label = f"{rule} / {name} / {head} / {'one request' if requests == 1 else 'two requests'}"
-    return exact(label, Distance.farthest(distances), lengths=lengths)
+    head, requests = worlds[0][0].head, len(worlds[0])
+    return of_schedule(rule, name, head, requests, Distance.farthest(distances), lengths)
 
 
 def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
@@ -67,12 +79,13 @@ def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
     block_size = pairs[0].block_size
     if name == "fixed":
         return [schedules.fixed(length) for length in range(block_size + 1)]
+    logits = [pair(()).path_logits().numpy() for pair in pairs]
     if name == "threshold":
-        logits = [pair(()).path_logits().numpy() for pair in pairs]
         return [schedules.threshold(cut) for cut in schedules.telling_thresholds(logits)]
     costs = schedules.step_costs(len(pairs) * block_size)
     if name == "prefix":
-        return [schedules.prefix(step_ms) for step_ms in costs.values()]
+        shapes = (costs["stairs"], costs["jagged"], schedules.telling_costs(logits))
+        return [schedules.prefix(step_ms) for step_ms in shapes]
     return [schedules.lagged(costs[shape]) for shape in ("linear", "jagged")]
 
 
@@ -89,7 +102,7 @@ def _processed(rule: Rule, seed: int) -> Iterator[Case]:
 
 def _greedy(rule: Rule, seed: int) -> Case:
     """Drafts without chance cannot bias anything: even a global search over this round is exact."""
-    distances, lengths = [], 0
+    distances = []
     for pair_seed, step_ms in product(
         range(seed, seed + 6, 2), schedules.step_costs(4).values()
     ):
@@ -97,6 +110,5 @@ def _greedy(rule: Rule, seed: int) -> Case:
         pairs = [SmallPair(pair_seed + r, 3, 2, params=greedy) for r in range(2)]
         walk = Walk(pairs, Verifier.of(rule), schedules.searched_globally(step_ms))
         distances.append(Distance.of(walk.law(), walk.targets()))
-        lengths = max(lengths, len(walk.lengths_seen))
     name = f"{rule} / global search / temperature 0 / two requests"
-    return exact(name, Distance.farthest(distances), lengths=lengths)
+    return exact(name, Distance.farthest(distances))

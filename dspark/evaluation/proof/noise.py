@@ -41,7 +41,7 @@ def noise_cases(seed: int = 0) -> Iterator[Case]:
 def _keyed_by_position(seed: int) -> Iterator[Case]:
     """A uniform that judged a position in one round must not judge it again in the next."""
     distances: dict[tuple[Rule, bool], Distance] = {}
-    worlds = [_two_round_world(s) for s in range(seed, seed + 3)]
+    worlds = [_two_round_world(s) for s in range(seed, seed + 12)]
     for rule, keyed in product(RULES, (False, True)):
         distances[rule, keyed] = Distance.farthest(
             [

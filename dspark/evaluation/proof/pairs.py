@@ -19,6 +19,7 @@ from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import MarkovKind
+from dspark.errors import NumericsError
 from dspark.evaluation.proof.worlds import Laws, Prefix, World, all_paths
 from dspark.request import SamplingParams
 from dspark.sampling.counts import TokenCounts
@@ -93,6 +94,16 @@ class SmallPair:
         if prefix not in self._worlds:
             self._worlds[prefix] = self._world(prefix)
         return self._worlds[prefix]
+
+    @property
+    def telling(self) -> bool:
+        """Whether schedules have something to decide: c_2 hangs on x_1, and c_1 reaches up to it.
+
+        A world without that would prove nothing.
+        """
+        c_NK = self(()).path_logits().sigmoid()
+        first, least, most = c_NK[0, 0], c_NK[:, 1].min(), c_NK[:, 1].max()
+        return bool(most - least > 0.05) and bool(first > (least + most) / 2)
 
     def _config(self) -> DSparkConfig:
         backbone = BackboneConfig(
@@ -218,6 +229,24 @@ def _sharpen(drafter: DSparkDrafter) -> None:
     markov.markov_w1.weight.mul_(3)
     confidence.proj.weight.mul_(2)
     confidence.proj.bias.fill_(1.5)
+
+
+def telling_pair(
+    seed: int, vocab_size: int, block_size: int, head: MarkovKind, horizon: int, *, tied: bool
+) -> SmallPair:
+    """The first telling pair of a row of seeds of its own.
+
+    Raises:
+        NumericsError: there is none among a hundred, as if confidences were constant.
+    """
+    for candidate in range(100 * seed, 100 * seed + 100):
+        pair = SmallPair(candidate, vocab_size, block_size, head, horizon, tied=tied)
+        if pair.telling:
+            return pair
+    raise NumericsError(
+        f"No drafter with a {head} head has confidences that depend on its drafts; "
+        "its confidence head does not read the token before."
+    )
 
 
 def _tied(logits: Tensor) -> Tensor:

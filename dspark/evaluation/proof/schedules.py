@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,20 @@ def step_costs(num_drafts: int) -> dict[str, FloatArray]:
         "stairs": 1 + 0.8 * ((drafts + 2) // 3),
         "jagged": 1 + 0.3 * drafts + 0.5 * (drafts % 2),
     }
+
+
+def telling_costs(logits: Sequence[FloatArray]) -> FloatArray:
+    """Step costs under which draft n pays on some paths and on others not, if n can differ at all.
+
+    Args:
+        logits: of each request, along every path [N, K].
+    """
+    paths = product(*(survival(confidence(rows)) for rows in logits))
+    ranked = np.array([np.sort(np.concatenate(rows))[::-1] for rows in paths])
+    # Just below the middle: a survival that is the same on all paths pays.
+    least = 0.999 * (ranked.min(axis=0) + ranked.max(axis=0)) / 2
+    gained = len(logits) + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
+    return np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
 
 
 def fixed(length: int) -> Schedule:
@@ -101,12 +116,13 @@ def survivals(view: View) -> FloatArray:
 
 
 def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
-    """Thresholds between the confidences that occur, so that lengths hang on the path.
+    """Thresholds at and between the confidences that occur, so that lengths hang on the path.
 
     Args:
         logits: of each request, along every path [N, K].
     """
     first = min(float(confidence(rows[:, 0]).min()) for rows in logits)
     later = np.unique(np.concatenate([confidence(rows[:, 1:]).ravel() for rows in logits]))
-    cuts = [float(c) for c in later if later[0] < c <= first]
-    return [0.5, *cuts[:: max(1, len(cuts) // 2)]]
+    between = (later[1:] + later[:-1]) / 2
+    cuts = [float(c) for c in np.sort(np.concatenate([between, later[1:]])) if c <= first]
+    return [0.5, *cuts[:: max(1, len(cuts) // 3)]]
