@@ -42,6 +42,7 @@ def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
         "threshold": [schedules.threshold(0.7)],
         "prefix": [schedules.prefix(step_ms) for step_ms in costs],
         "lagged": [schedules.lagged(step_ms) for step_ms in costs],
+        "lookahead": [schedules.lookahead(step_ms) for step_ms in costs],
         "global search": [schedules.searched_globally(step_ms) for step_ms in costs],
     }
     for name, settings in ways.items():

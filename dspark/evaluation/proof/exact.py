@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
 from dspark.evaluation.proof import schedules
@@ -15,10 +15,12 @@ from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
 from dspark.sampling.verification import Rule
 
-ScheduleName = Literal["fixed", "threshold", "prefix", "lagged"]
-SCHEDULES: tuple[ScheduleName, ...] = ("fixed", "threshold", "prefix", "lagged")
+ScheduleName = Literal["fixed", "threshold", "prefix", "lagged", "lookahead"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 SIZES = {1: ((4, 2), (3, 3)), 2: ((2, 2), (3, 2), (2, 3))}
-"""(V, K) of one round of one and of two requests; `lagged` takes two rounds at (2, 2)."""
+"""(V, K) of one round of one and of two requests."""
+REMEMBERING = ("lagged", "lookahead")
+"""Schedules that learn from the round before: two rounds at (2, 2)."""
 PROCESSED = {
     "penalties, top-k": SamplingParams(
         temperature=0.7, top_k=2, presence_penalty=0.6, frequency_penalty=0.3
@@ -35,7 +37,7 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
         one_round = _worlds(requests, head, seed, SIZES[requests], rounds=1)
         two_rounds = _worlds(requests, head, seed, ((2, 2),), rounds=2)
         for name, rule in product(SCHEDULES, RULES):
-            worlds, rounds = (two_rounds, 2) if name == "lagged" else (one_round, 1)
+            worlds, rounds = (two_rounds, 2) if name in REMEMBERING else (one_round, 1)
             yield _of_schedule(rule, name, worlds, rounds)
     for rule in RULES:
         yield from _processed(rule, seed)
@@ -86,7 +88,8 @@ def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
     if name == "prefix":
         shapes = (costs["stairs"], costs["jagged"], schedules.telling_costs(logits))
         return [schedules.prefix(step_ms) for step_ms in shapes]
-    return [schedules.lagged(costs[shape]) for shape in ("linear", "jagged")]
+    of_costs = schedules.lagged if name == "lagged" else schedules.lookahead
+    return [of_costs(costs[shape]) for shape in ("linear", "jagged")]
 
 
 def _processed(rule: Rule, seed: int) -> Iterator[Case]:

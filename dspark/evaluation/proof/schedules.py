@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedule, View
 from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.prefix import (
     best_budget,
     fill_budget,
@@ -65,39 +66,65 @@ def prefix(step_ms: npt.ArrayLike) -> Schedule:
 
 
 @dataclass(frozen=True)
-class _Lagged:
-    """What `lagged` takes from finished rounds: the budget, and a factor for each request."""
+class _Finished:
+    """What finished rounds say: survivals, and a factor for each request that keeps failing."""
 
-    budget: int
-    factors: tuple[float, ...]
+    earlier_RK: tuple[tuple[float, ...], ...]
+    factors_R: tuple[float, ...]
+
+    @classmethod
+    def of(cls, history: RequestHistory, requests: int) -> _Finished:
+        factors_R = history.factors(range(requests))
+        earlier_RK = history.earlier(range(requests), history.typical) * factors_R[:, None]
+        return cls(tuple(map(tuple, earlier_RK.tolist())), tuple(factors_R.tolist()))
+
+    @classmethod
+    def unknown(cls, view: View) -> _Finished:
+        """Before the first round: every survival counts as 1."""
+        requests, drafts = view.logits_RK.shape
+        return cls.of(RequestHistory(drafts), requests)
+
+    @classmethod
+    def after(cls, view: View, accepted_R: IntArray, verified_R: IntArray) -> _Finished:
+        """After one round; little doubt, so that one failure lowers a factor already."""
+        requests, drafts = view.logits_RK.shape
+        history = RequestHistory(drafts, doubt=0.25)
+        history.update(range(requests), survivals(view), accepted_R, verified_R)
+        return cls.of(history, requests)
+
+    def now(self, view: View) -> FloatArray:
+        """This round's survivals, scaled by the factors."""
+        return survivals(view) * np.array(self.factors_R)[:, None]
+
+
+def _known(view: View, memory: Memory) -> _Finished:
+    known = _Finished.unknown(view) if memory is None else memory
+    assert isinstance(known, _Finished)
+    return known
 
 
 def lagged(step_ms: npt.ArrayLike) -> Schedule:
     """A budget searched over the round before, filled by the survivals of this one.
 
-    Survivals are scaled by each request's history, so verifier outcomes of the round before act
-    on the lengths too; the first round knows nothing and counts every survival as 1.
+    Survivals are scaled by each request's history, so what the verifier decided in the round
+    before acts on the lengths too.
     """
 
-    def remembered(history: RequestHistory, requests: int, drafts: int) -> _Lagged:
-        factors = history.factors(range(requests))
-        earlier = history.earlier(range(requests), drafts) * factors[:, None]
-        return _Lagged(best_budget(earlier, step_ms), tuple(factors.tolist()))
+    def lengths(view: View, memory: Memory) -> IntArray:
+        known = _known(view, memory)
+        return fill_budget(known.now(view), best_budget(known.earlier_RK, step_ms))
+
+    return Schedule(lengths, _Finished.after)
+
+
+def lookahead(step_ms: npt.ArrayLike) -> Schedule:
+    """`lagged`, but the budget knows this round's first confidences as well."""
 
     def lengths(view: View, memory: Memory) -> IntArray:
-        known = memory
-        if known is None:
-            known = remembered(RequestHistory(), *view.logits_RK.shape)
-        assert isinstance(known, _Lagged)
-        return fill_budget(survivals(view) * np.array(known.factors)[:, None], known.budget)
+        known = _known(view, memory)
+        return lookahead_lengths(known.now(view), known.earlier_RK, step_ms)
 
-    def remember(view: View, accepted: IntArray, verified: IntArray) -> Memory:
-        history = RequestHistory(doubt=0.25)
-        for r, row in enumerate(survivals(view)):
-            history.update(r, row, int(accepted[r]), int(verified[r]))
-        return remembered(history, *view.logits_RK.shape)
-
-    return Schedule(lengths, remember)
+    return Schedule(lengths, _Finished.after)
 
 
 def searched_globally(step_ms: npt.ArrayLike) -> Schedule:
