@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dspark import __version__
-from dspark.cli import check, convert, data, demo, generate, train
+from dspark.cli import check, convert, data, demo, generate, prove, train
 from dspark.cli.common import Screen, without_nan
 from dspark.errors import DSparkError, UsageError
 
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, check, train, data, convert):
+    for command in (demo, generate, check, prove, train, data, convert):
         command.add_parser(commands)
     return parser
 

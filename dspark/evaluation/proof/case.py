@@ -62,9 +62,7 @@ class Case:
 
 def exact(name: str, distance: Distance, *, note: str = "", holds: bool = True) -> Case:
     """A case that must be exact."""
-    return Case(
-        name, "exact", distance.request, distance.joint, EXACT, note=note, holds=holds
-    )
+    return Case(name, "exact", distance.request, distance.joint, EXACT, note=note, holds=holds)
 
 
 def of_schedule(

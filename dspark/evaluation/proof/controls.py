@@ -60,9 +60,7 @@ def control_cases(seed: int = 0) -> Iterator[Case]:
     yield _own_outcome(seed)
 
 
-def _measure(
-    requests: Sequence[WorldAfter], verifier: Verifier, schedule: Schedule
-) -> Distance:
+def _measure(requests: Sequence[WorldAfter], verifier: Verifier, schedule: Schedule) -> Distance:
     walk = Walk(requests, verifier, schedule)
     return Distance.of(walk.law(), walk.targets())
 
@@ -81,9 +79,7 @@ def _both(seed: int, logits: Laws | None = None) -> list[WorldAfter]:
 
 
 def _worlds(seed: int, vocab_size: int = 3, block_size: int = 3) -> list[World]:
-    return [
-        random_world(s, vocab_size, block_size, peak=2.0) for s in range(seed, seed + WORLDS)
-    ]
+    return [random_world(s, vocab_size, block_size, peak=2.0) for s in range(seed, seed + WORLDS)]
 
 
 def _beside(
@@ -102,9 +98,7 @@ def _beside(
 def _first_failure(seed: int) -> Case:
     block, token = Verifier.of("block"), Verifier.of("token")
     full = schedules.fixed(3)
-    both = _beside(
-        _worlds(seed), (replace(block, decide=token.decide), full), (block, full)
-    )
+    both = _beside(_worlds(seed), (replace(block, decide=token.decide), full), (block, full))
     return control("block: stops at the first failure", *both, documented=0.76)
 
 
@@ -343,5 +337,3 @@ def _online_lengths(margins_NK: npt.NDArray[np.float64], learned_N: IntArray | N
             logistic.update(*observed(margins_K[None], learned_N[n : n + 1], verified))
         lengths.append(threshold_lengths(confidence(logistic.apply(margins_K)), 0.6))
     return np.array(lengths)
-
-

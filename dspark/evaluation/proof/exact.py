@@ -106,9 +106,7 @@ def _processed(rule: Rule, seed: int) -> Iterator[Case]:
 def _greedy(rule: Rule, seed: int) -> Case:
     """Drafts without chance cannot bias anything: even a global search over this round is exact."""
     distances = []
-    for pair_seed, step_ms in product(
-        range(seed, seed + 6, 2), schedules.step_costs(4).values()
-    ):
+    for pair_seed, step_ms in product(range(seed, seed + 6, 2), schedules.step_costs(4).values()):
         greedy = SamplingParams(temperature=0.0)
         pairs = [SmallPair(pair_seed + r, 3, 2, params=greedy) for r in range(2)]
         walk = Walk(pairs, Verifier.of(rule), schedules.searched_globally(step_ms))

@@ -10,16 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedule, View
+from dspark.scheduling import lookahead as foresight
+from dspark.scheduling import prefix as admission
+from dspark.scheduling import survival as chances
 from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.prefix import (
-    best_budget,
-    fill_budget,
-    fixed_lengths,
-    prefix_lengths,
-    threshold_lengths,
-)
-from dspark.scheduling.survival import confidence, survival
 
 
 def step_costs(num_drafts: int) -> dict[str, FloatArray]:
@@ -42,27 +36,30 @@ def telling_costs(logits: Sequence[FloatArray]) -> FloatArray:
     Args:
         logits: of each request, along every path [N, K].
     """
-    paths = product(*(survival(confidence(rows)) for rows in logits))
+    paths = product(*(chances.survival(chances.confidence(rows)) for rows in logits))
     ranked = np.array([np.sort(np.concatenate(rows))[::-1] for rows in paths])
     # Just below the middle: a survival that is the same on all paths pays.
     least = 0.999 * (ranked.min(axis=0) + ranked.max(axis=0)) / 2
     gained = len(logits) + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
-    return np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
+    costs: FloatArray = np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
+    return costs
 
 
 def fixed(length: int) -> Schedule:
     """The same length for all."""
-    return Schedule(lambda view, _memory: fixed_lengths(len(view.logits_RK), length))
+    return Schedule(lambda view, _memory: admission.fixed_lengths(len(view.logits_RK), length))
 
 
 def threshold(least: float) -> Schedule:
     """The longest prefix whose confidences reach the threshold."""
-    return Schedule(lambda view, _memory: threshold_lengths(confidence(view.logits_RK), least))
+    return Schedule(
+        lambda view, _memory: admission.threshold_lengths(chances.confidence(view.logits_RK), least)
+    )
 
 
 def prefix(step_ms: npt.ArrayLike) -> Schedule:
     """Algorithm 1."""
-    return Schedule(lambda view, _memory: prefix_lengths(survivals(view), step_ms))
+    return Schedule(lambda view, _memory: admission.prefix_lengths(survivals(view), step_ms))
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,9 @@ def lagged(step_ms: npt.ArrayLike) -> Schedule:
 
     def lengths(view: View, memory: Memory) -> IntArray:
         known = _known(view, memory)
-        return fill_budget(known.now(view), best_budget(known.earlier_RK, step_ms))
+        return admission.fill_budget(
+            known.now(view), admission.best_budget(known.earlier_RK, step_ms)
+        )
 
     return Schedule(lengths, _Finished.after)
 
@@ -122,7 +121,7 @@ def lookahead(step_ms: npt.ArrayLike) -> Schedule:
 
     def lengths(view: View, memory: Memory) -> IntArray:
         known = _known(view, memory)
-        return lookahead_lengths(known.now(view), known.earlier_RK, step_ms)
+        return foresight.lookahead_lengths(known.now(view), known.earlier_RK, step_ms)
 
     return Schedule(lengths, _Finished.after)
 
@@ -132,14 +131,14 @@ def searched_globally(step_ms: npt.ArrayLike) -> Schedule:
 
     def lengths(view: View, _memory: Memory) -> IntArray:
         now = survivals(view)
-        return fill_budget(now, best_budget(now, step_ms))
+        return admission.fill_budget(now, admission.best_budget(now, step_ms))
 
     return Schedule(lengths)
 
 
 def survivals(view: View) -> FloatArray:
     """Survivals [R, K] of a view."""
-    return survival(confidence(view.logits_RK))
+    return chances.survival(chances.confidence(view.logits_RK))
 
 
 def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
@@ -148,8 +147,8 @@ def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
     Args:
         logits: of each request, along every path [N, K].
     """
-    first = min(float(confidence(rows[:, 0]).min()) for rows in logits)
-    later = np.unique(np.concatenate([confidence(rows[:, 1:]).ravel() for rows in logits]))
+    first = min(float(chances.confidence(rows[:, 0]).min()) for rows in logits)
+    later = np.unique(np.concatenate([chances.confidence(rows[:, 1:]).ravel() for rows in logits]))
     between = (later[1:] + later[:-1]) / 2
     cuts = [float(c) for c in np.sort(np.concatenate([between, later[1:]])) if c <= first]
     return [0.5, *cuts[:: max(1, len(cuts) // 3)]]

@@ -130,6 +130,7 @@ def total_variation(one: Tensor, other: Tensor) -> float:
     """Half the sum of absolute differences."""
     return float((one - other).abs().sum() / 2)
 
+
 @dataclass(frozen=True)
 class Distance:
     """How far a law is from plain decoding's, in total variation.
