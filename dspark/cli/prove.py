@@ -76,7 +76,7 @@ def _show(proof: Proof, seconds: float, screen: Screen) -> None:
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, header_style="bold")
     for name in (*columns, *right):
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in right else "left")
     return table
 
 
@@ -90,7 +90,7 @@ def _schedules(proof: Proof) -> Table:
         "1: one request, 2: two requests jointly (coupled: share of outputs that differ)",
         "verifier",
         "schedule",
-        right=tuple(f"{head} {requests}" for head, requests in columns),
+        right=tuple(f"{head}\n{requests}" for head, requests in columns),
     )
     for verifier in dict.fromkeys(cell[0] for cell in cells):
         names = dict.fromkeys(cell[1] for cell in cells if cell[0] == verifier)
@@ -112,9 +112,9 @@ def _others(proof: Proof) -> Table:
 def _controls(proof: Proof) -> Table:
     """The wrong variants, each beside the right one."""
     table = _table(
-        "Controls, wrong on purpose: must be seen to fail",
+        "Controls, wrong on purpose: must be seen to fail, beside the right variant",
         "wrong variant",
-        right=("distance", "right variant", "known"),
+        right=("distance", "right", "known"),
     )
     for case in proof.of("biased"):
         known = "" if case.documented is None else f"{case.documented:.2g}"

@@ -91,7 +91,8 @@ class _Finished:
 
     def now(self, view: View) -> FloatArray:
         """This round's survivals, scaled by the factors."""
-        return survivals(view) * np.array(self.factors_R)[:, None]
+        scaled_RK: FloatArray = survivals(view) * np.array(self.factors_R)[:, None]
+        return scaled_RK
 
 
 def _known(view: View, memory: Memory) -> _Finished:
