@@ -15,8 +15,8 @@ from dspark.evaluation.proof.case import Case, control, of_schedule
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.rounds import Memory, Schedule, View
 from dspark.evaluation.proof.worlds import Distance, Prefix, World
+from dspark.sampling import verification
 from dspark.sampling.noise import seed_tensor
-from dspark.sampling.verification import accepted_by_identity, coupled_tokens
 
 SEEDS, TOKENS = 24, 5
 
@@ -42,6 +42,7 @@ def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
         "threshold": [schedules.threshold(0.7)],
         "prefix": [schedules.prefix(step_ms) for step_ms in costs],
         "lagged": [schedules.lagged(step_ms) for step_ms in costs],
+        "lookahead": [schedules.lookahead(step_ms) for step_ms in costs],
         "global search": [schedules.searched_globally(step_ms) for step_ms in costs],
     }
     for name, settings in ways.items():
@@ -74,7 +75,7 @@ def _plain(pair: SmallPair, seed_1: Tensor) -> Prefix:
     tokens: Prefix = ()
     while len(tokens) < TOKENS:
         law_1V = pair(tokens).target[0]
-        tokens += (int(coupled_tokens(law_1V, seed_1, torch.tensor([len(tokens)]))),)
+        tokens += (int(verification.coupled_tokens(law_1V, seed_1, torch.tensor([len(tokens)]))),)
     return tokens
 
 
@@ -95,7 +96,9 @@ def _speculative(
         block = _Block.draw(worlds, seeds_R, starts_R)
         lengths = schedule.lengths(block.view, memory)
         seen.add(tuple(map(int, lengths)))
-        accepted = accepted_by_identity(block.own_RK1, block.drafts_RK, torch.from_numpy(lengths))
+        accepted = verification.accepted_by_identity(
+            block.own_RK1, block.drafts_RK, torch.from_numpy(lengths)
+        )
         memory = schedule.remember(block.view, accepted.numpy(), lengths)
         for r, kept in enumerate(accepted.tolist()):
             outputs[r] = (*outputs[r], *block.own_RK1[r, : kept + 1].tolist())[:TOKENS]
@@ -118,11 +121,11 @@ class _Block:
         for k in range(worlds[0].block_size + 1):
             here = list(zip(worlds, places, strict=True))
             judged = torch.stack([(w.judged or w.target)[k][n] for w, n in here])
-            own.append(coupled_tokens(judged, seeds_R, starts_R + k))
+            own.append(verification.coupled_tokens(judged, seeds_R, starts_R + k))
             if k == worlds[0].block_size:
                 break
             law_RV = torch.stack([w.draft[k][n] for w, n in here])
-            drafts.append(coupled_tokens(law_RV, seeds_R, starts_R + k))
+            drafts.append(verification.coupled_tokens(law_RV, seeds_R, starts_R + k))
             probs.append(law_RV.gather(1, drafts[-1][:, None]).squeeze(1))
             logits.append(torch.stack([w.logits[k][n] for w, n in here]))
             places = [

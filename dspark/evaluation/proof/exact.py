@@ -17,10 +17,10 @@ from dspark.sampling.verification import Rule
 
 ScheduleName = Literal["fixed", "threshold", "prefix", "lagged", "lookahead"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
-LEARNING = ("lagged", "lookahead")
-"""Schedules that finished rounds teach."""
 SIZES = {1: ((4, 2), (3, 3)), 2: ((2, 2), (3, 2), (2, 3))}
-"""(V, K) of one round of one and of two requests; learning schedules take two at (2, 2)."""
+"""(V, K) of one round of one and of two requests."""
+REMEMBERING = ("lagged", "lookahead")
+"""Schedules that learn from the round before: two rounds at (2, 2)."""
 PROCESSED = {
     "penalties, top-k": SamplingParams(
         temperature=0.7, top_k=2, presence_penalty=0.6, frequency_penalty=0.3
@@ -37,7 +37,7 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
         one_round = _worlds(requests, head, seed, SIZES[requests], rounds=1)
         two_rounds = _worlds(requests, head, seed, ((2, 2),), rounds=2)
         for name, rule in product(SCHEDULES, RULES):
-            worlds, rounds = (two_rounds, 2) if name in LEARNING else (one_round, 1)
+            worlds, rounds = (two_rounds, 2) if name in REMEMBERING else (one_round, 1)
             yield _of_schedule(rule, name, worlds, rounds)
     for rule in RULES:
         yield from _processed(rule, seed)
@@ -88,8 +88,8 @@ def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
     if name == "prefix":
         shapes = (costs["stairs"], costs["jagged"], schedules.telling_costs(logits))
         return [schedules.prefix(step_ms) for step_ms in shapes]
-    learning = schedules.lagged if name == "lagged" else schedules.lookahead
-    return [learning(costs[shape]) for shape in ("linear", "jagged")]
+    of_costs = schedules.lagged if name == "lagged" else schedules.lookahead
+    return [of_costs(costs[shape]) for shape in ("linear", "jagged")]
 
 
 def _processed(rule: Rule, seed: int) -> Iterator[Case]:

@@ -18,14 +18,10 @@ from dspark.evaluation.proof.worlds import (
     number,
     sequence_law,
 )
+from dspark.sampling import verification
 from dspark.sampling.noise import Stream, gumbel, seed_tensor, uniform
 from dspark.sampling.processors import sample
-from dspark.sampling.verification import (
-    Rule,
-    accepted_lengths,
-    keep_probabilities,
-    next_law,
-)
+from dspark.sampling.verification import Rule
 
 TRIALS, WIDE = 200_000, 16
 CHI_LIMIT = 45.0
@@ -88,11 +84,11 @@ def two_round_law(world: World, rule: Rule, *, keyed_by_position: bool) -> Tenso
     vocab_size, paths = world.vocab_size, world.paths()
     p, q = along(world.target[:3], paths), along(world.draft, paths)
     lengths = torch.full((len(paths),), 2)
-    keep = keep_probabilities(rule, p, q, paths, lengths)
+    keep = verification.keep_probabilities(rule, p, q, paths, lengths)
     total = torch.zeros(vocab_size**4, dtype=torch.float64)
     for uniforms, chance in outcomes(keep):
-        kept = accepted_lengths(rule, keep, uniforms, lengths)
-        law = next_law(rule, p, q, paths, lengths, kept)
+        kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
+        law = verification.next_law(rule, p, q, paths, lengths, kept)
         shares = (world.path_weights() * chance)[:, None] * law
         for n, token in product(range(len(paths)), range(vocab_size)):
             if float(shares[n, token]) == 0:
@@ -120,7 +116,7 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
     q = torch.stack([first.expand(len(paths), -1), world.draft[1][paths[:, 0]]], dim=1)
     weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(1)
     lengths = torch.full((len(paths),), 2)
-    keep = keep_probabilities(rule, p, q, paths, lengths)
+    keep = verification.keep_probabilities(rule, p, q, paths, lengths)
     low, high = bounds
     total = torch.zeros(vocab_size**4, dtype=torch.float64)
     for passed in product((True, False), repeat=2):
@@ -129,8 +125,8 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
         inside = ((keep[:, 0] - low) / (high - low)).clamp(0, 1)
         chances = torch.stack([inside, keep[:, 1]], dim=1)
         chance = torch.where(side, chances, 1 - chances).prod(1)
-        kept = accepted_lengths(rule, keep, uniforms, lengths)
-        law = next_law(rule, p, q, paths, lengths, kept)
+        kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
+        law = verification.next_law(rule, p, q, paths, lengths, kept)
         for n, count in enumerate(kept.tolist()):
             depth = count + 2
             rest = sequence_law(world.target, 4 - depth, depth)
@@ -156,10 +152,10 @@ def _shared_gumbel(seed: int) -> Case:
 
     def counts(drafts: Tensor, *, shared: bool) -> Tensor:
         lengths = torch.ones_like(zeros)
-        keep = keep_probabilities("token", p, q, drafts[:, None], lengths)
+        keep = verification.keep_probabilities("token", p, q, drafts[:, None], lengths)
         tests = uniform(seeds, 0, 0, Stream.VERIFY)[:, None]
-        kept = accepted_lengths("token", keep, tests, lengths)
-        law = next_law("token", p, q, drafts[:, None], lengths, kept)
+        kept = verification.accepted_lengths("token", keep, tests, lengths)
+        law = verification.next_law("token", p, q, drafts[:, None], lengths, kept)
         fresh = uniform(seeds, 0, 0, Stream.NEXT)
         next_ = (law.log() + noise).argmax(1) if shared else sample(law, fresh)
         return torch.bincount(torch.where(kept > 0, drafts, next_), minlength=WIDE).double()

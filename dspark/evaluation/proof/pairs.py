@@ -22,8 +22,9 @@ from dspark.drafters.heads import MarkovKind
 from dspark.errors import NumericsError
 from dspark.evaluation.proof.worlds import Laws, Prefix, World, all_paths
 from dspark.request import SamplingParams
+from dspark.sampling import processors
 from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain, law
+from dspark.sampling.processors import Chain
 
 WIDTH, RANK = 8, 3
 CERTAIN = 40.0
@@ -148,7 +149,7 @@ class SmallPair:
         after = all_paths(self.vocab_size, depth).tolist()
         outputs = [[*prefix, *x] for x in after]
         counts = TokenCounts.of([[0]] * len(after), outputs, self.vocab_size)
-        return law(self._table(prefix, depth), self._chain(len(after)), counts)
+        return processors.law(self._table(prefix, depth), self._chain(len(after)), counts)
 
     @cached_property
     def _paths(self) -> Tensor:
@@ -176,7 +177,7 @@ class SmallPair:
         for step in range(min(self.block_size + 1, self.horizon - len(prefix))):
             table = self._table(prefix, step)
             rows = table.repeat_interleave(len(self._paths) // len(table), dim=0)
-            whole = law(rows, self._chain(len(rows)), self._counts(prefix, step))
+            whole = processors.law(rows, self._chain(len(rows)), self._counts(prefix, step))
             laws.append(self._by_prefix(whole, step))
         return tuple(laws)
 
@@ -200,7 +201,7 @@ class SmallPair:
         laws = []
 
         def draw(step: int, logits_RV: Tensor) -> Tensor:
-            whole = law(logits_RV, self._chain(count), self._counts(prefix, step))
+            whole = processors.law(logits_RV, self._chain(count), self._counts(prefix, step))
             laws.append(self._by_prefix(whole, step))
             return self._paths[:, step]
 

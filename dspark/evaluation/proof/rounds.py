@@ -3,7 +3,8 @@
 Every draft path, verification length and verifier outcome of one or more rounds is walked, for
 one request or several that share a schedule; what follows the last round is drawn from the
 target. Keep probabilities, decisions, residuals and lengths come from the functions that the
-engine calls. The result must be the target's law, of each request and of all of them jointly.
+engine calls, looked up in their modules when they are needed: whoever breaks one there breaks
+the proof. The result must be the target's law, of each request and of all of them jointly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dspark.evaluation.proof.worlds import (
     sequence_law,
     target_law,
 )
-from dspark.sampling.verification import Rule, accepted_lengths, keep_probabilities, next_law
+from dspark.sampling import verification
+from dspark.sampling.verification import Rule
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -45,9 +47,9 @@ class Verifier:
     def of(cls, rule: Rule) -> Verifier:
         """The production functions of a rule."""
         return cls(
-            partial(keep_probabilities, rule),
-            partial(accepted_lengths, rule),
-            partial(next_law, rule),
+            partial(verification.keep_probabilities, rule),
+            partial(verification.accepted_lengths, rule),
+            partial(verification.next_law, rule),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,16 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedule, View
+from dspark.scheduling import lookahead as foresight
+from dspark.scheduling import prefix as admission
+from dspark.scheduling import survival as chances
 from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.prefix import (
-    best_budget,
-    fill_budget,
-    fixed_lengths,
-    prefix_lengths,
-    threshold_lengths,
-)
-from dspark.scheduling.survival import confidence, survival
 
 
 def step_costs(num_drafts: int) -> dict[str, FloatArray]:
@@ -42,82 +36,95 @@ def telling_costs(logits: Sequence[FloatArray]) -> FloatArray:
     Args:
         logits: of each request, along every path [N, K].
     """
-    paths = product(*(survival(confidence(rows)) for rows in logits))
+    paths = product(*(chances.survival(chances.confidence(rows)) for rows in logits))
     ranked = np.array([np.sort(np.concatenate(rows))[::-1] for rows in paths])
     # Just below the middle: a survival that is the same on all paths pays.
     least = 0.999 * (ranked.min(axis=0) + ranked.max(axis=0)) / 2
     gained = len(logits) + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
-    return np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
+    costs: FloatArray = np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
+    return costs
 
 
 def fixed(length: int) -> Schedule:
     """The same length for all."""
-    return Schedule(lambda view, _memory: fixed_lengths(len(view.logits_RK), length))
+    return Schedule(lambda view, _memory: admission.fixed_lengths(len(view.logits_RK), length))
 
 
 def threshold(least: float) -> Schedule:
     """The longest prefix whose confidences reach the threshold."""
-    return Schedule(lambda view, _memory: threshold_lengths(confidence(view.logits_RK), least))
+    return Schedule(
+        lambda view, _memory: admission.threshold_lengths(chances.confidence(view.logits_RK), least)
+    )
 
 
 def prefix(step_ms: npt.ArrayLike) -> Schedule:
     """Algorithm 1."""
-    return Schedule(lambda view, _memory: prefix_lengths(survivals(view), step_ms))
+    return Schedule(lambda view, _memory: admission.prefix_lengths(survivals(view), step_ms))
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What finished rounds leave: expected survivals [R, K], factors [R], a budget."""
+class _Finished:
+    """What finished rounds say: survivals, and a factor for each request that keeps failing."""
 
-    earlier: tuple[tuple[float, ...], ...]
-    factors: tuple[float, ...]
-    budget: int
+    earlier_RK: tuple[tuple[float, ...], ...]
+    factors_R: tuple[float, ...]
 
     @classmethod
-    def of(cls, history: RequestHistory, requests: int, step_ms: npt.ArrayLike) -> _Known:
-        """Read a history, newcomers and all."""
+    def of(cls, history: RequestHistory, requests: int) -> _Finished:
         factors_R = history.factors(range(requests))
         earlier_RK = history.earlier(range(requests), history.typical) * factors_R[:, None]
-        return cls(
-            tuple(map(tuple, earlier_RK.tolist())),
-            tuple(factors_R.tolist()),
-            best_budget(earlier_RK, step_ms),
-        )
+        return cls(tuple(map(tuple, earlier_RK.tolist())), tuple(factors_R.tolist()))
+
+    @classmethod
+    def unknown(cls, view: View) -> _Finished:
+        """Before the first round: every survival counts as 1."""
+        requests, drafts = view.logits_RK.shape
+        return cls.of(RequestHistory(drafts), requests)
+
+    @classmethod
+    def after(cls, view: View, accepted_R: IntArray, verified_R: IntArray) -> _Finished:
+        """After one round; little doubt, so that one failure lowers a factor already."""
+        requests, drafts = view.logits_RK.shape
+        history = RequestHistory(drafts, doubt=0.25)
+        history.update(range(requests), survivals(view), accepted_R, verified_R)
+        return cls.of(history, requests)
+
+    def now(self, view: View) -> FloatArray:
+        """This round's survivals, scaled by the factors."""
+        scaled_RK: FloatArray = survivals(view) * np.array(self.factors_R)[:, None]
+        return scaled_RK
+
+
+def _known(view: View, memory: Memory) -> _Finished:
+    known = _Finished.unknown(view) if memory is None else memory
+    assert isinstance(known, _Finished)
+    return known
 
 
 def lagged(step_ms: npt.ArrayLike) -> Schedule:
     """A budget searched over the round before, filled by the survivals of this one.
 
-    Survivals are scaled by each request's history, so verifier outcomes of the round before act
-    on the lengths too; the first round knows nothing and counts every survival as 1.
+    Survivals are scaled by each request's history, so what the verifier decided in the round
+    before acts on the lengths too.
     """
-    return _with_history(step_ms, lambda scaled_RK, known: fill_budget(scaled_RK, known.budget))
+
+    def lengths(view: View, memory: Memory) -> IntArray:
+        known = _known(view, memory)
+        return admission.fill_budget(
+            known.now(view), admission.best_budget(known.earlier_RK, step_ms)
+        )
+
+    return Schedule(lengths, _Finished.after)
 
 
 def lookahead(step_ms: npt.ArrayLike) -> Schedule:
-    """A budget searched over this round's first survivals, falling as those of earlier rounds."""
-    return _with_history(
-        step_ms,
-        lambda scaled_RK, known: lookahead_lengths(scaled_RK, known.earlier, step_ms),
-    )
+    """`lagged`, but the budget knows this round's first confidences as well."""
 
-
-def _with_history(
-    step_ms: npt.ArrayLike, decide: Callable[[FloatArray, _Known], IntArray]
-) -> Schedule:
     def lengths(view: View, memory: Memory) -> IntArray:
-        requests, drafts = view.logits_RK.shape
-        known = memory or _Known.of(RequestHistory(drafts), requests, step_ms)
-        assert isinstance(known, _Known)
-        return decide(survivals(view) * np.array(known.factors)[:, None], known)
+        known = _known(view, memory)
+        return foresight.lookahead_lengths(known.now(view), known.earlier_RK, step_ms)
 
-    def remember(view: View, accepted: IntArray, verified: IntArray) -> Memory:
-        requests, drafts = view.logits_RK.shape
-        history = RequestHistory(drafts, doubt=0.25)
-        history.update(range(requests), survivals(view), accepted, verified)
-        return _Known.of(history, requests, step_ms)
-
-    return Schedule(lengths, remember)
+    return Schedule(lengths, _Finished.after)
 
 
 def searched_globally(step_ms: npt.ArrayLike) -> Schedule:
@@ -125,14 +132,14 @@ def searched_globally(step_ms: npt.ArrayLike) -> Schedule:
 
     def lengths(view: View, _memory: Memory) -> IntArray:
         now = survivals(view)
-        return fill_budget(now, best_budget(now, step_ms))
+        return admission.fill_budget(now, admission.best_budget(now, step_ms))
 
     return Schedule(lengths)
 
 
 def survivals(view: View) -> FloatArray:
     """Survivals [R, K] of a view."""
-    return survival(confidence(view.logits_RK))
+    return chances.survival(chances.confidence(view.logits_RK))
 
 
 def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
@@ -141,8 +148,8 @@ def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
     Args:
         logits: of each request, along every path [N, K].
     """
-    first = min(float(confidence(rows[:, 0]).min()) for rows in logits)
-    later = np.unique(np.concatenate([confidence(rows[:, 1:]).ravel() for rows in logits]))
+    first = min(float(chances.confidence(rows[:, 0]).min()) for rows in logits)
+    later = np.unique(np.concatenate([chances.confidence(rows[:, 1:]).ravel() for rows in logits]))
     between = (later[1:] + later[:-1]) / 2
     cuts = [float(c) for c in np.sort(np.concatenate([between, later[1:]])) if c <= first]
     return [0.5, *cuts[:: max(1, len(cuts) // 3)]]
