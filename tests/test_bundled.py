@@ -9,7 +9,8 @@ import pytest
 import dspark
 from dspark.cli.main import main
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.engine.loading import BUNDLED
+from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.engine.loading import ASSETS, BUNDLED, BUNDLED_DRAFTERS
 from dspark.request import merge_stats
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def bundled():
 
 
 def test_it_is_small_and_says_where_it_comes_from():
-    files = [p for p in BUNDLED.rglob("*") if p.is_file()]
+    files = [p for p in ASSETS.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 40 * MEGABYTE
     card = (BUNDLED / "README.md").read_text(encoding="utf-8")
     for word in ("licence", "GSM8K", "MBPP", "tldr", "SGD", "bits per byte", "dspark train"):
@@ -52,6 +53,28 @@ def test_speculation_pays_and_changes_nothing(bundled, verifier):
         o.token_ids for o in plain.engine(requests).run(requests)
     ]
     assert merge_stats(outputs).accepted_length > 1.8
+
+
+@pytest.mark.parametrize("name", BUNDLED_DRAFTERS)
+def test_its_other_drafters_pay_and_change_nothing(bundled, name):
+    model = dspark.load("bundled", name, device="cpu")
+    assert isinstance(model.drafter, Eagle3Drafter) == (name != "bundled-dflash")
+    assert model.drafter.block_size == (1 if name == "bundled-mtp" else 7)
+    messages = [{"role": "user", "content": "I need a taxi in Berkeley."}]
+    own = model.generate(messages=messages, max_new_tokens=48)
+    plain = dspark.Model(bundled.target).generate(messages=messages, max_new_tokens=48)
+    assert own.token_ids == plain.token_ids
+    assert own.stats.accepted_length > 1.3
+
+
+def test_it_is_calibrated(bundled):
+    """For the verifier that is the default, at temperature 0 and above."""
+    assert bundled.calibration is not None
+    for temperature_class in ("greedy", "sampled"):
+        entry = bundled.calibration.entry(7, "block", temperature_class)
+        before, after = (sum(r.ece for r in found) / 7 for found in (entry.before, entry.after))
+        assert after < 0.025 < before
+        assert entry.after[0].count >= 20_000
 
 
 def test_readme_python_runs(capsys):

@@ -20,7 +20,7 @@ from dspark.scheduling.reliability import (
 from dspark.scheduling.survival import confidence, survival
 
 GRID = np.geomspace(0.1, 10.0, 161)  # 1 is in its middle; steps of 3 %
-SHIFTS = np.linspace(-2.0, 2.0, 41)
+SHIFTS = np.arange(-20, 21) / 10
 FEWEST = 100
 TemperatureClass = Literal["greedy", "sampled"]
 FloatArray = npt.NDArray[np.float64]
