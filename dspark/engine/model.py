@@ -25,7 +25,6 @@ from dspark.errors import (
     UsageError,
 )
 from dspark.request import Output, Request, SamplingParams, Verifier
-from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.machine import MachineKey
@@ -184,13 +183,12 @@ class Model:
         if self.drafter is None:
             return Schedule(name or "fixed", threshold)
         num_drafts = block_size or self.drafter.block_size
+        missing = self._uncalibrated(requests, num_drafts, verifier)
         if name is None:
-            classes = {temperature_class(r.params.temperature) for r in requests}
-            known = self.calibration is not None and all(
-                self.calibration.has(num_drafts, verifier, c) for c in classes
-            )
-            name = "lagged" if known and self._usable_costs() else "fixed"
+            name = "lagged" if missing == [] and self._usable_costs() else "fixed"
         schedule = Schedule(name, threshold)
+        for sentence in (missing or []) if schedule.reads_confidences else []:
+            warnings.warn(DSparkWarning(sentence), stacklevel=3)
         costs = self.costs if schedule.weighs_costs else None
         if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):
             costs = self.profile(max_requests=at_once, block_size=block_size)

@@ -130,11 +130,6 @@ class Calibration:
         if twice:
             raise DataError(f"There are two calibrations for {_named(*twice[0])}; {FALLBACK}.")
 
-    def has(self, block_size: int, verifier: Verifier, temperature_class: TemperatureClass) -> bool:
-        """Whether there is an entry for these."""
-        wanted = (block_size, verifier, temperature_class)
-        return any(entry.key == wanted for entry in self.entries)
-
     def entry(
         self, block_size: int, verifier: Verifier, temperature_class: TemperatureClass
     ) -> CalibrationEntry:

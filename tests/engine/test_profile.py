@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.errors import CompatibilityError, UsageError
+from dspark.errors import CompatibilityError, DSparkWarning, UsageError
 from dspark.request import Request, SamplingParams
+from dspark.scheduling.calibration import Rounds
+from dspark.scheduling.calibration_file import Calibration, calibrate
 from dspark.scheduling.cost import CostTable
 
 
@@ -55,23 +58,23 @@ def test_lagged_measures_where_nothing_is_known_and_keeps_it(tiny, target, pair)
     assert other.costs is None
 
 
-def test_the_default_is_lagged_once_calibrated_and_profiled(tiny, target, pair, monkeypatch):
+def test_the_default_is_lagged_once_calibrated_and_profiled(pair):
     requests = [Request((1, 2, 3), SamplingParams(8))]
     assert pair.engine(requests).schedule.name == "fixed"
     pair.profile(max_requests=1, repeats=1)
     assert pair.engine(requests).schedule.name == "fixed"
 
-    class Known:
-        entries = ()
-
-        def has(self, block_size, verifier, temperature_class):
-            return (block_size, verifier, temperature_class) == (5, "block", "greedy")
-
-    pair.calibration = Known()
+    logits = np.random.default_rng(0).normal(size=(200, 5))
+    rounds = Rounds.of(logits, np.arange(200) % 6, np.full(200, 5))
+    pair.calibration = Calibration((calibrate(rounds, "block", "greedy"),))
     assert pair.engine(requests).schedule.name == "lagged"
     assert pair.engine(requests, verifier="token").schedule.name == "fixed"
     sampled = [Request((1, 2, 3), SamplingParams(8, temperature=1.0))]
     assert pair.engine(sampled).schedule.name == "fixed"
+    with pytest.warns(DSparkWarning, match=r"no entry .* sampled requests .* uncalibrated"):
+        pair.engine(sampled, schedule="lagged")
+    with pytest.warns(DSparkWarning, match=r"no entry for block size 3"):
+        pair.engine(requests, schedule="threshold", threshold=0.5, block_size=3)
 
 
 def test_a_table_of_another_machine_is_refused(pair, tmp_path):
