@@ -196,6 +196,20 @@ class Model:
                 costs.save()
         return Scheduler(schedule, verifier, num_drafts, self.calibration, costs)
 
+    def _uncalibrated(
+        self, requests: Sequence[Request], num_drafts: int, verifier: Verifier
+    ) -> list[str] | None:
+        """What the calibration lacks for these requests, a sentence each; None without one."""
+        if self.calibration is None:
+            return None
+        found = []
+        for kind in sorted({temperature_class(r.params.temperature) for r in requests}):
+            try:
+                self.calibration.entry(num_drafts, verifier, kind)
+            except CompatibilityError as error:
+                found.append(str(error))
+        return found
+
     def encode(self, prompt: str | Messages, *, raw: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt.
 
