@@ -25,6 +25,7 @@ from dspark.errors import (
     UsageError,
 )
 from dspark.request import Output, Request, SamplingParams, Verifier
+from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.machine import MachineKey
