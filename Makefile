@@ -37,6 +37,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.identity --data $(DATA)
 	$(BIN)/python -m benchmarks.bundled --data $(DATA)
 	$(BIN)/python -m benchmarks.inflated --data $(DATA)
+	$(BIN)/python -m benchmarks.drafters --data $(DATA)
+	$(BIN)/python -m benchmarks.scheduling --recorded --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
