@@ -4,61 +4,57 @@ from __future__ import annotations
 
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
+from dspark.evaluation.proof import schedules, worlds
+from dspark.evaluation.proof.rounds import Verifier, Walk, continued, outcomes
+from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
 from dspark.sampling import processors
 from dspark.sampling.counts import TokenCounts
-from dspark.scheduling.prefix import fixed_lengths, threshold_lengths
 
 EXACT = 1e-12
 RULES = ("token", "block")
 SIZES = ((2, 2), (3, 2), (4, 2), (2, 3), (3, 3))
 
 
+def distance(requests, rule, schedule):
+    """How far the joint law of single rounds is from independent plain decoding."""
+    walk = Walk([lambda _, w=w: w for w in requests], Verifier.of(rule), schedule)
+    return Distance.of(walk.law(), walk.targets()), walk.lengths_seen
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("vocab_size", "block_size"), SIZES)
-@pytest.mark.parametrize("head", ["vanilla", "markov", "history"])
-def test_request_law_is_the_targets(enumeration, rule, vocab_size, block_size, head):
-    verifier = enumeration.Verifier.of(rule)
+@pytest.mark.parametrize("head", worlds.HEADS)
+def test_request_law_is_the_targets(rule, vocab_size, block_size, head):
     for seed in range(3):
-        world = enumeration.random_world(seed, vocab_size, block_size, head, zeros=seed == 2)
-        expected = enumeration.target_law(world)
-        laws = enumeration.outcome_laws(world, verifier)
-        confidences = world.path_confidences()
-        schedules = [fixed_lengths(len(laws), length) for length in range(block_size + 1)]
-        for place in range(1, block_size):
-            # A threshold between the confidences of one place: lengths depend on the path.
-            cut = float(confidences[:, place].unique()[-1])
-            schedules.append(threshold_lengths(confidences, min(cut, float(confidences[0, 0]))))
-        schedules.append(threshold_lengths(confidences, 0.5))
-        for lengths in schedules:
-            law = enumeration.request_law(world, laws, torch.from_numpy(lengths))
-            assert enumeration.total_variation(law, expected) < EXACT
+        world = worlds.random_world(seed, vocab_size, block_size, head, zeros=seed == 2)
+        logits = [world.path_logits().numpy()]
+        cuts = schedules.telling_thresholds(logits)
+        settings = [schedules.fixed(length) for length in range(block_size + 1)]
+        settings += [schedules.threshold(cut) for cut in cuts]
+        costs = [*schedules.step_costs(block_size).values(), schedules.telling_costs(logits)]
+        settings += [schedules.prefix(step_ms) for step_ms in costs]
+        for schedule in settings:
+            assert distance([world], rule, schedule)[0].largest < EXACT
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("vocab_size", "block_size"), [(2, 2), (3, 2), (2, 3)])
-def test_joint_law_of_two_requests_is_that_of_independent_runs(
-    enumeration, rule, vocab_size, block_size
-):
-    verifier = enumeration.Verifier.of(rule)
-    worlds = [enumeration.random_world(seed, vocab_size, block_size) for seed in (10, 11)]
-    confidences = [world.path_confidences().numpy() for world in worlds]
-    cut = min(confidences[0][:, 1].max(), confidences[0][0, 0])
-    expected = torch.outer(*(enumeration.target_law(world) for world in worlds))
-
-    def threshold(i, j):
-        both = np.stack([confidences[0][i], confidences[1][j]])
-        return tuple(threshold_lengths(both, cut))
-
-    lengths = {threshold(i, j) for i, j in product(*(range(len(c)) for c in confidences))}
-    assert len(lengths) > 1  # the schedule does depend on the drafts
-    for schedule in (lambda i, j: tuple(fixed_lengths(2, block_size)), threshold):
-        law = enumeration.joint_law(*worlds, verifier, schedule)
-        assert enumeration.total_variation(law, expected) < EXACT
+def test_joint_law_of_two_requests_is_that_of_independent_runs(rule, vocab_size, block_size):
+    pair = [worlds.random_world(seed, vocab_size, block_size) for seed in (10, 11)]
+    logits = [world.path_logits().numpy() for world in pair]
+    kinds = (
+        [schedules.threshold(cut) for cut in (0.3, *schedules.telling_thresholds(logits))],
+        [schedules.prefix(schedules.telling_costs(logits))],
+    )
+    for settings in kinds:
+        results = [distance(pair, rule, schedule) for schedule in settings]
+        assert max(len(lengths) for _, lengths in results) > 1  # lengths do depend on drafts
+        assert all(found.largest < EXACT for found, _ in results)
+    assert distance(pair, rule, schedules.fixed(block_size))[0].largest < EXACT
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -70,7 +66,7 @@ def test_joint_law_of_two_requests_is_that_of_independent_runs(
         SamplingParams(temperature=0.0, frequency_penalty=0.9),
     ],
 )
-def test_processed_laws_keep_each_rows_own_prefix(enumeration, rule, params):
+def test_processed_laws_keep_each_rows_own_prefix(rule, params):
     """Penalties follow the drafts: one batch of draft rows against plain decoding, row by row."""
     vocab_size, block_size = 3, 2
     generator = torch.Generator().manual_seed(5)
@@ -82,7 +78,7 @@ def test_processed_laws_keep_each_rows_own_prefix(enumeration, rule, params):
     def plain(tables):
         laws = []
         for depth, table in enumerate(tables):
-            prefixes = enumeration.all_paths(vocab_size, depth).tolist()
+            prefixes = worlds.all_paths(vocab_size, depth).tolist()
             rows = len(prefixes)
             counts = TokenCounts.of([[1]] * rows, [[2, *x] for x in prefixes], vocab_size)
             chain = processors.Chain.of([params] * rows)
@@ -92,7 +88,7 @@ def test_processed_laws_keep_each_rows_own_prefix(enumeration, rule, params):
     target_logits = tuple(logits(depth) for depth in range(block_size + 1))
     draft_logits = tuple(logits(depth) for depth in range(block_size))
     target = plain(target_logits)
-    paths = enumeration.all_paths(vocab_size, block_size)
+    paths = worlds.all_paths(vocab_size, block_size)
     state = TokenCounts.of([[1]] * len(paths), [[2]] * len(paths), vocab_size)
     chain = processors.Chain.of([params] * len(paths))
 
@@ -102,32 +98,31 @@ def test_processed_laws_keep_each_rows_own_prefix(enumeration, rule, params):
         requests = torch.arange(len(paths)).repeat_interleave(steps)
         step = torch.arange(steps).repeat(len(paths))
         counts = state.after_drafts(requests, step, paths)
-        rows = enumeration.along(tables, paths).flatten(0, 1)
+        rows = worlds.along(tables, paths).flatten(0, 1)
         laws = processors.law(rows, chain.rows(requests), counts)
         return laws.view(len(paths), steps, vocab_size)
 
     p, q = batched(target_logits), batched(draft_logits)
-    reference = enumeration.World(target, plain(draft_logits), ())
-    assert torch.equal(p, enumeration.along(target, paths))
+    reference = worlds.World(target, plain(draft_logits), ())
+    assert torch.equal(p, worlds.along(target, paths))
 
-    verifier = enumeration.Verifier.of(rule)
+    verifier = Verifier.of(rule)
     lengths = torch.full((len(paths),), block_size)
     keep = verifier.keep(p, q, paths, lengths)
-    total = torch.zeros(1, dtype=torch.float64)
-    weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(dim=1)
-    for uniforms, weight in enumeration.outcomes(keep):
+    chances = torch.zeros(len(paths), 1, block_size + 1, vocab_size, dtype=torch.float64)
+    for uniforms, weight in outcomes(keep):
         accepted = verifier.decide(keep, uniforms, lengths)
         following = verifier.next_law(p, q, paths, lengths, accepted)
-        laws = enumeration.continued(reference, paths, accepted, following)
-        total = total + (weights * weight) @ laws
-    expected = enumeration.target_law(reference)
-    assert enumeration.total_variation(total, expected) < EXACT
+        chances[torch.arange(len(paths)), 0, accepted] += weight[:, None] * following
+    weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(dim=1)
+    total = weights @ continued(reference, chances)[:, 0]
+    assert worlds.total_variation(total, worlds.target_law(reference)) < EXACT
 
 
-def test_enumeration_of_plain_decoding_matches_a_loop(enumeration):
+def test_enumeration_of_plain_decoding_matches_a_loop():
     """The yardstick itself: sequence laws against products written out."""
-    world = enumeration.random_world(3, 3, 2)
-    law = enumeration.target_law(world)
+    world = worlds.random_world(3, 3, 2)
+    law = worlds.target_law(world)
     for x in product(range(3), repeat=3):
         product_law = (
             world.target[0][0, x[0]]

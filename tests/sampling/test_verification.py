@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dspark.evaluation.proof import worlds
 from dspark.request import SamplingParams
 from dspark.sampling.noise import Stream, gumbel, uniform
 from dspark.sampling.processors import Chain, greedy_tokens, law, sample
@@ -189,20 +190,20 @@ def test_greedy_equals_every_rule_on_one_hot_laws(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_real_noise_gives_the_targets_law(rule, enumeration):
+def test_the_real_noise_gives_the_targets_law(rule):
     """The whole round with the engine's own draws and streams, chi-squared against the target."""
     trials = 100_000
-    world = enumeration.random_world(6, 3, 2)
+    world = worlds.random_world(6, 3, 2)
     seeds = torch.arange(trials)
 
     def laws(depth_laws, tokens):
-        return depth_laws[enumeration.number(tokens, 3)]
+        return depth_laws[worlds.number(tokens, 3)]
 
     drafts = torch.zeros(trials, 0, dtype=torch.int64)
     for k in range(2):
         drawn = sample(laws(world.draft[k], drafts), uniform(seeds, 0, k, Stream.DRAFT))
         drafts = torch.cat([drafts, drawn[:, None]], dim=1)
-    p, q = enumeration.along(world.target, drafts), enumeration.along(world.draft, drafts)
+    p, q = worlds.along(world.target, drafts), worlds.along(world.draft, drafts)
     lengths = (drafts[:, 0] == 0).long() + 1  # c_2 would know x_1: a lawful trimming
     keep = keep_probabilities(rule, p, q, drafts, lengths)
     tests = uniform(seeds[:, None], 0, torch.arange(2), Stream.VERIFY)
@@ -215,36 +216,36 @@ def test_the_real_noise_gives_the_targets_law(rule, enumeration):
     for depth in (1, 2):  # what the round left open, plain decoding draws in later rounds
         rest = sample(laws(world.target[depth], output[:, :depth]), uniform(seeds, depth, 0, 2))
         output[:, depth] = torch.where(kept < depth, rest, output[:, depth])
-    expected = enumeration.target_law(world) * trials
-    counts = torch.bincount(enumeration.number(output, 3), minlength=27)
+    expected = worlds.target_law(world) * trials
+    counts = torch.bincount(worlds.number(output, 3), minlength=27)
     assert float(((counts - expected) ** 2 / expected).sum()) < 58  # 26 degrees: p = 3e-4
 
 
-def plain_coupled(world, enumeration, seeds, length):
+def plain_coupled(world, seeds, length):
     """What the target alone draws, one token at a time."""
     tokens = torch.zeros(len(seeds), 0, dtype=torch.int64)
     for position in range(length):
-        rows = world.target[position][enumeration.number(tokens, world.vocab_size)]
+        rows = world.target[position][worlds.number(tokens, world.vocab_size)]
         drawn = coupled_tokens(rows, seeds, torch.full_like(seeds, position))
         tokens = torch.cat([tokens, drawn[:, None]], dim=1)
     return tokens
 
 
-def test_coupled_output_is_plain_decodings_whatever_the_drafter(enumeration):
+def test_coupled_output_is_plain_decodings_whatever_the_drafter():
     """Three drafters, lengths chosen with sight of everything: the same tokens."""
     seeds = torch.arange(400)
     longest = 0
-    for number, head in enumerate(enumeration.HEADS):
-        world = enumeration.random_world(2, 4, 3)
-        drafter = enumeration.random_world(50 + number, 4, 3, head).draft
-        plain = plain_coupled(world, enumeration, seeds, 4)
+    for number, head in enumerate(worlds.HEADS):
+        world = worlds.random_world(2, 4, 3)
+        drafter = worlds.random_world(50 + number, 4, 3, head).draft
+        plain = plain_coupled(world, seeds, 4)
         drafts = torch.zeros(len(seeds), 0, dtype=torch.int64)
         for k in range(3):
-            q = drafter[k][enumeration.number(drafts, 4)]
+            q = drafter[k][worlds.number(drafts, 4)]
             drawn = coupled_tokens(q, seeds, torch.full_like(seeds, k))
             drafts = torch.cat([drafts, drawn[:, None]], dim=1)
         lengths = (drafts.sum(1) + seeds) % 4
-        p = enumeration.along(world.target, drafts)
+        p = worlds.along(world.target, drafts)
         tokens = torch.stack(
             [coupled_tokens(p[:, k], seeds, torch.full_like(seeds, k)) for k in range(4)], dim=1
         )
@@ -256,12 +257,12 @@ def test_coupled_output_is_plain_decodings_whatever_the_drafter(enumeration):
     assert longest == 3
 
 
-def test_coupled_tokens_follow_the_law(enumeration):
+def test_coupled_tokens_follow_the_law():
     trials = 100_000
-    world = enumeration.random_world(2, 3, 1)
-    tokens = plain_coupled(world, enumeration, torch.arange(trials), 2)
-    expected = enumeration.target_law(world) * trials
-    counts = torch.bincount(enumeration.number(tokens, 3), minlength=9)
+    world = worlds.random_world(2, 3, 1)
+    tokens = plain_coupled(world, torch.arange(trials), 2)
+    expected = worlds.target_law(world) * trials
+    counts = torch.bincount(worlds.number(tokens, 3), minlength=9)
     assert float(((counts - expected) ** 2 / expected).sum()) < 30  # 8 degrees: p = 2e-4
 
 

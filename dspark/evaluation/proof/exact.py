@@ -56,8 +56,6 @@ def _worlds(
             telling_pair(seed * 2 + r, vocab_size, block_size, head, horizon, tied=tied)
             for r in range(requests)
         ]
-        if requests == 2 and tied and rounds == 1:
-            pairs[1] = pairs[0]  # the same survivals in both requests
         worlds.append(pairs)
     return worlds
 
@@ -86,10 +84,10 @@ def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
         return [schedules.threshold(cut) for cut in schedules.telling_thresholds(logits)]
     costs = schedules.step_costs(len(pairs) * block_size)
     if name == "prefix":
-        shapes = (costs["stairs"], costs["jagged"], schedules.telling_costs(logits))
+        shapes = [*costs.values(), schedules.telling_costs(logits)]
         return [schedules.prefix(step_ms) for step_ms in shapes]
     of_costs = schedules.lagged if name == "lagged" else schedules.lookahead
-    return [of_costs(costs[shape]) for shape in ("linear", "jagged")]
+    return [of_costs(costs[shape]) for shape in ("linear", "jagged", "tier")]
 
 
 def _processed(rule: Rule, seed: int) -> Iterator[Case]:

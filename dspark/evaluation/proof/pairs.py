@@ -216,7 +216,7 @@ class SmallPair:
         assert proposal.confidence_logits_RK is not None  # the configuration has the head
         columns = proposal.confidence_logits_RK.unbind(1)
         scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
-        return tuple(laws), tuple(map(_tied, scores)) if self.tied else scores
+        return tuple(laws), _tied(scores) if self.tied else scores
 
 
 @torch.no_grad()
@@ -248,6 +248,14 @@ def telling_pair(
     )
 
 
-def _tied(logits: Tensor) -> Tensor:
-    """Logits rounded to -1, 0, 1 or `CERTAIN`."""
-    return torch.where(logits > 1.0, CERTAIN, logits.round().clamp(-1.0, 1.0))
+def _tied(logits: Laws) -> Laws:
+    """Confidence logits of few values, so that survivals tie wherever they can.
+
+    All first ones are the same; of the later ones the highest are `CERTAIN`, so that their
+    survival is the one before, and the others -1, 0 or 1.
+    """
+    first, *later = logits
+    rounded = [
+        torch.where(row == row.max(), CERTAIN, row.round().clamp(-1.0, 1.0)) for row in later
+    ]
+    return torch.full_like(first, 2.0), *rounded

@@ -20,13 +20,14 @@ def step_costs(num_drafts: int) -> dict[str, FloatArray]:
     """Milliseconds of steps that verify 0..N drafts in all, in shapes that hardware has.
 
     "linear" has a floor and a slope; "stairs" rises at every third draft; "jagged" also falls,
-    as kernels that prefer certain shapes do.
+    as kernels that prefer certain shapes do; "tier" has room for one draft, whoever gets it.
     """
     drafts = np.arange(num_drafts + 1)
     return {
         "linear": 1 + 0.35 * drafts,
         "stairs": 1 + 0.8 * ((drafts + 2) // 3),
         "jagged": 1 + 0.3 * drafts + 0.5 * (drafts % 2),
+        "tier": 1 + 0.1 * (drafts > 0) + 2 * (drafts > 1),
     }
 
 
@@ -38,8 +39,8 @@ def telling_costs(logits: Sequence[FloatArray]) -> FloatArray:
     """
     paths = product(*(chances.survival(chances.confidence(rows)) for rows in logits))
     ranked = np.array([np.sort(np.concatenate(rows))[::-1] for rows in paths])
-    # Just below the middle: a survival that is the same on all paths pays.
-    least = 0.999 * (ranked.min(axis=0) + ranked.max(axis=0)) / 2
+    # Below the middle, so that a survival that hardly differs pays, and the walk goes on.
+    least = 0.97 * (2 * ranked.min(axis=0) + ranked.max(axis=0)) / 3
     gained = len(logits) + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
     costs: FloatArray = np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
     return costs
