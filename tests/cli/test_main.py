@@ -11,7 +11,8 @@ from dspark.request import VERIFIERS
 
 
 @pytest.mark.parametrize(
-    "words", [["demo"], ["generate"], ["check"], ["train"], ["data"], ["data", "regenerate"]]
+    "words",
+    [["demo"], ["generate"], ["check"], ["prove"], ["train"], ["data"], ["data", "regenerate"]],
 )
 def test_every_command_has_help_with_an_example(dspark, words):
     result = dspark(*words, "--help")
@@ -26,7 +27,8 @@ def test_overview_and_version(dspark):
     overview = dspark("--help")
     assert overview.status == 0
     assert all(
-        f"    {name} " in overview.out for name in ("demo", "generate", "check", "train", "data")
+        f"    {name} " in overview.out
+        for name in ("demo", "generate", "check", "prove", "train", "data")
     )
     assert dspark("--version").out == f"dspark {__version__}\n"
 

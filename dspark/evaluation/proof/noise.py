@@ -25,7 +25,7 @@ from dspark.sampling.verification import Rule
 
 TRIALS, WIDE = 200_000, 16
 CHI_LIMIT = 45.0
-"""Of 15 degrees of freedom: an exact sampler passes it once in 10,000 runs."""
+"""Of 15 degrees of freedom: an exact sampler exceeds it once in 10,000 runs."""
 
 
 def noise_cases(seed: int = 0) -> Iterator[Case]:

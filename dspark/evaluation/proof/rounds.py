@@ -3,8 +3,8 @@
 Every draft path, verification length and verifier outcome of one or more rounds is walked, for
 one request or several that share a schedule; what follows the last round is drawn from the
 target. Keep probabilities, decisions, residuals and lengths come from the functions that the
-engine calls, looked up in their modules when they are needed: whoever breaks one there breaks
-the proof. The result must be the target's law, of each request and of all of them jointly.
+engine calls, looked up in their modules when they are needed, so that a change there acts here.
+The result must be the target's law, of each request and of all of them jointly.
 """
 
 from __future__ import annotations
