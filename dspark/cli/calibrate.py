@@ -15,6 +15,8 @@ from dspark.cli.common import (
     Screen,
     add_common_options,
     add_loading_options,
+    add_pair_options,
+    check_positive,
     load_model,
     new_parser,
 )
@@ -36,12 +38,7 @@ def add_parser(commands: Commands) -> None:
     """Add `calibrate`."""
     summary = "fit a drafter's confidences to what becomes of its drafts"
     parser = new_parser(commands, "calibrate", summary, EXAMPLE)
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
-    parser.add_argument(
-        "--draft",
-        metavar="D",
-        help="a drafter's directory or hub id; by default the drafter attached to TARGET",
-    )
+    add_pair_options(parser, lookup=False)
     add_prompt_options(parser)
     group = parser.add_argument_group("rounds")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
@@ -84,11 +81,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    for name in ("batch_size", "max_new_tokens", "rounds"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {value}, but must be at least 1.")
+    check_positive(options, "batch_size", "max_new_tokens", "rounds")
     params = SamplingParams(
         options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
     )

@@ -14,10 +14,12 @@ from dspark.cli.common import (
     Screen,
     add_common_options,
     add_loading_options,
+    add_pair_options,
+    check_positive,
     load_model,
     new_parser,
 )
-from dspark.errors import CheckpointError, CompatibilityError, UsageError
+from dspark.errors import CheckpointError, CompatibilityError
 
 if TYPE_CHECKING:
     from dspark.evaluation.findings import CheckReport
@@ -32,13 +34,7 @@ def add_parser(commands: Commands) -> None:
     """Add `check`."""
     summary = "find out whether a drafter fits a target and is worth it on this machine"
     parser = new_parser(commands, "check", summary, EXAMPLE)
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
-    parser.add_argument(
-        "--draft",
-        metavar="D",
-        help="a drafter's directory or hub id, or `ngram`; by default the drafter attached to "
-        "TARGET",
-    )
+    add_pair_options(parser)
     group = parser.add_argument_group("live run")
     group.add_argument(
         "--prompts",
@@ -62,10 +58,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {getattr(options, name)}, but must be at least 1.")
+    check_positive(options, "batch_size", "max_new_tokens")
     from dspark.data.conversations import read_prompts
     from dspark.evaluation.findings import CheckReport, Finding
 

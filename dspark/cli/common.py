@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.text import Text
 
+from dspark.errors import UsageError
+
 if TYPE_CHECKING:
     from dspark.engine.model import Model
 
@@ -80,6 +82,30 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make the last line of standard output a JSON object; all else goes to standard error",
     )
+
+
+def add_pair_options(parser: argparse.ArgumentParser, *, lookup: bool = True) -> None:
+    """Add what names a target and its drafter; `lookup`: prompt lookup may be the drafter."""
+    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument(
+        "--draft",
+        metavar="D",
+        help=f"a drafter's directory or hub id{', or `ngram`' if lookup else ''}; by default the "
+        "drafter attached to TARGET",
+    )
+
+
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Refuse options below 1; those that are not given pass.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is {value}, but must be at least 1.")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,11 @@ from dspark.cli.common import (
     Screen,
     add_common_options,
     add_loading_options,
+    add_pair_options,
+    check_positive,
     load_model,
     new_parser,
 )
-from dspark.errors import UsageError
 
 if TYPE_CHECKING:
     from dspark.scheduling.cost import CostTable
@@ -32,13 +33,7 @@ def add_parser(commands: Commands) -> None:
     """Add `profile`."""
     summary = "measure what steps cost on this machine, for the schedules that weigh it"
     parser = new_parser(commands, "profile", summary, EXAMPLE)
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
-    parser.add_argument(
-        "--draft",
-        metavar="D",
-        help="a drafter's directory or hub id, or `ngram`; by default the drafter attached to "
-        "TARGET",
-    )
+    add_pair_options(parser)
     parser.add_argument(
         "--max-requests", type=int, default=8, metavar="R", help="requests at once (default: 8)"
     )
@@ -61,10 +56,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    for name in ("max_requests", "repeats"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {getattr(options, name)}, but must be at least 1.")
+    check_positive(options, "max_requests", "repeats")
     model = load_model(options, options.draft, screen)
     with Progress(console=screen.log, transient=True) as bar:
         task = bar.add_task("rounds", total=None)
