@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dspark.cli.common import (
-    VERIFIER_NAMES,
     Commands,
     Screen,
     add_common_options,
@@ -22,7 +21,7 @@ from dspark.cli.common import (
 )
 from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
 from dspark.errors import UsageError
-from dspark.request import Request, SamplingParams
+from dspark.request import VERIFIERS, Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
@@ -43,7 +42,7 @@ def add_parser(commands: Commands) -> None:
     group = parser.add_argument_group("rounds")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
     group.add_argument(
-        "--verifier", choices=VERIFIER_NAMES, default="block", help="default: %(default)s"
+        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
     )
     group.add_argument(
         "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"

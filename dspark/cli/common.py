@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from dspark.engine.model import Model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-VERIFIER_NAMES = ("token", "block", "coupled")
 
 
 class Commands(Protocol):

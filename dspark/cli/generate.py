@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.common import (
-    VERIFIER_NAMES,
     Commands,
     Screen,
     add_common_options,
@@ -16,8 +15,9 @@ from dspark.cli.common import (
     new_parser,
 )
 from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
+from dspark.engine.schedule import SCHEDULES
 from dspark.errors import UsageError
-from dspark.request import Output, Request, SamplingParams
+from dspark.request import VERIFIERS, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.cli.comparison import Difference
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from dspark.engine.model import Model
     from dspark.engine.sequence import Piece
 
-SCHEDULE_NAMES = ("off", "fixed", "threshold", "prefix", "lagged", "lookahead")
 EXAMPLE = """\
   dspark generate bundled --prompt "What does the command `tar` do?" --compare
   dspark generate ./target --draft ./drafter --prompts questions.jsonl --temperature 1 --json"""
@@ -71,11 +70,11 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
     )
     group.add_argument(
-        "--verifier", choices=VERIFIER_NAMES, default="block", help="default: %(default)s"
+        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
     )
     group.add_argument(
         "--schedule",
-        choices=SCHEDULE_NAMES,
+        choices=SCHEDULES,
         help="which drafts are verified (default: lagged where the drafter is calibrated and this "
         "machine profiled, else fixed)",
     )

@@ -193,6 +193,8 @@ class Model:
         costs = self.costs if schedule.weighs_costs else None
         if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):
             costs = self.profile(max_requests=at_once, block_size=block_size)
+            for sentence in costs.warnings():
+                warnings.warn(DSparkWarning(sentence), stacklevel=3)
             with contextlib.suppress(DataError):  # a cache that cannot be written is no obstacle
                 costs.save()
         return Scheduler(schedule, verifier, num_drafts, self.calibration, costs)

@@ -55,5 +55,5 @@ def _check(values_RK: FloatArray, what: str) -> None:
     if bad.size:
         raise NumericsError(
             f"The {what} of request {bad[0][0]} in this batch contain NaN; "
-            "check the drafter's confidence head."
+            "check the drafter's confidence head, or use the schedule 'fixed', which reads none."
         )

@@ -9,10 +9,14 @@ from dspark.engine.schedule import SCHEDULES
 from dspark.errors import DSparkError, UsageError
 from dspark.request import VERIFIERS
 
+COMMANDS = (
+    "demo", "generate", "check", "train", "calibrate", "profile", "prove", "data", "convert",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "words",
-    [["demo"], ["generate"], ["check"], ["prove"], ["train"], ["data"], ["data", "regenerate"]],
+    [*([name] for name in COMMANDS), ["data", "regenerate"]],
 )
 def test_every_command_has_help_with_an_example(dspark, words):
     result = dspark(*words, "--help")
@@ -26,10 +30,7 @@ def test_every_command_has_help_with_an_example(dspark, words):
 def test_overview_and_version(dspark):
     overview = dspark("--help")
     assert overview.status == 0
-    assert all(
-        f"    {name} " in overview.out
-        for name in ("demo", "generate", "check", "prove", "train", "data")
-    )
+    assert all(f"    {name} " in overview.out for name in COMMANDS)
     assert dspark("--version").out == f"dspark {__version__}\n"
 
 
@@ -91,9 +92,11 @@ def test_under_json_all_else_goes_to_standard_error(dspark, monkeypatch):
     assert result.err == "printed\nshown\n"
 
 
-def test_names_that_the_parser_repeats_are_the_engine_s():
-    assert generate.SCHEDULE_NAMES == SCHEDULES
-    assert generate.VERIFIER_NAMES == VERIFIERS
+@pytest.mark.parametrize(("flag", "names"), [("schedule", SCHEDULES), ("verifier", VERIFIERS)])
+def test_the_parser_takes_every_name_of_the_engine(flag, names):
+    for name in names:
+        options = main.build_parser().parse_args(["generate", "x", f"--{flag}", name])
+        assert getattr(options, flag) == name
 
 
 def test_module_runs_as_a_program():

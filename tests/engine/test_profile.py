@@ -47,6 +47,7 @@ def test_points_are_what_the_engine_was_seen_to_do(pair, monkeypatch):
     assert {(p.requests, p.tokens) for p in table.points} <= seen
 
 
+@pytest.mark.filterwarnings("ignore::dspark.errors.DSparkWarning")  # of a busy machine's table
 def test_lagged_measures_where_nothing_is_known_and_keeps_it(tiny, target, pair):
     requests = [Request((1, 2, 3), SamplingParams(8))]
     assert pair.costs is None
@@ -75,6 +76,13 @@ def test_the_default_is_lagged_once_calibrated_and_profiled(pair):
         pair.engine(sampled, schedule="lagged")
     with pytest.warns(DSparkWarning, match=r"no entry for block size 3"):
         pair.engine(requests, schedule="threshold", threshold=0.5, block_size=3)
+
+
+def test_a_doubtful_table_that_was_just_measured_is_said(pair, monkeypatch):
+    requests = [Request((1, 2, 3), SamplingParams(8))]
+    monkeypatch.setattr(CostTable, "warnings", lambda _table: ["The cost table is flat."])
+    with pytest.warns(DSparkWarning, match="is flat"):
+        pair.engine(requests, schedule="lagged")
 
 
 def test_a_table_of_another_machine_is_refused(pair, tmp_path):
