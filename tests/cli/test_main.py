@@ -30,7 +30,8 @@ def test_every_command_has_help_with_an_example(dspark, words):
 def test_overview_and_version(dspark):
     overview = dspark("--help")
     assert overview.status == 0
-    assert all(f"    {name} " in overview.out for name in COMMANDS)
+    listed = {line.split()[0] for line in overview.out.splitlines() if line.startswith("    ")}
+    assert listed >= set(COMMANDS)
     assert dspark("--version").out == f"dspark {__version__}\n"
 
 
