@@ -9,7 +9,7 @@ corpus=${1:?"give the directory that holds the corpus files"}
 samples=runs/bundled_samples
 answers=runs/bundled_answers
 export OMP_NUM_THREADS=1
-mkdir -p "$samples" "$answers" runs/bundled_{loops_1,loops_2,sharp_answers}
+mkdir -p "$samples" "$answers" runs/bundled_{loops_1,loops_2,sharp_answers,calm}
 
 train() { # RECIPE [--set ...]; goes on from its last checkpoint, if it has one
   torchrun --nproc-per-node 2 -m dspark train "$@" --resume
@@ -75,11 +75,18 @@ answer bundled_straighter runs/bundled_sharp_answers chat $finished --limit 1000
   --max-new-tokens 64 --seed 34
 train bundled_sharp
 
-# 5. The drafters, all on the same answers at temperature 1 and as many steps.
+# 5. The drafters, on the target's answers at temperature 1; DSpark, the one that is used by default,
+# three times as long as the baselines and on calmer answers as well, which are nearer to greedy text.
 answer bundled_sharp $samples gsm8k --limit 5000 --max-new-tokens 200 --seed 21
 answer bundled_sharp $samples mbpp --limit 464 --max-new-tokens 200 --seed 22
 answer bundled_sharp $samples tldr --limit 4000 --max-new-tokens 160 --seed 23
 answer bundled_sharp $samples chat --limit 2000 --max-new-tokens 64 --seed 24
+answer bundled_sharp runs/bundled_calm gsm8k --temperature 0.5 --max-new-tokens 200 --seed 41
+answer bundled_sharp runs/bundled_calm mbpp --temperature 0.5 --max-new-tokens 200 --seed 42
+answer bundled_sharp runs/bundled_calm tldr --temperature 0.5 --max-new-tokens 160 --limit 4000 \
+  --seed 43
+answer bundled_sharp runs/bundled_calm chat --temperature 0.5 --max-new-tokens 64 --limit 2000 \
+  --seed 44
 for drafter in dspark mtp dflash eagle3; do
   train bundled_$drafter
 done
