@@ -118,7 +118,7 @@ def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int
     A request without a context (its prompt is read in this round) gets none. The last token that a
     request may take is the one after its drafts, so a draft in its place would be wasted.
     """
-    return [min(r.room - 1, num_drafts) if r.cached > 0 else 0 for r in requests]
+    return [min(r.room - 1, num_drafts) if r.ready else 0 for r in requests]
 
 
 def propose(

@@ -1,17 +1,17 @@
-"""Requests in, tokens out: the queue, the slots and the rounds."""
+"""Requests in, tokens out: the queue, who runs, and the rounds."""
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PAGE_SIZE
 from dspark.drafters.base import Drafter
-from dspark.engine.context import DraftContext
+from dspark.engine.batching import StepPlan, plan_step
+from dspark.engine.memory import Memory
 from dspark.engine.record import Watch
 from dspark.engine.round import RoundTimes, Speculator, play
 from dspark.engine.schedule import Schedule
@@ -23,6 +23,12 @@ from dspark.errors import RequestError, UsageError
 from dspark.request import VERIFIERS, Output, Request, Verifier
 from dspark.sampling.processors import Chain
 from dspark.targets.target import Target
+
+
+# Rows of a step: on a CPU a step of so many takes a few times as long as one of a few rows.
+_CPU_STEP_TOKENS, _DEVICE_STEP_TOKENS = 512, 2048
+# A prompt of which another running request is reading at least so many tokens waits for these.
+_WORTH_WAITING_TOKENS = 2 * PAGE_SIZE
 
 
 @dataclass
@@ -74,6 +80,12 @@ class Engine:
             that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
         watch: is told about every round in which a drafter takes part.
+        step_tokens: rows of one step. Verification goes first; prompts are read in parts that
+            fit the rest (at least a quarter of it); 512 on a CPU, else 2048.
+        cache_tokens: rows of the cache, in place of room for `max_requests` of `max_length` as
+            far as memory allows. With less, requests wait for pages, and who came last gives
+            its pages up where the others grow; its output does not change.
+        prefix_reuse: whether prompts share the pages of equal beginnings.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -90,8 +102,11 @@ class Engine:
         schedule: Schedule | Scheduler | None = None,
         block_size: int | None = None,
         watch: Watch | None = None,
+        step_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        prefix_reuse: bool = True,
     ) -> None:
-        _check_sizes(verifier, max_requests, max_length)
+        _check_sizes(verifier, max_requests, max_length, step_tokens, cache_tokens)
         self.target = target
         given = schedule if isinstance(schedule, Scheduler) else None
         self.schedule = (
@@ -105,18 +120,27 @@ class Engine:
         self.clock = Clock()
         self._queue: deque[ActiveRequest] = deque()
         self._running: list[ActiveRequest] = []
-        self._free = list(range(max_requests))  # a heap: low slots first keeps those in use dense
+        self.preemptions = 0
         self._next_id = 0
+        self._admissions = 0
         self._laws: RequestLaws | None = None
-        capacity = self.max_length + self.num_drafts + 1
-        self._cache = target.new_cache(max_requests, capacity)
+        on_cpu = target.device.type == "cpu"
+        self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)
+        self.memory = Memory(
+            target,
+            self.drafter,
+            max_requests=max_requests,
+            max_length=self.max_length,
+            rows_ahead=1 + self.num_drafts + (self.drafter is not None),
+            cache_tokens=cache_tokens,
+            reuse=prefix_reuse,
+        )
         self._speculator: Speculator | None = None
         if self.drafter is not None:
-            shapes = self.drafter.context_shapes
-            context = SlotCache(shapes, max_requests, capacity, target.dtype, target.device)
+            assert self.memory.context is not None
             self._speculator = Speculator(
                 self.drafter,
-                DraftContext(self.drafter, context),
+                self.memory.context,
                 given or Scheduler(self.schedule, verifier, self.num_drafts),
                 watch,
             )
@@ -168,6 +192,13 @@ class Engine:
                 f"The prompt has {len(ids)} tokens, but the context holds {self.max_length} "
                 "and one token at least is to be generated; shorten the prompt."
             )
+        longest = min(len(ids) + params.max_new_tokens, self.max_length)
+        if not self.memory.fits(longest):
+            raise RequestError(
+                f"Prompt and output may reach {longest} tokens, but the cache holds "
+                f"{self.memory.tokens} rows; shorten the prompt, ask for fewer new tokens, or "
+                "give the engine a larger cache."
+            )
         vocab_size = self.target.vocab_size
         for what, tokens in (("prompt", ids), ("logit bias", params.logit_bias)):
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
@@ -193,39 +224,86 @@ class Engine:
         return None
 
     def _release(self, active: ActiveRequest) -> None:
-        if active.slot >= 0:
-            if self._speculator is not None:
-                self._speculator.context.forget(active.slot)
-                self._speculator.scheduler.forget(active.request_id)
-            heapq.heappush(self._free, active.slot)
-            active.slot = -1
+        """Take back what a request holds; it may be waiting, running or have ended."""
+        if active.table.pages:
+            self.memory.release(active)
+        if self._speculator is not None:
+            self._speculator.scheduler.forget(active.request_id)
 
     def _admit(self) -> None:
-        while self._queue and self._free:
-            active = self._queue.popleft()
-            active.slot = heapq.heappop(self._free)
+        """Let waiting requests run, in their order, as far as there are places and pages."""
+        waiting, self._queue = self._queue, deque()
+        while waiting and len(self._running) < self.max_requests:
+            active = waiting.popleft()
+            if self._soon_shared(active):
+                self._queue.append(active)
+                continue
+            if not self.memory.admit(active, spare_pages=len(self._running)):
+                waiting.appendleft(active)
+                break
+            active.admitted = self._admissions
+            self._admissions += 1
             self._running.append(active)
+        self._queue.extend(waiting)
+
+    def _soon_shared(self, active: ActiveRequest) -> bool:
+        """Whether a running request is reading a prefix that this one could take over."""
+        if not self.memory.pool.reuse:
+            return False
+        found = None
+        for other in self._running:
+            if other.resumed:
+                continue
+            both = zip(active.tokens[:-1], other.tokens, strict=False)
+            shared = next((i for i, (a, b) in enumerate(both) if a != b), len(active.tokens) - 1)
+            shared = min(shared, len(other.tokens)) // PAGE_SIZE * PAGE_SIZE
+            if shared < _WORTH_WAITING_TOKENS or shared <= other.cached:
+                continue
+            found = self.memory.pool.peek(active.tokens) if found is None else found
+            if shared - found >= _WORTH_WAITING_TOKENS:
+                return True
+        return False
+
+    def _make_room(self) -> None:
+        """Give every ready request the pages of its next round; who came last gives way."""
+        for request in sorted(self._running, key=lambda r: r.admitted):
+            while request.ready and request.table.pages and not self.memory.grow(request):
+                self._preempt(max(self._running, key=lambda r: r.admitted))
+
+    def _preempt(self, request: ActiveRequest) -> None:
+        """Back to the queue's head, to be read again; drawn tokens and randomness stay."""
+        self._running.remove(request)
+        self.memory.release(request)
+        self._queue.appendleft(request)
+        self.preemptions += 1
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Admit what fits and run one round over all running requests.
 
         Returns:
-            One event per running request; those with an output have ended and left their slot.
+            One event per request that gained tokens; those with an output have ended and given
+            their pages back.
 
         Raises:
             NumericsError: target or drafter produced NaN or infinite logits.
         """
         self._admit()
-        requests = self._running
-        if not requests:
+        self._make_room()
+        if not self._running:
             return []
-        laws = self._laws_of(requests)
-        state = RoundState.of(requests, laws, self.verifier, self.num_drafts)
-        prefill = any(request.cached == 0 for request in requests)
-        pieces, times = play(requests, state, self.target, self._cache, self._speculator)
-        laws.commit([[piece.token_id for piece in new] for new in pieces])
-        self.clock.record(times, prefill=prefill)
+        plan = plan_step(self._running, self.step_tokens, self.num_drafts)
+        requests = plan.judged
+        laws, state = None, None
+        if requests:
+            laws = self._laws_of(requests)
+            state = RoundState.of(requests, laws, self.verifier, self.num_drafts)
+        pieces, times = play(plan, state, self.target, self.memory.cache, self._speculator)
+        if laws is not None:
+            laws.commit([[piece.token_id for piece in new] for new in pieces])
+        self.clock.record(times, prefill=plan.reads_prompts)
+        for request in (*plan.opening, *(chunk.request for chunk in plan.reading)):
+            self.memory.settle(request)
         return self._finish_round(requests, pieces)
 
     def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
@@ -238,17 +316,17 @@ class Engine:
     def _finish_round(
         self, requests: Sequence[ActiveRequest], pieces: Sequence[tuple[Piece, ...]]
     ) -> list[Event]:
-        events, still = [], []
+        events = []
         for request, new in zip(requests, pieces, strict=True):
             ended = request.finish_reason is not None
             events.append(Event(request.request_id, new, request.output() if ended else None))
             if ended:
+                self._running.remove(request)
                 self._release(request)
-            else:
-                still.append(request)
-        # Newly admitted requests go behind these: who has a draft context comes first in a round.
-        # Neighbouring slots side by side are what attention reads fastest.
-        self._running = sorted(still, key=lambda request: request.slot)
+        # Neighbouring pages side by side are what attention reads fastest.
+        self._running.sort(key=lambda request: request.table.pages[0])
+        if not self._running:
+            self.memory.check()
         return events
 
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:
@@ -269,18 +347,30 @@ class Engine:
         return [outputs[i] for i in ids]
 
 
-def _check_sizes(verifier: str, max_requests: int, max_length: int | None) -> None:
+def _check_sizes(
+    verifier: str,
+    max_requests: int,
+    max_length: int | None,
+    step_tokens: int | None,
+    cache_tokens: int | None,
+) -> None:
     if verifier not in VERIFIERS:
         raise UsageError(
             f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
         )
-    if max_requests < 1:
-        raise UsageError(f"max_requests is {max_requests}, but must be at least 1.")
     if max_length is not None and max_length < 2:
         raise UsageError(
             f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "
             "output."
         )
+    sizes = {
+        "max_requests": max_requests,
+        "step_tokens": step_tokens,
+        "cache_tokens": cache_tokens,
+    }
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UsageError(f"{name} is {size}, but must be at least 1.")
 
 
 def _num_drafts(drafter: Drafter | None, block_size: int | None) -> int:

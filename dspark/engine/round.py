@@ -1,7 +1,8 @@
 """One round: draft, schedule, verify, commit. The heart of the engine.
 
-A round works on all running requests at once. A request that has just been admitted takes part
-with its prompt and no drafts: its last prompt row is then what an anchor row is to the others.
+A round works on all running requests at once. A request whose prompt ends in this round takes part
+with that end and no drafts: its last prompt row is then what an anchor row is to the others. Parts
+of longer prompts ride along in the same forward, and nothing is drawn from them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import Part, RaggedBatch
+from dspark.attention.pages import PagedCache
 from dspark.drafters.base import Drafter
+from dspark.engine.batching import StepPlan
 from dspark.engine.context import DraftContext
 from dspark.engine.drafting import Drafts, choose, confidence_array, draft_limits, propose
 from dspark.engine.judging import Verdict, verify
@@ -52,42 +54,47 @@ class RoundTimes:
 
 
 def play(
-    requests: Sequence[ActiveRequest],
-    state: RoundState,
+    plan: StepPlan,
+    state: RoundState | None,
     target: Target,
-    cache: SlotCache,
+    cache: PagedCache,
     speculator: Speculator | None,
 ) -> tuple[list[tuple[Piece, ...]], RoundTimes]:
     """Run one round.
 
     Args:
-        requests: who takes part; those without a context come last.
-        state: their laws and keys of randomness.
+        plan: who takes part.
+        state: laws and keys of randomness of the judged requests; None if there are none.
         target: the model whose outputs are wanted.
         cache: its keys and values.
         speculator: who proposes; None decodes plainly.
 
     Returns:
-        The committed pieces of each request, and what the round's parts took.
+        The committed pieces of each judged request, and what the round's parts took.
 
     Raises:
         NumericsError: target or drafter produced NaN or infinite logits. Nothing is committed.
     """
-    times = RoundTimes()
+    times, requests = RoundTimes(), plan.judged
     drafts = Drafts.none(len(requests), target.device)
-    if speculator is not None:
+    if speculator is not None and plan.ready:
+        assert state is not None
         drafts = _draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
-    batch, judged = target_batch(requests, drafts, target.device)
+    batch, judged = target_batch(plan, drafts, target.device)
     taps = speculator.drafter.taps if speculator else ()
     output = target.forward(batch, cache, taps=taps, logit_rows=judged)
-    assert output.logits_NV is not None
-    verdict = verify(output.logits_NV, drafts, state)
+    verdict = Verdict((), ())
+    if state is not None:
+        assert output.logits_NV is not None
+        verdict = verify(output.logits_NV, drafts, state)
     if speculator is not None and output.features_TF is not None:
-        _observe(speculator, requests, batch, output.features_TF, drafts, verdict)
+        _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
-    if speculator is not None:
+    if speculator is not None and requests:
         _learn(speculator, requests, drafts, verdict, times)
+    for chunk in plan.reading:
+        chunk.request.cached += chunk.count
     return _commit(requests, verdict, drafts), times
 
 
@@ -106,7 +113,7 @@ def _draft(
     if most <= 0:
         return None
     started = time.perf_counter()
-    ready = [request for request in requests if request.cached > 0]
+    ready = [request for request in requests if request.ready]
     speculator.context.flush()
     drawing, proposal = propose(
         speculator.drafter,
@@ -127,26 +134,32 @@ def _draft(
 
 
 def target_batch(
-    requests: Sequence[ActiveRequest], drafts: Drafts, device: torch.device
-) -> tuple[RaggedBatch, Tensor | Literal["all"]]:
+    plan: StepPlan, drafts: Drafts, device: torch.device
+) -> tuple[RaggedBatch, Tensor | Literal["all"] | None]:
     """Lay out every request's uncached tokens and verified drafts, and name the rows to judge.
 
     Returns:
-        (batch, rows whose logits verification needs: the last 1 + length of each request).
+        (batch, rows whose logits verification needs: the last 1 + length of each judged request).
     """
-    parts, judged, end = [], list[int](), 0
-    for request, drafted in zip(requests, drafts.tokens, strict=True):
+    parts, judged, end = list[Part](), list[int](), 0
+    for request, drafted in zip(plan.judged, drafts.tokens, strict=True):
         new = [*request.tokens[request.cached :], *drafted]
-        parts.append((request.slot, request.cached, new))
+        parts.append((request.table, request.cached, new))
         end += len(new)
         judged += range(end - len(drafted) - 1, end)
+    for request, count in ((chunk.request, chunk.count) for chunk in plan.reading):
+        begin = request.cached
+        parts.append((request.table, begin, request.tokens[begin : begin + count]))
+        end += count
     batch = RaggedBatch.build(parts, device)
+    if not judged:
+        return batch, None
     return batch, "all" if len(judged) == end else torch.tensor(judged, device=device)
 
 
 def _observe(
     speculator: Speculator,
-    requests: Sequence[ActiveRequest],
+    plan: StepPlan,
     batch: RaggedBatch,
     features_TF: Tensor,
     drafts: Drafts,
@@ -156,21 +169,16 @@ def _observe(
 
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
-    slots_T, positions_T = batch.slots_T, batch.positions_T
-    rejected = [len(d) - n for d, n in zip(drafts.tokens, verdict.accepted, strict=True)]
-    if any(rejected):
-        ends = [end - count for end, count in zip(batch.offsets[1:], rejected, strict=True)]
-        rows: slice | Tensor = slice(ends[0])
-        if len(ends) > 1:
-            spans = map(range, batch.offsets, ends)
-            rows = torch.tensor([row for span in spans for row in span], device=slots_T.device)
-        slots_T, positions_T, features_TF = slots_T[rows], positions_T[rows], features_TF[rows]
+    stay = [segment.length for segment in batch.segments]
     following = list[int]()
-    for request, committed in zip(requests, verdict.committed, strict=True):
+    for i, (request, committed) in enumerate(zip(plan.judged, verdict.committed, strict=True)):
+        stay[i] -= len(drafts.tokens[i]) - verdict.accepted[i]
         following += request.tokens[request.cached + 1 :]
         following += committed
-    next_tokens_T = torch.tensor(following, device=slots_T.device)
-    speculator.context.hold(slots_T, positions_T, features_TF, next_tokens_T)
+    for request, count in ((chunk.request, chunk.count) for chunk in plan.reading):
+        begin = request.cached + 1
+        following += request.tokens[begin : begin + count]
+    speculator.context.hold(batch, stay, features_TF, following)
 
 
 def _learn(

@@ -111,7 +111,7 @@ class Scheduler:
             most: how many drafts of each can be of use.
         """
         self._margins_DK = self._survival_DK = None
-        ready = [request for request in requests if request.cached > 0]
+        ready = [request for request in requests if request.ready]
         if not self._weighs(len(ready)):
             return list(most)
         assert self.costs is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dspark.attention.pages import BlockTable
 from dspark.engine.text import TextStream
 from dspark.request import FinishReason, Output, Request, Stats
 
@@ -48,7 +49,8 @@ class ActiveRequest:
         max_tokens: prompt and output together never exceed this.
         text: decodes committed tokens.
         live: decode at every token (for a stream, or for stop strings), not at the end.
-        slot: its cache slot while it runs, else -1.
+        table: its pages while it runs.
+        admitted: the how-manieth admission was its last: who came last gives way first.
         tokens: prompt and output; the last one is the anchor of the next round.
         cached: tokens whose keys and values the target's cache holds.
         round: number of the next round; randomness is keyed by it.
@@ -61,7 +63,8 @@ class ActiveRequest:
     max_tokens: int
     text: TextStream | None
     live: bool = False
-    slot: int = -1
+    table: BlockTable = field(default_factory=BlockTable)
+    admitted: int = -1
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     round: int = 0
@@ -77,12 +80,30 @@ class ActiveRequest:
         return self.tokens[len(self.request.prompt_ids) :]
 
     @property
+    def resumed(self) -> bool:
+        """Whether its first token has been drawn: what is uncached is then read for no draw."""
+        return len(self.tokens) > len(self.request.prompt_ids)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all but the anchor is cached, so that it drafts and verifies."""
+        return self.resumed and self.cached == len(self.tokens) - 1
+
+    @property
+    def unread(self) -> int:
+        """Tokens to be read before it is ready, the anchor of a first round included."""
+        return len(self.tokens) - self.cached - self.resumed
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output at most."""
+        wanted = len(self.request.prompt_ids) + self.request.params.max_new_tokens
+        return min(wanted, self.max_tokens)
+
+    @property
     def room(self) -> int:
         """How many more tokens may be committed."""
-        generated = len(self.tokens) - len(self.request.prompt_ids)
-        return min(
-            self.request.params.max_new_tokens - generated, self.max_tokens - len(self.tokens)
-        )
+        return self.longest - len(self.tokens)
 
     def commit(self, tokens: Sequence[int], accepted: int, verified: int) -> tuple[Piece, ...]:
         """Commit a round's tokens one by one, up to where the request ends.
@@ -95,7 +116,7 @@ class ActiveRequest:
         Returns:
             The pieces of the tokens that were committed.
         """
-        is_prefill = self.cached == 0
+        is_prefill = not self.resumed
         self.cached = len(self.tokens) + accepted
         pieces: list[Piece] = []
         for index, token in enumerate(tokens):

@@ -1,0 +1,163 @@
+"""The engine's memory: one set of pages for the target's rows and the drafter's.
+
+A page of the target's cache and the same page of the drafter's context belong to the same tokens
+of the same request, so one block table serves both and a shared prefix is shared in both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from dspark.attention.pages import PAGE_SIZE, BlockTable, PagedCache
+from dspark.drafters.base import Drafter
+from dspark.engine.cache import PagePool
+from dspark.engine.context import DraftContext
+from dspark.engine.sequence import ActiveRequest
+from dspark.targets.target import Target
+
+# What a cache takes of the memory that is free on an accelerator, or of all that a host has.
+_DEVICE_SHARE, _HOST_SHARE = 0.9, 0.5
+
+
+class Memory:
+    """Pages of the running requests, and of finished ones as long as nobody needs theirs.
+
+    Args:
+        target: whose keys and values are kept.
+        drafter: whose context is kept; None for plain decoding.
+        max_requests: requests that run at once at most.
+        max_length: tokens of prompt and output of one request at most.
+        rows_ahead: rows behind its cached tokens that a request may need in one round.
+        cache_tokens: size of the cache; None makes room for `max_requests` of `max_length`, as
+            far as memory allows.
+        reuse: whether a prompt takes over the pages of an equal prefix.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        *,
+        max_requests: int,
+        max_length: int,
+        rows_ahead: int,
+        cache_tokens: int | None = None,
+        reuse: bool = True,
+    ) -> None:
+        self._rows_ahead = rows_ahead
+        extent = pages_of(max_length + rows_ahead)
+        if cache_tokens is None:
+            spare = max(1, max_requests // 4) if reuse else 0
+            wanted = (max_requests + spare) * extent
+            pages = min(wanted, _affordable_pages(target, drafter))
+        else:
+            pages = pages_of(cache_tokens)
+        self.pool = PagePool(pages, PAGE_SIZE, extent=min(extent, pages), reuse=reuse)
+        self.cache = target.new_cache(pages)
+        self.context: DraftContext | None = None
+        if drafter is not None:
+            shapes = drafter.context_shapes
+            rows = PagedCache(shapes, pages, PAGE_SIZE, target.dtype, target.device)
+            self.context = DraftContext(drafter, rows)
+
+    @property
+    def tokens(self) -> int:
+        """How many rows there are."""
+        return self.pool.pages * PAGE_SIZE
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by target and drafter."""
+        return self.cache.bytes + (self.context.cache.bytes if self.context else 0)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a request of so many tokens, prompt and output, could run alone."""
+        return pages_of(tokens + self._rows_ahead) <= self.pool.pages
+
+    def admit(self, request: ActiveRequest, spare_pages: int = 0) -> bool:
+        """Give a request pages for all its tokens and one round, shared ones first.
+
+        Args:
+            request: it holds no pages.
+            spare_pages: how many pages must stay available.
+
+        Returns:
+            Whether there were enough; if not, nothing has changed.
+        """
+        total = pages_of(len(request.tokens) + self._rows_ahead)
+        shared = self.pool.match(request.tokens)
+        missing = total - len(shared)
+        own = None
+        if self.pool.available >= missing + spare_pages:
+            own = self.pool.allocate(missing, room=pages_of(request.longest + self._rows_ahead))
+        if own is None:
+            self.pool.release(shared)
+            return False
+        request.table = BlockTable([*shared, *own])
+        request.cached = len(shared) * PAGE_SIZE
+        if self.context is not None and shared:
+            self.context.join(request.table, request.tokens, request.cached)
+        return True
+
+    def grow(self, request: ActiveRequest) -> bool:
+        """Make room for one more round of a running request; False if there is none."""
+        missing = pages_of(request.cached + 1 + self._rows_ahead) - len(request.table.pages)
+        if missing <= 0:
+            return True
+        pages = self.pool.allocate(missing, after=request.table.pages[-1])
+        if pages is None:
+            return False
+        request.table.extend(pages)
+        return True
+
+    def settle(self, request: ActiveRequest) -> None:
+        """Make what a request has read findable for others."""
+        if not self.pool.reuse:
+            return
+        if self.context is not None:
+            self.context.flush()
+        tokens = request.tokens[: request.cached]
+        self.pool.register(tokens, request.table.pages[: len(tokens) // PAGE_SIZE])
+
+    def release(self, request: ActiveRequest) -> None:
+        """Take a request's pages back; what is complete of them stays findable."""
+        valid = min(request.cached, len(request.tokens))
+        if self.context is not None:
+            written = self.context.forget(request.table)
+            valid = valid if written is None else min(valid, written)
+        pages, request.table = request.table.pages, BlockTable()
+        if self.pool.reuse:
+            self.pool.register(request.tokens[:valid], pages[: valid // PAGE_SIZE])
+        self.pool.release(pages)
+        request.cached = 0
+
+    def check(self, running: Sequence[ActiveRequest] = ()) -> None:
+        """Prove that every page is held by whom it should be, or by nobody.
+
+        Raises:
+            AssertionError: pages were lost, or are held twice.
+        """
+        self.pool.check({str(r.request_id): r.table.pages for r in running})
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def _affordable_pages(target: Target, drafter: Drafter | None) -> int:
+    shapes = [*target.cache_shapes, *(drafter.context_shapes if drafter else ())]
+    numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes)
+    page_bytes = max(numbers * PAGE_SIZE * target.dtype.itemsize, 1)
+    return max(_memory_bytes(target.device) // page_bytes, 1)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """What a cache may take on this device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _DEVICE_SHARE)
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
