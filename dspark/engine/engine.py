@@ -259,7 +259,7 @@ class Engine:
             shared = min(shared, len(other.tokens)) // PAGE_SIZE * PAGE_SIZE
             if shared < _WORTH_WAITING_TOKENS or shared <= other.cached:
                 continue
-            found = self.memory.pool.peek(active.tokens) if found is None else found
+            found = self.memory.findable(active) if found is None else found
             if shared - found >= _WORTH_WAITING_TOKENS:
                 return True
         return False

@@ -77,6 +77,10 @@ class Memory:
         """Whether a request of so many tokens, prompt and output, could run alone."""
         return pages_of(tokens + self._rows_ahead) <= self.pool.pages
 
+    def findable(self, request: ActiveRequest) -> int:
+        """How many tokens of a request lie in pages that it could take over."""
+        return self.pool.peek(request.tokens) * PAGE_SIZE
+
     def admit(self, request: ActiveRequest, spare_pages: int = 0) -> bool:
         """Give a request pages for all its tokens and one round, shared ones first.
 
@@ -87,15 +91,13 @@ class Memory:
         Returns:
             Whether there were enough; if not, nothing has changed.
         """
-        total = pages_of(len(request.tokens) + self._rows_ahead)
-        shared = self.pool.match(request.tokens)
-        missing = total - len(shared)
-        own = None
-        if self.pool.available >= missing + spare_pages:
-            own = self.pool.allocate(missing, room=pages_of(request.longest + self._rows_ahead))
-        if own is None:
-            self.pool.release(shared)
+        missing = pages_of(len(request.tokens) + self._rows_ahead) - self.pool.peek(request.tokens)
+        if not self.pool.can_allocate(missing + spare_pages, beside=request.tokens):
             return False
+        shared = self.pool.match(request.tokens)
+        room = pages_of(request.longest + self._rows_ahead) - len(shared)
+        own = self.pool.allocate(missing, room=room)
+        assert own is not None, "can_allocate has just said so"
         request.table = BlockTable([*shared, *own])
         request.cached = len(shared) * PAGE_SIZE
         if self.context is not None and shared:
