@@ -116,7 +116,7 @@ def test_a_prefix_is_shared_by_full_pages_and_one_token_stays_to_be_read():
     first = pool.allocate(4)
     pool.register(tokens, first)
     for length, count in ((4, 0), (5, 1), (8, 1), (9, 2), (12, 2), (13, 3), (14, 3)):
-        asked = (tokens + [99])[:length]
+        asked = [*tokens, 99][:length]
         assert pool.peek(asked) == count
         assert pool.match(asked) == first[:count]
         pool.release(first[:count])
@@ -245,13 +245,13 @@ def test_sizes_that_cannot_be_are_refused(name):
 
 
 def planted():
-    """A pool in every state: pages 0 to 3 held, 4 to 7 kept (two behind one), the rest free."""
+    """A pool in every state: pages 0 to 3 held, four kept (two of them behind one), four free."""
     pool = PagePool(12, page_size=1, extent=2)
     held = pool.allocate(4, room=4)
     pool.register([1, 2], held)
     for tokens in ([5], [5, 6], [5, 7], [8]):
         ended(pool, tokens)
-    assert list(pool._kept) == [5 + 1, 7 + 1, 4 + 1, 9 + 1] or pool.kept == 4
+    assert list(pool._kept) == [6, 8, 4, 10]  # 5 6, then 5 7, then 5, then 8
     pool.check({"held": held})
     return pool, held
 
@@ -262,6 +262,14 @@ def swap_order(pool):
     pool._age[root], pool._age[leaf] = pool._age[leaf], pool._age[root]
     for page in sorted(pool._kept, key=pool._age.__getitem__):
         pool._kept.move_to_end(page)
+
+
+def shorten(pool):
+    """A page would be found by fewer tokens than it holds."""
+    node = leaf_node(pool)
+    page = pool._tree._index.pop(node.key)
+    node.key = (*node.key[:2], ())
+    pool._tree._index[node.key] = page
 
 
 def kept_page(pool):
@@ -297,6 +305,7 @@ CORRUPTIONS = {
     "a key of another page": lambda p: p._tree._index.__setitem__(leaf_node(p).key, 0),
     "a child that is missing": lambda p: p._tree._nodes[p._tree.find([5], 1)[0]].children.pop(),
     "a child too many": lambda p: p._tree._nodes[0].children.add(kept_page(p)),
+    "a key of too few tokens": shorten,
     "a wrong depth": lambda p: setattr(leaf_node(p), "depth", 5),
     "a window of nobody": lambda p: p._windows.open(10, 10, 12),
     "a window beyond the pool": lambda p: setattr(p._windows._by_tail[3], "end", 13),
@@ -322,6 +331,7 @@ def test_the_check_finds_every_planted_fault(name):
         ({"a": [0, 1, 2]}, "page 3 is held 1 times"),
         ({"a": [0, 1, 2, 3], "b": [3]}, "page 3 is held 1 times, but is in the tables of a, b 2"),
         ({"a": [0, 1, 2, 3, 11]}, "page 11 is held 0 times, but is in the tables of a 1 times"),
+        ({"a": [0, 1, 2, 3], "b": [12]}, "page 12 is held 0 times, but is in the tables of b 1"),
     ],
 )
 def test_the_check_compares_tables(holders, said):
