@@ -290,7 +290,8 @@ class PagePool:
     def _holder_faults(self, holders: Mapping[str, Sequence[int]]) -> list[str]:
         counts = Counter(page for pages in holders.values() for page in pages)
         found = []
-        for page, holds in enumerate(self._holds):
+        for page in sorted({*range(self.pages), *counts}):
+            holds = self._holds[page] if 0 <= page < self.pages else 0
             if counts[page] != holds:
                 names = [name for name, pages in holders.items() if page in pages] or ["nobody"]
                 found.append(

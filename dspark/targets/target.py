@@ -15,6 +15,7 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.slots import SlotCache
 from dspark.errors import UsageError
 from dspark.targets.families import Anatomy, dissect
+from dspark.targets.fused_norms import fuse_norms
 from dspark.targets.interface import RaggedCall
 from dspark.targets.loading import (
     Source,
@@ -173,6 +174,7 @@ class Target:
         if anatomy.embedding.weight.dtype == torch.float32:
             torch.set_float32_matmul_precision("highest")  # no TF32
         model.eval().requires_grad_(False)
+        fuse_norms(model)
         with quiet():
             layout = probe(model, anatomy)
         eos = _eos_token_ids(model, anatomy)
