@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.layout import RaggedBatch, Segment
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import BlockTable, PagedCache
 
 
 class Rule(NamedTuple):
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 def ragged_attention(
     query_TAD: Tensor,
-    cache: SlotCache,
+    cache: PagedCache,
     layer: int,
     batch: RaggedBatch,
     *,
@@ -46,7 +46,7 @@ def ragged_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of every row over its own slot.
+    """Causal attention of every row over its own request's pages.
 
     The row at position p sees the cached keys at positions <= p, and only those > p - window
     where a window is given. The keys of this batch must have been written before.
@@ -70,23 +70,38 @@ def ragged_attention(
 
 
 def cached_attention(
-    query_1ATD: Tensor, cache: SlotCache, layer: int, batch: RaggedBatch, rule: Rule
+    query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
     if len(batch.segments) > 1 and rule.sinks is None and rule.softcap is None:
         shared = query_1ATD.shape[1] // cache.shapes[layer].kv_heads
-        padding = plan_padding(batch, rule.window, query_1ATD, shared)
+        padding = plan_padding(batch, cache.rows, rule.window, query_1ATD, shared)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
     outs: list[Tensor] = []
     for index, segment in enumerate(batch.segments):
         begin = _first_key(segment, rule.window)
-        key_1GSD, value_1GSD = cache.heads(layer, segment.slot, begin, segment.end)
+        key_1GSD, value_1GSD = cache.span(layer, segment.table, begin, segment.end)
         query_1ALD = query_1ATD
         if segment.length != query_1ATD.shape[2]:
             query_1ALD = query_1ATD.narrow(2, batch.offsets[index], segment.length)
         outs.append(_attend(query_1ALD, key_1GSD, value_1GSD, batch, rule))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def write_rows(
+    cache: PagedCache, layer: int, batch: RaggedBatch, key_1GTD: Tensor, value_1GTD: Tensor
+) -> None:
+    """Store the keys and values of a batch, given head by head."""
+    key_GRD, value_GRD = cache.heads(layer)
+    runs = batch.segments[0].table.runs(batch.segments[0].start, batch.segments[0].end)
+    if len(batch.segments) == 1 and len(runs) == 1:  # a slice is written faster than an index
+        first, count = runs[0]
+        key_GRD[:, first : first + count] = key_1GTD[0]
+        value_GRD[:, first : first + count] = value_1GTD[0]
+        return
+    key_GRD.index_copy_(1, batch.rows_T, key_1GTD[0])
+    value_GRD.index_copy_(1, batch.rows_T, value_1GTD[0])
 
 
 def fresh_attention(
@@ -116,9 +131,9 @@ def block_attention(
     query_RKAD: Tensor,
     key_RKGD: Tensor,
     value_RKGD: Tensor,
-    cache: SlotCache,
+    cache: PagedCache,
     layer: int,
-    slots: Sequence[int],
+    tables: Sequence[BlockTable],
     lengths: Sequence[int],
     *,
     scale: float,
@@ -127,7 +142,7 @@ def block_attention(
 ) -> Tensor:
     """Attention of draft blocks: context from the cache, the block itself in both directions.
 
-    Every row of request r sees the first `lengths[r]` cached rows of `slots[r]` and all K rows
+    Every row of request r sees the first `lengths[r]` cached rows of `tables[r]` and all K rows
     of its own block. With a window, all rows of a block see the last `window` of those cached rows
     and still their whole block.
 
@@ -137,7 +152,7 @@ def block_attention(
         value_RKGD: values of the blocks [R, K, G, D].
         cache: keys and values of the context.
         layer: index of the cache layer.
-        slots: slot of each request.
+        tables: pages of each request.
         lengths: number of context rows of each request.
         scale: multiplies the scores.
         window: see above; None for no limit.
@@ -149,9 +164,9 @@ def block_attention(
     query_RAKD = query_RKAD.transpose(1, 2)
     key_RGKD, value_RGKD = key_RKGD.transpose(1, 2), value_RKGD.transpose(1, 2)
     outs: list[Tensor] = []
-    for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+    for r, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         begin = 0 if window is None else max(0, length - window)
-        context_key, context_value = cache.heads(layer, slot, begin, length)
+        context_key, context_value = cache.span(layer, table, begin, length)
         key_1GSD = torch.cat((context_key, key_RGKD[r : r + 1]), 2)
         value_1GSD = torch.cat((context_value, value_RGKD[r : r + 1]), 2)
         mask_NS = None
@@ -163,7 +178,9 @@ def block_attention(
 
 
 def _first_key(segment: Segment, window: int | None) -> int:
-    return 0 if window is None else max(0, segment.start + 1 - window)
+    if window is None:
+        return segment.first
+    return max(segment.first, segment.start + 1 - window)
 
 
 def _attend(

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.backends import block_attention
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
@@ -57,6 +58,11 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         backbone = self.config.backbone
         shape = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
         return (shape,) * backbone.num_layers
+
+    @property
+    def reads_next_token(self) -> bool:
+        """No: a row is made of its token's features alone."""
+        return False
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -133,20 +139,19 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     @torch.no_grad()
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
-        """Append context keys and values of committed tokens."""
+        """Write context keys and values of committed tokens."""
         plan = self._decode_plan(context)
-        rows = plan.weights.context(features_TF, plan.rotary_table[positions_T])
+        rows = plan.weights.context(features_TF, plan.rotary_table[batch.positions_T])
         for layer, (key_TGD, value_TGD) in enumerate(rows):
-            context.write(layer, slots_T, positions_T, key_TGD, value_TGD)
+            context.write(layer, batch.rows_T, key_TGD, value_TGD)
 
     @torch.no_grad()
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """One pass over all slots, then `num_drafts` draws from left to right."""
         plan = self._decode_plan(context)
         hidden_RKH = self._block_hidden(plan, context, batch)
@@ -168,9 +173,9 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         previous_RK = torch.stack(tokens[:-1], dim=1)
         return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
 
-    def _block_hidden(self, plan: DecodePlan, context: SlotCache, batch: DraftBatch) -> Tensor:
+    def _block_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
-        masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
+        masks_RKH = plan.mask_1KH.expand(len(batch.tables), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
         backbone = self.config.backbone
 
@@ -182,7 +187,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                 value,
                 context,
                 layer,
-                batch.slots,
+                batch.tables,
                 batch.lengths,
                 scale=backbone.attention_scale,
                 window=window,
@@ -195,8 +200,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             attend,
         )
 
-    def _decode_plan(self, context: SlotCache) -> DecodePlan:
-        positions = context.capacity + self.config.block_size
+    def _decode_plan(self, context: PagedCache) -> DecodePlan:
+        positions = context.rows + self.config.block_size
         if self._plan is None or self._plan.rotary_table.shape[0] < positions:
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():

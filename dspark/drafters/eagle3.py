@@ -1,7 +1,7 @@
 """The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; FORMAT_FACTS.md A.4).
 
-Context row i holds the feature of token i and the embedding of token i + 1, and stands at position
-i. The last row's output predicts the token after the anchor; each further draft is a row of its
+Context row i holds the feature of token i and the embedding of token i + 1. Its position is i, but
+it is kept where row i + 1 of the target is (`Drafter.reads_next_token`). The last row's output predicts the token after the anchor; each further draft is a row of its
 own behind it, made of the output of the step before and the embedding of the token just drawn.
 
 With one pass and the last layer as the only tap it is MTP-1, the production baseline: one extra
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
@@ -116,6 +116,11 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             CacheShape(1, backbone.hidden_size, 0),
         )
 
+    @property
+    def reads_next_token(self) -> bool:
+        """Yes: a row is made of a token's feature and the next token's embedding."""
+        return True
+
     def _drop_plan(self) -> None:
         self._plan = None
 
@@ -124,24 +129,23 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
     @torch.no_grad()
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
-        """Append the rows of committed tokens, each made with the token after it."""
-        plan = self._decode_plan(context)
+        """Write the rows of committed tokens, each made with the token after it."""
+        plan, rows_T = self._decode_plan(context), batch.rows_behind()
         hidden_TH = plan.weights.project(features_TF)
         key_TGD, value_TGD = plan.weights.key_value(
-            self.borrowed.embed(next_tokens_T), hidden_TH, plan.rotary_table[positions_T]
+            self.borrowed.embed(next_tokens_T), hidden_TH, plan.rotary_table[batch.positions_T]
         )
-        context.write(_ATTENTION, slots_T, positions_T, key_TGD, value_TGD)
+        context.write(_ATTENTION, rows_T, key_TGD, value_TGD)
         hidden_T1H = hidden_TH.unsqueeze(1)
-        context.write(_FEATURES, slots_T, positions_T, hidden_T1H, hidden_T1H[..., :0])
+        context.write(_FEATURES, rows_T, hidden_T1H, hidden_T1H[..., :0])
 
     @torch.no_grad()
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """A chain of drafts: one pass over all requests per token.
 
         The first pass runs the last context row again, for its output. Rows of later passes are
@@ -152,26 +156,27 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         tokens_R, hidden_RH = batch.anchors_R, None
         for step in range(batch.num_drafts):
             rows = RaggedBatch.build(
-                [(s, n - 1 + step, (0,)) for s, n in zip(batch.slots, batch.lengths, strict=True)],
+                [(t, n + step, (0,)) for t, n in zip(batch.tables, batch.lengths, strict=True)],
                 tokens_R.device,
+                first=1,
             )
             if hidden_RH is None:
-                stored_R1H, _ = context.read(_FEATURES, rows.slots_T, rows.positions_T)
+                stored_R1H, _ = context.read(_FEATURES, rows.rows_T)
                 hidden_RH = stored_R1H.squeeze(1)
 
             def mix(query: Tensor, key: Tensor, value: Tensor, rows: RaggedBatch = rows) -> Tensor:
-                context.write(_ATTENTION, rows.slots_T, rows.positions_T, key, value)
+                context.write(_ATTENTION, rows.rows_T, key, value)
                 return ragged_attention(query, context, _ATTENTION, rows, scale=scale)
 
             embedded_RH = self.borrowed.embed(tokens_R)
-            rotary_rows = plan.rotary_table[rows.positions_T]
+            rotary_rows = plan.rotary_table[rows.positions_T - 1]
             hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
             logits = self.base_logits(plan.weights.final(hidden_RH))
             tokens_R = draw(step, self.over_vocabulary(logits))
         return Proposal()
 
-    def _decode_plan(self, context: SlotCache) -> _DecodePlan:
-        positions = context.capacity + self.block_size
+    def _decode_plan(self, context: PagedCache) -> _DecodePlan:
+        positions = context.rows + self.block_size
         if self._plan is None or self._plan.rotary_table.shape[0] < positions:
             like = self.borrowed.embedding_VH
             # Even in inference mode these are plain tensors: some are the parameters themselves.

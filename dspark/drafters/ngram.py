@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.errors import CompatibilityError, UsageError
 
@@ -57,6 +58,11 @@ class NgramDrafter:
         self._head_VH: Tensor | None = None
         self._vocab_size = 0
 
+    @property
+    def reads_next_token(self) -> bool:
+        """There are no rows."""
+        return False
+
     def bind(self, parts: BorrowedParts) -> None:
         """Take note of vocabulary size, dtype and device."""
         self._head_VH = parts.head_VH
@@ -64,9 +70,8 @@ class NgramDrafter:
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
@@ -74,7 +79,7 @@ class NgramDrafter:
 
     def propose(
         self,
-        context: SlotCache,  # noqa: ARG002
+        context: PagedCache,  # noqa: ARG002
         batch: DraftBatch,
         draw: Draw,
     ) -> Proposal:

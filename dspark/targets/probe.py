@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import Part, RaggedBatch
+from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache, separate_tables
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets.families import Anatomy
 from dspark.targets.interface import IMPLEMENTATION, LayerCall, LayoutLostError, RaggedCall
@@ -98,7 +98,7 @@ def _check_whole(model: Any, anatomy: Anatomy, ids: list[int]) -> list[LayerCall
     calls: list[LayerCall] = []
     hidden_states: list[Tensor] = []
     embedded: list[Tensor] = []
-    batch = RaggedBatch.build([(0, 0, ids)], anatomy.embedding.weight.device)
+    batch = RaggedBatch.build([(None, 0, ids)], anatomy.embedding.weight.device)
     hooks = [
         anatomy.decoder.register_forward_hook(
             lambda _module, _args, out: hidden_states.append(out.last_hidden_state[0])
@@ -174,8 +174,9 @@ def _ragged_logits(
 ) -> Tensor:
     """Logits of both requests: a piece of the long one, then its rest beside the short one."""
     weight = anatomy.embedding.weight
-    cache = SlotCache(layout.shapes, 2, _LONG, weight.dtype, weight.device)
-    steps = [[(1, 0, long[:_CUT])], [(0, 0, short), (1, _CUT, long[_CUT:])]]
+    (a, b), pages = separate_tables(2, _LONG)
+    cache = PagedCache(layout.shapes, pages, PAGE_SIZE, weight.dtype, weight.device)
+    steps: list[list[Part]] = [[(b, 0, long[:_CUT])], [(a, 0, short), (b, _CUT, long[_CUT:])]]
     logits: list[Tensor] = []
     for parts in steps:
         batch = RaggedBatch.build(parts, weight.device)

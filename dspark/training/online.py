@@ -135,14 +135,16 @@ def target_features(
         Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
         padding.
     """
-    batch = RaggedBatch.build([(i, 0, s.input_ids) for i, s in enumerate(samples)], target.device)
+    batch = RaggedBatch.build([(None, 0, s.input_ids) for s in samples], target.device)
     output = target.forward(batch, taps=taps)
     assert output.features_TF is not None
-    longest = max(len(s.input_ids) for s in samples)
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    sample_T = torch.arange(len(samples)).repeat_interleave(lengths).to(target.device)
+    longest = int(lengths.max())
     padded: list[Tensor] = []
     for rows in (output.features_TF, output.hidden_TH):
         table = rows.new_zeros(len(samples), longest, rows.shape[1])
-        table[batch.slots_T, batch.positions_T] = rows
+        table[sample_T, batch.positions_T] = rows
         padded.append(table)
     return padded[0], padded[1]
 

@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import PAGE_SIZE, PagedCache, separate_tables
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -185,19 +186,15 @@ class SmallPair:
         """The drafter's laws and confidence logits, from one proposal along every path."""
         count, rows = len(self._paths), len(prefix) + 1
         tokens = (0, *prefix)
-        capacity = self.horizon + self.block_size + 1
-        context = SlotCache(self._drafter.context_shapes, 1, capacity, torch.float64, "cpu")
+        (table,), pages = separate_tables(1, self.horizon + self.block_size + 1)
+        shapes = self._drafter.context_shapes
+        context = PagedCache(shapes, pages, PAGE_SIZE, torch.float64, "cpu")
         features = torch.stack(
             [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
         )
         # Row i is the context of the token before position i + 1; the first is the prompt's.
-        self._drafter.observe(
-            context,
-            torch.zeros(rows, dtype=torch.int64),
-            torch.arange(rows),
-            features,
-            torch.tensor(tokens),
-        )
+        batch = RaggedBatch.build([(table, 0, tokens)])
+        self._drafter.observe(context, batch, features, batch.input_ids_T)
         laws = []
 
         def draw(step: int, logits_RV: Tensor) -> Tensor:
@@ -205,14 +202,14 @@ class SmallPair:
             laws.append(self._by_prefix(whole, step))
             return self._paths[:, step]
 
-        batch = DraftBatch(
-            slots=(0,) * count,
+        question = DraftBatch(
+            tables=(table,) * count,
             anchors_R=torch.full((count,), tokens[-1]),
             lengths=(rows,) * count,
             tokens=(tokens,) * count,
             num_drafts=self.block_size,
         )
-        proposal = self._drafter.propose(context, batch, draw)
+        proposal = self._drafter.propose(context, question, draw)
         assert proposal.confidence_logits_RK is not None  # the configuration has the head
         columns = proposal.confidence_logits_RK.unbind(1)
         scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
