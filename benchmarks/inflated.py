@@ -39,7 +39,7 @@ from benchmarks.inflate import inflate_drafter, inflate_target, largest_deviatio
 from benchmarks.placement import QWEN3_06B, Shape
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import separate_tables
+from dspark.attention.pages import PAGE_SIZE, BlockTable
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
@@ -62,8 +62,8 @@ def inflated_pair(source: str, shape: Shape, dtype: torch.dtype, seed: int) -> M
 
 def forward_ms(target: Target, tokens: int, repeats: int = 5) -> float:
     """Median milliseconds of a forward of that many tokens after 64 cached ones."""
-    (table,), pages = separate_tables(1, 64 + tokens)
-    cache = target.new_cache(pages)
+    table = BlockTable(range(-(-(64 + tokens) // PAGE_SIZE)))
+    cache = target.new_cache(len(table.pages))
     with torch.inference_mode():
         target.forward(RaggedBatch.build([(table, 0, [7] * 64)], target.device), cache)
         rows = torch.arange(tokens)

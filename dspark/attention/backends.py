@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
 from dspark.attention.pages import BlockTable, PagedCache
 
@@ -27,12 +27,25 @@ class Rule(NamedTuple):
         sinks: one score per query head [A] that takes part in the softmax and adds no value
             (attention sinks of GPT-OSS).
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        first: position of the first key that any row sees.
     """
 
     scale: float
     window: int | None = None
     sinks: Tensor | None = None
     softcap: float | None = None
+    first: int = 0
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the fused kernel cannot express it."""
+        return self.sinks is not None or self.softcap is not None
+
+    def begin(self, position: int) -> int:
+        """The first key that the row at a position sees."""
+        if self.window is None:
+            return self.first
+        return max(self.first, position + 1 - self.window)
 
 
 def ragged_attention(
@@ -45,10 +58,11 @@ def ragged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Causal attention of every row over its own request's pages.
+    """Causal attention of every row over its own request's cached rows.
 
-    The row at position p sees the cached keys at positions <= p, and only those > p - window
+    The row at position p sees the cached keys at positions first..p, and only those > p - window
     where a window is given. The keys of this batch must have been written before.
 
     Args:
@@ -60,11 +74,12 @@ def ragged_attention(
         window: number of keys that a row sees.
         sinks: extra scores [A].
         softcap: limit of the scores.
+        first: position of the first key.
 
     Returns:
         [T, A, value_dim].
     """
-    rule = Rule(scale, window, sinks, softcap)
+    rule = Rule(scale, window, sinks, softcap, first)
     query_1ATD = query_TAD.transpose(0, 1).unsqueeze(0)
     return cached_attention(query_1ATD, cache, layer, batch, rule)[0].transpose(0, 1)
 
@@ -73,35 +88,22 @@ def cached_attention(
     query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
-    if len(batch.segments) > 1 and rule.sinks is None and rule.softcap is None:
+    if len(batch.segments) > 1 and not rule.explicit:
         shared = query_1ATD.shape[1] // cache.shapes[layer].kv_heads
-        padding = plan_padding(batch, cache.rows, rule.window, query_1ATD, shared)
+        padding = plan_padding(batch, rule.window, rule.first, query_1ATD, shared, cache.rows)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
     outs: list[Tensor] = []
     for index, segment in enumerate(batch.segments):
-        begin = _first_key(segment, rule.window)
-        key_1GSD, value_1GSD = cache.span(layer, segment.table, begin, segment.end)
+        if not segment.length:
+            continue
+        begin = rule.begin(segment.start)
+        key_1GSD, value_1GSD = cache.heads(layer, segment.table, begin, segment.end)
         query_1ALD = query_1ATD
         if segment.length != query_1ATD.shape[2]:
             query_1ALD = query_1ATD.narrow(2, batch.offsets[index], segment.length)
         outs.append(_attend(query_1ALD, key_1GSD, value_1GSD, batch, rule))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-
-
-def write_rows(
-    cache: PagedCache, layer: int, batch: RaggedBatch, key_1GTD: Tensor, value_1GTD: Tensor
-) -> None:
-    """Store the keys and values of a batch, given head by head."""
-    key_GRD, value_GRD = cache.heads(layer)
-    runs = batch.segments[0].table.runs(batch.segments[0].start, batch.segments[0].end)
-    if len(batch.segments) == 1 and len(runs) == 1:  # a slice is written faster than an index
-        first, count = runs[0]
-        key_GRD[:, first : first + count] = key_1GTD[0]
-        value_GRD[:, first : first + count] = value_1GTD[0]
-        return
-    key_GRD.index_copy_(1, batch.rows_T, key_1GTD[0])
-    value_GRD.index_copy_(1, batch.rows_T, value_1GTD[0])
 
 
 def fresh_attention(
@@ -152,7 +154,7 @@ def block_attention(
         value_RKGD: values of the blocks [R, K, G, D].
         cache: keys and values of the context.
         layer: index of the cache layer.
-        tables: pages of each request.
+        tables: block table of each request.
         lengths: number of context rows of each request.
         scale: multiplies the scores.
         window: see above; None for no limit.
@@ -166,9 +168,9 @@ def block_attention(
     outs: list[Tensor] = []
     for r, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         begin = 0 if window is None else max(0, length - window)
-        context_key, context_value = cache.span(layer, table, begin, length)
-        key_1GSD = torch.cat((context_key, key_RGKD[r : r + 1]), 2)
-        value_1GSD = torch.cat((context_value, value_RGKD[r : r + 1]), 2)
+        context_keys, context_values = cache.pieces(layer, table, begin, length)
+        key_1GSD = torch.cat((*context_keys, key_RGKD[r : r + 1]), 2)
+        value_1GSD = torch.cat((*context_values, value_RGKD[r : r + 1]), 2)
         mask_NS = None
         if causal:
             mask_KS = _block_mask(query_RKAD, length - begin)
@@ -177,20 +179,13 @@ def block_attention(
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
 
 
-def _first_key(segment: Segment, window: int | None) -> int:
-    if window is None:
-        return segment.first
-    return max(segment.first, segment.start + 1 - window)
-
-
 def _attend(
     query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """Attention of one segment whose last row is the last key."""
     length, size = query_1ALD.shape[2], key_1GSD.shape[2]
-    explicit = rule.sinks is not None or rule.softcap is not None
     fits = rule.window is None or size <= rule.window
-    if length == size and length > 1 and fits and not explicit:
+    if length == size and length > 1 and fits and not rule.explicit:
         return scaled_dot_product_attention(
             query_1ALD,
             key_1GSD,
@@ -199,7 +194,7 @@ def _attend(
             scale=rule.scale,
             enable_gqa=query_1ALD.shape[1] != key_1GSD.shape[1],
         )
-    if explicit:
+    if rule.explicit:
         mask_LS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=1)
         return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_LS, rule)
     copies = _folded_heads(query_1ALD, key_1GSD)

@@ -61,7 +61,7 @@ class DraftBatch:
     """One round's question to the drafter.
 
     Attributes:
-        tables: pages of each request.
+        tables: block table of each request; it has room for the drafter's `rows_ahead`.
         anchors_R: last committed token of each request, int64.
         lengths: context rows before the anchor, which is the anchor's position.
         tokens: every committed token of each request, prompt included, anchor last.
@@ -103,11 +103,12 @@ class Drafter(Protocol):
         block_size: most tokens it can propose in a round (K).
         taps: target layers whose features it reads; -1 is the embedding output.
         context_shapes: per layer, the cache that the engine keeps for it; empty for none.
-        reads_next_token: whether the context row of token i needs token i + 1. Such a row stands
-            where row i + 1 of the target stands: a page then depends on its own tokens only.
-
-    Pages reach as far as the drafts of a round do, and one row further where the next token is
-    read: a drafter may write there while it proposes.
+        reads_next_token: whether the context row of token i is made with token i + 1. Such a row
+            is stored where token i + 1 stands, at position i + 1, and position 0 stays empty: a
+            page then depends only on tokens up to its own last one, and is right for every
+            request that shares them.
+        rows_ahead: how many rows behind the anchor's own position `propose` may write; the
+            engine gives every table room for position `anchor + rows_ahead`.
     """
 
     @property
@@ -118,6 +119,8 @@ class Drafter(Protocol):
     def context_shapes(self) -> tuple[CacheShape, ...]: ...
     @property
     def reads_next_token(self) -> bool: ...
+    @property
+    def rows_ahead(self) -> int: ...
 
     def bind(self, parts: BorrowedParts) -> None:
         """Borrow the target's embedding and head; refuse a target that does not fit."""
@@ -130,11 +133,12 @@ class Drafter(Protocol):
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
-        """Write the context rows of committed tokens to their pages.
+        """Append the context rows of committed tokens.
 
         Args:
             context: where they go.
-            batch: whose rows they are, and where they stand; its tokens are not looked at.
+            batch: whose they are: tables and positions; its token ids are not read. A drafter
+                that reads the next token writes one position further than the batch's last.
             features_TF: captured features of each token.
             next_tokens_T: the committed token after it, int64.
         """

@@ -61,8 +61,13 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     @property
     def reads_next_token(self) -> bool:
-        """No: a row is made of its token's features alone."""
+        """A context row is made of its own token's features alone."""
         return False
+
+    @property
+    def rows_ahead(self) -> int:
+        """The rows of a block never reach the cache."""
+        return 0
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -144,16 +149,17 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         features_TF: Tensor,
         next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
-        """Write context keys and values of committed tokens."""
-        plan = self._decode_plan(context)
-        rows = plan.weights.context(features_TF, plan.rotary_table[batch.positions_T])
+        """Append context keys and values of committed tokens."""
+        plan = self._decode_plan()
+        rotary_rows = plan.rotary.upto(batch.longest)[batch.positions_T]
+        rows = plan.weights.context(features_TF, rotary_rows)
         for layer, (key_TGD, value_TGD) in enumerate(rows):
             context.write(layer, batch.rows_T, key_TGD, value_TGD)
 
     @torch.no_grad()
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """One pass over all slots, then `num_drafts` draws from left to right."""
-        plan = self._decode_plan(context)
+        plan = self._decode_plan()
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         logits_by_step = self.base_logits(hidden_RKH).unbind(1)
@@ -194,15 +200,15 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                 causal=backbone.causal_windows and window is not None,
             )
 
+        rotary_table = plan.rotary.upto(max(batch.lengths) + self.config.block_size)
         return plan.weights.block(
             torch.cat((anchors_R1H, masks_RKH), dim=1),
-            plan.rotary_table[lengths_R1 + plan.slots_K],
+            rotary_table[lengths_R1 + plan.slots_K],
             attend,
         )
 
-    def _decode_plan(self, context: PagedCache) -> DecodePlan:
-        positions = context.rows + self.config.block_size
-        if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+    def _decode_plan(self) -> DecodePlan:
+        if self._plan is None:
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
                 self._plan = DecodePlan.build(
@@ -210,7 +216,6 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                     self.markov_head,
                     self.confidence_head,
                     masks=self._mask_slots(self.config.block_size - 1),
-                    positions=positions,
                     like=self.borrowed.embedding_VH,
                 )
         return self._plan

@@ -55,13 +55,10 @@ class NgramDrafter:
         self.min_ngram = min_ngram
         self.taps: tuple[int, ...] = ()
         self.context_shapes: tuple[CacheShape, ...] = ()
+        self.reads_next_token = False
+        self.rows_ahead = 0
         self._head_VH: Tensor | None = None
         self._vocab_size = 0
-
-    @property
-    def reads_next_token(self) -> bool:
-        """There are no rows."""
-        return False
 
     def bind(self, parts: BorrowedParts) -> None:
         """Take note of vocabulary size, dtype and device."""

@@ -51,6 +51,11 @@ class Witness:
         """The drafter's own."""
         return self.drafter.reads_next_token
 
+    @property
+    def rows_ahead(self) -> int:
+        """The drafter's own."""
+        return self.drafter.rows_ahead
+
     def bind(self, parts: BorrowedParts) -> None:
         """Bind the drafter."""
         self.drafter.bind(parts)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from dspark.attention.backends import Rule, cached_attention, fresh_attention, write_rows
+from dspark.attention.backends import Rule, cached_attention, fresh_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PagedCache
 from dspark.errors import CompatibilityError
@@ -120,7 +120,8 @@ def ragged_forward(
         return fresh_attention(query, key, value, ragged.batch, rule).transpose(1, 2), None
     cache_layer = ragged.cache_layers[layer]
     if ragged.writers[layer]:
-        write_rows(ragged.cache, cache_layer, ragged.batch, key, value)
+        batch = ragged.batch
+        ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
     out_1ATD = cached_attention(query, ragged.cache, cache_layer, ragged.batch, rule)
     return out_1ATD.transpose(1, 2), None
 

@@ -200,12 +200,12 @@ class Target:
 
     @property
     def cache_shapes(self) -> tuple[CacheShape, ...]:
-        """What its cache layers hold per token."""
+        """What its layers cache."""
         return self._layout.shapes
 
     def new_cache(self, pages: int, page_size: int = PAGE_SIZE) -> PagedCache:
-        """Allocate `pages` pages of keys and values."""
-        return PagedCache(self._layout.shapes, pages, page_size, self.dtype, self.device)
+        """Allocate keys and values for `pages` pages of `page_size` tokens."""
+        return PagedCache(self.cache_shapes, pages, page_size, self.dtype, self.device)
 
     def forward(
         self,
@@ -218,8 +218,8 @@ class Target:
         """Run all tokens of a batch once.
 
         Args:
-            batch: tokens, positions and pages; on the target's device.
-            cache: receives the keys and values of the batch; rows see what their request's pages hold.
+            batch: tokens, positions and block tables; on the target's device.
+            cache: receives the keys and values of the batch; rows see what their own pages hold.
                 Without one, tokens see only the tokens of their own segment (training).
             taps: what to capture: -1 is the input of the first layer (scaled embeddings), i the
                 output of decoder layer i before any further norm.

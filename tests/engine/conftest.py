@@ -146,6 +146,10 @@ class MadeUpDrafter:
     def reads_next_token(self) -> bool:
         return False
 
+    @property
+    def rows_ahead(self) -> int:
+        return 0
+
     def bind(self, parts: BorrowedParts) -> None:
         """Nothing to borrow."""
 
@@ -174,7 +178,7 @@ class TargetDrafter(MadeUpDrafter):
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         sequences = [list(tokens) for tokens in batch.tokens]
         for step in range(batch.num_drafts):
-            ragged = RaggedBatch.build([(None, 0, ids) for ids in sequences])
+            ragged = RaggedBatch.fresh(sequences)
             last = torch.tensor(ragged.offsets[1:]) - 1
             logits_RV = self.target.forward(ragged, logit_rows=last).logits_NV
             assert logits_RV is not None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, PagedCache, separate_tables
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -186,15 +186,14 @@ class SmallPair:
         """The drafter's laws and confidence logits, from one proposal along every path."""
         count, rows = len(self._paths), len(prefix) + 1
         tokens = (0, *prefix)
-        (table,), pages = separate_tables(1, self.horizon + self.block_size + 1)
-        shapes = self._drafter.context_shapes
-        context = PagedCache(shapes, pages, PAGE_SIZE, torch.float64, "cpu")
+        table = BlockTable((0,), page_size=self.horizon + self.block_size + 1)
+        context = PagedCache(self._drafter.context_shapes, 1, table.page_size, torch.float64, "cpu")
         features = torch.stack(
             [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
         )
         # Row i is the context of the token before position i + 1; the first is the prompt's.
-        batch = RaggedBatch.build([(table, 0, tokens)])
-        self._drafter.observe(context, batch, features, batch.input_ids_T)
+        batch_of_rows = RaggedBatch.build([(table, 0, tokens)])
+        self._drafter.observe(context, batch_of_rows, features, batch_of_rows.input_ids_T)
         laws = []
 
         def draw(step: int, logits_RV: Tensor) -> Tensor:
@@ -202,14 +201,14 @@ class SmallPair:
             laws.append(self._by_prefix(whole, step))
             return self._paths[:, step]
 
-        question = DraftBatch(
+        batch = DraftBatch(
             tables=(table,) * count,
             anchors_R=torch.full((count,), tokens[-1]),
             lengths=(rows,) * count,
             tokens=(tokens,) * count,
             num_drafts=self.block_size,
         )
-        proposal = self._drafter.propose(context, question, draw)
+        proposal = self._drafter.propose(context, batch, draw)
         assert proposal.confidence_logits_RK is not None  # the configuration has the head
         columns = proposal.confidence_logits_RK.unbind(1)
         scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
