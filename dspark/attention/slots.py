@@ -83,6 +83,15 @@ class SlotCache:
         self._keys[layer][slots_T, :, positions_T] = key_TGD
         self._values[layer][slots_T, :, positions_T] = value_TGD
 
+    def clear(self, slot: int, begin: int = 0) -> None:
+        """Zero the rows of a slot from `begin` on.
+
+        Needed only where they may be NaN or infinite: rows that a mask hides still enter a
+        product, with weight 0.
+        """
+        for rows in (*self._keys, *self._values):
+            rows[slot, :, begin:] = 0
+
     def read(self, layer: int, slots_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """The rows stored at (slot, position): keys [T, G, key_dim] and values, copied."""
         return (

@@ -86,5 +86,9 @@ class DraftContext:
                 self._waiting.append(rest)
                 self._count += len(rest.slots_T)
 
+    def clear(self, slot: int, begin: int) -> None:
+        """Zero a slot's rows from `begin` on, where they may be no numbers."""
+        self.cache.clear(slot, begin)
+
     def _drop(self) -> None:
         self._waiting, self._count = [], 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,8 @@ from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import ActiveRequest, Event, Piece
 from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
-from dspark.errors import RequestError, UsageError
+from dspark.errors import QueueFullError, RequestError, UsageError
 from dspark.request import VERIFIERS, Output, Request, Verifier
-from dspark.sampling.processors import Chain
 from dspark.targets.target import Target
 
 
@@ -74,6 +74,9 @@ class Engine:
             that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
         watch: is told about every round in which a drafter takes part.
+        max_queue: requests that may wait beyond those for whom a place is free; None for any
+            number.
+        now: seconds of a clock that never goes back, for timeouts.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -90,8 +93,10 @@ class Engine:
         schedule: Schedule | Scheduler | None = None,
         block_size: int | None = None,
         watch: Watch | None = None,
+        max_queue: int | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_sizes(verifier, max_requests, max_length)
+        _check_sizes(verifier, max_requests, max_length, max_queue)
         self.target = target
         given = schedule if isinstance(schedule, Scheduler) else None
         self.schedule = (
@@ -100,6 +105,8 @@ class Engine:
         self.drafter = None if self.schedule.name == "off" else drafter
         self.verifier = verifier
         self.max_requests = max_requests
+        self.max_queue = max_queue
+        self._now = now
         self.max_length = min(max_length or target.max_context, target.max_context)
         self.num_drafts = _num_drafts(self.drafter, block_size)
         self.clock = Clock()
@@ -127,7 +134,7 @@ class Engine:
         return bool(self._queue or self._running)
 
     def add(self, request: Request, *, prompt: str = "", live: bool = False) -> int:
-        """Queue a request.
+        """Queue a request, or as many as it asks answers.
 
         Args:
             request: what to decode.
@@ -135,20 +142,30 @@ class Engine:
             live: give every token's text with its event, not only the whole text at the end.
 
         Returns:
-            The number that its events carry.
+            The number that its events carry; further answers have the numbers after it.
 
         Raises:
             RequestError: the prompt does not fit the context; prompt or logit bias name a token
                 that the model does not have; the bias leaves no token; or stop strings are asked
                 of a model without a tokenizer.
+            QueueFullError: too many requests wait already.
         """
         self._check(request)
+        self._check_queue(request.params.n)
+        first_id = self._next_id
+        for sample in request.samples():
+            self._queue.append(self._activate(sample, first_id, prompt, live))
+            self._next_id += 1
+        return first_id
+
+    def _activate(self, request: Request, first_id: int, prompt: str, live: bool) -> ActiveRequest:
         params = request.params
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.target.eos_token_ids
         tokenizer = self.target.tokenizer
-        active = ActiveRequest(
+        timeout_s = request.timeout_s
+        return ActiveRequest(
             request_id=self._next_id,
             request=request,
             prompt=prompt,
@@ -156,10 +173,28 @@ class Engine:
             max_tokens=self.max_length,
             text=None if tokenizer is None else TextStream(tokenizer, params.stop),
             live=live or bool(params.stop),
+            first_id=first_id,
+            deadline=None if timeout_s is None else self._now() + timeout_s,
         )
-        self._next_id += 1
-        self._queue.append(active)
-        return active.request_id
+
+    def _check_queue(self, count: int) -> None:
+        """Refuse `count` more requests where the queue has no room for them."""
+        if self._is_full(count):
+            waiting = max(len(self._queue) - self._places, 0)
+            raise QueueFullError(
+                f"{waiting} requests wait already, and {count} more would pass the limit of "
+                f"{self.max_queue}; ask again later."
+            )
+
+    def _is_full(self, count: int) -> bool:
+        """Whether the queue has no room for `count` more requests."""
+        if self.max_queue is None:
+            return False
+        return len(self._queue) + count > self._places + self.max_queue
+
+    @property
+    def _places(self) -> int:
+        return self.max_requests - len(self._running)
 
     def _check(self, request: Request) -> None:
         ids, params = request.prompt_ids, request.params
@@ -176,21 +211,47 @@ class Engine:
                     f"The {what} names token {wrong[0]}, but token ids of this model run from 0 "
                     f"to {vocab_size - 1}."
                 )
-        Chain.of([params])  # refuses biases that are no numbers
         if sum(value == float("-inf") for value in params.logit_bias.values()) == vocab_size:
             raise RequestError("The logit bias bans every token; allow at least one.")
         if params.stop and self.target.tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this model has none.")
 
     def cancel(self, request_id: int) -> Output | None:
-        """End a request now; what it has so far, or None if it is not waiting or running."""
+        """End a request now; what it has so far, or None if it is not waiting or running.
+
+        Of several answers asked for together this ends one; `cancel_all` ends the rest.
+        """
         for requests in (self._queue, self._running):
             for active in requests:
                 if active.request_id == request_id:
                     requests.remove(active)
                     self._release(active)
-                    return active.cancel()
+                    active.end("cancelled")
+                    return active.output()
         return None
+
+    def cancel_all(self, first_id: int) -> list[Output]:
+        """End every answer that is still to come of those asked for together.
+
+        Args:
+            first_id: what `add` returned.
+        """
+        answers = [r.request_id for r in (*self._running, *self._queue) if r.first_id == first_id]
+        outputs = [self.cancel(request_id) for request_id in sorted(answers)]
+        return [output for output in outputs if output is not None]
+
+    def _expire(self) -> list[Event]:
+        """End the requests whose time is up, whether they wait or run."""
+        timed = [r for r in (*self._running, *self._queue) if r.deadline is not None]
+        if not timed:
+            return []
+        now = self._now()
+        late = [r for r in timed if r.deadline is not None and r.deadline <= now]
+        for active in late:
+            (self._running if active in self._running else self._queue).remove(active)
+            self._release(active)
+            active.end("timeout")
+        return [Event(active.request_id, (), active.output()) for active in late]
 
     def _release(self, active: ActiveRequest) -> None:
         if active.slot >= 0:
@@ -212,21 +273,31 @@ class Engine:
 
         Returns:
             One event per running request; those with an output have ended and left their slot.
-
-        Raises:
-            NumericsError: target or drafter produced NaN or infinite logits.
+            Requests whose time is up, those that wait included, have ended without taking part.
         """
+        expired = self._expire()
         self._admit()
         requests = self._running
         if not requests:
-            return []
+            return expired
         laws = self._laws_of(requests)
-        state = RoundState.of(requests, laws, self.verifier, self.num_drafts)
+        vocab_size = self.target.vocab_size
+        state = RoundState.of(requests, laws, self.verifier, self.num_drafts, vocab_size)
         prefill = any(request.cached == 0 for request in requests)
         pieces, times = play(requests, state, self.target, self._cache, self._speculator)
         laws.commit([[piece.token_id for piece in new] for new in pieces])
         self.clock.record(times, prefill=prefill)
-        return self._finish_round(requests, pieces)
+        return expired + self._finish_round(requests, pieces)
+
+    def check_drafter(self) -> None:
+        """For whoever measures the drafter: raise the first thing that it did wrong, if any.
+
+        Raises:
+            NumericsError: its logits were NaN or infinite.
+            Exception: whatever else it raised; decoding has gone on without it.
+        """
+        if self._speculator is not None and self._speculator.shield.fault is not None:
+            raise self._speculator.shield.fault
 
     def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
         """The laws of the running requests, rebuilt only when other requests run."""
@@ -248,34 +319,51 @@ class Engine:
                 still.append(request)
         # Newly admitted requests go behind these: who has a draft context comes first in a round.
         # Neighbouring slots side by side are what attention reads fastest.
-        self._running = sorted(still, key=lambda request: request.slot)
+        self._running = sorted(still, key=lambda request: (request.plain, request.slot))
         return events
 
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:
         """Decode requests to their end, in the order given.
 
+        Returns:
+            The outputs, all answers to a request side by side.
+
         Raises:
-            RequestError, NumericsError: as `add` and `step`.
+            RequestError: as `add`; or, once all have ended, what ended the first of those that
+                ended with an error.
+            NumericsError: likewise.
         """
         for request in requests:
             self._check(request)
         texts = prompts or [""] * len(requests)
-        ids = [self.add(r, prompt=t) for r, t in zip(requests, texts, strict=True)]
-        outputs: dict[int, Output] = {}
+        ids, outputs = list[int](), dict[int, Output]()
+        for request, text in zip(requests, texts, strict=True):
+            while self._is_full(request.params.n) and self.has_work:
+                self._collect(outputs)
+            first_id = self.add(request, prompt=text)
+            ids += range(first_id, first_id + request.params.n)
         while self.has_work:
-            for event in self.step():
-                if event.output is not None:
-                    outputs[event.request_id] = event.output
-        return [outputs[i] for i in ids]
+            self._collect(outputs)
+        return [outputs[i].checked() for i in ids]
+
+    def _collect(self, outputs: dict[int, Output]) -> None:
+        """Take one step, and note the outputs of the requests that it ends."""
+        for event in self.step():
+            if event.output is not None:
+                outputs[event.request_id] = event.output
 
 
-def _check_sizes(verifier: str, max_requests: int, max_length: int | None) -> None:
+def _check_sizes(
+    verifier: str, max_requests: int, max_length: int | None, max_queue: int | None
+) -> None:
     if verifier not in VERIFIERS:
         raise UsageError(
             f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
         )
     if max_requests < 1:
         raise UsageError(f"max_requests is {max_requests}, but must be at least 1.")
+    if max_queue is not None and max_queue < 0:
+        raise UsageError(f"max_queue is {max_queue}, but must be None or at least 0.")
     if max_length is not None and max_length < 2:
         raise UsageError(
             f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "

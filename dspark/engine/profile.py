@@ -114,6 +114,7 @@ def measure_costs(
             told.told = [n // count + (i < n % count) for i in range(count)]
             before = replace(engine.clock)
             engine.step()
+            engine.check_drafter()
             if visit >= 0:  # the first visit warms up
                 verify[count, n].append(engine.clock.verify_ms - before.verify_ms)
                 draft[count].append(engine.clock.draft_ms - before.draft_ms)

@@ -95,6 +95,7 @@ def record_rounds(
         engine.step()
         if progress is not None:
             progress(len(recorder.accepted))
+    engine.check_drafter()
     if not recorder.accepted:
         raise DataError(
             "Not one full block was verified; give more prompts, or a larger --max-new-tokens."

@@ -123,7 +123,9 @@ def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Sta
     engine = Model(model.target, drafter).engine(
         requests, batch_size=len(requests), schedule="fixed"
     )
-    return merge_stats(engine.run(requests))
+    outputs = engine.run(requests)
+    engine.check_drafter()
+    return merge_stats(outputs)
 
 
 def race(
@@ -155,4 +157,5 @@ def _tokens_per_s(
     started = time.perf_counter()
     outputs = engine.run(requests)
     seconds = time.perf_counter() - started
+    engine.check_drafter()
     return sum(len(output.token_ids) for output in outputs) / seconds, merge_stats(outputs)
