@@ -36,6 +36,9 @@ class Verdict:
         logprobs: of what is committed; None for requests that want none.
         faults: why a request, by number, has no token after its kept drafts.
         broken: requests with a row of NaN or infinite logits, whether they came to it or not.
+        void: those of them that came to it with drafts behind it. A draft's keys of NaN reach the
+            rows before it too (hidden keys enter products with weight 0), so nothing is known:
+            nothing is committed, and the next round, without drafts, tells.
     """
 
     committed: Sequence[Sequence[int]]
@@ -43,6 +46,7 @@ class Verdict:
     logprobs: Sequence[tuple[Logprob, ...] | None] = ()
     faults: Mapping[int, DSparkError] = field(default_factory=dict)
     broken: frozenset[int] = frozenset()
+    void: frozenset[int] = frozenset()
 
 
 def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
@@ -130,14 +134,22 @@ def _with_faults(
     lengths: Sequence[int],
 ) -> Verdict:
     """Take back the token that was drawn from a row at fault."""
-    committed, reached = list(verdict.committed), dict[int, DSparkError]()
+    committed, accepted = list(verdict.committed), list(verdict.accepted)
+    reached, void = dict[int, DSparkError](), set[int]()
     for request, (step, fault) in ends.items():
-        if verdict.accepted[request] == step:
+        if accepted[request] != step:
+            continue
+        if isinstance(fault, NumericsError) and lengths[request]:
+            committed[request], accepted[request] = (), 0
+            void.add(request)
+        else:
             committed[request] = committed[request][:-1]
             reached[request] = _of_the_target(fault)
     owners = [request for request, length in enumerate(lengths) for _ in range(length + 1)]
     broken = {owners[row] for row, f in faults.items() if isinstance(f, NumericsError)}
-    return replace(verdict, committed=committed, faults=reached, broken=frozenset(broken))
+    return Verdict(
+        committed, accepted, faults=reached, broken=frozenset(broken), void=frozenset(void)
+    )
 
 
 def _of_the_target(fault: DSparkError) -> DSparkError:

@@ -202,7 +202,7 @@ def _observe(
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
     slots_T, positions_T = batch.slots_T, batch.positions_T
-    gone = [r.plain or i in verdict.faults for i, r in enumerate(requests)]
+    gone = [r.plain or i in verdict.faults or i in verdict.void for i, r in enumerate(requests)]
     rejected = [
         segment.length if drop else len(d) - n
         for segment, drop, d, n in zip(
@@ -265,6 +265,9 @@ def _commit(
     pieces = []
     for i, request in enumerate(requests):
         request.stats.drafted += drafts.proposed[i]
+        if i in verdict.void:
+            pieces.append(request.skip_round())
+            continue
         logprobs = verdict.logprobs[i] if verdict.logprobs else None
         verified = len(drafts.tokens[i])
         pieces.append(request.commit(verdict.committed[i], verdict.accepted[i], verified, logprobs))

@@ -139,6 +139,12 @@ class ActiveRequest:
         self.round += 1
         return tuple(pieces)
 
+    def skip_round(self) -> tuple[Piece, ...]:
+        """Commit nothing of a round that came to nothing, and draft no more."""
+        self.plain = True
+        self.round += 1
+        return ()
+
     def _push_or_fail(self, token: int) -> str:
         try:
             return self._push(token)
