@@ -18,6 +18,7 @@ from dspark.engine.round import RoundTimes, Speculator, play
 from dspark.engine.schedule import Schedule
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import ActiveRequest, Event, Piece
+from dspark.engine.shield import Shield
 from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
 from dspark.errors import QueueFullError, RequestError, UsageError
@@ -77,6 +78,8 @@ class Engine:
         max_queue: requests that may wait beyond those for whom a place is free; None for any
             number.
         now: seconds of a clock that never goes back, for timeouts.
+        strict: raise what the drafter does wrong, in place of going on plainly: for whoever
+            measures it.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -95,6 +98,7 @@ class Engine:
         watch: Watch | None = None,
         max_queue: int | None = None,
         now: Callable[[], float] = time.monotonic,
+        strict: bool = False,
     ) -> None:
         _check_sizes(verifier, max_requests, max_length, max_queue)
         self.target = target
@@ -126,6 +130,7 @@ class Engine:
                 DraftContext(self.drafter, context),
                 given or Scheduler(self.schedule, verifier, self.num_drafts),
                 watch,
+                Shield(strict=strict),
             )
 
     @property
@@ -179,6 +184,11 @@ class Engine:
 
     def _check_queue(self, count: int) -> None:
         """Refuse `count` more requests where the queue has no room for them."""
+        if self.max_queue is not None and count > self.max_requests + self.max_queue:
+            raise RequestError(
+                f"n is {count}, but no more than {self.max_requests + self.max_queue} requests "
+                "can run and wait here; ask for fewer answers."
+            )
         if self._is_full(count):
             waiting = max(len(self._queue) - self._places, 0)
             raise QueueFullError(
@@ -274,6 +284,10 @@ class Engine:
         Returns:
             One event per running request; those with an output have ended and left their slot.
             Requests whose time is up, those that wait included, have ended without taking part.
+
+        Raises:
+            Exception: what the drafter does wrong, where the engine is strict; it is of no use
+                after that.
         """
         expired = self._expire()
         self._admit()
@@ -288,16 +302,6 @@ class Engine:
         laws.commit([[piece.token_id for piece in new] for new in pieces])
         self.clock.record(times, prefill=prefill)
         return expired + self._finish_round(requests, pieces)
-
-    def check_drafter(self) -> None:
-        """For whoever measures the drafter: raise the first thing that it did wrong, if any.
-
-        Raises:
-            NumericsError: its logits were NaN or infinite.
-            Exception: whatever else it raised; decoding has gone on without it.
-        """
-        if self._speculator is not None and self._speculator.shield.fault is not None:
-            raise self._speculator.shield.fault
 
     def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
         """The laws of the running requests, rebuilt only when other requests run."""

@@ -137,6 +137,7 @@ class Model:
         threshold: float | None = None,
         block_size: int | None = None,
         watch: Watch | None = None,
+        strict: bool = False,
     ) -> Engine:
         """An engine with room for these requests, `batch_size` of them at once.
 
@@ -150,6 +151,7 @@ class Model:
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
             watch: is told about every round in which a drafter takes part.
+            strict: raise what the drafter does wrong, in place of going on plainly.
 
         Raises:
             RequestError: there are no requests.
@@ -170,6 +172,7 @@ class Model:
             schedule=self._scheduler(requests, schedule, threshold, verifier, block_size, at_once),
             block_size=block_size,
             watch=watch,
+            strict=strict,
         )
 
     def _scheduler(

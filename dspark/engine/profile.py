@@ -114,7 +114,6 @@ def measure_costs(
             told.told = [n // count + (i < n % count) for i in range(count)]
             before = replace(engine.clock)
             engine.step()
-            engine.check_drafter()
             if visit >= 0:  # the first visit warms up
                 verify[count, n].append(engine.clock.verify_ms - before.verify_ms)
                 draft[count].append(engine.clock.draft_ms - before.draft_ms)
@@ -153,6 +152,7 @@ def _engine(
         max_length=PROMPT_TOKENS + room,
         schedule=told,
         block_size=block_size,
+        strict=True,
     )
     generator = torch.Generator().manual_seed(0)
     for i in range(count):

@@ -19,12 +19,16 @@ class Shield:
     drafter raised decode plainly to their end, since its context may have lost rows of theirs;
     those that come later draft again. Three faults in a row switch the drafter off for good.
 
+    Args:
+        strict: raise the fault after all.
+
     Attributes:
         fault: the first fault; None while there was none.
         off: whether the drafter has been switched off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
         self.fault: Exception | None = None
         self.off = False
         self._in_a_row = 0
@@ -35,12 +39,16 @@ class Shield:
         try:
             yield
         except Exception as error:  # whatever it is, the requests can do without the drafter
+            if self._strict:
+                raise
             self.record(error)
             for request in requests:
                 request.plain = True
 
     def record(self, error: Exception) -> None:
-        """Count a fault."""
+        """Count a fault, or raise it."""
+        if self._strict:
+            raise error
         if self.fault is None:
             self.fault = error
             _logger.error("The drafter failed; decoding goes on plainly.", exc_info=error)

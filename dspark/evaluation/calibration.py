@@ -88,6 +88,7 @@ def record_rounds(
         schedule="fixed",
         block_size=block_size,
         watch=recorder,
+        strict=True,
     )
     for request in requests:
         engine.add(request)
@@ -95,7 +96,6 @@ def record_rounds(
         engine.step()
         if progress is not None:
             progress(len(recorder.accepted))
-    engine.check_drafter()
     if not recorder.accepted:
         raise DataError(
             "Not one full block was verified; give more prompts, or a larger --max-new-tokens."

@@ -6,7 +6,7 @@ import pytest
 
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.errors import QueueFullError, UsageError
+from dspark.errors import QueueFullError, RequestError, UsageError
 from dspark.params import sample_seed
 from dspark.request import VERIFIERS, Request, SamplingParams
 
@@ -180,8 +180,9 @@ def test_no_queue_at_all_and_more_requests_than_it_holds(tiny, target):
     requests = tiny.make_requests(tiny.make_prompts(7, 64), max_new_tokens=5)
     outputs = engine.run(requests)
     assert tiny.token_ids(outputs) == tiny.token_ids(tiny.decode(target, None, requests))
-    with pytest.raises(QueueFullError, match="0 requests wait already, and 3 more"):
-        engine.run([Request(PROMPT, SamplingParams(5, n=3))])
+    for call in (engine.add, lambda request: engine.run([request])):
+        with pytest.raises(RequestError, match="n is 3, but no more than 2 requests can run"):
+            call(Request(PROMPT, SamplingParams(5, n=3)))
     assert idle(engine)
 
 

@@ -201,9 +201,11 @@ def test_a_drafter_that_raises_in_a_round(tiny, verifier, when, caplog):
         "The drafter failed; decoding goes on plainly.",
     )
     assert "a bad day" in str(record.exc_info[1])
-    with pytest.raises(RuntimeError, match="a bad day"):
-        engine.check_drafter()
     engine.run(requests)
+    assert len(faults(caplog)) == 1
+    strict = Engine(target, Moody(tiny.make_drafter(target), **when), max_length=60, strict=True)
+    with pytest.raises(RuntimeError, match="a bad day"):
+        strict.run(requests)
     assert len(faults(caplog)) == 1
 
 
@@ -299,8 +301,9 @@ def test_a_drafter_whose_drafts_are_never_numbers_is_switched_off(tiny, caplog):
     assert [output.stats.drafted for output in outputs] == [0] * 3
     assert engine._speculator.shield.off
     assert len(faults(caplog)) == 2
+    strict = Engine(target, engine.drafter, max_length=60, strict=True)
     with pytest.raises(NumericsError, match="The drafter failed: its logits have NaN"):
-        engine.check_drafter()
+        strict.run(requests)
 
 
 @pytest.mark.faulty

@@ -152,7 +152,6 @@ def test_dialogues_go_through_the_template_whole(target):
     assert ids == Model(target).encode(messages)
 
 
-@pytest.mark.faulty
 def test_a_drafter_that_computes_nan(tiny, target, prompts):
     class Broken(tiny.KnowingDrafter):
         def propose(self, context, batch, draw):
