@@ -1,9 +1,10 @@
-"""Thousands of requests come, end and are cancelled in a cache too small for all: does anything leak?
+"""Do pages or memory leak while thousands of requests come, end and are cancelled?
 
-Random prompts of random lengths, many with a shared beginning, greedy and sampled, a third of them
-cancelled at a random moment, some before they ran. After every thousand the engine is idle: then no
-page may be held, the pool must prove itself, and the process's memory is noted. The memory of the
-first thousand is warm-up; growth after it is a leak.
+The cache is too small for all that run. Random prompts of random lengths, many with a shared
+beginning, greedy and sampled, a third of them cancelled at a random moment, some before they ran.
+After every thousand the engine is idle: then no page may be held, the pool must prove itself, and
+the process's memory is noted. The memory of the first thousand is warm-up; growth after it is a
+leak.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dspark.request import Request, SamplingParams
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -90,6 +92,7 @@ def drive(engine: Engine, traffic: Traffic, count: int, share: float) -> dict[st
 
 
 def main() -> None:
+    """Run it."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     model = load_pair(args.model, args.dtype or "float32")
@@ -117,7 +120,7 @@ def main() -> None:
         {
             **total,
             "seconds": time.perf_counter() - started,
-            "preemptions": engine.preemptions,
+            "preemptions": engine.roster.preemptions,
             "hit_tokens": engine.memory.pool.hit_tokens,
             "pages": engine.memory.pool.pages,
             "held_pages_when_idle": held,

@@ -7,6 +7,7 @@ DSparkError                 everything a caller may want to catch
 ├── CompatibilityError      an architecture is not supported, or drafter and target do not fit
 ├── DataError               a data file is missing, empty or malformed
 ├── RequestError            a request cannot be served (empty prompt, longer than the context, ...)
+│   └── QueueFullError      too many requests are waiting already
 ├── NumericsError           a model produced NaN or infinite numbers
 └── TrainingError           a training run cannot go on
 
@@ -41,6 +42,10 @@ class DataError(DSparkError):
 
 class RequestError(DSparkError):
     """A request cannot be served as it was asked."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests are waiting already; this one may be asked again later."""
 
 
 class NumericsError(DSparkError):

@@ -3,130 +3,113 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from dspark.errors import RequestError, UsageError
+from dspark.errors import DSparkError, RequestError, UsageError
+from dspark.params import SamplingParams, is_integer
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "VERIFIERS",
+    "FinishReason",
+    "Logprob",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "Stats",
+    "TokenMask",
+    "Verifier",
+    "merge_stats",
+]
+
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
+"""Why a request ended.
+
+stop: at one of its stop tokens, a stop string or the model's own end token.
+length: at `max_new_tokens`, or where the context is full.
+timeout: `timeout_s` had passed.
+cancelled: `Engine.cancel`.
+error: the model gave no numbers for it, or its mask or stop check failed; `Output.error` says what.
+
+The output holds what there was in every case.
+"""
 Verifier = Literal["token", "block", "coupled"]
 VERIFIERS: tuple[Verifier, ...] = ("token", "block", "coupled")
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are drawn.
+class TokenMask(Protocol):
+    """Which tokens may come next: the hook for constrained decoding.
 
-    Processors act in this order: penalties, logit bias, temperature, top-k, top-p, min-p.
-
-    Attributes:
-        max_new_tokens: limit on generated tokens.
-        temperature: 0 takes the argmax; above 0 divides the logits.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose mass reaches p; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-        repetition_penalty: divides positive and multiplies negative logits of every token of
-            prompt and output (Keskar et al. 2019); 1 does nothing.
-        presence_penalty: subtracted once from the logits of every token of the output.
-        frequency_penalty: subtracted from a token's logit once per occurrence in the output.
-        logit_bias: token id -> number added to its logit.
-        stop: strings that end the output; the string itself is not part of the output.
-        stop_token_ids: token ids that end the output, beside the model's own.
-        ignore_eos: do not end at the model's own end tokens.
-        seed: names this request's randomness.
+    A pure function of the output so far: it is asked once per row, for the prefixes that are
+    committed and for those that are only drafted, in any order, and must answer the same each
+    time. It is never asked about what follows an end token, but may be about what follows a stop
+    string, whose answer then changes nothing. If it raises, allows nothing or answers with another
+    number of values, the request ends with an error once its output has come to that prefix.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that have no meaning.
-
-        Raises:
-            UsageError: a value is outside its range.
-        """
-        _need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _need(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "0 or a positive number",
-        )
-        _need(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
-        _need(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _need(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _need(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a positive number",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _need(math.isfinite(value), name, value, "a finite number")
-        _need(all(self.stop), "stop", self.stop, "free of empty strings")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """Build from a mapping of field names to values.
-
-        Raises:
-            UsageError: a name is no field, or a value is outside its range.
-        """
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UsageError(f"There is no option {name!r}; sampling has {', '.join(known)}.")
-        values = dict(options)
-        if isinstance(values.get("stop"), str):
-            values["stop"] = (values["stop"],)
-        return cls(**values)
-
-    def with_seed(self, seed: int) -> SamplingParams:
-        """The same parameters with another seed."""
-        return replace(self, seed=seed)
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether a row's law depends on the tokens before it (beyond the model itself)."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
-
-
-def _need(holds: bool, name: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} is {value!r}, but must be {remedy}.")
+    def allowed(self, output_ids: Sequence[int], /) -> Sequence[bool] | npt.NDArray[np.bool_]:
+        """Return one truth value per token of the vocabulary, after `output_ids`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Request:
     """One prompt, as token ids, and how to continue it.
 
+    Attributes:
+        prompt_ids: the prompt.
+        params: how tokens are drawn.
+        mask: which tokens may come next; None allows all.
+        timeout_s: seconds from `Engine.add` after which the request ends with what it has, also
+            while it waits; None sets no limit.
+
     Raises:
-        RequestError: the prompt is empty.
+        RequestError: the prompt is empty, or holds what is no token id.
+        UsageError: the timeout is not a positive number of seconds.
     """
 
     prompt_ids: tuple[int, ...]
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
+    mask: TokenMask | None = None
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise RequestError("The prompt is empty; give at least one token.")
+        for token in self.prompt_ids:
+            if not is_integer(token):
+                raise RequestError(f"The prompt has {token!r}, but token ids are integers.")
+        if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
+            raise UsageError(
+                f"timeout_s is {self.timeout_s!r}, but must be a positive number of seconds."
+            )
+
+    def samples(self) -> tuple[Request, ...]:
+        """One request per answer that is asked for, each with its own seed."""
+        if self.params.n == 1:
+            return (self,)
+        return tuple(replace(self, params=self.params.sample(i)) for i in range(self.params.n))
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """What the model itself thought of a token, before any processor.
+
+    Attributes:
+        token_id: the token.
+        logprob: its raw log-probability (log-softmax of the row that emitted it).
+        top: the most likely tokens of that row with theirs, likeliest first, as many as were asked
+            for; of equal ones those with the lowest ids.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -203,6 +186,8 @@ class Output:
         token_ids: the tokens that were generated, a closing end token included.
         finish_reason: why it ended.
         stats: what it took.
+        logprobs: of each generated token; None where nobody asked.
+        fault: what ended it, where that was an error.
     """
 
     prompt: str
@@ -210,6 +195,24 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[Logprob, ...] | None = None
+    fault: DSparkError | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The sentence that says what ended it, where that was an error."""
+        return None if self.fault is None else str(self.fault)
+
+    def checked(self) -> Output:
+        """The output itself, unless an error ended it.
+
+        Raises:
+            NumericsError: the model computed NaN or infinite numbers.
+            RequestError: the request's mask or stop check failed.
+        """
+        if self.fault is not None:
+            raise self.fault
+        return self
 
 
 def merge_stats(outputs: Sequence[Output]) -> Stats:

@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dspark"
 LAYERS = (
     ("errors",),
+    ("params",),
     ("request",),
     ("attention", "scheduling", "sampling"),
     ("targets", "drafters"),

@@ -197,6 +197,16 @@ class PagedCache:
             keys.narrow(2, row, count).copy_(key_1GTD.narrow(2, token, count))
             values.narrow(2, row, count).copy_(value_1GTD.narrow(2, token, count))
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Zero rows of every layer.
+
+        Needed only where they may be NaN or infinite: rows that a mask hides still enter a
+        product, with weight 0.
+        """
+        rows_T = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        for memory in (*self._keys, *self._values):
+            memory.index_fill_(2, rows_T, 0)
+
     def read(self, layer: int, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         """The rows stored there: keys [T, G, key_dim] and values [T, G, value_dim], copied."""
         key_GTD, value_GTD = self._keys[layer][0, :, rows_T], self._values[layer][0, :, rows_T]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dspark.engine.engine import Clock, Engine
+from dspark.engine.clock import Clock
+from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Request, Stats, merge_stats
@@ -111,6 +112,9 @@ def decode(
         prompts: their texts, for the outputs.
         live: settle text token by token.
         show: told after every step what it did for each request; its time is not counted.
+
+    Raises:
+        NumericsError, RequestError: an error ended one of the requests.
     """
     seconds, before, first = 0.0, replace(engine.clock), None
     moments: list[tuple[float, list[Piece]]] = []
@@ -127,7 +131,7 @@ def decode(
         moments.append((seconds, [piece for event in events for piece in event.pieces]))
         for event in events:
             if event.output is not None:
-                outputs[index[event.request_id]] = event.output
+                outputs[index[event.request_id]] = event.output.checked()
             if show is not None:
                 show(index[event.request_id], event.pieces, event.output)
         started = time.perf_counter()

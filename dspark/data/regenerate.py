@@ -237,7 +237,7 @@ def _answer(
         for event in engine.step():
             if event.output is None:
                 continue
-            dialogue, output = numbers[event.request_id], event.output
+            dialogue, output = numbers[event.request_id], event.output.checked()
             dialogue.finish_reason = output.finish_reason
             tokens += len(output.token_ids)
             done += 1

@@ -37,11 +37,13 @@ class StepPlan:
         ready: requests with a context: they draft and verify.
         opening: requests that read the last of their prompt and draw their first token.
         reading: parts of longer prompts.
+        running: all that run, those included for whom this step has no room.
     """
 
     ready: tuple[ActiveRequest, ...]
     opening: tuple[ActiveRequest, ...]
     reading: tuple[Chunk, ...]
+    running: tuple[ActiveRequest, ...]
 
     @property
     def judged(self) -> tuple[ActiveRequest, ...]:
@@ -60,7 +62,8 @@ def plan_step(
     """Divide one step among the running requests.
 
     Args:
-        requests: all that run, in the order in which their rows are to lie.
+        requests: all that run, in the order in which their rows are to lie; those that the drafter
+            has failed behind the others.
         budget_tokens: rows of the step. Those of verification may exceed it; prompts get what
             they leave, and a quarter of the budget at least.
         num_drafts: drafts of a request at most.
@@ -78,7 +81,7 @@ def plan_step(
             opening.append(request)
         elif count:
             reading.append(Chunk(request, count))
-    return StepPlan(ready, tuple(opening), tuple(reading))
+    return StepPlan(ready, tuple(opening), tuple(reading), tuple(requests))
 
 
 def fair_shares(wants: Sequence[int], total: int) -> list[int]:

@@ -236,6 +236,17 @@ class PagePool:
                 self._kept[page] = None
                 self._kept.move_to_end(page)
 
+    def discard(self, pages: Sequence[int]) -> list[int]:
+        """Make held pages, and all behind them, unfindable.
+
+        Returns:
+            Those of them that only one holds.
+        """
+        for page in pages:
+            if page in self._tree:
+                self._evict(page)
+        return [page for page in pages if self._holds[page] == 1]
+
     def evict_all(self) -> None:
         """Free every kept page; held ones stay with their holders, but can be found no more."""
         self._tree.clear()

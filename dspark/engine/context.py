@@ -125,6 +125,10 @@ class DraftContext:
         self._count -= sum(len(rows.next_tokens) for rows in mine)
         return mine[0].start
 
+    def clear(self, table: BlockTable, begin: int) -> None:
+        """Zero a request's rows from position `begin` on, where they may be no numbers."""
+        self.cache.clear(table.rows(begin + self.drafter.reads_next_token, table.capacity))
+
     def _keep_last_features(
         self, batch: RaggedBatch, lengths: Sequence[int], features_TF: Tensor
     ) -> None:

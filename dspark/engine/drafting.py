@@ -14,9 +14,10 @@ from dspark.attention.pages import PagedCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
 from dspark.drafters.heads import at_least_fp32
 from dspark.engine.record import FloatArray
+from dspark.engine.rows import compute_rows
 from dspark.engine.sequence import ActiveRequest
 from dspark.engine.state import RoundState
-from dspark.errors import NumericsError
+from dspark.errors import DSparkError, NumericsError
 from dspark.sampling.counts import TokenCounts
 from dspark.sampling.processors import greedy_tokens, law, sample
 from dspark.sampling.verification import coupled_tokens
@@ -34,6 +35,9 @@ class Drawing:
         tokens: what was drawn, per step [R].
         laws: what it was drawn from, per step [R, V]; empty while all requests are greedy.
         logits: what came in, per step [R, V]; empty unless `keeps_logits`.
+        sound: drafts of a request that are of use, where fewer than were drawn: behind them its
+            logits were no numbers, or its mask allows none of the drafter's tokens.
+        broken: requests whose draft logits were no numbers.
     """
 
     state: RoundState
@@ -41,17 +45,20 @@ class Drawing:
     tokens: list[Tensor] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    sound: dict[int, int] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
 
     def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
         """Draw draft `step` of every request from its processed logits."""
         state, chain = self.state, self.state.laws.draft_chain
         counts = self._counts(step)
+        mask_RV, faults = self._mask(step)
         if self.keeps_logits:
             self.logits.append(logits_RV)
         if chain.greedy:
-            tokens_R = greedy_tokens(logits_RV, chain, counts)
+            tokens_R = compute_rows(greedy_tokens, logits_RV, chain, counts, mask_RV, faults)
         else:
-            law_RV = law(logits_RV, chain, counts)
+            law_RV = compute_rows(law, logits_RV, chain, counts, mask_RV, faults)
             self.laws.append(law_RV)
             if state.verifier == "coupled":
                 positions_R = state.anchors_R + step + 1
@@ -59,7 +66,22 @@ class Drawing:
             else:
                 tokens_R = sample(law_RV, state.draft_uniform(step))
         self.tokens.append(tokens_R)
+        # A row's fault hangs on the drafts before it only, so a length may look at it.
+        for request, fault in faults.items():
+            self.sound.setdefault(request, step)
+            if isinstance(fault, NumericsError):
+                self.broken.add(request)
         return tokens_R
+
+    def _mask(self, step: int) -> tuple[Tensor | None, dict[int, DSparkError]]:
+        """The masks of the drafts' own prefixes; none behind a request's last sound draft."""
+        masks = self.state.masks
+        if masks is None:
+            return None, {}
+        drafted = [()] * len(masks.masks)
+        if step:
+            drafted = list(map(tuple, torch.stack(self.tokens, dim=1).tolist()))
+        return masks.rows([(r, None if r in self.sound else d) for r, d in enumerate(drafted)])
 
     def margins(self) -> Tensor:
         """The gap of the two largest raw logits of every draft's row, [R, K], at least fp32.
@@ -115,10 +137,11 @@ class Drafts:
 def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int]:
     """Drafts of each request that can be of use.
 
-    A request without a context (its prompt is read in this round) gets none. The last token that a
+    A request without a context (its prompt is read in this round, or the drafter has failed it)
+    gets none. The last token that a
     request may take is the one after its drafts, so a draft in its place would be wasted.
     """
-    return [min(r.room - 1, num_drafts) if r.ready else 0 for r in requests]
+    return [min(r.room - 1, num_drafts) if r.drafts else 0 for r in requests]
 
 
 def propose(
@@ -135,8 +158,7 @@ def propose(
     With `confidences` the proposal has them, where anything was drawn: the drafter's own, or else
     the margins of its logits. Without, nothing is spent on them.
 
-    Raises:
-        NumericsError: the drafter produced NaN or infinite logits.
+    Requests whose draft logits are NaN or infinite have fewer drafts (`Drawing.sound`).
     """
     batch = DraftBatch(
         tables=tuple(request.table for request in requests),
@@ -149,10 +171,7 @@ def propose(
         confidences=confidences,
     )
     drawing = Drawing(state, keeps_logits=confidences)
-    try:
-        proposal = drafter.propose(context, batch, drawing)
-    except NumericsError as error:
-        raise NumericsError(f"The drafter failed: {error}") from error
+    proposal = drafter.propose(context, batch, drawing)
     if confidences and drawing.tokens and proposal.confidence_logits_RK is None:
         proposal = replace(proposal, confidence_logits_RK=drawing.margins(), are_margins=True)
     return drawing, proposal
@@ -178,7 +197,9 @@ def choose(
     num_drafted, num_requests = len(drawing.state.rounds), len(limits)
     if drawn == 0:
         return Drafts.none(num_requests, drawing.state.laws.seeds_R.device)
-    offered = proposal.lengths or (drawn,) * num_drafted
+    offered = list(proposal.lengths or (drawn,) * num_drafted)
+    for request, count in drawing.sound.items():
+        offered[request] = min(offered[request], count)
     proposed = [min(o, most) for o, most in zip(offered, limits, strict=False)]
     tokens_RK = torch.stack(drawing.tokens, dim=1)
     kept = [

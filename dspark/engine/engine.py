@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 
-from dspark.attention.pages import PAGE_SIZE
 from dspark.drafters.base import Drafter
 from dspark.engine.batching import StepPlan, plan_step
+from dspark.engine.clock import Clock
 from dspark.engine.memory import Memory
 from dspark.engine.record import Watch
-from dspark.engine.round import RoundTimes, Speculator, play
+from dspark.engine.roster import Roster
+from dspark.engine.round import Speculator, play
 from dspark.engine.schedule import Schedule
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import ActiveRequest, Event, Piece
+from dspark.engine.shield import Shield
 from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
 from dspark.errors import RequestError, UsageError
-from dspark.request import VERIFIERS, Output, Request, Verifier
-from dspark.sampling.processors import Chain
+from dspark.request import VERIFIERS, FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
-
 
 # Rows of a step: on a CPU a step of so many takes a few times as long as one of a few rows.
 _CPU_STEP_TOKENS, _DEVICE_STEP_TOKENS = 512, 2048
-# A prompt of which another running request is reading at least so many tokens waits for these.
-_WORTH_WAITING_TOKENS = 2 * PAGE_SIZE
-
-
-@dataclass
-class Clock:
-    """Time of an engine's steps, those that read a prompt apart from the rest.
-
-    Attributes:
-        prefills: steps that read at least one prompt.
-        prefill_ms: milliseconds of all parts of these.
-        steps: steps that read none.
-        draft_ms, schedule_ms, verify_ms: milliseconds of their parts, summed.
-    """
-
-    prefills: int = 0
-    prefill_ms: float = 0.0
-    steps: int = 0
-    draft_ms: float = 0.0
-    schedule_ms: float = 0.0
-    verify_ms: float = 0.0
-
-    def record(self, times: RoundTimes, *, prefill: bool) -> None:
-        """Add one step."""
-        if prefill:
-            self.prefills += 1
-            self.prefill_ms += times.draft_ms + times.schedule_ms + times.verify_ms
-            return
-        self.steps += 1
-        self.draft_ms += times.draft_ms
-        self.schedule_ms += times.schedule_ms
-        self.verify_ms += times.verify_ms
-
-    def per_step(self) -> RoundTimes:
-        """Mean times of the steps that read no prompt."""
-        steps = max(self.steps, 1)
-        return RoundTimes(self.draft_ms / steps, self.schedule_ms / steps, self.verify_ms / steps)
 
 
 class Engine:
@@ -86,6 +48,11 @@ class Engine:
             far as memory allows. With less, requests wait for pages, and who came last gives
             its pages up where the others grow; its output does not change.
         prefix_reuse: whether prompts share the pages of equal beginnings.
+        max_queue: requests that may wait beyond those for whom a place is free; None for any
+            number.
+        now: seconds of a clock that never goes back, for timeouts.
+        strict: raise what the drafter does wrong, in place of going on plainly: for whoever
+            measures it.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -105,8 +72,18 @@ class Engine:
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
         prefix_reuse: bool = True,
+        max_queue: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+        strict: bool = False,
     ) -> None:
-        _check_sizes(verifier, max_requests, max_length, step_tokens, cache_tokens)
+        _check_sizes(
+            verifier,
+            max_queue=max_queue,
+            max_length=max_length,
+            max_requests=max_requests,
+            step_tokens=step_tokens,
+            cache_tokens=cache_tokens,
+        )
         self.target = target
         given = schedule if isinstance(schedule, Scheduler) else None
         self.schedule = (
@@ -115,15 +92,9 @@ class Engine:
         self.drafter = None if self.schedule.name == "off" else drafter
         self.verifier = verifier
         self.max_requests = max_requests
+        self._now = now
         self.max_length = min(max_length or target.max_context, target.max_context)
         self.num_drafts = _num_drafts(self.drafter, block_size)
-        self.clock = Clock()
-        self._queue: deque[ActiveRequest] = deque()
-        self._running: list[ActiveRequest] = []
-        self.preemptions = 0
-        self._next_id = 0
-        self._admissions = 0
-        self._laws: RequestLaws | None = None
         on_cpu = target.device.type == "cpu"
         self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)
         self.memory = Memory(
@@ -135,6 +106,10 @@ class Engine:
             cache_tokens=cache_tokens,
             reuse=prefix_reuse,
         )
+        self.roster = Roster(self.memory, max_requests, max_queue)
+        self.clock = Clock()
+        self._next_id = 0
+        self._laws: RequestLaws | None = None
         self._speculator: Speculator | None = None
         if self.drafter is not None:
             assert self.memory.context is not None
@@ -143,15 +118,16 @@ class Engine:
                 self.memory.context,
                 given or Scheduler(self.schedule, verifier, self.num_drafts),
                 watch,
+                Shield(strict=strict),
             )
 
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self._queue or self._running)
+        return bool(self.roster.everyone)
 
     def add(self, request: Request, *, prompt: str = "", live: bool = False) -> int:
-        """Queue a request.
+        """Queue a request, or as many as it asks answers.
 
         Args:
             request: what to decode.
@@ -159,20 +135,30 @@ class Engine:
             live: give every token's text with its event, not only the whole text at the end.
 
         Returns:
-            The number that its events carry.
+            The number that its events carry; further answers have the numbers after it.
 
         Raises:
             RequestError: the prompt does not fit the context; prompt or logit bias name a token
                 that the model does not have; the bias leaves no token; or stop strings are asked
                 of a model without a tokenizer.
+            QueueFullError: too many requests wait already.
         """
         self._check(request)
+        self.roster.check_queue(request.params.n)
+        first_id = self._next_id
+        for sample in request.samples():
+            self.roster.queue.append(self._activate(sample, first_id, prompt, live))
+            self._next_id += 1
+        return first_id
+
+    def _activate(self, request: Request, first_id: int, prompt: str, live: bool) -> ActiveRequest:
         params = request.params
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.target.eos_token_ids
         tokenizer = self.target.tokenizer
-        active = ActiveRequest(
+        timeout_s = request.timeout_s
+        return ActiveRequest(
             request_id=self._next_id,
             request=request,
             prompt=prompt,
@@ -180,10 +166,9 @@ class Engine:
             max_tokens=self.max_length,
             text=None if tokenizer is None else TextStream(tokenizer, params.stop),
             live=live or bool(params.stop),
+            first_id=first_id,
+            deadline=None if timeout_s is None else self._now() + timeout_s,
         )
-        self._next_id += 1
-        self._queue.append(active)
-        return active.request_id
 
     def _check(self, request: Request) -> None:
         ids, params = request.prompt_ids, request.params
@@ -207,75 +192,49 @@ class Engine:
                     f"The {what} names token {wrong[0]}, but token ids of this model run from 0 "
                     f"to {vocab_size - 1}."
                 )
-        Chain.of([params])  # refuses biases that are no numbers
         if sum(value == float("-inf") for value in params.logit_bias.values()) == vocab_size:
             raise RequestError("The logit bias bans every token; allow at least one.")
         if params.stop and self.target.tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this model has none.")
 
     def cancel(self, request_id: int) -> Output | None:
-        """End a request now; what it has so far, or None if it is not waiting or running."""
-        for requests in (self._queue, self._running):
-            for active in requests:
-                if active.request_id == request_id:
-                    requests.remove(active)
-                    self._release(active)
-                    return active.cancel()
+        """End a request now; what it has so far, or None if it is not waiting or running.
+
+        Of several answers asked for together this ends one; `cancel_all` ends the rest.
+        """
+        for active in self.roster.everyone:
+            if active.request_id == request_id:
+                return self._end(active, "cancelled").output
         return None
 
-    def _release(self, active: ActiveRequest) -> None:
-        """Take back what a request holds; it may be waiting, running or have ended."""
-        if active.table.pages:
-            self.memory.release(active)
+    def cancel_all(self, first_id: int) -> list[Output]:
+        """End every answer that is still to come of those asked for together.
+
+        Args:
+            first_id: what `add` returned.
+        """
+        answers = [r.request_id for r in self.roster.everyone if r.first_id == first_id]
+        outputs = [self.cancel(request_id) for request_id in sorted(answers)]
+        return [output for output in outputs if output is not None]
+
+    def _expire(self) -> list[Event]:
+        """End the requests whose time is up, whether they wait or run."""
+        timed = [r for r in self.roster.everyone if r.deadline is not None]
+        if not timed:
+            return []
+        now = self._now()
+        late = [r for r in timed if r.deadline is not None and r.deadline <= now]
+        return [self._end(active, "timeout") for active in late]
+
+    def _end(
+        self, active: ActiveRequest, reason: FinishReason, pieces: tuple[Piece, ...] = ()
+    ) -> Event:
+        """Take a request out; it ends for this reason, unless it has ended for another."""
+        active.end(reason)
+        self.roster.remove(active)
         if self._speculator is not None:
             self._speculator.scheduler.forget(active.request_id)
-
-    def _admit(self) -> None:
-        """Let waiting requests run, in their order, as far as there are places and pages."""
-        waiting, self._queue = self._queue, deque()
-        while waiting and len(self._running) < self.max_requests:
-            active = waiting.popleft()
-            if self._soon_shared(active):
-                self._queue.append(active)
-                continue
-            if not self.memory.admit(active, spare_pages=len(self._running)):
-                waiting.appendleft(active)
-                break
-            active.admitted = self._admissions
-            self._admissions += 1
-            self._running.append(active)
-        self._queue.extend(waiting)
-
-    def _soon_shared(self, active: ActiveRequest) -> bool:
-        """Whether a running request is reading a prefix that this one could take over."""
-        if not self.memory.pool.reuse:
-            return False
-        found = None
-        for other in self._running:
-            if other.resumed:
-                continue
-            both = zip(active.tokens[:-1], other.tokens, strict=False)
-            shared = next((i for i, (a, b) in enumerate(both) if a != b), len(active.tokens) - 1)
-            shared = min(shared, len(other.tokens)) // PAGE_SIZE * PAGE_SIZE
-            if shared < _WORTH_WAITING_TOKENS or shared <= other.cached:
-                continue
-            found = self.memory.findable(active) if found is None else found
-            if shared - found >= _WORTH_WAITING_TOKENS:
-                return True
-        return False
-
-    def _make_room(self) -> None:
-        """Give every ready request the pages of its next round; who came last gives way."""
-        for request in sorted(self._running, key=lambda r: r.admitted):
-            while request.ready and request.table.pages and not self.memory.grow(request):
-                self._preempt(max(self._running, key=lambda r: r.admitted))
-
-    def _preempt(self, request: ActiveRequest) -> None:
-        """Back to the queue's head, to be read again; drawn tokens and randomness stay."""
-        self._running.remove(request)
-        self.memory.release(request)
-        self._queue.appendleft(request)
-        self.preemptions += 1
+        return Event(active.request_id, pieces, active.output())
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -283,28 +242,49 @@ class Engine:
 
         Returns:
             One event per request that gained tokens; those with an output have ended and given
-            their pages back.
+            their pages back. Requests whose time is up, those that wait included, have ended
+            without taking part.
 
         Raises:
-            NumericsError: target or drafter produced NaN or infinite logits.
+            Exception: what the drafter does wrong, where the engine is strict; it is of no use
+                after that.
         """
-        self._admit()
-        self._make_room()
-        if not self._running:
-            return []
-        plan = plan_step(self._running, self.step_tokens, self.num_drafts)
-        requests = plan.judged
-        laws, state = None, None
+        events = self._expire()
+        roster = self.roster
+        roster.admit()
+        roster.make_room()
+        if roster.running:
+            plan = plan_step(roster.running, self.step_tokens, self.num_drafts)
+            events += self._play(plan)
+        if not roster.running:
+            self.memory.check()
+        return events
+
+    def _play(self, plan: StepPlan) -> list[Event]:
+        requests, laws, state = plan.judged, None, None
         if requests:
-            laws = self._laws_of(requests)
-            state = RoundState.of(requests, laws, self.verifier, self.num_drafts)
+            laws, vocab_size = self._laws_of(requests), self.target.vocab_size
+            state = RoundState.of(requests, laws, self.verifier, self.num_drafts, vocab_size)
         pieces, times = play(plan, state, self.target, self.memory.cache, self._speculator)
         if laws is not None:
             laws.commit([[piece.token_id for piece in new] for new in pieces])
         self.clock.record(times, prefill=plan.reads_prompts)
+        if plan.reads_prompts:
+            self._settle(plan)
+        return [
+            Event(request.request_id, new, None)
+            if request.finish_reason is None
+            else self._end(request, request.finish_reason, new)
+            for request, new in zip(requests, pieces, strict=True)
+        ]
+
+    def _settle(self, plan: StepPlan) -> None:
+        """Let others find what has been read of prompts, the drafter's rows included."""
+        if self._speculator is not None and self.memory.pool.reuse:
+            with self._speculator.shield.over(plan.running):
+                self._speculator.context.flush()
         for request in (*plan.opening, *(chunk.request for chunk in plan.reading)):
             self.memory.settle(request)
-        return self._finish_round(requests, pieces)
 
     def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
         """The laws of the running requests, rebuilt only when other requests run."""
@@ -313,64 +293,54 @@ class Engine:
             self._laws = RequestLaws.of(requests, self.target.vocab_size, self.target.device)
         return self._laws
 
-    def _finish_round(
-        self, requests: Sequence[ActiveRequest], pieces: Sequence[tuple[Piece, ...]]
-    ) -> list[Event]:
-        events = []
-        for request, new in zip(requests, pieces, strict=True):
-            ended = request.finish_reason is not None
-            events.append(Event(request.request_id, new, request.output() if ended else None))
-            if ended:
-                self._running.remove(request)
-                self._release(request)
-        # Neighbouring pages side by side are what attention reads fastest.
-        self._running.sort(key=lambda request: request.table.pages[0])
-        if not self._running:
-            self.memory.check()
-        return events
-
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:
         """Decode requests to their end, in the order given.
 
+        Returns:
+            The outputs, all answers to a request side by side.
+
         Raises:
-            RequestError, NumericsError: as `add` and `step`.
+            RequestError: as `add`; or, once all have ended, what ended the first of those that
+                ended with an error.
+            NumericsError: likewise.
         """
         for request in requests:
             self._check(request)
         texts = prompts or [""] * len(requests)
-        ids = [self.add(r, prompt=t) for r, t in zip(requests, texts, strict=True)]
-        outputs: dict[int, Output] = {}
+        ids, outputs = list[int](), dict[int, Output]()
+        for request, text in zip(requests, texts, strict=True):
+            while self.roster.is_full(request.params.n) and self.has_work:
+                self._collect(outputs)
+            first_id = self.add(request, prompt=text)
+            ids += range(first_id, first_id + request.params.n)
         while self.has_work:
-            for event in self.step():
-                if event.output is not None:
-                    outputs[event.request_id] = event.output
-        return [outputs[i] for i in ids]
+            self._collect(outputs)
+        return [outputs[i].checked() for i in ids]
+
+    def _collect(self, outputs: dict[int, Output]) -> None:
+        """Take one step, and note the outputs of the requests that it ends."""
+        for event in self.step():
+            if event.output is not None:
+                outputs[event.request_id] = event.output
 
 
 def _check_sizes(
-    verifier: str,
-    max_requests: int,
-    max_length: int | None,
-    step_tokens: int | None,
-    cache_tokens: int | None,
+    verifier: str, max_queue: int | None, max_length: int | None, **sizes: int | None
 ) -> None:
     if verifier not in VERIFIERS:
         raise UsageError(
             f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
         )
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UsageError(f"{name} is {size}, but must be at least 1.")
+    if max_queue is not None and max_queue < 0:
+        raise UsageError(f"max_queue is {max_queue}, but must be None or at least 0.")
     if max_length is not None and max_length < 2:
         raise UsageError(
             f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "
             "output."
         )
-    sizes = {
-        "max_requests": max_requests,
-        "step_tokens": step_tokens,
-        "cache_tokens": cache_tokens,
-    }
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise UsageError(f"{name} is {size}, but must be at least 1.")
 
 
 def _num_drafts(drafter: Drafter | None, block_size: int | None) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dspark.engine.drafting import Drafts
+from dspark.engine.logprobs import emitted_logprobs
+from dspark.engine.rows import compute_rows
 from dspark.engine.state import RoundState
-from dspark.errors import NumericsError
+from dspark.errors import DSparkError, NumericsError
+from dspark.request import Logprob
 from dspark.sampling.processors import greedy_tokens, law, sample
 from dspark.sampling.verification import (
     Rule,
@@ -28,48 +31,134 @@ class Verdict:
     """What a round decided, per request.
 
     Attributes:
-        committed: the kept drafts and the token after them.
+        committed: the kept drafts and the token after them, which a request with a fault lacks.
         accepted: how many of these are drafts.
+        logprobs: of what is committed; None for requests that want none.
+        faults: why a request, by number, has no token after its kept drafts.
+        broken: requests with a row of NaN or infinite logits, whether they came to it or not.
+        void: those of them that came to it with drafts behind it. A draft's keys of NaN reach the
+            rows before it too (hidden keys enter products with weight 0), so nothing is known:
+            nothing is committed, and the next round, without drafts, tells.
     """
 
     committed: Sequence[Sequence[int]]
     accepted: Sequence[int]
+    logprobs: Sequence[tuple[Logprob, ...] | None] = ()
+    faults: Mapping[int, DSparkError] = field(default_factory=dict)
+    broken: frozenset[int] = frozenset()
+    void: frozenset[int] = frozenset()
 
 
 def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
     """Decide what stays and draw the token after it.
 
+    A row that has no law (the target gave no numbers, or the request's mask fails there) is the
+    last that is looked at of its request: the drafts before it are judged as if no more had been
+    sent, which they may be, since a row hangs on the drafts before it only. If all of them stay,
+    the request has come to that row, and ends with its fault. The others never see it.
+
     Args:
         logits_NV: the target's logits of every request's last 1 + length rows, request by request.
         drafts: what was verified.
         state: of the R requests.
-
-    Raises:
-        NumericsError: the target produced NaN or infinite logits.
     """
-    try:
-        return _verify(logits_NV, drafts, state)
-    except NumericsError as error:
-        raise NumericsError(f"The target failed: {error}") from error
-
-
-def _verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
-    laws, lengths = state.laws, drafts.lengths
+    lengths, faults, mask_NV = drafts.lengths, dict[int, DSparkError](), None
+    if state.masks is not None:
+        mask_NV, faults = state.masks.rows(
+            [(r, kept[:k]) for r, kept in enumerate(drafts.tokens) for k in range(len(kept) + 1)]
+        )
     table = _row_table(lengths, logits_NV.device)
+    rows = _compute(logits_NV, table, drafts, state, mask_NV, faults)
+    ends = _first_faults(faults, lengths)
+    if ends:
+        known = [ends[r][0] if r in ends else length for r, length in enumerate(lengths)]
+        table = replace(table, lengths_R=torch.tensor(known, device=logits_NV.device))
+    verdict = _decide(rows, table, drafts, state)
+    if ends:
+        verdict = _with_faults(verdict, ends, faults, lengths)
+    if any(count is not None for count in state.laws.logprobs):
+        found = emitted_logprobs(logits_NV, lengths, verdict.committed, state.laws.logprobs)
+        verdict = replace(verdict, logprobs=found)
+    return verdict
+
+
+def _compute(
+    logits_NV: Tensor,
+    table: _RowTable,
+    drafts: Drafts,
+    state: RoundState,
+    mask_NV: Tensor | None,
+    faults: dict[int, DSparkError],
+) -> Tensor:
+    """The target's token of each row if all requests are greedy, else the law of each row."""
+    laws = state.laws
     chain_N, counts_N = laws.chain, laws.counts
     if table.longest:
         if not (chain_N.greedy and chain_N.plain):  # what the plain argmax never looks at
-            chain_N = laws.chain_rows(lengths, table.request_N)
+            chain_N = laws.chain_rows(drafts.lengths, table.request_N)
         if counts_N is not None:
             counts_N = counts_N.after_drafts(table.request_N, table.step_N, drafts.tokens_RK)
+    rule = greedy_tokens if laws.chain.greedy else law
+    return compute_rows(rule, logits_NV, chain_N, counts_N, mask_NV, faults)
+
+
+def _decide(rows: Tensor, table: _RowTable, drafts: Drafts, state: RoundState) -> Verdict:
+    """Keep drafts by the verifier's rule, given what `_compute` found."""
+    laws = state.laws
     if laws.chain.greedy:
-        return _by_identity(greedy_tokens(logits_NV, chain_N, counts_N), table, drafts)
-    law_NV = law(logits_NV, chain_N, counts_N)
+        return _by_identity(rows, table, drafts)
     if state.verifier == "coupled":
         positions_N = state.anchors_R[table.request_N] + table.step_N + 1
-        own_N = coupled_tokens(law_NV, laws.seeds_R[table.request_N], positions_N)
+        own_N = coupled_tokens(rows, laws.seeds_R[table.request_N], positions_N)
         return _by_identity(own_N, table, drafts)
-    return _by_rejection(law_NV, table, drafts, state)
+    return _by_rejection(rows, table, drafts, state)
+
+
+def _first_faults(
+    faults: Mapping[int, DSparkError], lengths: Sequence[int]
+) -> dict[int, tuple[int, DSparkError]]:
+    """Of each request that has a row at fault: the first such row's step, and what is wrong."""
+    found, begin = dict[int, tuple[int, DSparkError]](), 0
+    for request, length in enumerate(lengths if faults else ()):
+        steps = [step for step in range(length + 1) if begin + step in faults]
+        if steps:
+            found[request] = steps[0], faults[begin + steps[0]]
+        begin += length + 1
+    return found
+
+
+def _with_faults(
+    verdict: Verdict,
+    ends: Mapping[int, tuple[int, DSparkError]],
+    faults: Mapping[int, DSparkError],
+    lengths: Sequence[int],
+) -> Verdict:
+    """Take back the token that was drawn from a row at fault."""
+    committed, accepted = list(verdict.committed), list(verdict.accepted)
+    reached, void = dict[int, DSparkError](), set[int]()
+    for request, (step, fault) in ends.items():
+        if accepted[request] != step:
+            continue
+        if isinstance(fault, NumericsError) and lengths[request]:
+            committed[request], accepted[request] = (), 0
+            void.add(request)
+        else:
+            committed[request] = committed[request][:-1]
+            reached[request] = _of_the_target(fault)
+    owners = [request for request, length in enumerate(lengths) for _ in range(length + 1)]
+    broken = {owners[row] for row, f in faults.items() if isinstance(f, NumericsError)}
+    return Verdict(
+        committed, accepted, faults=reached, broken=frozenset(broken), void=frozenset(void)
+    )
+
+
+def _of_the_target(fault: DSparkError) -> DSparkError:
+    if not isinstance(fault, NumericsError):
+        return fault
+    return NumericsError(
+        "The target failed: its logits have NaN or no finite maximum; check the model's weights "
+        "and dtype."
+    )
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Memory:
         own = self.pool.allocate(missing, room=room)
         assert own is not None, "can_allocate has just said so"
         request.table = BlockTable([*shared, *own])
-        request.cached = len(shared) * PAGE_SIZE
+        request.cached = request.shared = len(shared) * PAGE_SIZE
         if self.context is not None and shared:
             self.context.join(request.table, request.tokens, request.cached)
         return True
@@ -116,13 +116,9 @@ class Memory:
         return True
 
     def settle(self, request: ActiveRequest) -> None:
-        """Make what a request has read findable for others."""
-        if not self.pool.reuse:
-            return
-        if self.context is not None:
-            self.context.flush()
-        tokens = request.tokens[: request.cached]
-        self.pool.register(tokens, request.table.pages[: len(tokens) // PAGE_SIZE])
+        """Let others find what a request has read; nothing of it waits to be written."""
+        if request.finish_reason is None and not request.plain:
+            self._register(request, request.cached)
 
     def release(self, request: ActiveRequest) -> None:
         """Take a request's pages back; what is complete of them stays findable."""
@@ -130,11 +126,24 @@ class Memory:
         if self.context is not None:
             written = self.context.forget(request.table)
             valid = valid if written is None else min(valid, written)
-        pages, request.table = request.table.pages, BlockTable()
-        if self.pool.reuse:
-            self.pool.register(request.tokens[:valid], pages[: valid // PAGE_SIZE])
-        self.pool.release(pages)
-        request.cached = 0
+        if request.finish_reason == "error":
+            self._discard(request)
+        elif not request.plain:
+            self._register(request, valid)
+        self.pool.release(request.table.pages)
+        request.table, request.cached, request.shared = BlockTable(), 0, 0
+
+    def _register(self, request: ActiveRequest, valid: int) -> None:
+        pages = request.table.pages[: valid // PAGE_SIZE]
+        self.pool.register(request.tokens[: len(pages) * PAGE_SIZE], pages)
+
+    def _discard(self, request: ActiveRequest) -> None:
+        """Let nobody find what may be no numbers, nor meet it in a page that was given back."""
+        own = request.table.pages[request.shared // PAGE_SIZE :]
+        rows = BlockTable(self.pool.discard(own))
+        self.cache.clear(rows.rows(0, rows.capacity))
+        if self.context is not None:
+            self.context.cache.clear(rows.rows(0, rows.capacity))
 
     def check(self, running: Sequence[ActiveRequest] = ()) -> None:
         """Prove that every page is held by whom it should be, or by nobody.

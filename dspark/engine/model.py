@@ -137,6 +137,7 @@ class Model:
         threshold: float | None = None,
         block_size: int | None = None,
         watch: Watch | None = None,
+        strict: bool = False,
     ) -> Engine:
         """An engine with room for these requests, `batch_size` of them at once.
 
@@ -150,6 +151,7 @@ class Model:
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
             watch: is told about every round in which a drafter takes part.
+            strict: raise what the drafter does wrong, in place of going on plainly.
 
         Raises:
             RequestError: there are no requests.
@@ -160,7 +162,7 @@ class Model:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
         longest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
-        at_once = min(batch_size, len(requests))
+        at_once = min(batch_size, sum(r.params.n for r in requests))
         return Engine(
             self.target,
             self.drafter,
@@ -170,6 +172,7 @@ class Model:
             schedule=self._scheduler(requests, schedule, threshold, verifier, block_size, at_once),
             block_size=block_size,
             watch=watch,
+            strict=strict,
         )
 
     def _scheduler(
@@ -267,27 +270,31 @@ class Model:
         Args:
             prompt: raw text, or a list of texts.
             messages: chat messages, in place of `prompt`.
-            **options: fields of `SamplingParams` (max_new_tokens, temperature, seed, ...) and
-                `batch_size`, `verifier`, `schedule`, `threshold`, `block_size`. Prompt i of a
-                list draws with seed + i.
+            **options: fields of `SamplingParams` (max_new_tokens, temperature, seed, n, ...),
+                `mask` and `timeout_s` of `Request`, and `batch_size`, `verifier`, `schedule`,
+                `threshold`, `block_size`. Prompt i of a list draws with seed + i.
 
         Returns:
-            An output, or a list of them for a list of prompts.
+            An output; a list of them for a list of prompts, or where `n` is above 1 (all answers
+            to a prompt side by side).
 
         Raises:
-            RequestError: a prompt is empty or does not fit the context.
+            RequestError: a prompt is empty or does not fit the context; or the mask failed.
+            NumericsError: the model computed NaN or infinite numbers.
             UsageError: an option is unknown or has a value that cannot be used.
         """
-        params, engine_options = split_options(options)
+        params, limits, engine_options = split_options(options)
         if isinstance(prompt, str) or prompt is None:
             one = _one_prompt(prompt, messages)
-            request = Request(self.encode(one), params)
+            request = Request(self.encode(one), params, **limits)
             text = one if isinstance(one, str) else one[-1]["content"]
-            return self.engine([request], **engine_options).run([request], [text])[0]
+            outputs = self.engine([request], **engine_options).run([request], [text])
+            return outputs[0] if params.n == 1 else outputs
         if messages is not None:
             raise RequestError("Give either prompts or messages.")
         requests = [
-            Request(self.encode(p), params.with_seed(params.seed + i)) for i, p in enumerate(prompt)
+            Request(self.encode(p), params.with_seed(params.seed + i), **limits)
+            for i, p in enumerate(prompt)
         ]
         if not requests:
             return []
@@ -298,31 +305,49 @@ class Model:
     ) -> Iterator[Piece]:
         """Continue one prompt, yielding each token's text as it is decided.
 
-        Takes what `generate` takes, for one prompt.
+        Takes what `generate` takes, for one prompt and one answer.
+
+        Raises:
+            RequestError, NumericsError, UsageError: as `generate`.
         """
-        params, engine_options = split_options(options)
-        request = Request(self.encode(_one_prompt(prompt, messages)), params)
+        params, limits, engine_options = split_options(options)
+        if params.n != 1:
+            raise UsageError(f"n is {params.n}, but a stream shows one answer; use generate.")
+        request = Request(self.encode(_one_prompt(prompt, messages)), params, **limits)
         yield from stream_pieces(self.engine([request], **engine_options), request)
 
 
 def stream_pieces(engine: Engine, request: Request) -> Iterator[Piece]:
-    """Yield the pieces of one request from an engine that has nothing else to do."""
+    """Yield the pieces of one request from an engine that has nothing else to do.
+
+    Raises:
+        RequestError, NumericsError: after the last piece, where an error ended the request.
+    """
     engine.add(request, live=True)
     while engine.has_work:
         for event in engine.step():
             yield from event.pieces
+            if event.output is not None:
+                event.output.checked()
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
-    """Part the options of `generate` into sampling parameters and the engine's options.
+def split_options(
+    options: Mapping[str, Any],
+) -> tuple[SamplingParams, dict[str, Any], dict[str, Any]]:
+    """Part the options of `generate` into sampling parameters, a request's own and the engine's.
 
     Raises:
         UsageError: an option is unknown, or has a value that cannot be used.
     """
     engine_names = ("batch_size", "verifier", "schedule", "threshold", "block_size")
     engine_options = {name: options[name] for name in engine_names if name in options}
-    rest = {name: value for name, value in options.items() if name not in engine_options}
-    return SamplingParams.of(rest), engine_options
+    limits = {name: options[name] for name in ("mask", "timeout_s") if name in options}
+    rest = {
+        name: value
+        for name, value in options.items()
+        if name not in engine_options and name not in limits
+    }
+    return SamplingParams.of(rest), limits, engine_options
 
 
 def _one_prompt(prompt: str | None, messages: Messages | None) -> str | Messages:

@@ -152,6 +152,7 @@ def _engine(
         max_length=PROMPT_TOKENS + room,
         schedule=told,
         block_size=block_size,
+        strict=True,
     )
     generator = torch.Generator().manual_seed(0)
     for i in range(count):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,26 +17,35 @@ from torch import Tensor
 
 from dspark.attention.layout import Part, RaggedBatch
 from dspark.attention.pages import PagedCache
-from dspark.drafters.base import Drafter
+from dspark.drafters.base import Drafter, Proposal
 from dspark.engine.batching import StepPlan
 from dspark.engine.context import DraftContext
-from dspark.engine.drafting import Drafts, choose, confidence_array, draft_limits, propose
+from dspark.engine.drafting import Drafts, Drawing, choose, confidence_array, draft_limits, propose
 from dspark.engine.judging import Verdict, verify
-from dspark.engine.record import RoundRecord, Watch
+from dspark.engine.record import FloatArray, RoundRecord, Watch
 from dspark.engine.scheduler import Offer, Scheduler
 from dspark.engine.sequence import ActiveRequest, Piece
+from dspark.engine.shield import Shield
 from dspark.engine.state import RoundState
+from dspark.errors import NumericsError
 from dspark.targets.target import Target
+
+# In place of a confidence where a draft cannot be used: as good as none.
+_NO_CONFIDENCE = -30.0
 
 
 @dataclass(frozen=True)
 class Speculator:
-    """A drafter with its context, the scheduler that trims what it proposes, and who watches."""
+    """A drafter with its context, the scheduler that trims what it proposes, and who watches.
+
+    What the drafter does wrong stops at the shield.
+    """
 
     drafter: Drafter
     context: DraftContext
     scheduler: Scheduler
     watch: Watch | None = None
+    shield: Shield = field(default_factory=Shield)
 
     @property
     def reads_confidences(self) -> bool:
@@ -70,16 +79,16 @@ def play(
         speculator: who proposes; None decodes plainly.
 
     Returns:
-        The committed pieces of each judged request, and what the round's parts took.
-
-    Raises:
-        NumericsError: target or drafter produced NaN or infinite logits. Nothing is committed.
+        The committed pieces of each judged request, and what the round's parts took. Requests that
+        came to a row without a law have ended with an error; what the drafter did wrong is logged.
     """
     times, requests = RoundTimes(), plan.judged
     drafts = Drafts.none(len(requests), target.device)
-    if speculator is not None and plan.ready:
-        assert state is not None
-        drafts = _draft(requests, state, speculator, times) or drafts
+    if speculator is not None and speculator.shield.off:
+        speculator = None
+    if speculator is not None and state is not None:
+        with speculator.shield.over(plan.running):
+            drafts = _draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
     batch, judged = target_batch(plan, drafts, target.device)
     taps = speculator.drafter.taps if speculator else ()
@@ -89,13 +98,20 @@ def play(
         assert output.logits_NV is not None
         verdict = verify(output.logits_NV, drafts, state)
     if speculator is not None and output.features_TF is not None:
-        _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
+        with speculator.shield.over(plan.running):
+            _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
     if speculator is not None and requests:
         _learn(speculator, requests, drafts, verdict, times)
     for chunk in plan.reading:
         chunk.request.cached += chunk.count
-    return _commit(requests, verdict, drafts), times
+    pieces = _commit(requests, verdict, drafts)
+    for broken in verdict.broken:
+        table, begin = requests[broken].table, requests[broken].cached
+        cache.clear(table.rows(begin, table.capacity))
+        if speculator is not None:
+            speculator.context.clear(table, begin)
+    return pieces, times
 
 
 def _draft(
@@ -113,7 +129,7 @@ def _draft(
     if most <= 0:
         return None
     started = time.perf_counter()
-    ready = [request for request in requests if request.ready]
+    ready = [request for request in requests if request.drafts]
     speculator.context.flush()
     drawing, proposal = propose(
         speculator.drafter,
@@ -124,13 +140,38 @@ def _draft(
         confidences=speculator.reads_confidences,
     )
     decided = time.perf_counter()
-    logits_DK = confidence_array(proposal)
+    logits_DK = _confidences(proposal, drawing)
     offer = Offer(len(ready), len(drawing.tokens), logits_DK, proposal.are_margins)
     wanted = scheduler.lengths(requests, limits, offer)
     drafts = choose(drawing, proposal, limits, wanted, logits_DK)
     times.draft_ms = (decided - started) * 1e3
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
+    _note_numbers(speculator, ready, drawing)
     return drafts
+
+
+def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:
+    """The proposal's confidence logits; none to speak of where a draft is of no use."""
+    logits_DK = confidence_array(proposal)
+    if logits_DK is not None:
+        for request, count in drawing.sound.items():
+            logits_DK[request, count:] = _NO_CONFIDENCE
+    return logits_DK
+
+
+def _note_numbers(speculator: Speculator, ready: Sequence[ActiveRequest], drawing: Drawing) -> None:
+    """Requests whose drafts were no numbers have plain rounds; that all are is a fault."""
+    for broken in drawing.broken:
+        speculator.context.clear(ready[broken].table, ready[broken].cached)
+    if drawing.broken and all(drawing.sound.get(i) == 0 for i in range(len(ready))):
+        speculator.shield.record(
+            NumericsError(
+                "The drafter failed: its logits have NaN or no finite maximum; check the "
+                "drafter's weights and dtype."
+            )
+        )
+    elif drawing.tokens:
+        speculator.shield.worked()
 
 
 def target_batch(
@@ -167,18 +208,27 @@ def _observe(
 ) -> None:
     """Keep for the drafter the features of the rows that stay: all but the rejected drafts.
 
+    Nothing of requests that end with a fault here, or that the drafter has failed.
+
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
     stay = [segment.length for segment in batch.segments]
     following = list[int]()
     for i, (request, committed) in enumerate(zip(plan.judged, verdict.committed, strict=True)):
+        if request.plain or i in verdict.faults or i in verdict.void:
+            stay[i] = 0
+            continue
         stay[i] -= len(drafts.tokens[i]) - verdict.accepted[i]
         following += request.tokens[request.cached + 1 :]
         following += committed
-    for request, count in ((chunk.request, chunk.count) for chunk in plan.reading):
-        begin = request.cached + 1
-        following += request.tokens[begin : begin + count]
-    speculator.context.hold(batch, stay, features_TF, following)
+    for i, chunk in enumerate(plan.reading, start=len(plan.judged)):
+        if chunk.request.plain:
+            stay[i] = 0
+            continue
+        begin = chunk.request.cached + 1
+        following += chunk.request.tokens[begin : begin + chunk.count]
+    if following:
+        speculator.context.hold(batch, stay, features_TF, following)
 
 
 def _learn(
@@ -216,9 +266,14 @@ def _commit(
 ) -> list[tuple[Piece, ...]]:
     """Commit every request's tokens and count what the round did."""
     pieces = []
-    for request, tokens, kept, drafted, proposed in zip(
-        requests, verdict.committed, verdict.accepted, drafts.tokens, drafts.proposed, strict=True
-    ):
-        request.stats.drafted += proposed
-        pieces.append(request.commit(tokens, kept, len(drafted)))
+    for i, request in enumerate(requests):
+        request.stats.drafted += drafts.proposed[i]
+        if i in verdict.void:
+            pieces.append(request.skip_round())
+            continue
+        logprobs = verdict.logprobs[i] if verdict.logprobs else None
+        verified = len(drafts.tokens[i])
+        pieces.append(request.commit(verdict.committed[i], verdict.accepted[i], verified, logprobs))
+        if i in verdict.faults:
+            request.end("error", verdict.faults[i])
     return pieces

@@ -111,7 +111,7 @@ class Scheduler:
             most: how many drafts of each can be of use.
         """
         self._margins_DK = self._survival_DK = None
-        ready = [request for request in requests if request.ready]
+        ready = [request for request in requests if request.drafts]
         if not self._weighs(len(ready)):
             return list(most)
         assert self.costs is not None
@@ -183,7 +183,8 @@ class Scheduler:
             return None
         ready = requests[: len(survival_DK)]
         shared_D = [
-            not (r.request.params.has_penalties or r.request.params.logit_bias) for r in ready
+            not (r.request.params.has_penalties or r.request.params.logit_bias or r.request.mask)
+            for r in ready
         ]
         accepted_D = np.array(accepted[: len(ready)])
         lengths_D = np.array(drafts.lengths[: len(ready)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dspark.attention.pages import BlockTable
 from dspark.engine.text import TextStream
-from dspark.request import FinishReason, Output, Request, Stats
+from dspark.errors import DSparkError, RequestError
+from dspark.request import FinishReason, Logprob, Output, Request, Stats
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Piece:
         text: the text that this token settles; may be empty, or hold earlier tokens' text.
         token_id: the token.
         drafted: whether the drafter proposed it and the target kept it.
+        logprob: what the model thought of it, if the request asked.
     """
 
     text: str
     token_id: int
     drafted: bool
+    logprob: Logprob | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -52,8 +56,14 @@ class ActiveRequest:
         table: its pages while it runs.
         admitted: the how-manieth admission was its last: who came last gives way first.
         tokens: prompt and output; the last one is the anchor of the next round.
+        shared: tokens at its beginning whose pages another request has filled.
         cached: tokens whose keys and values the target's cache holds.
         round: number of the next round; randomness is keyed by it.
+        first_id: number of the first of the answers that were asked for together.
+        deadline: when it ends at the latest, on the engine's clock; None for never.
+        plain: whether the drafter has failed it, so that it decodes plainly to its end.
+        logprobs: of the generated tokens, if it asked.
+        fault: what ended it, if that was an error.
     """
 
     request_id: int
@@ -65,11 +75,17 @@ class ActiveRequest:
     live: bool = False
     table: BlockTable = field(default_factory=BlockTable)
     admitted: int = -1
+    shared: int = 0
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     round: int = 0
     stats: Stats = field(default_factory=Stats)
     finish_reason: FinishReason | None = None
+    first_id: int = -1
+    deadline: float | None = None
+    plain: bool = False
+    logprobs: list[Logprob] = field(default_factory=list)
+    fault: DSparkError | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -101,17 +117,29 @@ class ActiveRequest:
         return min(wanted, self.max_tokens)
 
     @property
+    def drafts(self) -> bool:
+        """Whether the drafter has its context, and may propose."""
+        return self.ready and not self.plain
+
+    @property
     def room(self) -> int:
         """How many more tokens may be committed."""
         return self.longest - len(self.tokens)
 
-    def commit(self, tokens: Sequence[int], accepted: int, verified: int) -> tuple[Piece, ...]:
+    def commit(
+        self,
+        tokens: Sequence[int],
+        accepted: int,
+        verified: int,
+        logprobs: Sequence[Logprob] | None = None,
+    ) -> tuple[Piece, ...]:
         """Commit a round's tokens one by one, up to where the request ends.
 
         Args:
             tokens: kept drafts and the token after them.
             accepted: how many of them are drafts.
             verified: drafts that the target checked.
+            logprobs: of the tokens, if the request asked.
 
         Returns:
             The pieces of the tokens that were committed.
@@ -121,14 +149,36 @@ class ActiveRequest:
         pieces: list[Piece] = []
         for index, token in enumerate(tokens):
             self.tokens.append(token)
-            pieces.append(Piece(self._push(token), token, drafted=index < accepted))
+            logprob = None if logprobs is None else logprobs[index]
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            shown = self._push_or_fail(token)
+            pieces.append(Piece(shown, token, index < accepted, logprob))
             if self.finish_reason is not None:
                 break
-        if not is_prefill:
+        if pieces and not is_prefill:
             cut = len(pieces) <= accepted
             self.stats.record_round(verified, min(accepted, len(pieces)), len(pieces), cut=cut)
         self.round += 1
         return tuple(pieces)
+
+    def skip_round(self) -> tuple[Piece, ...]:
+        """Commit nothing of a round that came to nothing, and draft no more."""
+        self.plain = True
+        self.round += 1
+        return ()
+
+    def _push_or_fail(self, token: int) -> str:
+        try:
+            return self._push(token)
+        except Exception as error:  # a tokenizer, or a stop check in it, concerns this one alone
+            fault = RequestError(
+                f"Decoding the text raised {type(error).__name__} after {len(self.output_ids)} "
+                f"tokens of output: {error}"
+            )
+            fault.__cause__ = error
+            self.finish_reason, self.fault = "error", fault
+            return ""
 
     def _push(self, token: int) -> str:
         """Append text and decide whether the request ends at this token."""
@@ -150,11 +200,12 @@ class ActiveRequest:
     def _finish_text(self) -> str:
         return self.text.finish() if self.text else ""
 
-    def cancel(self) -> Output:
-        """End the request as it is."""
-        self.finish_reason = "cancelled"
-        self._finish_text()
-        return self.output()
+    def end(self, reason: FinishReason, fault: DSparkError | None = None) -> None:
+        """End the request as it is, unless it has ended."""
+        if self.finish_reason is None:
+            self.finish_reason, self.fault = reason, fault
+            with contextlib.suppress(Exception):  # the reason stands; text that fails is left out
+                self._finish_text()
 
     def output(self) -> Output:
         """The finished request."""
@@ -165,4 +216,6 @@ class ActiveRequest:
             token_ids=tuple(self.output_ids),
             finish_reason=self.finish_reason,
             stats=self.stats,
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+            fault=self.fault,
         )

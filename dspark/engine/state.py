@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dspark.engine.masks import RowMasks
 from dspark.engine.sequence import ActiveRequest
 from dspark.request import Verifier
 from dspark.sampling.counts import TokenCounts
@@ -29,6 +30,7 @@ class RequestLaws:
         chain: their processors.
         draft_chain: the same for drafts: a logit bias of minus infinity is a large finite one.
         seeds_R: their seeds, int64.
+        logprobs: how many most likely tokens each wants reported; None for nothing at all.
         counts: token counts where a request has penalties, else None.
     """
 
@@ -36,6 +38,7 @@ class RequestLaws:
     chain: Chain
     draft_chain: Chain
     seeds_R: Tensor
+    logprobs: tuple[int | None, ...]
     counts: TokenCounts | None
     _chain_rows: dict[tuple[int, ...], Chain] = field(default_factory=dict, compare=False)
 
@@ -58,6 +61,7 @@ class RequestLaws:
             chain=chain,
             draft_chain=draft_chain,
             seeds_R=seed_tensor([r.request.params.seed for r in requests], device),
+            logprobs=tuple(r.request.params.logprobs for r in requests),
             counts=counts,
         )
 
@@ -73,6 +77,7 @@ class RequestLaws:
             chain=self.chain.rows(range(count)),
             draft_chain=self.draft_chain.rows(range(count)),
             seeds_R=self.seeds_R[:count],
+            logprobs=self.logprobs[:count],
             counts=counts,
         )
 
@@ -89,8 +94,9 @@ class RequestLaws:
             return
         rows = [r for r, tokens in enumerate(committed) for _ in tokens]
         flat = [token for tokens in committed for token in tokens]
-        device = self.seeds_R.device
-        self.counts.commit(torch.tensor(rows, device=device), torch.tensor(flat, device=device))
+        self.counts.commit(
+            *(torch.tensor(x, dtype=torch.int64, device=self.seeds_R.device) for x in (rows, flat))
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class RoundState:
         rounds: round number of each request.
         anchors: position of each anchor (the last committed token).
         num_drafts: drafts per request at most, K.
+        masks: which tokens each row allows; None where no request has a mask.
     """
 
     laws: RequestLaws
@@ -114,6 +121,7 @@ class RoundState:
     rounds: tuple[int, ...]
     anchors: tuple[int, ...]
     num_drafts: int
+    masks: RowMasks | None = None
 
     @classmethod
     def of(
@@ -122,6 +130,7 @@ class RoundState:
         laws: RequestLaws,
         verifier: Verifier,
         num_drafts: int,
+        vocab_size: int,
     ) -> RoundState:
         """Read where `requests` stand."""
         return cls(
@@ -130,6 +139,7 @@ class RoundState:
             rounds=tuple(r.round for r in requests),
             anchors=tuple(len(r.tokens) - 1 for r in requests),
             num_drafts=num_drafts,
+            masks=RowMasks.of(requests, vocab_size, laws.seeds_R.device),
         )
 
     def first(self, count: int) -> RoundState:
@@ -137,7 +147,8 @@ class RoundState:
         if count == len(self.rounds):
             return self
         laws, rounds, anchors = self.laws.first(count), self.rounds[:count], self.anchors[:count]
-        return RoundState(laws, self.verifier, rounds, anchors, self.num_drafts)
+        masks = None if self.masks is None else self.masks.first(count)
+        return RoundState(laws, self.verifier, rounds, anchors, self.num_drafts, masks)
 
     @cached_property
     def anchors_R(self) -> Tensor:

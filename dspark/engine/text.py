@@ -21,7 +21,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stops = tuple(map(_StopString, stop))
         self._ids: list[int] = []
         self._waiting: list[int] = []
         # ids[prefix:read] are settled, and decode to `context`; they are decoded again with what
@@ -36,10 +36,11 @@ class TextStream:
         """Add a token and return the text that it settles; sets `stopped` at a stop string."""
         self._ids.append(token_id)
         after = self._decode(self._ids[self._prefix :])
-        if len(after) > len(self._context) and not after.endswith("\ufffd"):
-            self._held += after[len(self._context) :]
-            self._advance()
-        return self._settle()
+        if len(after) <= len(self._context) or after.endswith("\ufffd"):
+            return ""
+        settled = after[len(self._context) :]
+        self._advance()
+        return self._settle(settled)
 
     def hold(self, token_id: int) -> None:
         """Add a token without decoding; `finish` decodes all that was held. Not after `push`."""
@@ -50,9 +51,9 @@ class TextStream:
         if self.stopped:
             return ""
         given = self._push_waiting()
-        self._held += self._decode(self._ids[self._prefix :])[len(self._context) :]
+        rest = self._decode(self._ids[self._prefix :])[len(self._context) :]
         self._advance()
-        given += self._settle() + self._held
+        given += self._settle(rest) + self._held
         self.text += self._held
         self._held = ""
         return given
@@ -68,14 +69,16 @@ class TextStream:
         self._prefix, self._read = self._read, len(self._ids)
         self._context = self._decode(self._ids[self._prefix :])
 
-    def _settle(self) -> str:
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if found:
+    def _settle(self, new: str) -> str:
+        """Give out what can no longer become part of a stop string, of `new` text and held."""
+        before = len(self._held)
+        self._held += new
+        starts = [before + end - len(s.text) for s in self._stops if (end := s.feed(new))]
+        if starts:
             self.stopped = True
-            given, self._held = self._held[: min(found)], ""
+            given, self._held = self._held[: min(starts)], ""
         else:
-            keep = max((_overlap(self._held, s) for s in self._stop), default=0)
-            cut = len(self._held) - keep
+            cut = len(self._held) - max((s.matched for s in self._stops), default=0)
             given, self._held = self._held[:cut], self._held[cut:]
         self.text += given
         return given
@@ -89,9 +92,34 @@ class TextStream:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+class _StopString:
+    """Looks for one string in a growing text, each character once (Knuth, Morris & Pratt 1977).
+
+    Attributes:
+        text: the string.
+        matched: how many of its characters the text ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # borders[i]: length of the longest proper beginning of text[: i + 1] that also ends it
+        self._borders = [0]
+        size = 0
+        for letter in text[1:]:
+            while size and letter != text[size]:
+                size = self._borders[size - 1]
+            size += letter == text[size]
+            self._borders.append(size)
+
+    def feed(self, new: str) -> int:
+        """Read on; how much of `new` there is up to the end of the first match, 0 without one."""
+        text, borders, size = self.text, self._borders, self.matched
+        for place, letter in enumerate(new):
+            while size and letter != text[size]:
+                size = borders[size - 1]
+            size += letter == text[size]
+            if size == len(text):
+                return place + 1
+        self.matched = size
+        return 0

@@ -88,6 +88,7 @@ def record_rounds(
         schedule="fixed",
         block_size=block_size,
         watch=recorder,
+        strict=True,
     )
     for request in requests:
         engine.add(request)

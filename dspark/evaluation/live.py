@@ -131,7 +131,7 @@ def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[
 def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Stats:
     """Decode all requests at once with the drafter, and count."""
     engine = Model(model.target, drafter).engine(
-        requests, batch_size=len(requests), schedule="fixed"
+        requests, batch_size=len(requests), schedule="fixed", strict=True
     )
     return merge_stats(engine.run(requests))
 
@@ -161,7 +161,7 @@ def race(
 def _tokens_per_s(
     model: Model, requests: Sequence[Request], batch_size: int
 ) -> tuple[float, Stats]:
-    engine = model.engine(requests, batch_size=batch_size, schedule="fixed")
+    engine = model.engine(requests, batch_size=batch_size, schedule="fixed", strict=True)
     started = time.perf_counter()
     outputs = engine.run(requests)
     seconds = time.perf_counter() - started

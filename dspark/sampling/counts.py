@@ -43,6 +43,10 @@ class TokenCounts:
         ones_T = torch.ones_like(tokens_T, dtype=torch.int32)
         self.output_NV.index_put_((rows_T, tokens_T), ones_T, accumulate=True)
 
+    def rows(self, index_M: Tensor) -> TokenCounts:
+        """The state of the rows named, in that order; copies."""
+        return TokenCounts(self.prompt_NV[index_M], self.output_NV[index_M])
+
     def after_drafts(self, requests_N: Tensor, steps_N: Tensor, drafts_RK: Tensor) -> TokenCounts:
         """The state of draft rows, each with its own prefix (self holds one row per request).
 

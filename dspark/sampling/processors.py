@@ -67,20 +67,10 @@ class Chain:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Chain:
-        """Build the chain of one row per element of `params`.
-
-        Raises:
-            RequestError: a logit bias names a negative token, or is NaN or plus infinity.
-        """
+        """Build the chain of one row per element of `params`."""
         width = max((len(row.logit_bias) for row in params), default=0)
         tokens, values = [], []
         for row in params:
-            for token, value in row.logit_bias.items():
-                if token < 0 or not value < float("inf"):
-                    raise RequestError(
-                        f"logit_bias has {token}: {value}, but token ids start at 0 and values "
-                        "must be finite or minus infinity."
-                    )
             padding = [0] * (width - len(row.logit_bias))
             tokens.append([*row.logit_bias.keys(), *padding])
             values.append([*row.logit_bias.values(), *padding])
@@ -197,6 +187,30 @@ def greedy_tokens(
     peak_N, tokens_N = _scores(logits_NV, chain, counts, mask_NV).max(dim=1)
     _check_scores(peak_N)
     return tokens_N
+
+
+def rows_without_law(
+    logits_NV: Tensor,
+    chain: Chain,
+    counts: TokenCounts | None = None,
+    mask_NV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which rows make `law` and `greedy_tokens` raise.
+
+    Args:
+        logits_NV: raw logits.
+        chain: processors of the same N rows.
+        counts: state of the same N rows, needed where a row has a penalty.
+        mask_NV: bool, True where a token is allowed.
+
+    Returns:
+        (rows of logits with NaN or without a finite maximum, other rows that the processors leave
+        no token), both bool [N].
+    """
+    broken_N = ~logits_NV.amax(dim=1).isfinite()
+    logits_NV = logits_NV.masked_fill(broken_N[:, None], 0)
+    peak_N = _scores(logits_NV, chain, counts, mask_NV).amax(dim=1)
+    return broken_N, ~broken_N & ~peak_N.isfinite()
 
 
 def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:

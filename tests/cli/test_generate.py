@@ -290,7 +290,8 @@ def test_a_half_written_checkpoint_is_refused(dspark, pair, tmp_path):
     assert result.err.startswith("dspark: ")
 
 
-def test_nan_weights_are_refused(dspark, pair, tmp_path):
+@pytest.mark.faulty
+def test_a_drafter_of_nan_weights_is_done_without_and_named(dspark, pair, tmp_path, caplog):
     model = package.load(pair.attached)
     for source in pair.target.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -298,9 +299,10 @@ def test_nan_weights_are_refused(dspark, pair, tmp_path):
     with torch.no_grad():
         model.drafter.norm.weight.fill_(float("nan"))
     save_attached(model.drafter, tmp_path, dtype=None)
-    result = dspark("generate", tmp_path, "--prompt", "two")
-    assert result.status == 1
-    assert "NaN" in result.err
+    result = dspark("generate", tmp_path, "--prompt", "two", "--max-new-tokens", "9")
+    plain = dspark("generate", pair.target, "--prompt", "two", "--max-new-tokens", "9")
+    assert (result.status, result.out) == (0, plain.out)
+    assert "The drafter failed" in caplog.text
 
 
 def test_where_outputs_depart_and_how_near_the_tie_is(pair):

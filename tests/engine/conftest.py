@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,8 +247,35 @@ def decode(
     return Engine(target, drafter, **options).run(requests)
 
 
+def deviation(counts: Counter[Any], law: dict[Any, float]) -> float:
+    """Chi-squared as standard deviations of a normal (Wilson & Hilferty 1931)."""
+    total = sum(counts.values())
+    if any(law.get(outcome, 0) == 0 for outcome in counts):
+        return math.inf  # what cannot be has been
+    cells = [(counts[x], total * p) for x, p in law.items() if total * p >= 5]
+    rare = (total - sum(n for n, _ in cells), total - sum(e for _, e in cells))
+    if rare[1] >= 5:
+        cells.append(rare)
+    statistic = sum((n - e) ** 2 / e for n, e in cells)
+    degrees = len(cells) - 1
+    assert degrees > 20
+    spread = 2 / (9 * degrees)
+    return ((statistic / degrees) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+
+
 def token_ids(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
     return [output.token_ids for output in outputs]
+
+
+def collect(engine: Engine, requests: Sequence[Request]) -> list[Output]:
+    """Outputs of all requests, those that an error ended included."""
+    ids = [engine.add(request) for request in requests]
+    outputs = {}
+    while engine.has_work:
+        for event in engine.step():
+            if event.output is not None:
+                outputs[event.request_id] = event.output
+    return [outputs[i] for i in ids]
 
 
 def ngram(target: Target) -> NgramDrafter:
@@ -272,6 +301,8 @@ def tiny() -> SimpleNamespace:
         make_requests=make_requests,
         decode=decode,
         token_ids=token_ids,
+        deviation=deviation,
+        collect=collect,
     )
 
 

@@ -7,7 +7,6 @@ lengths, join and leave a batch all the time.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -95,21 +94,6 @@ def exact_law(target, prompt, params) -> dict[tuple[int, ...], float]:
     return law
 
 
-def deviation(counts: Counter, law: dict) -> float:
-    """Chi-squared as standard deviations of a normal (Wilson & Hilferty 1931)."""
-    total = sum(counts.values())
-    assert all(law[outcome] > 0 for outcome in counts)
-    cells = [(counts[x], total * p) for x, p in law.items() if total * p >= 5]
-    rare = (total - sum(n for n, _ in cells), total - sum(e for _, e in cells))
-    if rare[1] >= 5:
-        cells.append(rare)
-    statistic = sum((n - e) ** 2 / e for n, e in cells)
-    degrees = len(cells) - 1
-    assert degrees > 20
-    spread = 2 / (9 * degrees)
-    return ((statistic / degrees) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
-
-
 def sampled(
     target, drafter, *, kinds=KINDS, threshold=None, schedule=None, per_kind=PER_KIND, **options
 ):
@@ -126,9 +110,9 @@ def sampled(
     return [outputs[kind :: len(kinds)] for kind in range(len(kinds))]
 
 
-def deviations(target, outputs_by_kind, kinds=KINDS) -> list[float]:
+def deviations(tiny, target, outputs_by_kind, kinds=KINDS) -> list[float]:
     return [
-        deviation(
+        tiny.deviation(
             Counter(output.token_ids[:TOKENS] for output in outputs),
             exact_law(target, prompt, SamplingParams(**params)),
         )
@@ -141,7 +125,7 @@ def deviations(target, outputs_by_kind, kinds=KINDS) -> list[float]:
 def test_tokens_follow_the_law_of_the_target(tiny, small, verifier, threshold):
     drafter = tiny.MarkovDrafter(VOCAB)
     outputs = sampled(small, drafter, verifier=verifier, threshold=threshold)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     stats = [output.stats for kind in outputs for output in kind]
     accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
     assert 0.2 < accepted / verified < 0.9
@@ -151,7 +135,7 @@ def test_tokens_follow_the_law_of_the_target(tiny, small, verifier, threshold):
 def test_a_dspark_drafter_and_the_joint_law_of_neighbours(tiny, small):
     drafter = tiny.make_drafter(small, head="rnn", block_size=4)
     outputs = sampled(small, drafter, verifier="block", threshold=0.5)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     prompt, params = KINDS[0]
     law = exact_law(small, prompt, SamplingParams(**params))
     second = np.zeros(VOCAB)
@@ -159,7 +143,7 @@ def test_a_dspark_drafter_and_the_joint_law_of_neighbours(tiny, small):
         second[outcome[1]] += p
     pairs = {(a, b): second[a] * second[b] for a, b in product(range(VOCAB), repeat=2)}
     tokens = [output.token_ids[1] for output in outputs[0]]
-    assert deviation(Counter(pairwise(tokens)), pairs) < EXACT
+    assert tiny.deviation(Counter(pairwise(tokens)), pairs) < EXACT
 
 
 def jagged_costs():
@@ -180,7 +164,7 @@ def test_lengths_weighed_against_costs_leave_the_law(tiny, small, verifier, name
         Schedule(name), verifier, drafter.block_size, Calibration(), jagged_costs()
     )
     outputs = sampled(small, drafter, verifier=verifier, schedule=schedule)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     trimmed(outputs)
 
 
@@ -189,7 +173,7 @@ def test_lengths_weighed_against_costs_leave_the_law(tiny, small, verifier, name
 def test_a_chain_of_drafts_follows_the_law(tiny, small, verifier, name):
     drafter = tiny.make_eagle3(small, mtp=name == "mtp", passes=3)
     outputs = sampled(small, drafter, verifier=verifier, per_kind=800)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     stats = [output.stats for kind in outputs for output in kind]
     accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
     assert 0.1 < accepted / verified < 0.9
@@ -199,7 +183,7 @@ def test_a_chain_of_drafts_follows_the_law(tiny, small, verifier, name):
 def test_a_drafter_that_knows_some_tokens_and_one_that_wastes_a_slot(tiny, small, verifier):
     drafter = tiny.make_drafter(small, known=(0, 2, 3, 5), sample_from_anchor=False)
     outputs = sampled(small, drafter, verifier=verifier, per_kind=600)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     drafted = sum(output.stats.drafted for kind in outputs for output in kind)
     assert drafted > sum(output.stats.accepted for kind in outputs for output in kind) > 0
 
@@ -208,14 +192,14 @@ def test_a_drafter_that_knows_some_tokens_and_one_that_wastes_a_slot(tiny, small
 def test_confidence_from_the_margin_of_the_raw_logits(tiny, small, verifier):
     drafter = tiny.HeadlessDrafter(VOCAB)
     outputs = sampled(small, drafter, verifier=verifier, threshold=0.6)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     trimmed(outputs)
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_prompt_lookup_trimmed_by_its_own_confidence(tiny, small, verifier):
     outputs = sampled(small, tiny.ngram(small), verifier=verifier, threshold=0.4)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
     trimmed(outputs)
 
 
@@ -228,15 +212,15 @@ def trimmed(outputs):
 
 def test_coupled_follows_the_law_too(tiny, small):
     outputs = sampled(small, tiny.MarkovDrafter(VOCAB), verifier="coupled", per_kind=800)
-    assert max(deviations(small, outputs)) < EXACT
+    assert max(deviations(tiny, small, outputs)) < EXACT
 
 
 # Controls: each wrong engine must fail the test above.
 
 
-def control(target, drafter, *, requests=2500, **options) -> float:
+def control(tiny, target, drafter, *, requests=2500, **options) -> float:
     outputs = sampled(target, drafter, kinds=KINDS[:1], per_kind=requests, **options)
-    return deviations(target, outputs, KINDS[:1])[0]
+    return deviations(tiny, target, outputs, KINDS[:1])[0]
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])
@@ -249,7 +233,7 @@ def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, m
         return tokens_R
 
     monkeypatch.setattr(Drawing, "__call__", misreport)
-    assert control(small, tiny.MarkovDrafter(VOCAB), verifier=verifier) > BIASED
+    assert control(tiny, small, tiny.MarkovDrafter(VOCAB), verifier=verifier) > BIASED
 
 
 @pytest.mark.parametrize("stream", [Stream.VERIFY, Stream.NEXT])
@@ -259,7 +243,7 @@ def test_control_drafts_drawn_with_the_noise_of_verification(tiny, small, stream
 
     monkeypatch.setattr(RoundState, "draft_uniform", shared)
     drafter = tiny.MarkovDrafter(VOCAB)
-    assert control(small, drafter, verifier="token", requests=4000) > BIASED
+    assert control(tiny, small, drafter, verifier="token", requests=4000) > BIASED
 
 
 def test_control_confidence_that_has_seen_the_token_it_judges(tiny, small):
@@ -270,5 +254,5 @@ def test_control_confidence_that_has_seen_the_token_it_judges(tiny, small):
                 tokens.append(draw(step, self.logits_VV[tokens[-1]]))
             return Proposal(self.confidence_V[torch.stack(tokens[1:], dim=1)])
 
-    assert control(small, tiny.MarkovDrafter(VOCAB), threshold=0.6) < EXACT
-    assert control(small, Peeking(VOCAB), threshold=0.6) > BIASED
+    assert control(tiny, small, tiny.MarkovDrafter(VOCAB), threshold=0.6) < EXACT
+    assert control(tiny, small, Peeking(VOCAB), threshold=0.6) > BIASED

@@ -69,7 +69,7 @@ def test_giving_way_changes_nothing(exact, tiny, kind, temperature):
             prefix_reuse=reuse,
         )
         assert counted(engine.run(requests)) == roomy
-        assert engine.preemptions > 0
+        assert engine.roster.preemptions > 0
         assert engine.memory.pool.in_use == 0
 
 
@@ -213,7 +213,7 @@ def test_nothing_leaks_when_requests_come_end_and_are_cancelled(exact, tiny, sch
             if event.output is not None:
                 ended += 1
                 alive.remove(event.request_id)
-        running = engine._running
+        running = engine.roster.running
         engine.memory.check(running)
     assert ended == 120
     assert engine.memory.pool.in_use == 0

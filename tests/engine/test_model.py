@@ -163,8 +163,10 @@ def test_options_that_cannot_be_used(model, options, message):
 
 
 def test_split_options():
-    params, engine = split_options({"temperature": 0.5, "stop": "x", "batch_size": 2})
+    options = {"temperature": 0.5, "stop": "x", "batch_size": 2, "timeout_s": 3.0}
+    params, limits, engine = split_options(options)
     assert params == SamplingParams(temperature=0.5, stop=("x",))
+    assert limits == {"timeout_s": 3.0}
     assert engine == {"batch_size": 2}
 
 

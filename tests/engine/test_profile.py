@@ -34,8 +34,8 @@ def test_points_are_what_the_engine_was_seen_to_do(pair, monkeypatch):
     seen, step = set(), Engine.step
 
     def spy(engine):
-        before = [(r.stats.verified, r.stats.rounds) for r in engine._running]
-        running = list(engine._running)
+        before = [(r.stats.verified, r.stats.rounds) for r in engine.roster.running]
+        running = list(engine.roster.running)
         events = step(engine)
         verified = sum(r.stats.verified - b for r, (b, _) in zip(running, before, strict=True))
         if running and all(r.stats.rounds > n for r, (_, n) in zip(running, before, strict=True)):

@@ -139,7 +139,9 @@ def test_lagged_budget_knows_nothing_of_this_round():
     """Confidences of this round move drafts between requests, never the sum."""
     requests = [
         SimpleNamespace(
-            request_id=i, cached=4, request=SimpleNamespace(params=SamplingParams(8, temperature=1))
+            request_id=i,
+            drafts=True,
+            request=SimpleNamespace(params=SamplingParams(8, temperature=1)),
         )
         for i in range(2)
     ]
@@ -179,7 +181,9 @@ def test_calibration_is_applied_to_its_own_temperature_class_only():
     schedule = scheduler("lagged", table(flat), calibration=Calibration((entry,)))
     requests = [
         SimpleNamespace(
-            request_id=i, cached=4, request=SimpleNamespace(params=SamplingParams(8, temperature=t))
+            request_id=i,
+            drafts=True,
+            request=SimpleNamespace(params=SamplingParams(8, temperature=t)),
         )
         for i, t in enumerate((1.0, 0.0))
     ]

@@ -75,7 +75,7 @@ def test_caches_hold_the_committed_prefix(tiny, verifier, temperature, name):
     outcomes = set()
     while engine.has_work:
         engine.step()
-        for request in engine._running:
+        for request in engine.roster.running:
             check_caches(engine, request)
             stats = request.stats
             outcomes.add((stats.accepted > 0, stats.accepted < stats.verified))
@@ -89,7 +89,7 @@ def test_the_check_sees_a_rejected_token(tiny):
     engine.add(Request((1, 2, 3, 4), SamplingParams(30)))
     for _ in range(4):
         engine.step()
-    [request] = engine._running
+    [request] = engine.roster.running
     check_caches(engine, request)
     request.tokens[-2] = (request.tokens[-2] + 1) % 64
     with pytest.raises(AssertionError, match="not close"):
@@ -117,11 +117,11 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
     for _ in range(4):
         engine.step()
         engine._speculator.context.flush()
-        for request in engine._running:
+        for request in engine.roster.running:
             assert seen[request.table] == list(range(request.cached))
             assert following[request.table] == request.tokens[1:]
     verified, accepted = (
-        sum(getattr(request.stats, name) for request in engine._running)
+        sum(getattr(request.stats, name) for request in engine.roster.running)
         for name in ("verified", "accepted")
     )
     assert 0 < accepted < verified

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -139,3 +141,65 @@ def test_a_stop_string_before_half_a_character_is_seen_at_the_end():
     assert stream.finish() == " "
     assert stream.stopped
     assert stream.text == "so "
+
+
+def slow_settle(letters: str, stops: tuple[str, ...]) -> tuple[list[str], bool]:
+    """What is given out after each letter, by looking at the whole text every time."""
+    given, pieces = 0, []
+    for i in range(1, len(letters) + 1):
+        text = letters[:i]
+        found = [text.find(stop) for stop in stops if stop in text]
+        if found:
+            return [*pieces, text[given : min(found)]], True
+        held = max((k for s in stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+        pieces.append(text[given : i - held])
+        given = max(given, i - held)
+    return [*pieces, letters[given:]], False
+
+
+def test_stop_strings_are_found_as_by_looking_at_everything():
+    letters = ByteTokens(*(bytes([c]) for c in range(256)))
+    generator = torch.Generator().manual_seed(1)
+
+    def word(longest: int) -> str:
+        size = int(torch.randint(1, longest + 1, (), generator=generator))
+        return "".join("ab"[i] for i in torch.randint(0, 2, (size,), generator=generator))
+
+    ends = set()
+    for _ in range(400):
+        text, stops = word(40), tuple(word(9) for _ in range(3))
+        pieces, stopped = slow_settle(text, stops)
+        stream = TextStream(letters, stops)
+        got = []
+        for c in text.encode():
+            got.append(stream.push(c))
+            if stream.stopped:
+                break
+        else:
+            got.append(stream.finish())
+        assert (got, stream.stopped) == (pieces, stopped)
+        ends.add(stopped)
+    assert ends == {True, False}
+
+
+def test_several_letters_at_once_and_two_ends_in_them():
+    stream = TextStream(ByteTokens(b"so a", b"bcd and on"), ("abcd", "bc"))
+    assert stream.push(0) == "so "
+    assert stream.push(1) == ""
+    assert (stream.text, stream.stopped) == ("so ", True)
+
+
+def test_a_stop_string_of_ten_thousand_letters_costs_as_much_per_letter_as_a_short_one():
+    """Letters that nearly match it over and over: whatever is quadratic would take minutes."""
+    letters = ByteTokens(*(bytes([c]) for c in range(256)))
+    stops = ("a" * 10_000 + "b", *("a" * (700 + i) + "c" for i in range(60)))
+    stream = TextStream(letters, stops)
+    started = time.perf_counter()
+    for _ in range(12_000):
+        assert not stream.stopped
+        stream.push(ord("a"))
+    assert len(stream.text) == 2_000
+    stream.push(ord("b"))
+    assert stream.stopped
+    assert stream.text == "a" * 2_000
+    assert time.perf_counter() - started < 10

@@ -8,6 +8,7 @@ import torch
 
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import START
+from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
@@ -155,6 +156,7 @@ def test_a_drafter_that_computes_nan(tiny, target, prompts):
     class Broken(tiny.KnowingDrafter):
         def propose(self, context, batch, draw):
             draw(0, torch.full((len(batch.tables), target.vocab_size), math.nan))
+            return Proposal()
 
     report = check(Model(target, Broken(target)), prompts, **SHORT)
     (what,) = texts(report, "error")

@@ -264,9 +264,6 @@ def test_requests_that_cannot_be_served_are_refused():
             call(logits, Chain.of([SamplingParams(presence_penalty=1.0)] * 2))
         with pytest.raises(RequestError, match="names token 13, but the vocabulary has 13"):
             call(logits, Chain.of([SamplingParams(logit_bias={13: 1.0})] * 2))
-    for bias in ({-1: 1.0}, {2: INF}, {2: float("nan")}):
-        with pytest.raises(RequestError, match="logit_bias has"):
-            Chain.of([SamplingParams(logit_bias=bias)])
 
 
 def test_sample_is_the_inverse_of_the_distribution_function():

@@ -1,0 +1,70 @@
+"""Log-probabilities of the tokens that a round commits, from the very rows that emitted them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.heads import at_least_fp32
+from dspark.request import Logprob
+from dspark.sampling.filters import apply_top_k
+
+
+def emitted_logprobs(
+    logits_NV: Tensor,
+    lengths: Sequence[int],
+    committed: Sequence[Sequence[int]],
+    wanted: Sequence[int | None],
+) -> tuple[tuple[Logprob, ...] | None, ...]:
+    """What the model thought of each committed token.
+
+    Raw log-softmax, at least in fp32, before any processor (docs/losslessness.md): row k of a
+    request emitted its committed token k, whether as a draft that stayed or as the token after.
+
+    Args:
+        logits_NV: raw logits of every request's 1 + length rows, request by request.
+        lengths: verified drafts of each request.
+        committed: the tokens of each request.
+        wanted: how many most likely tokens each request asks for; None computes nothing for it.
+
+    Returns:
+        One entry per committed token; None where nothing was asked.
+    """
+    if all(count is None for count in wanted):
+        return (None,) * len(wanted)
+    found, begin = list[tuple[Logprob, ...] | None](), 0
+    for length, tokens, count in zip(lengths, committed, wanted, strict=True):
+        rows_MV = logits_NV[begin : begin + len(tokens)]
+        found.append(None if count is None else _of_rows(rows_MV, tokens, count))
+        begin += length + 1
+    return tuple(found)
+
+
+def _of_rows(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[Logprob, ...]:
+    logprobs_MV = torch.log_softmax(at_least_fp32(logits_MV), dim=1)
+    tokens_M1 = torch.tensor(tokens, dtype=torch.int64, device=logits_MV.device)[:, None]
+    own = logprobs_MV.gather(1, tokens_M1).squeeze(1).tolist()
+    tops = _tops(logprobs_MV, count) if count else [()] * len(tokens)
+    return tuple(
+        Logprob(token, value, top) for token, value, top in zip(tokens, own, tops, strict=True)
+    )
+
+
+def _tops(logprobs_MV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The most likely tokens of each row; ties to the lowest ids, those ruled out left away."""
+    count = min(count, logprobs_MV.shape[1])
+    kept_MV = logprobs_MV.clone()
+    apply_top_k(kept_MV, torch.full((len(kept_MV),), count, device=kept_MV.device))
+    values_MK, ids_MK = kept_MV.topk(count, dim=1)
+    return [
+        tuple(
+            (token, value)
+            for value, token in sorted(
+                zip(values, ids, strict=True), key=lambda pair: (-pair[0], pair[1])
+            )
+            if value > float("-inf")
+        )
+        for values, ids in zip(values_MK.tolist(), ids_MK.tolist(), strict=True)
+    ]
