@@ -152,6 +152,23 @@ def _round_ms(clock: Clock, since: Clock) -> dict[str, float]:
     }
 
 
+def _output_report(output: Output) -> dict[str, Any]:
+    report = {
+        "prompt": output.prompt,
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+    }
+    if output.logprobs is None:
+        return report
+    return report | {
+        "logprobs": [
+            {"logprob": each.logprob, "top": [[token, value] for token, value in each.top]}
+            for each in output.logprobs
+        ]
+    }
+
+
 def run_report(runs: Sequence[Decoded]) -> dict[str, Any]:
     """The JSON keys of decoding, over one run or several together."""
     stats, seconds = Stats(), sum(run.seconds for run in runs)
@@ -166,16 +183,7 @@ def run_report(runs: Sequence[Decoded]) -> dict[str, Any]:
         for name in ("draft_ms", "schedule_ms", "verify_ms")
     }
     return {
-        "outputs": [
-            {
-                "prompt": output.prompt,
-                "text": output.text,
-                "token_ids": list(output.token_ids),
-                "finish_reason": output.finish_reason,
-            }
-            for run in runs
-            for output in run.outputs
-        ],
+        "outputs": [_output_report(output) for run in runs for output in run.outputs],
         "rounds": stats.rounds,
         "tokens": stats.tokens,
         "generated_tokens": generated,

@@ -59,8 +59,28 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default) is off")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default) is off")
     group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="0 (default) is off")
+    for name, off in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0)):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=off,
+            metavar="X",
+            help=f"{off:g} (default) is off",
+        )
     group.add_argument(
         "--stop", action="append", default=[], metavar="S", help="ends the output; repeatable"
+    )
+    group.add_argument(
+        "--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)"
+    )
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="L",
+        help="with --json: each token's log-probability, and those of the L most likely tokens",
+    )
+    group.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds after which an answer ends as it is"
     )
 
 
@@ -100,15 +120,22 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         top_p=options.top_p,
         top_k=options.top_k,
         min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
         stop=tuple(options.stop),
         seed=options.seed or 0,
+        n=options.n,
+        logprobs=options.logprobs,
     )
+    _check_options(options)
     prompts = read_prompt_texts(options)
     model = load_model(options, options.draft, screen)
     from dspark.cli.decoding import run_report, warm_up
 
     engine_options = _engine_options(options, model)
-    requests = _requests(model, prompts, params, raw=options.raw)
+    requests = _requests(model, prompts, params, options)
+    prompts = [prompt for prompt in prompts for _ in range(params.n)]
     if options.cost is not None:
         model.use_costs(options.cost)
     with screen.log.status("Measuring what steps cost on this machine, where that is needed ..."):
@@ -150,13 +177,31 @@ def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
     )
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what would not act, or would not mean anything."""
+    if options.logprobs is not None and not options.json:
+        raise UsageError(f"--logprobs is {options.logprobs}, but only --json shows them; add it.")
+    if options.timeout is not None and options.compare:
+        raise UsageError(
+            f"--timeout is {options.timeout}, but --compare compares whole answers; leave one out."
+        )
+
+
 def _requests(
-    model: Model, prompts: Sequence[PromptText], params: SamplingParams, *, raw: bool
+    model: Model,
+    prompts: Sequence[PromptText],
+    params: SamplingParams,
+    options: argparse.Namespace,
 ) -> list[Request]:
-    """Prompt i draws with seed + i."""
+    """One request per answer; prompt i draws with seed + i."""
     return [
-        Request(prompt.encode(model, raw=raw), params.with_seed(params.seed + i))
+        sample
         for i, prompt in enumerate(prompts)
+        for sample in Request(
+            prompt.encode(model, raw=options.raw),
+            params.with_seed(params.seed + i),
+            timeout_s=options.timeout,
+        ).samples()
     ]
 
 

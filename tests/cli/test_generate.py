@@ -181,6 +181,63 @@ def test_stop_strings_end_the_text(dspark, pair):
     assert output["text"] == text[: text.index(stop)]
 
 
+def test_several_answers_each_of_its_own_seed(dspark, pair):
+    words = ["generate", pair.attached, "--raw", *SHORT, "--temperature", 1, "--json"]
+    result = dspark(*words, "--prompt", "two", "--prompt", "one", "--n", 3, "--seed", 4)
+    outputs = result.json["outputs"]
+    assert [output["prompt"] for output in outputs] == ["two"] * 3 + ["one"] * 3
+    assert len({output["text"] for output in outputs}) == 6
+    model = package.load(pair.attached)
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    answers = [
+        answer
+        for i, prompt in enumerate(("two", "one"))
+        for answer in model.generate(prompt, n=3, seed=4 + i, **options)
+    ]
+    assert [output["text"] for output in outputs] == [answer.text for answer in answers]
+
+
+def test_log_probabilities_and_penalties(dspark, pair):
+    words = ["generate", pair.attached, "--prompt", "two", "--raw", *SHORT, "--json"]
+    (plain,) = dspark(*words).json["outputs"]
+    (output,) = dspark(*words, "--logprobs", 2).json["outputs"]
+    assert {key: output[key] for key in plain} == plain
+    for token, found in zip(output["token_ids"], output["logprobs"], strict=True):
+        (best, value), (_, second) = found["top"]
+        assert (best, value) == (token, found["logprob"])
+        assert 0 > value >= second
+    for name in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
+        (output,) = dspark(*words, name, 1.9).json["outputs"]
+        changed = len(set(plain["token_ids"])) < len(plain["token_ids"])
+        assert changed
+        assert output["token_ids"] != plain["token_ids"]
+
+
+def test_a_timeout_ends_an_answer_as_it_is(dspark, pair):
+    words = ["generate", pair.attached, "--prompt", "two", "--raw", *SHORT, "--json"]
+    (output,) = dspark(*words, "--timeout", 1e-9).json["outputs"]
+    assert (output["finish_reason"], output["token_ids"]) == ("timeout", [])
+    (output,) = dspark(*words, "--timeout", 1e9).json["outputs"]
+    assert output["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", 0], "n is 0, but must be an integer from 1 to 128"),
+        (["--logprobs", 3], "--logprobs is 3, but only --json shows them"),
+        (["--logprobs", 21, "--json"], "logprobs is 21"),
+        (["--timeout", 3, "--compare"], "--timeout is 3.0, but --compare compares whole answers"),
+        (["--timeout", 0], "timeout_s is 0.0"),
+        (["--stop", "x" * 70_000], "stop has 1 strings of 70000 characters"),
+    ],
+)
+def test_requests_that_mean_nothing(dspark, pair, words, message):
+    result = dspark("generate", pair.attached, "--prompt", "two", *words)
+    assert result.status == 2
+    assert message in result.err
+
+
 def test_block_size_and_threshold_limit_what_is_verified(dspark, pair):
     words = ["generate", pair.attached, "--prompt", "two", "--raw", *SHORT, "--json"]
     small = dspark(*words, "--block-size", 2).json
