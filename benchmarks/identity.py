@@ -72,7 +72,7 @@ def top_gap(target: Target, request: Request, tokens: Sequence[int]) -> float:
     Scores are logits at temperature 0, else the coupled verifier's: log law + noise.
     """
     ids = [*request.prompt_ids, *tokens]
-    batch = RaggedBatch.build([(0, 0, ids)], target.device)
+    batch = RaggedBatch.fresh([ids], target.device)
     rows = torch.tensor([len(ids) - 1], device=target.device)
     score_NV = target.forward(batch, logit_rows=rows).logits_NV
     assert score_NV is not None

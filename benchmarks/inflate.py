@@ -183,7 +183,7 @@ def _under(state: Weights, prefix: str) -> dict[str, Tensor]:
 def largest_deviation(small: Target, large: Target, length: int = 64) -> float:
     """Largest difference of logits over a pseudo-random prompt."""
     ids = [(11 + 17 * i * i) % small.vocab_size for i in range(length)]
-    batch = RaggedBatch.build([(0, 0, ids)], small.device)
+    batch = RaggedBatch.fresh([ids], small.device)
     logits = [model.forward(batch, logit_rows="all").logits_NV for model in (small, large)]
     assert logits[0] is not None
     assert logits[1] is not None

@@ -39,6 +39,7 @@ from benchmarks.inflate import inflate_drafter, inflate_target, largest_deviatio
 from benchmarks.placement import QWEN3_06B, Shape
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import PAGE_SIZE, BlockTable
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
@@ -61,13 +62,14 @@ def inflated_pair(source: str, shape: Shape, dtype: torch.dtype, seed: int) -> M
 
 def forward_ms(target: Target, tokens: int, repeats: int = 5) -> float:
     """Median milliseconds of a forward of that many tokens after 64 cached ones."""
-    cache = target.new_cache(1, 64 + tokens)
+    table = BlockTable(range(-(-(64 + tokens) // PAGE_SIZE)))
+    cache = target.new_cache(len(table.pages))
     with torch.inference_mode():
-        target.forward(RaggedBatch.build([(0, 0, [7] * 64)], target.device), cache)
+        target.forward(RaggedBatch.build([(table, 0, [7] * 64)], target.device), cache)
         rows = torch.arange(tokens)
         times: list[float] = []
         for _ in range(repeats):
-            batch = RaggedBatch.build([(0, 64, [7] * tokens)], target.device)
+            batch = RaggedBatch.build([(table, 64, [7] * tokens)], target.device)
             started = time.perf_counter()
             target.forward(batch, cache, logit_rows=rows)
             times.append((time.perf_counter() - started) * 1e3)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import BlockTable, PagedCache
 
 
 class Rule(NamedTuple):
@@ -27,17 +27,30 @@ class Rule(NamedTuple):
         sinks: one score per query head [A] that takes part in the softmax and adds no value
             (attention sinks of GPT-OSS).
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        first: position of the first key that any row sees.
     """
 
     scale: float
     window: int | None = None
     sinks: Tensor | None = None
     softcap: float | None = None
+    first: int = 0
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the fused kernel cannot express it."""
+        return self.sinks is not None or self.softcap is not None
+
+    def begin(self, position: int) -> int:
+        """The first key that the row at a position sees."""
+        if self.window is None:
+            return self.first
+        return max(self.first, position + 1 - self.window)
 
 
 def ragged_attention(
     query_TAD: Tensor,
-    cache: SlotCache,
+    cache: PagedCache,
     layer: int,
     batch: RaggedBatch,
     *,
@@ -45,10 +58,11 @@ def ragged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Causal attention of every row over its own slot.
+    """Causal attention of every row over its own request's cached rows.
 
-    The row at position p sees the cached keys at positions <= p, and only those > p - window
+    The row at position p sees the cached keys at positions first..p, and only those > p - window
     where a window is given. The keys of this batch must have been written before.
 
     Args:
@@ -60,28 +74,31 @@ def ragged_attention(
         window: number of keys that a row sees.
         sinks: extra scores [A].
         softcap: limit of the scores.
+        first: position of the first key.
 
     Returns:
         [T, A, value_dim].
     """
-    rule = Rule(scale, window, sinks, softcap)
+    rule = Rule(scale, window, sinks, softcap, first)
     query_1ATD = query_TAD.transpose(0, 1).unsqueeze(0)
     return cached_attention(query_1ATD, cache, layer, batch, rule)[0].transpose(0, 1)
 
 
 def cached_attention(
-    query_1ATD: Tensor, cache: SlotCache, layer: int, batch: RaggedBatch, rule: Rule
+    query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
-    if len(batch.segments) > 1 and rule.sinks is None and rule.softcap is None:
+    if len(batch.segments) > 1 and not rule.explicit:
         shared = query_1ATD.shape[1] // cache.shapes[layer].kv_heads
-        padding = plan_padding(batch, rule.window, query_1ATD, shared)
+        padding = plan_padding(batch, rule.window, rule.first, query_1ATD, shared, cache.rows)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
     outs: list[Tensor] = []
     for index, segment in enumerate(batch.segments):
-        begin = _first_key(segment, rule.window)
-        key_1GSD, value_1GSD = cache.heads(layer, segment.slot, begin, segment.end)
+        if not segment.length:
+            continue
+        begin = rule.begin(segment.start)
+        key_1GSD, value_1GSD = cache.heads(layer, segment.table, begin, segment.end)
         query_1ALD = query_1ATD
         if segment.length != query_1ATD.shape[2]:
             query_1ALD = query_1ATD.narrow(2, batch.offsets[index], segment.length)
@@ -116,9 +133,9 @@ def block_attention(
     query_RKAD: Tensor,
     key_RKGD: Tensor,
     value_RKGD: Tensor,
-    cache: SlotCache,
+    cache: PagedCache,
     layer: int,
-    slots: Sequence[int],
+    tables: Sequence[BlockTable],
     lengths: Sequence[int],
     *,
     scale: float,
@@ -127,7 +144,7 @@ def block_attention(
 ) -> Tensor:
     """Attention of draft blocks: context from the cache, the block itself in both directions.
 
-    Every row of request r sees the first `lengths[r]` cached rows of `slots[r]` and all K rows
+    Every row of request r sees the first `lengths[r]` cached rows of `tables[r]` and all K rows
     of its own block. With a window, all rows of a block see the last `window` of those cached rows
     and still their whole block.
 
@@ -137,7 +154,7 @@ def block_attention(
         value_RKGD: values of the blocks [R, K, G, D].
         cache: keys and values of the context.
         layer: index of the cache layer.
-        slots: slot of each request.
+        tables: block table of each request.
         lengths: number of context rows of each request.
         scale: multiplies the scores.
         window: see above; None for no limit.
@@ -149,11 +166,11 @@ def block_attention(
     query_RAKD = query_RKAD.transpose(1, 2)
     key_RGKD, value_RGKD = key_RKGD.transpose(1, 2), value_RKGD.transpose(1, 2)
     outs: list[Tensor] = []
-    for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+    for r, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         begin = 0 if window is None else max(0, length - window)
-        context_key, context_value = cache.heads(layer, slot, begin, length)
-        key_1GSD = torch.cat((context_key, key_RGKD[r : r + 1]), 2)
-        value_1GSD = torch.cat((context_value, value_RGKD[r : r + 1]), 2)
+        context_keys, context_values = cache.pieces(layer, table, begin, length)
+        key_1GSD = torch.cat((*context_keys, key_RGKD[r : r + 1]), 2)
+        value_1GSD = torch.cat((*context_values, value_RGKD[r : r + 1]), 2)
         mask_NS = None
         if causal:
             mask_KS = _block_mask(query_RKAD, length - begin)
@@ -162,18 +179,13 @@ def block_attention(
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
 
 
-def _first_key(segment: Segment, window: int | None) -> int:
-    return 0 if window is None else max(0, segment.start + 1 - window)
-
-
 def _attend(
     query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """Attention of one segment whose last row is the last key."""
     length, size = query_1ALD.shape[2], key_1GSD.shape[2]
-    explicit = rule.sinks is not None or rule.softcap is not None
     fits = rule.window is None or size <= rule.window
-    if length == size and length > 1 and fits and not explicit:
+    if length == size and length > 1 and fits and not rule.explicit:
         return scaled_dot_product_attention(
             query_1ALD,
             key_1GSD,
@@ -182,7 +194,7 @@ def _attend(
             scale=rule.scale,
             enable_gqa=query_1ALD.shape[1] != key_1GSD.shape[1],
         )
-    if explicit:
+    if rule.explicit:
         mask_LS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=1)
         return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_LS, rule)
     copies = _folded_heads(query_1ALD, key_1GSD)

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.attention.pages import PAGE_SIZE, BlockTable
+
+Part = tuple[BlockTable, int, Sequence[int]]
+"""(block table of a request, position of its first token here, its tokens here)"""
+
 
 @dataclass(frozen=True)
 class Segment:
     """One request's tokens within a ragged batch.
 
     Attributes:
-        slot: cache slot of the request.
+        table: pages of the request.
         start: position of the first token, which is the number of cached tokens before it.
         length: number of tokens.
     """
 
-    slot: int
+    table: BlockTable
     start: int
     length: int
 
@@ -37,42 +42,78 @@ class RaggedBatch:
     Attributes:
         input_ids_T: token ids, int64 [T].
         positions_T: position of each token in its request, int64 [T].
-        slots_T: cache slot of each token, int64 [T].
+        rows_T: row of each token in the pool of pages, int64 [T].
         segments: one entry per request, in row order.
         offsets: rows of segment i are `offsets[i]:offsets[i + 1]`.
+        runs: `rows_T` as stretches of neighbours: (pool row, token, count).
         memo: what attention derives from the layout once and uses in every layer.
     """
 
     input_ids_T: Tensor
     positions_T: Tensor
-    slots_T: Tensor
+    rows_T: Tensor
     segments: tuple[Segment, ...]
     offsets: tuple[int, ...]
+    runs: tuple[tuple[int, int, int], ...]
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def build(
-        cls, parts: Sequence[tuple[int, int, Sequence[int]]], device: torch.device | str = "cpu"
-    ) -> RaggedBatch:
-        """Flatten `(slot, start, token_ids)` of each request into one row.
+    def build(cls, parts: Sequence[Part], device: torch.device | str = "cpu") -> RaggedBatch:
+        """Flatten `(table, start, token_ids)` of each request into one row.
 
         Args:
-            parts: per request its cache slot, the position of its first token here, its tokens.
+            parts: per request its block table, which has room for these tokens, the position of
+                its first token here, and its tokens.
             device: where the index tensors go.
 
         Returns:
             The batch; empty requests keep their (empty) segment.
         """
-        rows: list[list[int]] = [[], [], []]
+        columns: list[list[int]] = [[], [], []]
         segments: list[Segment] = []
+        runs: list[tuple[int, int, int]] = []
         offsets = [0]
-        for slot, start, token_ids in parts:
-            length = len(token_ids)
-            rows[0].extend(token_ids)
-            rows[1].extend(range(start, start + length))
-            rows[2].extend([slot] * length)
-            segments.append(Segment(slot, start, length))
-            offsets.append(offsets[-1] + length)
-        packed_3T = torch.tensor(rows, dtype=torch.int64, device=device).view(3, -1)
-        ids_T, positions_T, slots_T = packed_3T.unbind(0)
-        return cls(ids_T, positions_T, slots_T, tuple(segments), tuple(offsets))
+        for table, start, token_ids in parts:
+            length, token = len(token_ids), offsets[-1]
+            columns[0].extend(token_ids)
+            columns[1].extend(range(start, start + length))
+            for row, count in table.runs(start, start + length):
+                columns[2].extend(range(row, row + count))
+                runs.append((row, token, count))
+                token += count
+            segments.append(Segment(table, start, length))
+            offsets.append(token)
+        packed_3T = torch.tensor(columns, dtype=torch.int64, device=device).view(3, -1)
+        ids_T, positions_T, rows_T = packed_3T.unbind(0)
+        return cls(ids_T, positions_T, rows_T, tuple(segments), tuple(offsets), tuple(runs))
+
+    @classmethod
+    def fresh(
+        cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> RaggedBatch:
+        """Whole sequences for a forward without a cache, or with one of their own.
+
+        Their pages are numbered from 0 on, as if they alone filled a pool.
+
+        Args:
+            sequences: tokens of each, from position 0 on.
+            device: where the index tensors go.
+        """
+        parts, page = list[Part](), 0
+        for token_ids in sequences:
+            count = -(-len(token_ids) // PAGE_SIZE)
+            parts.append((BlockTable(range(page, page + count)), 0, token_ids))
+            page += count
+        return cls.build(parts, device)
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens that a request has once the batch is written."""
+        return max((segment.end for segment in self.segments), default=0)
+
+    def shifted_rows_T(self, by: int) -> Tensor:
+        """The pool row `by` positions behind each token's own, int64 [T]."""
+        rows: list[int] = []
+        for segment in self.segments:
+            rows += segment.table.rows(segment.start + by, segment.end + by)
+        return torch.tensor(rows, dtype=torch.int64, device=self.rows_T.device)

@@ -1,20 +1,22 @@
-"""Short segments of neighbouring slots, attended to in one padded call.
+"""Short segments of several requests, attended to in one padded call.
 
 A decoding step of R requests would otherwise launch R small kernels per layer, and on small
-models launching costs more than computing. What is derived from the layout (indices, mask) is
-built once per step and shared by all layers.
+models launching costs more than computing. Where the requests' rows start at equal distances in
+the pool, their keys are one strided view; else they are gathered. What is derived from the layout
+(indices, mask) is built once per step and shared by all layers.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.pages import PagedCache
 
 # Segments up to this long count as short.
 SHORT_ROWS = 16
@@ -24,58 +26,86 @@ _MIN_FILL = 0.5
 
 @dataclass(frozen=True)
 class Padding:
-    """How the rows of a batch spread over [spans, length], one span per slot of a range.
+    """How the rows of a batch spread over [spans, length], one span per request or gap.
 
     Attributes:
-        first_slot: first slot of the range.
-        spans: number of slots in the range.
+        spans: number of spans.
         length: rows per span, P.
-        begin: first key position of the range.
-        end: position after the last key.
+        keys: keys per span, S.
+        row: pool row of the first key of the first span.
+        distance: pool rows from one span's first key to the next one's.
+        rows_RS: pool row of each key, where they are at no common distance; else None.
         spread_N: batch row of each padded row (any for padding), N = spans * length; None where
             the batch is laid out like that already.
         gather_T: padded row of each batch row; None likewise.
-        mask_R1NS: additive mask [spans, 1, folded heads * length, end - begin].
+        mask_R1NS: additive mask [spans, 1, folded heads * length, keys].
     """
 
-    first_slot: int
     spans: int
     length: int
-    begin: int
-    end: int
+    keys: int
+    row: int
+    distance: int
+    rows_RS: Tensor | None
     spread_N: Tensor | None
     gather_T: Tensor | None
     mask_R1NS: Tensor
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """Where the keys of a batch's segments are: positions begin:end of each, span by span.
+
+    Attributes:
+        begin, end: positions.
+        spans: number of spans.
+        places: span of each segment.
+        row, distance, rows: as in `Padding`.
+    """
+
+    begin: int
+    end: int
+    spans: int
+    places: tuple[int, ...]
+    row: int = 0
+    distance: int = 0
+    rows: tuple[tuple[int, ...], ...] | None = None
+
+
 def plan_padding(
-    batch: RaggedBatch, window: int | None, like: Tensor, shared: int
+    batch: RaggedBatch, window: int | None, first: int, like: Tensor, shared: int, pool_rows: int
 ) -> Padding | None:
     """Decide whether padding pays, and lay it out.
 
     Args:
         batch: the rows.
         window: number of keys that a row sees; None for all.
+        first: position of the first key that any row sees.
         like: a tensor of the mask's dtype and device.
         shared: query heads per key head.
+        pool_rows: rows of the pool.
 
     Returns:
         The layout, or None where segments are better attended to one by one.
     """
-    name = ("padding", window, like.dtype, shared)
+    name = ("padding", window, first, like.dtype, shared, pool_rows)
     if name not in batch.memo:
-        batch.memo[name] = _plan(batch, window, like, shared)
+        keys = _find_keys(batch.segments, window, first, pool_rows)
+        batch.memo[name] = keys and _lay_out(batch, keys, window, like, shared)
     plan: Padding | None = batch.memo[name]
     return plan
 
 
 def padded_attention(
-    query_1ATD: Tensor, cache: SlotCache, layer: int, padding: Padding, scale: float
+    query_1ATD: Tensor, cache: PagedCache, layer: int, padding: Padding, scale: float
 ) -> Tensor:
     """Causal attention of all rows at once; returns [1, A, T, value_dim]."""
-    key_RGSD, value_RGSD = cache.heads(
-        layer, padding.first_slot, padding.begin, padding.end, padding.spans
-    )
+    if padding.rows_RS is None:
+        key_RGSD, value_RGSD = cache.spans(
+            layer, padding.row, padding.distance, padding.spans, padding.keys
+        )
+    else:
+        key_RGSD, value_RGSD = cache.gather(layer, padding.rows_RS)
     heads, groups = query_1ATD.shape[1], key_RGSD.shape[1]
     rows_NAD = query_1ATD[0].transpose(0, 1)
     if padding.spread_N is not None:
@@ -94,38 +124,79 @@ def padded_attention(
     return out_TAD.transpose(0, 1).unsqueeze(0)
 
 
-def _plan(batch: RaggedBatch, window: int | None, like: Tensor, shared: int) -> Padding | None:
-    segments = batch.segments
+def _find_keys(
+    segments: tuple[Segment, ...], window: int | None, first: int, pool_rows: int
+) -> _Keys | None:
+    """The keys' places, if the segments are short and few rows and keys would be padding."""
     lengths = [segment.length for segment in segments]
-    slots = [segment.slot for segment in segments]
-    first, spans = min(slots), max(slots) - min(slots) + 1
-    if min(lengths) < 1 or max(lengths) > SHORT_ROWS or len(set(slots)) < len(slots):
+    if min(lengths) < 1 or max(lengths) > SHORT_ROWS:
         return None
-    begins = [0 if window is None else max(0, s.start + 1 - window) for s in segments]
-    begin, end, length = min(begins), max(s.end for s in segments), max(lengths)
-    keys = sum(s.end - low for s, low in zip(segments, begins, strict=True))
-    if keys < _MIN_FILL * spans * (end - begin) or sum(lengths) < _MIN_FILL * spans * length:
+    begins = [first if window is None else max(first, s.start + 1 - window) for s in segments]
+    begin, end = min(begins), max(s.end for s in segments)
+    real = sum(s.end - low for s, low in zip(segments, begins, strict=True))
+    most_spans = min(
+        int(real / (_MIN_FILL * (end - begin))), int(sum(lengths) / (_MIN_FILL * max(lengths)))
+    )
+    if len(segments) > most_spans:
         return None
+    strided = _strided(segments, begin, end, most_spans, pool_rows)
+    return strided or _gathered(segments, begin, end)
+
+
+def _strided(
+    segments: tuple[Segment, ...], begin: int, end: int, most_spans: int, pool_rows: int
+) -> _Keys | None:
+    """Spans at a common distance, so far apart that none reaches into the next."""
+    starts: list[int] = []
+    for segment in segments:
+        runs = segment.table.runs(begin, segment.end)
+        if len(runs) != 1:
+            return None
+        starts.append(runs[0][0])
+    row = min(starts)
+    distance = math.gcd(*(start - row for start in starts))
+    spans = (max(starts) - row) // distance + 1 if distance else 0
+    apart = len(set(starts)) == len(starts) and distance >= end - begin
+    if not apart or spans > most_spans or max(starts) + end - begin > pool_rows:
+        return None
+    places = tuple((start - row) // distance for start in starts)
+    return _Keys(begin, end, spans, places, row, distance)
+
+
+def _gathered(segments: tuple[Segment, ...], begin: int, end: int) -> _Keys:
+    """One span per segment; behind its end a request's own last row stands in."""
+    rows: list[tuple[int, ...]] = []
+    for segment in segments:
+        own = segment.table.rows(begin, segment.end)
+        rows.append((*own, *[own[-1]] * (end - segment.end)))
+    return _Keys(begin, end, len(segments), tuple(range(len(segments))), rows=tuple(rows))
+
+
+def _lay_out(
+    batch: RaggedBatch, keys: _Keys, window: int | None, like: Tensor, shared: int
+) -> Padding:
+    segments, spans, device = batch.segments, keys.spans, like.device
+    length = max(segment.length for segment in segments)
     gather: list[int] = []
     spread = [0] * (spans * length)
-    for segment, row in zip(segments, batch.offsets, strict=False):
+    last = [[keys.end - 1] * length for _ in range(spans)]  # padding sees a key, to stay finite
+    for segment, place, row in zip(segments, keys.places, batch.offsets, strict=False):
+        last[place][: segment.length] = range(segment.start, segment.end)
         for i in range(segment.length):
-            gather.append((segment.slot - first) * length + i)
+            gather.append(place * length + i)
             spread[gather[-1]] = row + i
-    last = [[end - 1] * length for _ in range(spans)]  # padding sees a key, to stay finite
-    for segment in segments:
-        last[segment.slot - first][: segment.length] = range(segment.start, segment.end)
-    mask_RPS = _mask(torch.tensor(last), torch.arange(begin, end), window)
-    mask_RPS = mask_RPS.to(like.device, like.dtype)
+    mask_RPS = _mask(torch.tensor(last), torch.arange(keys.begin, keys.end), window)
+    mask_RPS = mask_RPS.to(device, like.dtype)
     plain = gather == list(range(spans * length))
     return Padding(
-        first_slot=first,
         spans=spans,
         length=length,
-        begin=begin,
-        end=end,
-        spread_N=None if plain else torch.tensor(spread, device=like.device),
-        gather_T=None if plain else torch.tensor(gather, device=like.device),
+        keys=keys.end - keys.begin,
+        row=keys.row,
+        distance=keys.distance,
+        rows_RS=None if keys.rows is None else torch.tensor(keys.rows, device=device),
+        spread_N=None if plain else torch.tensor(spread, device=device),
+        gather_T=None if plain else torch.tensor(gather, device=device),
         mask_R1NS=mask_RPS.repeat(1, shared, 1).unsqueeze(1),
     )
 

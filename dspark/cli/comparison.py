@@ -90,7 +90,7 @@ def differences(
 
 @torch.inference_mode()
 def _top2_gap(target: Target, token_ids: Sequence[int]) -> float:
-    batch = RaggedBatch.build([(0, 0, token_ids)], target.device)
+    batch = RaggedBatch.fresh([token_ids], target.device)
     last = torch.tensor([len(token_ids) - 1], device=target.device)
     logits_NV = target.forward(batch, logit_rows=last).logits_NV
     assert logits_NV is not None

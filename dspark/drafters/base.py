@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 
 
 class BorrowedParts(Protocol):
@@ -60,7 +61,7 @@ class DraftBatch:
     """One round's question to the drafter.
 
     Attributes:
-        slots: cache slot of each request.
+        tables: block table of each request; it has room for the drafter's `rows_ahead`.
         anchors_R: last committed token of each request, int64.
         lengths: context rows before the anchor, which is the anchor's position.
         tokens: every committed token of each request, prompt included, anchor last.
@@ -68,7 +69,7 @@ class DraftBatch:
         confidences: whether anyone reads the proposal's confidences; else they may be left out.
     """
 
-    slots: tuple[int, ...]
+    tables: tuple[BlockTable, ...]
     anchors_R: Tensor
     lengths: tuple[int, ...]
     tokens: tuple[Sequence[int], ...]
@@ -102,6 +103,12 @@ class Drafter(Protocol):
         block_size: most tokens it can propose in a round (K).
         taps: target layers whose features it reads; -1 is the embedding output.
         context_shapes: per layer, the cache that the engine keeps for it; empty for none.
+        reads_next_token: whether the context row of token i is made with token i + 1. Such a row
+            is stored where token i + 1 stands, at position i + 1, and position 0 stays empty: a
+            page then depends only on tokens up to its own last one, and is right for every
+            request that shares them.
+        rows_ahead: how many rows behind the anchor's own position `propose` may write; the
+            engine gives every table room for position `anchor + rows_ahead`.
     """
 
     @property
@@ -110,6 +117,10 @@ class Drafter(Protocol):
     def taps(self) -> tuple[int, ...]: ...
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]: ...
+    @property
+    def reads_next_token(self) -> bool: ...
+    @property
+    def rows_ahead(self) -> int: ...
 
     def bind(self, parts: BorrowedParts) -> None:
         """Borrow the target's embedding and head; refuse a target that does not fit."""
@@ -117,23 +128,22 @@ class Drafter(Protocol):
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
-        """Append the context rows of committed tokens to their slots.
+        """Append the context rows of committed tokens.
 
         Args:
             context: where they go.
-            slots_T: slot of each row.
-            positions_T: position of each row's token.
-            features_TF: captured features of that token.
+            batch: whose they are: tables and positions; its token ids are not read. A drafter
+                that reads the next token writes one position further than the batch's last.
+            features_TF: captured features of each token.
             next_tokens_T: the committed token after it, int64.
         """
         ...
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draw the round's tokens, left to right, through `draw`."""
         ...

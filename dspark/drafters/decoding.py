@@ -10,10 +10,37 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
+from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead
 from dspark.drafters.layers import rotary
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_FEWEST_POSITIONS = 1024
+
+
+class RotaryTable:
+    """Rows of `rotary` by position, computed as far as anyone has asked.
+
+    Args:
+        config: of the backbone.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, config: BackboneConfig, like: Tensor) -> None:
+        self._config, self._like = config, like
+        self._table = self._compute(_FEWEST_POSITIONS)
+
+    def upto(self, positions: int) -> Tensor:
+        """At least so many rows, [positions or more, 2, 1, D]."""
+        if len(self._table) < positions:
+            self._table = self._compute(1 << (positions - 1).bit_length())
+        return self._table
+
+    @torch.inference_mode(False)
+    def _compute(self, positions: int) -> Tensor:
+        numbers = torch.arange(positions, device=self._like.device)
+        return rotary(numbers, self._config, self._like.dtype)
 
 
 @dataclass(frozen=True)
@@ -24,7 +51,7 @@ class DecodePlan:
         weights: the backbone's, those with a common input fused; copies.
         markov_head: the drafter's own module, or a copy in another dtype or on another device.
         confidence_head: likewise.
-        rotary_table: rows of `rotary` by position, [positions, 2, 1, D].
+        rotary: `rotary` by position.
         mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
         slots_K: 0 .. block_size - 1.
     """
@@ -32,7 +59,7 @@ class DecodePlan:
     weights: BackboneWeights
     markov_head: MarkovHead | None
     confidence_head: ConfidenceHead | None
-    rotary_table: Tensor
+    rotary: RotaryTable
     mask_1KH: Tensor
     slots_K: Tensor
 
@@ -44,7 +71,6 @@ class DecodePlan:
         confidence_head: ConfidenceHead | None,
         *,
         masks: Tensor,
-        positions: int,
         like: Tensor,
     ) -> DecodePlan:
         """Make the plan.
@@ -54,17 +80,15 @@ class DecodePlan:
             markov_head: the drafter's head, if any.
             confidence_head: likewise.
             masks: input embeddings [block_size - 1, H] of the slots after the anchor.
-            positions: rows of the rotary table.
             like: gives dtype and device of everything.
         """
-        numbers = torch.arange(positions, device=like.device)
         return cls(
             weights=BackboneWeights.of(_backbone_like(backbone, like)),
             markov_head=_like(markov_head, like),
             confidence_head=_like(confidence_head, like),
-            rotary_table=rotary(numbers, backbone.backbone_config, like.dtype),
+            rotary=RotaryTable(backbone.backbone_config, like),
             mask_1KH=masks.to(like).unsqueeze(0),
-            slots_K=numbers[: masks.shape[0] + 1],
+            slots_K=torch.arange(masks.shape[0] + 1, device=like.device),
         )
 
 

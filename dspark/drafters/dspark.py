@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.backends import block_attention
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
@@ -57,6 +58,16 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         backbone = self.config.backbone
         shape = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
         return (shape,) * backbone.num_layers
+
+    @property
+    def reads_next_token(self) -> bool:
+        """A context row is made of its own token's features alone."""
+        return False
+
+    @property
+    def rows_ahead(self) -> int:
+        """The rows of a block never reach the cache."""
+        return 0
 
     def _drop_plan(self) -> None:
         self._plan = None
@@ -133,22 +144,22 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     @torch.no_grad()
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
         """Append context keys and values of committed tokens."""
-        plan = self._decode_plan(context)
-        rows = plan.weights.context(features_TF, plan.rotary_table[positions_T])
+        plan = self._decode_plan()
+        rotary_rows = plan.rotary.upto(batch.longest)[batch.positions_T]
+        rows = plan.weights.context(features_TF, rotary_rows)
         for layer, (key_TGD, value_TGD) in enumerate(rows):
-            context.write(layer, slots_T, positions_T, key_TGD, value_TGD)
+            context.write(layer, batch.rows_T, key_TGD, value_TGD)
 
     @torch.no_grad()
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """One pass over all slots, then `num_drafts` draws from left to right."""
-        plan = self._decode_plan(context)
+        plan = self._decode_plan()
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         logits_by_step = self.base_logits(hidden_RKH).unbind(1)
@@ -168,9 +179,9 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         previous_RK = torch.stack(tokens[:-1], dim=1)
         return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
 
-    def _block_hidden(self, plan: DecodePlan, context: SlotCache, batch: DraftBatch) -> Tensor:
+    def _block_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
-        masks_RKH = plan.mask_1KH.expand(len(batch.slots), -1, -1)
+        masks_RKH = plan.mask_1KH.expand(len(batch.tables), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
         backbone = self.config.backbone
 
@@ -182,22 +193,22 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                 value,
                 context,
                 layer,
-                batch.slots,
+                batch.tables,
                 batch.lengths,
                 scale=backbone.attention_scale,
                 window=window,
                 causal=backbone.causal_windows and window is not None,
             )
 
+        rotary_table = plan.rotary.upto(max(batch.lengths) + self.config.block_size)
         return plan.weights.block(
             torch.cat((anchors_R1H, masks_RKH), dim=1),
-            plan.rotary_table[lengths_R1 + plan.slots_K],
+            rotary_table[lengths_R1 + plan.slots_K],
             attend,
         )
 
-    def _decode_plan(self, context: SlotCache) -> DecodePlan:
-        positions = context.capacity + self.config.block_size
-        if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+    def _decode_plan(self) -> DecodePlan:
+        if self._plan is None:
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
                 self._plan = DecodePlan.build(
@@ -205,7 +216,6 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                     self.markov_head,
                     self.confidence_head,
                     masks=self._mask_slots(self.config.block_size - 1),
-                    positions=positions,
                     like=self.borrowed.embedding_VH,
                 )
         return self._plan

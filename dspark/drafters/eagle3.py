@@ -1,8 +1,9 @@
 """The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; FORMAT_FACTS.md A.4).
 
-Context row i holds the feature of token i and the embedding of token i + 1, and stands at position
-i. The last row's output predicts the token after the anchor; each further draft is a row of its
-own behind it, made of the output of the step before and the embedding of the token just drawn.
+Context row i holds the feature of token i and the embedding of token i + 1, and is turned to
+position i; it is stored at position i + 1 (`Drafter.reads_next_token`). The last row's output
+predicts the token after the anchor; each further draft is a row of its own behind it, made of the
+output of the step before and the embedding of the token just drawn.
 
 With one pass and the last layer as the only tap it is MTP-1, the production baseline: one extra
 token per round, two tokens verified.
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
+from dspark.drafters.decoding import RotaryTable
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
-from dspark.drafters.layers import rotary
 from dspark.drafters.target_bound import TargetBound
 from dspark.errors import CompatibilityError
 
 # Cache layers: the layer's keys and values, and the projected features as keys of width H.
 _ATTENTION, _FEATURES = 0, 1
+# Rows stand one position behind their token's.
+_SHIFT = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _DecodePlan:
     """What decoding computes once: weights in the right dtype, and `rotary` by position."""
 
     weights: Eagle3Weights
-    rotary_table: Tensor
+    rotary: RotaryTable
 
 
 class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
@@ -116,6 +119,16 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             CacheShape(1, backbone.hidden_size, 0),
         )
 
+    @property
+    def reads_next_token(self) -> bool:
+        """A row is made with the embedding of the token after its own."""
+        return True
+
+    @property
+    def rows_ahead(self) -> int:
+        """Every pass but the first writes a row of its own behind the anchor's."""
+        return self.block_size - 1
+
     def _drop_plan(self) -> None:
         self._plan = None
 
@@ -124,59 +137,60 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
     @torch.no_grad()
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
         """Append the rows of committed tokens, each made with the token after it."""
-        plan = self._decode_plan(context)
+        plan = self._decode_plan()
         hidden_TH = plan.weights.project(features_TF)
+        rotary_rows = plan.rotary.upto(batch.longest)[batch.positions_T]
         key_TGD, value_TGD = plan.weights.key_value(
-            self.borrowed.embed(next_tokens_T), hidden_TH, plan.rotary_table[positions_T]
+            self.borrowed.embed(next_tokens_T), hidden_TH, rotary_rows
         )
-        context.write(_ATTENTION, slots_T, positions_T, key_TGD, value_TGD)
+        rows_T = batch.shifted_rows_T(_SHIFT)
+        context.write(_ATTENTION, rows_T, key_TGD, value_TGD)
         hidden_T1H = hidden_TH.unsqueeze(1)
-        context.write(_FEATURES, slots_T, positions_T, hidden_T1H, hidden_T1H[..., :0])
+        context.write(_FEATURES, rows_T, hidden_T1H, hidden_T1H[..., :0])
 
     @torch.no_grad()
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """A chain of drafts: one pass over all requests per token.
 
         The first pass runs the last context row again, for its output. Rows of later passes are
         written behind the context, where the next round's rows replace them.
         """
-        plan = self._decode_plan(context)
+        plan = self._decode_plan()
+        rotary_table = plan.rotary.upto(max(batch.lengths) + batch.num_drafts)
         scale = self.config.backbone.attention_scale
         tokens_R, hidden_RH = batch.anchors_R, None
         for step in range(batch.num_drafts):
+            starts = [length - 1 + step + _SHIFT for length in batch.lengths]
             rows = RaggedBatch.build(
-                [(s, n - 1 + step, (0,)) for s, n in zip(batch.slots, batch.lengths, strict=True)],
+                [(t, start, (0,)) for t, start in zip(batch.tables, starts, strict=True)],
                 tokens_R.device,
             )
             if hidden_RH is None:
-                stored_R1H, _ = context.read(_FEATURES, rows.slots_T, rows.positions_T)
+                stored_R1H, _ = context.read(_FEATURES, rows.rows_T)
                 hidden_RH = stored_R1H.squeeze(1)
 
             def mix(query: Tensor, key: Tensor, value: Tensor, rows: RaggedBatch = rows) -> Tensor:
-                context.write(_ATTENTION, rows.slots_T, rows.positions_T, key, value)
-                return ragged_attention(query, context, _ATTENTION, rows, scale=scale)
+                context.write(_ATTENTION, rows.rows_T, key, value)
+                return ragged_attention(query, context, _ATTENTION, rows, scale=scale, first=_SHIFT)
 
             embedded_RH = self.borrowed.embed(tokens_R)
-            rotary_rows = plan.rotary_table[rows.positions_T]
+            rotary_rows = rotary_table[rows.positions_T - _SHIFT]
             hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
             logits = self.base_logits(plan.weights.final(hidden_RH))
             tokens_R = draw(step, self.over_vocabulary(logits))
         return Proposal()
 
-    def _decode_plan(self, context: SlotCache) -> _DecodePlan:
-        positions = context.capacity + self.block_size
-        if self._plan is None or self._plan.rotary_table.shape[0] < positions:
+    def _decode_plan(self) -> _DecodePlan:
+        if self._plan is None:
             like = self.borrowed.embedding_VH
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
-                numbers = torch.arange(positions, device=like.device)
-                table = rotary(numbers, self.config.backbone, like.dtype)
-                self._plan = _DecodePlan(Eagle3Weights.of(self).like(like), table)
+                weights = Eagle3Weights.of(self).like(like)
+                self._plan = _DecodePlan(weights, RotaryTable(self.config.backbone, like))
         return self._plan

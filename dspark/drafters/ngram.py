@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.errors import CompatibilityError, UsageError
 
@@ -54,6 +55,8 @@ class NgramDrafter:
         self.min_ngram = min_ngram
         self.taps: tuple[int, ...] = ()
         self.context_shapes: tuple[CacheShape, ...] = ()
+        self.reads_next_token = False
+        self.rows_ahead = 0
         self._head_VH: Tensor | None = None
         self._vocab_size = 0
 
@@ -64,9 +67,8 @@ class NgramDrafter:
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
@@ -74,7 +76,7 @@ class NgramDrafter:
 
     def propose(
         self,
-        context: SlotCache,  # noqa: ARG002
+        context: PagedCache,  # noqa: ARG002
         batch: DraftBatch,
         draw: Draw,
     ) -> Proposal:

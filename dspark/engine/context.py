@@ -6,12 +6,14 @@ schedule drafts nothing cost what plain decoding costs, but for keeping the feat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import Drafter
 
 _MOST_ROWS = 4096  # rows that may wait: 100 MB of features for a 4B target
@@ -19,18 +21,12 @@ _MOST_ROWS = 4096  # rows that may wait: 100 MB of features for a 4B target
 
 @dataclass(frozen=True)
 class _Rows:
-    slots_T: Tensor
-    positions_T: Tensor
-    features_TF: Tensor
-    next_tokens_T: Tensor
+    """Waiting rows of one request: `next_tokens` from position `start` on, and their features."""
 
-    def take(self, rows: Tensor) -> _Rows:
-        return _Rows(
-            self.slots_T[rows],
-            self.positions_T[rows],
-            self.features_TF[rows],
-            self.next_tokens_T[rows],
-        )
+    table: BlockTable
+    start: int
+    next_tokens: Sequence[int]
+    features_LF: Tensor
 
 
 class DraftContext:
@@ -38,21 +34,38 @@ class DraftContext:
 
     Args:
         drafter: bound to its target.
-        cache: its cache; rows stand where the target's rows stand.
+        cache: its cache; rows stand where the target's rows stand, or one behind.
     """
 
-    def __init__(self, drafter: Drafter, cache: SlotCache) -> None:
+    def __init__(self, drafter: Drafter, cache: PagedCache) -> None:
         self.drafter = drafter
         self.cache = cache
         self._waiting: list[_Rows] = []
         self._count = 0
 
     def hold(
-        self, slots_T: Tensor, positions_T: Tensor, features_TF: Tensor, next_tokens_T: Tensor
+        self,
+        batch: RaggedBatch,
+        lengths: Sequence[int],
+        features_TF: Tensor,
+        next_tokens: Sequence[int],
     ) -> None:
-        """Keep the rows of committed tokens for the next `flush`; as `Drafter.observe`."""
-        self._waiting.append(_Rows(slots_T, positions_T, features_TF, next_tokens_T))
-        self._count += len(slots_T)
+        """Keep the rows of committed tokens for the next `flush`.
+
+        Args:
+            batch: what the target has just read.
+            lengths: how many rows of each segment stay, from its first on.
+            features_TF: captured features of every row of the batch.
+            next_tokens: the committed token after each row that stays, segment by segment.
+        """
+        begin = 0
+        for segment, offset, count in zip(batch.segments, batch.offsets, lengths, strict=False):
+            if count:
+                features_LF = features_TF[offset : offset + count]
+                rows = next_tokens[begin : begin + count]
+                self._waiting.append(_Rows(segment.table, segment.start, rows, features_LF))
+                begin += count
+        self._count += begin
         if self._count > _MOST_ROWS:
             self.flush()
 
@@ -60,31 +73,32 @@ class DraftContext:
         """Write what is waiting."""
         if not self._waiting:
             return
-        rows = self._waiting[0]
-        if len(self._waiting) > 1:
-            parts = self._waiting
-            rows = _Rows(
-                torch.cat([part.slots_T for part in parts]),
-                torch.cat([part.positions_T for part in parts]),
-                torch.cat([part.features_TF for part in parts]),
-                torch.cat([part.next_tokens_T for part in parts]),
-            )
-            # Rounds stand one after the other here, but a drafter reads request by request.
-            rows = rows.take(torch.argsort(rows.slots_T, stable=True))
-        self._drop()
-        self.drafter.observe(
-            self.cache, rows.slots_T, rows.positions_T, rows.features_TF, rows.next_tokens_T
-        )
-
-    def forget(self, slot: int) -> None:
-        """Drop what is waiting for a slot that was given back."""
-        waiting, self._waiting, self._count = self._waiting, [], 0
-        for part in waiting:
-            stays_T = part.slots_T != slot
-            rest = part if bool(stays_T.all()) else part.take(stays_T.nonzero().squeeze(1))
-            if len(rest.slots_T):
-                self._waiting.append(rest)
-                self._count += len(rest.slots_T)
-
-    def _drop(self) -> None:
+        # Rounds stand one after the other here, but a drafter reads request by request.
+        order = {id(rows.table): None for rows in self._waiting}
+        by_request: dict[int, list[_Rows]] = {name: [] for name in order}
+        for rows in self._waiting:
+            by_request[id(rows.table)].append(rows)
+        waiting = [rows for mine in by_request.values() for rows in mine]
         self._waiting, self._count = [], 0
+        parts = [
+            (mine[0].table, mine[0].start, [t for rows in mine for t in rows.next_tokens])
+            for mine in by_request.values()
+        ]
+        batch = RaggedBatch.build(parts, self.cache.device)
+        features_TF = waiting[0].features_LF
+        if len(waiting) > 1:
+            features_TF = torch.cat([rows.features_LF for rows in waiting])
+        self.drafter.observe(self.cache, batch, features_TF, batch.input_ids_T)
+
+    def forget(self, table: BlockTable) -> int | None:
+        """Drop what is waiting for a request that gives its pages back.
+
+        Returns:
+            How many rows of it were written: those before the first that waited; None for all.
+        """
+        mine = [rows for rows in self._waiting if rows.table is table]
+        if not mine:
+            return None
+        self._waiting = [rows for rows in self._waiting if rows.table is not table]
+        self._count -= sum(len(rows.next_tokens) for rows in mine)
+        return mine[0].start

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PagedCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
 from dspark.drafters.heads import at_least_fp32
 from dspark.engine.record import FloatArray
@@ -123,7 +123,7 @@ def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int
 
 def propose(
     drafter: Drafter,
-    context: SlotCache,
+    context: PagedCache,
     requests: Sequence[ActiveRequest],
     state: RoundState,
     num_drafts: int,
@@ -139,7 +139,7 @@ def propose(
         NumericsError: the drafter produced NaN or infinite logits.
     """
     batch = DraftBatch(
-        slots=tuple(request.slot for request in requests),
+        tables=tuple(request.table for request in requests),
         anchors_R=torch.tensor(
             [request.tokens[-1] for request in requests], device=state.laws.seeds_R.device
         ),

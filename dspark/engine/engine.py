@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PAGE_SIZE, BlockTable, PagedCache
 from dspark.drafters.base import Drafter
 from dspark.engine.context import DraftContext
 from dspark.engine.record import Watch
@@ -108,12 +108,13 @@ class Engine:
         self._free = list(range(max_requests))  # a heap: low slots first keeps those in use dense
         self._next_id = 0
         self._laws: RequestLaws | None = None
-        capacity = self.max_length + self.num_drafts + 1
-        self._cache = target.new_cache(max_requests, capacity)
+        self._pages_each = -(-(self.max_length + self.num_drafts + 2) // PAGE_SIZE)
+        pages = max_requests * self._pages_each
+        self._cache = target.new_cache(pages)
         self._speculator: Speculator | None = None
         if self.drafter is not None:
             shapes = self.drafter.context_shapes
-            context = SlotCache(shapes, max_requests, capacity, target.dtype, target.device)
+            context = PagedCache(shapes, pages, PAGE_SIZE, target.dtype, target.device)
             self._speculator = Speculator(
                 self.drafter,
                 DraftContext(self.drafter, context),
@@ -195,16 +196,21 @@ class Engine:
     def _release(self, active: ActiveRequest) -> None:
         if active.slot >= 0:
             if self._speculator is not None:
-                self._speculator.context.forget(active.slot)
+                self._speculator.context.forget(active.table)
                 self._speculator.scheduler.forget(active.request_id)
             heapq.heappush(self._free, active.slot)
-            active.slot = -1
+            active.slot, active.table = -1, BlockTable()
 
     def _admit(self) -> None:
         while self._queue and self._free:
             active = self._queue.popleft()
             active.slot = heapq.heappop(self._free)
+            active.table = self._pages_of(active.slot)
             self._running.append(active)
+
+    def _pages_of(self, slot: int) -> BlockTable:
+        """Every slot owns a run of pages for the longest request."""
+        return BlockTable(range(slot * self._pages_each, (slot + 1) * self._pages_each))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

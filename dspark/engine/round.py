@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import Part, RaggedBatch
+from dspark.attention.pages import PagedCache
 from dspark.drafters.base import Drafter
 from dspark.engine.context import DraftContext
 from dspark.engine.drafting import Drafts, choose, confidence_array, draft_limits, propose
@@ -55,7 +55,7 @@ def play(
     requests: Sequence[ActiveRequest],
     state: RoundState,
     target: Target,
-    cache: SlotCache,
+    cache: PagedCache,
     speculator: Speculator | None,
 ) -> tuple[list[tuple[Piece, ...]], RoundTimes]:
     """Run one round.
@@ -134,10 +134,10 @@ def target_batch(
     Returns:
         (batch, rows whose logits verification needs: the last 1 + length of each request).
     """
-    parts, judged, end = [], list[int](), 0
+    parts, judged, end = list[Part](), list[int](), 0
     for request, drafted in zip(requests, drafts.tokens, strict=True):
         new = [*request.tokens[request.cached :], *drafted]
-        parts.append((request.slot, request.cached, new))
+        parts.append((request.table, request.cached, new))
         end += len(new)
         judged += range(end - len(drafted) - 1, end)
     batch = RaggedBatch.build(parts, device)
@@ -156,21 +156,17 @@ def _observe(
 
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
-    slots_T, positions_T = batch.slots_T, batch.positions_T
-    rejected = [len(d) - n for d, n in zip(drafts.tokens, verdict.accepted, strict=True)]
-    if any(rejected):
-        ends = [end - count for end, count in zip(batch.offsets[1:], rejected, strict=True)]
-        rows: slice | Tensor = slice(ends[0])
-        if len(ends) > 1:
-            spans = map(range, batch.offsets, ends)
-            rows = torch.tensor([row for span in spans for row in span], device=slots_T.device)
-        slots_T, positions_T, features_TF = slots_T[rows], positions_T[rows], features_TF[rows]
+    lengths = [
+        segment.length - len(drafted) + kept
+        for segment, drafted, kept in zip(
+            batch.segments, drafts.tokens, verdict.accepted, strict=True
+        )
+    ]
     following = list[int]()
     for request, committed in zip(requests, verdict.committed, strict=True):
         following += request.tokens[request.cached + 1 :]
         following += committed
-    next_tokens_T = torch.tensor(following, device=slots_T.device)
-    speculator.context.hold(slots_T, positions_T, features_TF, next_tokens_T)
+    speculator.context.hold(batch, lengths, features_TF, following)
 
 
 def _learn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dspark.attention.pages import BlockTable
 from dspark.engine.text import TextStream
 from dspark.request import FinishReason, Output, Request, Stats
 
@@ -48,7 +49,8 @@ class ActiveRequest:
         max_tokens: prompt and output together never exceed this.
         text: decodes committed tokens.
         live: decode at every token (for a stream, or for stop strings), not at the end.
-        slot: its cache slot while it runs, else -1.
+        slot: its place among the running requests, else -1.
+        table: its pages while it runs.
         tokens: prompt and output; the last one is the anchor of the next round.
         cached: tokens whose keys and values the target's cache holds.
         round: number of the next round; randomness is keyed by it.
@@ -62,6 +64,7 @@ class ActiveRequest:
     text: TextStream | None
     live: bool = False
     slot: int = -1
+    table: BlockTable = field(default_factory=BlockTable)
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     round: int = 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
 from dspark.engine.model import Model
@@ -45,22 +46,31 @@ class Witness:
         """The drafter's own."""
         return self.drafter.context_shapes
 
+    @property
+    def reads_next_token(self) -> bool:
+        """The drafter's own."""
+        return self.drafter.reads_next_token
+
+    @property
+    def rows_ahead(self) -> int:
+        """The drafter's own."""
+        return self.drafter.rows_ahead
+
     def bind(self, parts: BorrowedParts) -> None:
         """Bind the drafter."""
         self.drafter.bind(parts)
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
         """Hand the features on."""
-        self.drafter.observe(context, slots_T, positions_T, features_TF, next_tokens_T)
+        self.drafter.observe(context, batch, features_TF, next_tokens_T)
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draft as the drafter does, taking note of its first law; confidences are left out."""
 
         def watched(step: int, logits_RV: Tensor) -> Tensor:

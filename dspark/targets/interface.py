@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from dspark.attention.backends import Rule, cached_attention, fresh_attention
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PagedCache
 from dspark.errors import CompatibilityError
 
 IMPLEMENTATION = "dspark_ragged"
@@ -62,7 +62,7 @@ class RaggedCall:
     """
 
     batch: RaggedBatch
-    cache: SlotCache | None
+    cache: PagedCache | None
     cache_layers: Sequence[int] = ()
     writers: Sequence[bool] = ()
     calls: list[LayerCall] | None = None
@@ -120,7 +120,8 @@ def ragged_forward(
         return fresh_attention(query, key, value, ragged.batch, rule).transpose(1, 2), None
     cache_layer = ragged.cache_layers[layer]
     if ragged.writers[layer]:
-        ragged.cache.write_batch(cache_layer, ragged.batch, key, value)
+        batch = ragged.batch
+        ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
     out_1ATD = cached_attention(query, ragged.cache, cache_layer, ragged.batch, rule)
     return out_1ATD.transpose(1, 2), None
 

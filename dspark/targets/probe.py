@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets.families import Anatomy
 from dspark.targets.interface import IMPLEMENTATION, LayerCall, LayoutLostError, RaggedCall
 
 # Tokens of the two probe requests; the first is fed in two pieces of 3 and 2.
 _LONG, _SHORT, _CUT = 5, 2, 3
+# Tokens per page there, so that the long request's pages can lie apart.
+_PAGE = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _check_whole(model: Any, anatomy: Anatomy, ids: list[int]) -> list[LayerCall
     calls: list[LayerCall] = []
     hidden_states: list[Tensor] = []
     embedded: list[Tensor] = []
-    batch = RaggedBatch.build([(0, 0, ids)], anatomy.embedding.weight.device)
+    batch = RaggedBatch.fresh([ids], anatomy.embedding.weight.device)
     hooks = [
         anatomy.decoder.register_forward_hook(
             lambda _module, _args, out: hidden_states.append(out.last_hidden_state[0])
@@ -174,8 +176,9 @@ def _ragged_logits(
 ) -> Tensor:
     """Logits of both requests: a piece of the long one, then its rest beside the short one."""
     weight = anatomy.embedding.weight
-    cache = SlotCache(layout.shapes, 2, _LONG, weight.dtype, weight.device)
-    steps = [[(1, 0, long[:_CUT])], [(0, 0, short), (1, _CUT, long[_CUT:])]]
+    cache = PagedCache(layout.shapes, 4, page_size=_PAGE, dtype=weight.dtype, device=weight.device)
+    mine, other = BlockTable((3, 1), _PAGE), BlockTable((2,), _PAGE)
+    steps = [[(mine, 0, long[:_CUT])], [(other, 0, short), (mine, _CUT, long[_CUT:])]]
     logits: list[Tensor] = []
     for parts in steps:
         batch = RaggedBatch.build(parts, weight.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
 from dspark.targets.families import Anatomy, dissect
 from dspark.targets.fused_norms import fuse_norms
@@ -76,7 +76,7 @@ class TargetParts:
 
 
 class Target:
-    """A frozen causal language model that runs ragged batches over a slot cache.
+    """A frozen causal language model that runs ragged batches over a paged cache.
 
     Build one with `load` or `from_model`.
 
@@ -198,14 +198,19 @@ class Target:
             self._tokenizer = load_tokenizer(self._source)
         return self._tokenizer
 
-    def new_cache(self, slots: int, capacity: int) -> SlotCache:
-        """Allocate keys and values for `slots` requests of up to `capacity` tokens each."""
-        return SlotCache(self._layout.shapes, slots, capacity, self.dtype, self.device)
+    @property
+    def cache_shapes(self) -> tuple[CacheShape, ...]:
+        """What its layers cache."""
+        return self._layout.shapes
+
+    def new_cache(self, pages: int, page_size: int = PAGE_SIZE) -> PagedCache:
+        """Allocate keys and values for `pages` pages of `page_size` tokens."""
+        return PagedCache(self.cache_shapes, pages, page_size, self.dtype, self.device)
 
     def forward(
         self,
         batch: RaggedBatch,
-        cache: SlotCache | None = None,
+        cache: PagedCache | None = None,
         *,
         taps: Sequence[int] = (),
         logit_rows: Tensor | Literal["all"] | None = None,
@@ -213,8 +218,8 @@ class Target:
         """Run all tokens of a batch once.
 
         Args:
-            batch: tokens, positions and slots; on the target's device.
-            cache: receives the keys and values of the batch; rows see what their slot holds.
+            batch: tokens, positions and block tables; on the target's device.
+            cache: receives the keys and values of the batch; rows see what their own pages hold.
                 Without one, tokens see only the tokens of their own segment (training).
             taps: what to capture: -1 is the input of the first layer (scaled embeddings), i the
                 output of decoder layer i before any further norm.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
@@ -135,16 +136,15 @@ def target_features(
         Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
         padding.
     """
-    batch = RaggedBatch.build([(i, 0, s.input_ids) for i, s in enumerate(samples)], target.device)
+    batch = RaggedBatch.fresh([s.input_ids for s in samples], target.device)
     output = target.forward(batch, taps=taps)
     assert output.features_TF is not None
-    longest = max(len(s.input_ids) for s in samples)
-    padded: list[Tensor] = []
-    for rows in (output.features_TF, output.hidden_TH):
-        table = rows.new_zeros(len(samples), longest, rows.shape[1])
-        table[batch.slots_T, batch.positions_T] = rows
-        padded.append(table)
-    return padded[0], padded[1]
+    lengths = [len(s.input_ids) for s in samples]
+    features_BSF, hidden_BSH = (
+        pad_sequence(list(torch.split(rows, lengths)), batch_first=True)
+        for rows in (output.features_TF, output.hidden_TH)
+    )
+    return features_BSF, hidden_BSH
 
 
 def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:

@@ -4,16 +4,17 @@ import torch
 from dspark.attention.backends import Rule, block_attention, fresh_attention, ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import plan_padding
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 
 HEADS, DIM, SCALE = 4, 8, 0.3
+PAGE, PAGES = 4, 40
 STEPS = {
     "decode one": [(1, 6, 1)],
     "decode many": [(0, 6, 1), (1, 9, 1), (2, 7, 1)],
     "verify one": [(0, 5, 4)],
     "verify many": [(0, 6, 4), (1, 8, 4), (2, 7, 4)],
     "verify ragged": [(2, 6, 4), (0, 8, 1), (1, 7, 3)],
-    "slots with a gap": [(3, 6, 2), (0, 8, 2), (1, 7, 2)],
+    "with a gap": [(3, 6, 2), (0, 8, 2), (1, 7, 2)],
     "prefill": [(0, 0, 7)],
     "prefill long": [(0, 0, 20), (1, 0, 18)],
     "later piece": [(0, 3, 5)],
@@ -21,22 +22,37 @@ STEPS = {
     "mixed": [(0, 0, 6), (2, 5, 1), (1, 9, 4)],
     "mixed long": [(0, 0, 20), (2, 5, 1), (1, 4, 18)],
     "very uneven": [(0, 25, 1), (1, 1, 1), (2, 0, 1)],
-    "one slot twice": [(0, 2, 2), (0, 4, 2), (1, 5, 2)],
+    "one request twice": [(0, 2, 2), (0, 4, 2), (1, 5, 2)],
+    "an empty part": [(0, 2, 2), (1, 0, 0), (2, 5, 1)],
+}
+# The pages of four requests of up to 32 tokens.
+TABLES = {
+    "equal distances": [range(8 * i, 8 * i + 8) for i in range(4)],
+    "multiples of a distance": [range(8, 16), range(24, 32), range(8), range(32, 40)],
+    "unequal distances": [range(8), range(20, 28), range(8, 16), range(31, 39)],
+    "scattered": [range(36, 4, -4), range(37, 5, -4), range(1, 9), (0, 39, 9, 35, 31, 34, 30, 10)],
+    "shared first pages": [(7, 20, *range(1 + 8 * i, 7 + 8 * i)) for i in range(4)],
 }
 
 
-def filled(shape=(2, DIM, DIM), slots=4, capacity=32, dtype=torch.float32):
-    cache = SlotCache([CacheShape(*shape)], slots, capacity, dtype, "cpu")
-    for slot in range(slots):
-        keys = torch.randn(capacity, shape[0], shape[1], dtype=dtype)
-        values = torch.randn(capacity, shape[0], shape[2], dtype=dtype)
-        where = torch.full((capacity,), slot), torch.arange(capacity)
-        cache.write(0, *where, keys, values)
+def filled(shape=(2, DIM, DIM), dtype=torch.float32, *, by_token=False):
+    cache = PagedCache([CacheShape(*shape)], PAGES, PAGE, dtype, by_token=by_token)
+    keys = torch.randn(cache.rows, shape[0], shape[1], dtype=dtype)
+    values = torch.randn(cache.rows, shape[0], shape[2], dtype=dtype)
+    cache.write(0, torch.arange(cache.rows), keys, values)
     return cache
 
 
-def batch_of(step):
-    return RaggedBatch.build([(slot, start, range(length)) for slot, start, length in step])
+def tables_of(name="equal distances"):
+    return [BlockTable(pages, PAGE) for pages in TABLES[name]]
+
+
+def batch_of(step, tables):
+    return RaggedBatch.build([(tables[i], start, range(length)) for i, start, length in step])
+
+
+def rows_of(cache, table, begin, end):
+    return cache.read(0, torch.tensor([*table.rows(begin, end)], dtype=torch.int64))
 
 
 def close(out, expected, limit=2e-6):
@@ -44,20 +60,35 @@ def close(out, expected, limit=2e-6):
     assert (out.double() - expected).abs().max() <= limit
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
-def test_ragged_attention(causal_reference, step, window):
-    torch.manual_seed(0)
-    cache, batch = filled(), batch_of(step)
+def check(causal_reference, cache, batch, *, first=0, **rule):
+    """Attention of a batch against that over explicit copies of every request's keys."""
     query = torch.randn(len(batch.input_ids_T), HEADS, DIM)
-    out = ragged_attention(query, cache, 0, batch, scale=SCALE, window=window)
+    out = ragged_attention(query, cache, 0, batch, scale=SCALE, first=first, **rule)
     for i, segment in enumerate(batch.segments):
         rows = slice(*batch.offsets[i : i + 2])
-        keys, values = cache.view(0, segment.slot, segment.end)
-        expected = causal_reference(
-            query[rows], keys, values, segment.start, scale=SCALE, window=window
-        )
-        close(out[rows], expected)
+        keys, values = rows_of(cache, segment.table, first, segment.end)
+        start = segment.start - first
+        expected = causal_reference(query[rows], keys, values, start, scale=SCALE, **rule)
+        if segment.length:
+            close(out[rows], expected)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_ragged_attention(causal_reference, step, tables, window):
+    torch.manual_seed(0)
+    check(causal_reference, filled(), batch_of(step, tables_of(tables)), window=window)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tables", TABLES)
+def test_rows_before_the_first_are_hidden(causal_reference, tables, window):
+    torch.manual_seed(7)
+    for step in ("decode many", "verify one", "verify ragged", "later long piece"):
+        batch = batch_of(STEPS[step], tables_of(tables))
+        for by_token in (False, True):
+            check(causal_reference, filled(by_token=by_token), batch, window=window, first=1)
 
 
 @pytest.mark.parametrize("shape", [(4, DIM, DIM), (1, DIM, DIM), (2, DIM, 5)])
@@ -65,50 +96,56 @@ def test_ragged_attention(causal_reference, step, window):
 @pytest.mark.parametrize("step", ["verify ragged", "mixed long", "decode many"])
 def test_shapes_sinks_and_softcap(causal_reference, shape, options, step):
     torch.manual_seed(1)
-    cache, batch = filled(shape), batch_of(STEPS[step])
     options = dict(options, sinks=torch.randn(HEADS)) if "sinks" in options else options
-    query = torch.randn(len(batch.input_ids_T), HEADS, DIM)
-    out = ragged_attention(query, cache, 0, batch, scale=SCALE, window=5, **options)
-    for i, segment in enumerate(batch.segments):
-        rows = slice(*batch.offsets[i : i + 2])
-        keys, values = cache.view(0, segment.slot, segment.end)
-        expected = causal_reference(
-            query[rows], keys, values, segment.start, scale=SCALE, window=5, **options
-        )
-        close(out[rows], expected)
+    for tables in TABLES:
+        batch = batch_of(STEPS[step], tables_of(tables))
+        check(causal_reference, filled(shape), batch, window=5, **options)
 
 
 def test_rows_after_the_end_have_no_influence():
     torch.manual_seed(2)
-    cache, batch = filled(), batch_of(STEPS["verify many"])
+    cache, batch = filled(), batch_of(STEPS["verify many"], tables_of())
     query = torch.randn(12, HEADS, DIM)
     before = ragged_attention(query, cache, 0, batch, scale=SCALE)
     for segment in batch.segments:
-        cache.view(0, segment.slot, 32)[0][segment.end :] += 7.0
+        cache.heads(0, segment.table, segment.end, 32)[0].add_(7.0)
     assert torch.equal(ragged_attention(query, cache, 0, batch, scale=SCALE), before)
-    cache.view(0, 1, 32)[0][11] += 7.0  # the last visible key of slot 1
+    cache.heads(0, batch.segments[1].table, 11, 12)[0].add_(7.0)  # its last visible key
     changed = ragged_attention(query, cache, 0, batch, scale=SCALE) != before
     assert changed.any(-1).any(-1).nonzero().flatten().tolist() == [7]
 
 
 @pytest.mark.parametrize(
-    ("step", "padded"),
-    [("verify many", True), ("slots with a gap", True), ("mixed long", False),
-     ("very uneven", False), ("one slot twice", False)],
+    ("step", "tables", "keys"),
+    [("verify many", "equal distances", "a view"), ("with a gap", "equal distances", "a view"),
+     ("verify many", "multiples of a distance", "a view"),
+     ("verify many", "unequal distances", "gathered"), ("verify many", "scattered", "gathered"),
+     ("one request twice", "equal distances", "gathered"),
+     ("mixed long", "equal distances", None), ("very uneven", "equal distances", None)],
 )  # fmt: skip
-def test_padding_is_used_where_it_pays(step, padded):
-    plan = plan_padding(batch_of(STEPS[step]), None, torch.zeros(1), 2)
-    assert (plan is not None) == padded
+def test_padding_is_used_where_it_pays(step, tables, keys):
+    batch = batch_of(STEPS[step], tables_of(tables))
+    plan = plan_padding(batch, None, 0, torch.zeros(1), 2, PAGES * PAGE)
+    found = plan and ("a view" if plan.rows_RS is None else "gathered")
+    assert found == keys
+
+
+def test_a_view_never_leaves_the_pool():
+    """The last request is the shortest, and its pages are the pool's last."""
+    tables = [BlockTable(range(4), PAGE), BlockTable(range(4, 6), PAGE)]
+    batch = batch_of([(0, 9, 1), (1, 7, 1)], tables)
+    plans = [plan_padding(batch, None, 0, torch.zeros(1), 2, rows) for rows in (24, 26)]
+    assert [plan.rows_RS is None for plan in plans] == [False, True]
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_fresh_attention_equals_a_cache_that_starts_empty(window):
     torch.manual_seed(3)
-    batch = batch_of([(0, 0, 7), (1, 0, 1), (2, 0, 18)])
+    batch = batch_of([(0, 0, 7), (1, 0, 1), (2, 0, 18)], tables_of("scattered"))
     query, keys = torch.randn(26, HEADS, DIM), torch.randn(26, 2, DIM)
     values = torch.randn(26, 2, DIM)
-    cache = SlotCache([CacheShape(2, DIM, DIM)], 3, 18, torch.float32, "cpu")
-    cache.write(0, batch.slots_T, batch.positions_T, keys, values)
+    cache = PagedCache([CacheShape(2, DIM, DIM)], PAGES, PAGE)
+    cache.write(0, batch.rows_T, keys, values)
     expected = ragged_attention(query, cache, 0, batch, scale=SCALE, window=window)
     by_head = [rows.transpose(0, 1).unsqueeze(0) for rows in (query, keys, values)]
     out = fresh_attention(*by_head, batch, Rule(SCALE, window))[0].transpose(0, 1)
@@ -118,18 +155,20 @@ def test_fresh_attention_equals_a_cache_that_starts_empty(window):
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("shape", [(2, DIM, DIM), (4, DIM, DIM)])
 @pytest.mark.parametrize(
-    ("slots", "lengths"), [((2,), (9,)), ((0,), (0,)), ((3, 0, 1), (4, 0, 30))]
+    ("requests", "lengths"), [((2,), (9,)), ((0,), (0,)), ((3, 0, 1), (4, 0, 30))]
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_block_attention(reference, slots, lengths, shape, window, causal):
+@pytest.mark.parametrize("tables", ["equal distances", "scattered"])
+def test_block_attention(reference, requests, lengths, shape, window, causal, tables):
     torch.manual_seed(4)
     cache, rows = filled(shape), 4
-    query = torch.randn(len(slots), rows, HEADS, DIM)
-    keys, values = torch.randn(2, len(slots), rows, shape[0], DIM)
+    own = [tables_of(tables)[i] for i in requests]
+    query = torch.randn(len(own), rows, HEADS, DIM)
+    keys, values = torch.randn(2, len(own), rows, shape[0], DIM)
     limits = {"window": window, "causal": causal}
-    out = block_attention(query, keys, values, cache, 0, slots, lengths, scale=SCALE, **limits)
-    for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        context_keys, context_values = cache.view(0, slot, length)
+    out = block_attention(query, keys, values, cache, 0, own, lengths, scale=SCALE, **limits)
+    for r, (table, length) in enumerate(zip(own, lengths, strict=True)):
+        context_keys, context_values = rows_of(cache, table, 0, length)
         visible = [
             [window is None or j >= length - window for j in range(length)]
             + [not causal or other <= k for other in range(rows)]
@@ -143,18 +182,18 @@ def test_block_attention(reference, slots, lengths, shape, window, causal):
 def test_block_attention_leaves_the_cache_alone():
     torch.manual_seed(5)
     cache = filled()
-    before = [rows.clone() for rows in cache.view(0, 1, 32)]
+    before = [rows.clone() for rows in cache.pool(0)]
     block = torch.randn(1, 3, 2, DIM)
     query = torch.randn(1, 3, HEADS, DIM)
-    block_attention(query, block, block, cache, 0, [1], [5], scale=SCALE)
-    assert all(torch.equal(a, b) for a, b in zip(before, cache.view(0, 1, 32), strict=True))
+    block_attention(query, block, block, cache, 0, tables_of()[1:2], [5], scale=SCALE)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.pool(0), strict=True))
 
 
 def test_bfloat16_is_close(causal_reference):
     torch.manual_seed(6)
-    cache, batch = filled(dtype=torch.bfloat16), batch_of(STEPS["verify ragged"])
+    cache, batch = filled(dtype=torch.bfloat16), batch_of(STEPS["verify ragged"], tables_of())
     query = torch.randn(8, HEADS, DIM, dtype=torch.bfloat16)
     out = ragged_attention(query, cache, 0, batch, scale=SCALE)
     assert out.dtype == torch.bfloat16
-    keys, values = cache.view(0, 2, 10)
+    keys, values = rows_of(cache, batch.segments[0].table, 0, 10)
     close(out[:4], causal_reference(query[:4], keys, values, 6, scale=SCALE), 2e-2)

@@ -1,21 +1,32 @@
 import torch
 
 from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.pages import BlockTable
 
 
 def test_build_flattens_requests_in_order():
-    batch = RaggedBatch.build([(2, 0, [5, 6, 7]), (0, 9, (1,)), (1, 4, [8, 9])])
+    first, second, third = BlockTable((7,), 4), BlockTable((2, 0, 1), 4), BlockTable((3, 5), 4)
+    batch = RaggedBatch.build([(first, 0, [5, 6, 7]), (second, 8, (1,)), (third, 3, [8, 9])])
     assert batch.input_ids_T.tolist() == [5, 6, 7, 1, 8, 9]
-    assert batch.positions_T.tolist() == [0, 1, 2, 9, 4, 5]
-    assert batch.slots_T.tolist() == [2, 2, 2, 0, 1, 1]
-    assert batch.segments == (Segment(2, 0, 3), Segment(0, 9, 1), Segment(1, 4, 2))
+    assert batch.positions_T.tolist() == [0, 1, 2, 8, 3, 4]
+    assert batch.rows_T.tolist() == [28, 29, 30, 4, 15, 20]
+    assert batch.segments == (Segment(first, 0, 3), Segment(second, 8, 1), Segment(third, 3, 2))
     assert batch.offsets == (0, 3, 4, 6)
+    assert batch.runs == ((28, 0, 3), (4, 3, 1), (15, 4, 1), (20, 5, 1))
     assert batch.input_ids_T.dtype == torch.int64
-    assert [segment.end for segment in batch.segments] == [3, 10, 6]
+    assert [segment.end for segment in batch.segments] == [3, 9, 5]
+    assert batch.longest == 9
+    assert batch.shifted_rows_T(1).tolist() == [29, 30, 31, 5, 20, 21]
 
 
 def test_build_without_requests_is_empty():
     batch = RaggedBatch.build([])
     assert batch.input_ids_T.shape == (0,)
-    assert batch.segments == ()
-    assert batch.offsets == (0,)
+    assert (batch.segments, batch.runs, batch.offsets, batch.longest) == ((), (), (0,), 0)
+
+
+def test_fresh_sequences_fill_a_pool_of_their_own():
+    batch = RaggedBatch.fresh([[1] * 17, [2], [3, 4]])
+    assert [list(segment.table.pages) for segment in batch.segments] == [[0, 1], [2], [3]]
+    assert batch.positions_T.tolist() == [*range(17), 0, 0, 1]
+    assert batch.rows_T.tolist() == [*range(17), 32, 48, 49]

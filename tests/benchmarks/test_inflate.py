@@ -14,7 +14,7 @@ from benchmarks.inflate import (
 )
 from benchmarks.placement import Shape
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -93,11 +93,13 @@ def pairs(model, drafter):
 
 def draft(target, drafter, ids):
     """Logits of every greedy draft after a prompt, and the confidences."""
-    batch = RaggedBatch.build([(0, 0, ids)], target.device)
+    batch = RaggedBatch.fresh([ids], target.device)
     output = target.forward(batch, taps=drafter.taps)
-    context = SlotCache(drafter.context_shapes, 1, CONTEXT, torch.float32, target.device)
+    [segment] = batch.segments
+    segment.table.append(len(segment.table.pages))  # room for the drafts
+    context = PagedCache(drafter.context_shapes, len(segment.table.pages))
     following = batch.input_ids_T.roll(-1)
-    drafter.observe(context, batch.slots_T, batch.positions_T, output.features_TF, following)
+    drafter.observe(context, batch, output.features_TF, following)
     rows = []
 
     def draw(_step, logits_RV):
@@ -105,7 +107,7 @@ def draft(target, drafter, ids):
         return logits_RV.argmax(-1)
 
     anchor = torch.tensor([17])
-    block = DraftBatch((0,), anchor, (len(ids),), ([*ids, 17],), drafter.block_size)
+    block = DraftBatch((segment.table,), anchor, (len(ids),), ([*ids, 17],), drafter.block_size)
     proposal = drafter.propose(context, block, draw)
     return torch.stack(rows), proposal.confidence_logits_RK
 
@@ -122,7 +124,7 @@ def test_target_logits_are_unchanged(generator, tied):
 def test_features_stand_in_the_places_of_the_old_layers(generator):
     model = small_model(generator)
     small, large = Target.from_model(model), Target.from_model(inflate_target(model, LARGE))
-    batch = RaggedBatch.build([(0, 0, [5, 9, 33, 60, 2])], small.device)
+    batch = RaggedBatch.fresh([[5, 9, 33, 60, 2]], small.device)
     old = small.forward(batch, taps=(0, 1, 2)).features_TF.unflatten(1, (3, -1))
     taps = layer_places(3, 7)
     new = large.forward(batch, taps=taps).features_TF.unflatten(1, (3, -1))

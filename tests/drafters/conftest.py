@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
@@ -184,20 +185,19 @@ def draft():
     def run(drafter, contexts, anchors, *, tokens=None, num_drafts=None, chunks=1, forced=None):
         if tokens is None:
             tokens = [[0] * len(features) for features in contexts]
-        cache = SlotCache(drafter.context_shapes, len(contexts) + 1, 64, torch.float32, "cpu")
-        slots = tuple(range(len(contexts), 0, -1))
-        for slot, features, ids, anchor in zip(slots, contexts, tokens, anchors, strict=True):
+        cache = PagedCache(drafter.context_shapes, 4 * len(contexts) + 4)
+        tables = tuple(BlockTable(range(4 * i, 4 * i + 4)) for i in range(len(contexts), 0, -1))
+        for table, features, ids, anchor in zip(tables, contexts, tokens, anchors, strict=True):
             following = torch.tensor([*ids[1:], anchor])
             at = 0
             for part in features.tensor_split(chunks):
-                positions = torch.arange(at, at + len(part))
+                rows = slice(at, at + len(part))
+                batch = RaggedBatch.build([(table, at, ids[rows])])
+                drafter.observe(cache, batch, part, following[rows])
                 at += len(part)
-                drafter.observe(
-                    cache, torch.full_like(positions, slot), positions, part, following[positions]
-                )
         lengths = tuple(len(features) for features in contexts)
         batch = DraftBatch(
-            slots=slots,
+            tables=tables,
             anchors_R=torch.tensor(anchors),
             lengths=lengths,
             tokens=tuple([*ids, anchor] for ids, anchor in zip(tokens, anchors, strict=True)),

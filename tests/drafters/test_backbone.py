@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.backbone import AttentionTile
 from dspark.drafters.layers import rotary, rotate
 
@@ -110,16 +111,19 @@ def test_slots_of_a_block_see_each_other_in_both_directions(make_drafter):
 def test_observe_writes_rows_of_many_requests_at_once(make_drafter):
     drafter = make_drafter()
     features = torch.randn(9, 48, generator=torch.Generator().manual_seed(4))
-    slots, positions = torch.tensor([1] * 4 + [0] * 5), torch.tensor([*range(4), *range(5)])
-    caches = [SlotCache(drafter.context_shapes, 2, 8, torch.float32, "cpu") for _ in range(2)]
-    drafter.observe(caches[0], slots, positions, features, positions)
+    first, second = BlockTable((3, 0), 4), BlockTable((1, 2), 4)
+    caches = [PagedCache(drafter.context_shapes, 4, page_size=4) for _ in range(2)]
+    batch = RaggedBatch.build([(first, 0, range(4)), (second, 0, range(5))])
+    drafter.observe(caches[0], batch, features, batch.positions_T)
     for row in torch.randperm(9, generator=torch.Generator().manual_seed(5)).tolist():
         one = slice(row, row + 1)
-        drafter.observe(caches[1], slots[one], positions[one], features[one], positions[one])
+        part = (first, row, [0]) if row < 4 else (second, row - 4, [0])
+        single = RaggedBatch.build([part])
+        drafter.observe(caches[1], single, features[one], single.positions_T)
     for layer in range(len(drafter.context_shapes)):
-        for slot, length in ((1, 4), (0, 5)):
+        for table, length in ((first, 4), (second, 5)):
             for mine, theirs in zip(
-                *(cache.view(layer, slot, length) for cache in caches), strict=True
+                *(cache.heads(layer, table, 0, length) for cache in caches), strict=True
             ):
                 assert mine.abs().sum() > 0
                 torch.testing.assert_close(mine, theirs)

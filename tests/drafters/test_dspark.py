@@ -212,21 +212,21 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
         make_parts(embedding_VH=parts.embedding_VH.double(), head_VH=parts.head_VH.double())
     )
     assert double.fc.weight.dtype == torch.float32
-    from dspark.attention.slots import SlotCache
+    from dspark.attention.layout import RaggedBatch
+    from dspark.attention.pages import BlockTable, PagedCache
     from dspark.drafters.base import DraftBatch
 
-    cache = SlotCache(double.context_shapes, 1, 16, torch.float64, "cpu")
+    cache, table = PagedCache(double.context_shapes, 1, dtype=torch.float64), BlockTable((0,))
     features = contexts(7)[0].double()
-    double.observe(
-        cache, torch.zeros(7, dtype=torch.int64), torch.arange(7), features, torch.arange(7)
-    )
+    rows = RaggedBatch.build([(table, 0, range(7))])
+    double.observe(cache, rows, features, rows.input_ids_T)
     seen = []
 
     def draw(step, logits):
         seen.append(logits)
         return single.tokens[step]
 
-    double.propose(cache, DraftBatch((0,), torch.tensor([1]), (7,), ([],), 5), draw)
+    double.propose(cache, DraftBatch((table,), torch.tensor([1]), (7,), ([],), 5), draw)
     assert seen[0].dtype == torch.float64
     torch.testing.assert_close(
         torch.stack(seen).float(), torch.stack(single.logits), atol=1e-4, rtol=1e-4

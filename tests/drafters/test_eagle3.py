@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.errors import CompatibilityError
@@ -164,9 +165,9 @@ def test_fewer_drafts_are_a_prefix_of_all(make_eagle3, draft):
 
 def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft):
     """A second round in the same cache drafts what a fresh cache would."""
-    drafter, cache = make_eagle3(), None
+    drafter = make_eagle3()
     [features], [tokens], [anchor] = inputs(9)
-    cache = SlotCache(drafter.context_shapes, 1, 16, torch.float32, "cpu")
+    cache, table = PagedCache(drafter.context_shapes, 1), BlockTable((0,))
     following = torch.tensor([*tokens[1:], anchor])
     seen = []
 
@@ -176,11 +177,11 @@ def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft):
 
     for start, stop in ((0, 4), (4, 9)):
         seen.clear()
-        rows = torch.arange(start, stop)
-        slots = torch.zeros_like(rows)
-        drafter.observe(cache, slots, rows, features[rows], following[rows])
+        rows = slice(start, stop)
+        batch = RaggedBatch.build([(table, start, tokens[rows])])
+        drafter.observe(cache, batch, features[rows], following[rows])
         last = following[stop - 1 : stop]
-        drafter.propose(cache, DraftBatch((0,), last, (stop,), ([],), 5), draw)
+        drafter.propose(cache, DraftBatch((table,), last, (stop,), ([],), 5), draw)
     fresh, _ = draft(drafter, [features], [anchor], tokens=[tokens])
     torch.testing.assert_close(torch.stack(seen), torch.cat(fresh.logits))
 
@@ -213,10 +214,10 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
     drafter = make_eagle3(
         make_parts(embedding_VH=parts.embedding_VH.double(), head_VH=parts.head_VH.double())
     )
-    cache = SlotCache(drafter.context_shapes, 1, 16, torch.float64, "cpu")
+    cache, table = PagedCache(drafter.context_shapes, 1, dtype=torch.float64), BlockTable((0,))
     following = torch.tensor([*tokens[0][1:], *anchors])
-    rows = torch.arange(7)
-    drafter.observe(cache, torch.zeros_like(rows), rows, features[0].double(), following)
+    batch = RaggedBatch.build([(table, 0, tokens[0])])
+    drafter.observe(cache, batch, features[0].double(), following)
     seen = []
 
     def draw(step, logits_RV):
@@ -224,7 +225,7 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
         return single.tokens[step]
 
     with torch.inference_mode():
-        drafter.propose(cache, DraftBatch((0,), torch.tensor(anchors), (7,), ([],), 5), draw)
+        drafter.propose(cache, DraftBatch((table,), torch.tensor(anchors), (7,), ([],), 5), draw)
     assert (seen[0].dtype, drafter.fc.weight.dtype) == (torch.float64, torch.float32)
     torch.testing.assert_close(
         torch.stack(seen).float(), torch.stack(single.logits), atol=1e-4, rtol=1e-4

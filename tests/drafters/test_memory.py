@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter, save_attached
 from dspark.drafters.config import BackboneConfig, DSparkConfig
@@ -67,11 +68,11 @@ def checkpoint(tmp_path):
 
 
 def draft(drafter, parts):
-    cache = SlotCache(drafter.context_shapes, 1, 16, torch.bfloat16, "cpu")
+    cache, table = PagedCache(drafter.context_shapes, 1, dtype=torch.bfloat16), BlockTable((0,))
     features = torch.zeros(3, 5 * WIDTH, dtype=torch.bfloat16)
-    rows = torch.arange(3)
-    drafter.observe(cache, torch.zeros_like(rows), rows, features, rows)
-    batch = DraftBatch((0,), torch.tensor([4]), (3,), ([1, 2, 3, 4],), 2)
+    rows = RaggedBatch.build([(table, 0, [0, 1, 2])])
+    drafter.observe(cache, rows, features, rows.input_ids_T)
+    batch = DraftBatch((table,), torch.tensor([4]), (3,), ([1, 2, 3, 4],), 2)
     return drafter.propose(cache, batch, lambda _, logits: logits.argmax(-1))
 
 

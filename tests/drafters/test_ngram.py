@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from dspark.attention.pages import BlockTable
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.ngram import NgramDrafter
 from dspark.errors import CompatibilityError, UsageError
@@ -56,7 +57,7 @@ def test_proposals_are_one_hot_and_their_lengths_are_told(make_parts):
     drafter = NgramDrafter()
     drafter.bind(make_parts())
     tokens = ([1, 2, 3, 1], [4, 5, 6])
-    batch = DraftBatch((0, 1), torch.tensor([1, 6]), (3, 2), tokens, 3)
+    batch = DraftBatch((BlockTable(), BlockTable()), torch.tensor([1, 6]), (3, 2), tokens, 3)
     laws = []
 
     def draw(step, logits):
@@ -77,7 +78,7 @@ def test_proposals_are_one_hot_and_their_lengths_are_told(make_parts):
 def test_nothing_is_drawn_when_nothing_matches(make_parts):
     drafter = NgramDrafter()
     drafter.bind(make_parts())
-    batch = DraftBatch((0,), torch.tensor([3]), (2,), ([1, 2, 3],), 3)
+    batch = DraftBatch((BlockTable(),), torch.tensor([3]), (2,), ([1, 2, 3],), 3)
 
     def draw(step, logits):
         raise AssertionError("no draw expected")
@@ -121,7 +122,7 @@ def test_confidence_rises_with_the_match_and_with_what_came_true():
 def test_confidence_is_left_out_where_nobody_reads_it(make_parts):
     drafter = NgramDrafter()
     drafter.bind(make_parts())
-    batch = DraftBatch((0,), torch.tensor([1]), (1,), ([1, 1],), 2, confidences=False)
+    batch = DraftBatch((BlockTable(),), torch.tensor([1]), (1,), ([1, 1],), 2, confidences=False)
     proposal = drafter.propose(None, batch, lambda step, logits: logits.argmax(-1))
     assert proposal.lengths == (2,)
     assert proposal.confidence_logits_RK is None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import CacheShape, PagedCache
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, DSparkConfig
@@ -142,14 +142,21 @@ class MadeUpDrafter:
     def context_shapes(self) -> tuple[CacheShape, ...]:
         return ()
 
+    @property
+    def reads_next_token(self) -> bool:
+        return False
+
+    @property
+    def rows_ahead(self) -> int:
+        return 0
+
     def bind(self, parts: BorrowedParts) -> None:
         """Nothing to borrow."""
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: Tensor,
-        positions_T: Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
@@ -168,10 +175,10 @@ class TargetDrafter(MadeUpDrafter):
         super().__init__(block_size)
         self.target, self.factor, self.spoil = target, factor, spoil
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         sequences = [list(tokens) for tokens in batch.tokens]
         for step in range(batch.num_drafts):
-            ragged = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
+            ragged = RaggedBatch.fresh(sequences)
             last = torch.tensor(ragged.offsets[1:]) - 1
             logits_RV = self.target.forward(ragged, logit_rows=last).logits_NV
             assert logits_RV is not None
@@ -194,7 +201,7 @@ class MarkovDrafter(MadeUpDrafter):
         self.logits_VV = torch.randn(vocab, vocab, generator=generator)
         self.confidence_V = torch.randn(vocab, generator=generator) + 0.7
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         tokens = [batch.anchors_R]
         for step in range(batch.num_drafts):
             tokens.append(draw(step, self.logits_VV[tokens[-1]]))
@@ -204,7 +211,7 @@ class MarkovDrafter(MadeUpDrafter):
 class HeadlessDrafter(MarkovDrafter):
     """The same without confidences of its own."""
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         super().propose(context, batch, draw)
         return Proposal()
 

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import torch
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.engine import context as context_module
 from dspark.engine.context import DraftContext
 
+# The pages of two requests, four tokens each.
+TABLES = {2: BlockTable((2, 5, 0), 4), 0: BlockTable((3, 4, 1), 4)}
 
-def rows(generator, slots, positions, width):
-    features = torch.randn(len(slots), width, generator=generator)
-    next_tokens = torch.randint(64, (len(slots),), generator=generator)
-    return torch.tensor(slots), torch.tensor(positions), features, next_tokens
+
+def rows(generator, parts, width):
+    """What the target has read, of which one row less than that stays of every request."""
+    batch = RaggedBatch.build([(TABLES[name], start, [0] * n) for name, start, n in parts])
+    lengths = [n - 1 for _, _, n in parts]
+    features = torch.randn(len(batch.rows_T), width, generator=generator)
+    return (
+        batch,
+        lengths,
+        features,
+        torch.randint(64, (sum(lengths),), generator=generator).tolist(),
+    )
 
 
 def rounds(drafter, target):
-    """Three rounds of two requests, in slots 2 and 0."""
+    """Three rounds of two requests."""
     width = target.parts().hidden_size * len(drafter.taps)
     generator = torch.Generator().manual_seed(0)
     return [
-        rows(generator, [2, 2, 0], [0, 1, 0], width),
-        rows(generator, [2, 0, 0], [2, 1, 2], width),
-        rows(generator, [2, 0], [3, 3], width),
+        rows(generator, [(2, 0, 3), (0, 0, 2)], width),
+        rows(generator, [(2, 2, 2), (0, 1, 3)], width),
+        rows(generator, [(2, 3, 2), (0, 3, 2)], width),
     ]
 
 
 def new_context(drafter, target):
-    cache = SlotCache(drafter.context_shapes, 3, 12, target.dtype, target.device)
+    cache = PagedCache(drafter.context_shapes, 6, 4, target.dtype, target.device)
     return DraftContext(drafter, cache)
 
 
-def contents(context, slot, length):
-    shapes = context.drafter.context_shapes
-    return [x for layer in range(len(shapes)) for x in context.cache.view(layer, slot, length)]
+def contents(context, name, length):
+    first = int(context.drafter.reads_next_token)
+    layers = range(len(context.drafter.context_shapes))
+    cache = context.cache
+    return [x for n in layers for x in cache.heads(n, TABLES[name], first, first + length)]
 
 
 def test_rows_of_many_rounds_written_at_once_equal_rows_written_at_each(tiny, target):
@@ -45,18 +58,20 @@ def test_rows_of_many_rounds_written_at_once_equal_rows_written_at_each(tiny, ta
             prompt.flush()
         assert not any(x.any() for x in contents(late, 2, 4) if x.numel())
         late.flush()
-        for slot in (0, 2):
-            pairs = zip(contents(late, slot, 4), contents(prompt, slot, 4), strict=True)
+        for name in (0, 2):
+            pairs = zip(contents(late, name, 4), contents(prompt, name, 4), strict=True)
             for mine, theirs in pairs:
+                assert mine.any() or not mine.numel()
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_a_slot_given_back_leaves_nothing_for_its_next_owner(tiny, target):
+def test_pages_given_back_leave_nothing_for_its_next_owner(tiny, target):
     drafter = tiny.make_drafter(target)
     late = new_context(drafter, target)
     for part in rounds(drafter, target):
         late.hold(*part)
-    late.forget(2)
+    assert late.forget(TABLES[2]) == 0
+    assert late.forget(TABLES[2]) is None
     late.flush()
     assert not any(x.any() for x in contents(late, 2, 4) if x.numel())
     assert all(x.any() for x in contents(late, 0, 4) if x.numel())
@@ -66,8 +81,8 @@ def test_waiting_rows_are_bounded(tiny, target, monkeypatch):
     monkeypatch.setattr(context_module, "_MOST_ROWS", 4)
     drafter, sizes = tiny.make_drafter(target), []
     observe = drafter.observe
-    drafter.observe = lambda cache, slots_T, *rest: (
-        sizes.append(len(slots_T)) or observe(cache, slots_T, *rest)
+    drafter.observe = lambda cache, batch, *rest: (
+        sizes.append(len(batch.rows_T)) or observe(cache, batch, *rest)
     )
     late = new_context(drafter, target)
     for part in rounds(drafter, target):

@@ -55,7 +55,7 @@ def small(tiny):
 
 
 def raw_logits(target, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    batch = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
+    batch = RaggedBatch.fresh(sequences)
     last = torch.tensor(batch.offsets[1:]) - 1
     with torch.inference_mode():
         return target.forward(batch, logit_rows=last).logits_NV.double().numpy()

@@ -6,27 +6,26 @@ import pytest
 import torch
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import SlotCache
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 
 
-def next_logits(target, cache, slot, tokens, cached):
-    batch = RaggedBatch.build([(slot, cached, tokens[cached:])])
+def next_logits(target, cache, table, tokens, cached):
+    batch = RaggedBatch.build([(table, cached, tokens[cached:])])
     last = torch.tensor([len(tokens) - cached - 1])
     with torch.inference_mode():
         return target.forward(batch, cache, logit_rows=last).logits_NV[0]
 
 
-def fresh_context(target, drafter, tokens, capacity):
+def fresh_context(target, drafter, tokens, table):
     """The drafter's context after one prefill of all these tokens but the last."""
-    context = SlotCache(drafter.context_shapes, 1, capacity, target.dtype, target.device)
-    batch = RaggedBatch.build([(0, 0, tokens[:-1])])
+    pages = len(table.pages)
+    context = PagedCache(drafter.context_shapes, pages, dtype=target.dtype)
+    batch = RaggedBatch.build([(table, 0, tokens[:-1])])
     with torch.inference_mode():
-        output = target.forward(batch, target.new_cache(1, capacity), taps=drafter.taps)
-        drafter.observe(
-            context, batch.slots_T, batch.positions_T, output.features_TF, torch.tensor(tokens[1:])
-        )
+        output = target.forward(batch, target.new_cache(pages), taps=drafter.taps)
+        drafter.observe(context, batch, output.features_TF, torch.tensor(tokens[1:]))
     return context
 
 
@@ -34,16 +33,19 @@ def check_caches(engine, request, *, tolerance=1e-9):
     """Compare a running request with a fresh prefill of its tokens."""
     target, tokens = engine.target, list(request.tokens)
     assert request.cached == len(tokens) - 1
-    capacity = engine._cache.capacity
-    fresh = next_logits(target, target.new_cache(1, capacity), 0, tokens, 0)
-    own = next_logits(target, engine._cache, request.slot, tokens, request.cached)
+    pages = len(request.table.pages)
+    table = BlockTable(range(pages))
+    fresh = next_logits(target, target.new_cache(pages), table, tokens, 0)
+    own = next_logits(target, engine._cache, request.table, tokens, request.cached)
     torch.testing.assert_close(own, fresh, rtol=tolerance, atol=tolerance)
     speculator = engine._speculator
     speculator.context.flush()
-    expected = fresh_context(target, speculator.drafter, tokens, capacity)
+    expected = fresh_context(target, speculator.drafter, tokens, table)
+    first = int(speculator.drafter.reads_next_token)
+    written = (first, first + request.cached)
     for layer in range(len(speculator.drafter.context_shapes)):
-        own_pair = speculator.context.cache.view(layer, request.slot, request.cached)
-        for mine, theirs in zip(own_pair, expected.view(layer, 0, request.cached), strict=True):
+        own_pair = speculator.context.cache.heads(layer, request.table, *written)
+        for mine, theirs in zip(own_pair, expected.heads(layer, table, *written), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -100,13 +102,13 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
     drafter = distracted_drafter(tiny, target)
     seen, following, observe = {}, {}, drafter.observe
 
-    def spy(context, slots_T, positions_T, features_TF, next_tokens_T):
-        assert len(features_TF) == len(positions_T) == len(next_tokens_T)
-        for slot, position in zip(slots_T.tolist(), positions_T.tolist(), strict=True):
-            seen.setdefault(slot, []).append(position)
-        for slot, token in zip(slots_T.tolist(), next_tokens_T.tolist(), strict=True):
-            following.setdefault(slot, []).append(token)
-        observe(context, slots_T, positions_T, features_TF, next_tokens_T)
+    def spy(context, batch, features_TF, next_tokens_T):
+        assert len(features_TF) == len(batch.positions_T) == len(next_tokens_T)
+        for segment, offset in zip(batch.segments, batch.offsets, strict=False):
+            rows = slice(offset, offset + segment.length)
+            seen.setdefault(segment.table, []).extend(batch.positions_T[rows].tolist())
+            following.setdefault(segment.table, []).extend(next_tokens_T[rows].tolist())
+        observe(context, batch, features_TF, next_tokens_T)
 
     drafter.observe = spy
     engine = Engine(target, drafter, max_requests=2, max_length=40)
@@ -116,8 +118,8 @@ def test_a_drafter_sees_every_committed_row_once_and_no_rejected_one(tiny):
         engine.step()
         engine._speculator.context.flush()
         for request in engine._running:
-            assert seen[request.slot] == list(range(request.cached))
-            assert following[request.slot] == request.tokens[1:]
+            assert seen[request.table] == list(range(request.cached))
+            assert following[request.table] == request.tokens[1:]
     verified, accepted = (
         sum(getattr(request.stats, name) for request in engine._running)
         for name in ("verified", "accepted")

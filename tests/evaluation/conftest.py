@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.attention.layout import RaggedBatch
-from dspark.attention.slots import CacheShape, SlotCache
+from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
@@ -99,30 +99,31 @@ class KnowingDrafter:
     block_size: int = 4
     ill_at_ease: float = -1.0
     context_shapes: tuple[CacheShape, ...] = ()
-    shown: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    reads_next_token: bool = False
+    rows_ahead: int = 0
+    shown: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def bind(self, parts: BorrowedParts) -> None:
         """Nothing to borrow."""
 
     def observe(
         self,
-        context: SlotCache,
-        slots_T: torch.Tensor,
-        positions_T: torch.Tensor,
+        context: PagedCache,
+        batch: RaggedBatch,
         features_TF: torch.Tensor,
         next_tokens_T: torch.Tensor,
     ) -> None:
-        for slot, position, row in zip(
-            slots_T.tolist(), positions_T.tolist(), features_TF, strict=True
-        ):
-            self.shown[slot, position] = row
+        for at, row in zip(batch.rows_T.tolist(), features_TF, strict=True):
+            self.shown[at] = row
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         sequences = [list(tokens) for tokens in batch.tokens]
         signs = torch.tensor(
             [
-                self.mood(slot, length, tokens)
-                for slot, length, tokens in zip(batch.slots, batch.lengths, sequences, strict=True)
+                self.mood(table, length, tokens)
+                for table, length, tokens in zip(
+                    batch.tables, batch.lengths, sequences, strict=True
+                )
             ]
         )
         for step in range(batch.num_drafts):
@@ -131,14 +132,15 @@ class KnowingDrafter:
                 ids.append(token)
         return Proposal()
 
-    def mood(self, slot: int, length: int, tokens: list[int]) -> float:
+    def mood(self, table: BlockTable, length: int, tokens: list[int]) -> float:
         true_F = self.forward([tokens[:length]], self.wants).features_TF[-1]
-        shown_F = self.shown[slot, length - 1]
+        [row] = table.rows(length - 1, length)
+        shown_F = self.shown[row]
         known = torch.allclose(shown_F, true_F, rtol=1e-3, atol=1e-3)
         return 1.0 if known and self.pleased(tokens) else self.ill_at_ease
 
     def forward(self, sequences: list[list[int]], taps: tuple[int, ...] = ()) -> Any:
-        ragged = RaggedBatch.build([(i, 0, ids) for i, ids in enumerate(sequences)])
+        ragged = RaggedBatch.fresh(sequences)
         last = torch.tensor(ragged.offsets[1:]) - 1
         return self.target.forward(ragged, taps=taps, logit_rows=last)
 
@@ -152,7 +154,7 @@ class OtherwiseBlocks(DSparkDrafter):
     def observe(self, *rows: Any) -> None:
         self.knowing.observe(*rows)
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         scale = float(self.config.sample_from_anchor == self.other)
         return self.knowing.propose(context, batch, lambda step, logits: draw(step, scale * logits))
 
@@ -165,7 +167,7 @@ class KnowingChain(Eagle3Drafter):
     def observe(self, *rows: Any) -> None:
         self.knowing.observe(*rows)
 
-    def propose(self, context: SlotCache, batch: DraftBatch, draw: Draw) -> Proposal:
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         return self.knowing.propose(context, batch, draw)
 
 

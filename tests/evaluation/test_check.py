@@ -154,7 +154,7 @@ def test_dialogues_go_through_the_template_whole(target):
 def test_a_drafter_that_computes_nan(tiny, target, prompts):
     class Broken(tiny.KnowingDrafter):
         def propose(self, context, batch, draw):
-            draw(0, torch.full((len(batch.slots), target.vocab_size), math.nan))
+            draw(0, torch.full((len(batch.tables), target.vocab_size), math.nan))
 
     report = check(Model(target, Broken(target)), prompts, **SHORT)
     (what,) = texts(report, "error")

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable
 from dspark.errors import CheckpointError, CompatibilityError, UsageError
 from dspark.targets.loading import resolve_device, resolve_dtype
 from dspark.targets.target import Target
@@ -33,7 +34,7 @@ def load(path, **options):
 def test_loaded_model_equals_the_saved_one(tiny_model, checkpoint, capfd):
     target = load(checkpoint)
     assert (target.dtype, target.name) == (torch.float32, str(checkpoint))
-    batch = RaggedBatch.build([(0, 0, [4, 5, 6])])
+    batch = RaggedBatch.fresh([[4, 5, 6]])
     model = tiny_model("qwen3")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
@@ -166,9 +167,9 @@ def test_text_part_of_a_composite_model(tmp_path):
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids])).logits[0]
     target = load(tmp_path)
-    cache = target.new_cache(1, 4)
+    cache, table = target.new_cache(1), BlockTable((0,))
     got = [
-        target.forward(RaggedBatch.build([(0, i, ids[i : i + 2])]), cache, logit_rows="all")
+        target.forward(RaggedBatch.build([(table, i, ids[i : i + 2])]), cache, logit_rows="all")
         for i in (0, 2)
     ]
     assert (torch.cat([out.logits_NV for out in got]) - expected).abs().max() <= 1e-4

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable
 from dspark.targets.target import Target
 
 LIMIT = 1e-4
@@ -12,7 +13,12 @@ TOKENS = {
     "b": [4, 44, 8, 8, 17, 25, 39, 12, 6, 19, 21],
     "c": [31, 10, 55, 28, 3, 3, 16, 47, 29, 13],
 }
-SLOTS = {"a": 2, "b": 0, "c": 1}
+# Pages of four tokens: in order, side by side at unequal distances, and scattered.
+TABLES = {
+    "a": BlockTable((8, 9, 10, 11), 4),
+    "b": BlockTable((4, 5, 6), 4),
+    "c": BlockTable((2, 7, 0, 1), 4),
+}
 # Per step: request, first position, position after the last, tokens that will be rejected.
 STEPS = [
     [("a", 0, 8, 0)],
@@ -49,14 +55,14 @@ def prepare(tiny_model, shared):
 
 def run(target, steps, taps=()):
     """Feed the steps; per step and request the rows that count, with their positions."""
-    cache = target.new_cache(3, 16)
+    cache = target.new_cache(12, page_size=4)
     for step in steps:
         parts = []
         for name, start, end, rejected in step:
             ids = TOKENS[name][start:end]
             for i in range(1, rejected + 1):
                 ids[-i] = (ids[-i] + 7) % 61
-            parts.append((SLOTS[name], start, ids))
+            parts.append((TABLES[name], start, ids))
         batch = RaggedBatch.build(parts)
         out = target.forward(batch, cache, taps=taps, logit_rows="all")
         for (name, start, end, rejected), offset in zip(step, batch.offsets, strict=False):
@@ -107,7 +113,7 @@ def test_control_wrong_window(prepare, monkeypatch, name, window):
 
 def test_without_a_cache_tokens_see_their_own_segment(prepare, family):
     own, target = prepare(family)
-    batch = RaggedBatch.build([(0, 0, ids) for ids in TOKENS.values()])
+    batch = RaggedBatch.fresh(list(TOKENS.values()))
     logits = target.forward(batch, logit_rows="all").logits_NV
     expected = torch.cat([out.logits[0] for out in own.values()])
     assert (logits - expected).abs().max() <= LIMIT
@@ -117,7 +123,7 @@ def test_bfloat16_stays_close(tiny_model):
     model = tiny_model("qwen3").to(torch.bfloat16)
     own = own_forward(model)
     target = Target.from_model(model)
-    assert target.new_cache(1, 4).dtype == torch.bfloat16
+    assert target.new_cache(1).dtype == torch.bfloat16
     for name, positions, rows, out in run(target, STEPS):
         expected = own[name].logits[0, positions].float()
         difference = (out.logits_NV[rows].float() - expected).norm() / expected.norm()
@@ -129,9 +135,9 @@ def test_bfloat16_stays_close(tiny_model):
 def test_cuda(tiny_model, family):
     own = own_forward(tiny_model(family))
     target = Target.from_model(tiny_model(family).cuda())
-    cache = target.new_cache(3, 16)
+    cache = target.new_cache(12, page_size=4)
     for step in STEPS:
-        parts = [(SLOTS[name], start, TOKENS[name][start:end]) for name, start, end, _ in step]
+        parts = [(TABLES[name], start, TOKENS[name][start:end]) for name, start, end, _ in step]
         batch = RaggedBatch.build(parts, target.device)
         logits = target.forward(batch, cache, logit_rows="all").logits_NV.cpu()
         expected = torch.cat([own[name].logits[0, start:end] for name, start, end, _ in step])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspark.attention.slots import CacheShape
+from dspark.attention.pages import CacheShape
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets import families
 from dspark.targets.families import Family
@@ -50,7 +50,7 @@ def test_layers_that_share_keys_share_a_cache_layer(tiny_model):
 
 
 def test_shapes_may_differ_between_layers(tiny_model):
-    shapes = Target.from_model(tiny_model("gemma4 k_eq_v")).new_cache(1, 2).shapes
+    shapes = Target.from_model(tiny_model("gemma4 k_eq_v")).new_cache(1).shapes
     assert shapes == (CacheShape(2, 8, 8), CacheShape(1, 16, 16)) * 2
 
 

@@ -31,7 +31,7 @@ def test_end_tokens_of_configuration_and_generation_settings(tiny_model):
 
 
 def test_only_asked_for_logits_and_features_are_computed(target):
-    batch = RaggedBatch.build([(0, 0, [1, 2, 3])])
+    batch = RaggedBatch.fresh([[1, 2, 3]])
     out = target.forward(batch)
     assert out.logits_NV is None
     assert out.features_TF is None
@@ -42,7 +42,7 @@ def test_only_asked_for_logits_and_features_are_computed(target):
 
 
 def test_features_come_in_the_order_asked_for_and_leave_no_hook(target):
-    batch = RaggedBatch.build([(0, 0, [1, 2, 3])])
+    batch = RaggedBatch.fresh([[1, 2, 3]])
     one = target.forward(batch, taps=(2, -1, 0)).features_TF
     other = target.forward(batch, taps=(-1, 0, 2)).features_TF
     assert one.shape == (3, 72)
@@ -55,12 +55,12 @@ def test_features_come_in_the_order_asked_for_and_leave_no_hook(target):
 @pytest.mark.parametrize("tap", [-2, 4])
 def test_taps_must_name_layers(target, tap):
     with pytest.raises(UsageError, match=f"layer {tap}"):
-        target.forward(RaggedBatch.build([(0, 0, [1])]), taps=(0, tap))
+        target.forward(RaggedBatch.fresh([[1]]), taps=(0, tap))
     assert not target._anatomy.layers[0]._forward_hooks
 
 
 def test_features_may_enter_a_computation_with_gradients(target):
-    features = target.forward(RaggedBatch.build([(0, 0, [1, 2])]), taps=(0,)).features_TF
+    features = target.forward(RaggedBatch.fresh([[1, 2]]), taps=(0,)).features_TF
     assert not features.requires_grad
     weight = torch.ones(24, requires_grad=True)
     (features * weight).sum().backward()
@@ -69,8 +69,8 @@ def test_features_may_enter_a_computation_with_gradients(target):
 
 def test_runs_in_inference_mode(target):
     with torch.inference_mode():
-        cache = target.new_cache(1, 4)
-        out = target.forward(RaggedBatch.build([(0, 0, [1, 2])]), cache, taps=(1,))
+        cache = target.new_cache(1)
+        out = target.forward(RaggedBatch.fresh([[1, 2]]), cache, taps=(1,))
     assert out.features_TF.is_inference()
 
 
@@ -93,7 +93,7 @@ def test_parts_are_borrowed_not_copied(target):
 def test_parts_reproduce_embedding_and_logits(tiny_model, name):
     target = Target.from_model(tiny_model(name))
     parts = target.parts()
-    batch = RaggedBatch.build([(0, 0, [5, 6, 7])])
+    batch = RaggedBatch.fresh([[5, 6, 7]])
     out = target.forward(batch, taps=(-1, 3), logit_rows="all")
     embedded, last = out.features_TF.split(24, -1)
     own = parts.embedding_VH[[5, 6, 7]] * parts.embedding_scale

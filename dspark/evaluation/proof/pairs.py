@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dspark.attention.slots import SlotCache
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -185,19 +186,14 @@ class SmallPair:
         """The drafter's laws and confidence logits, from one proposal along every path."""
         count, rows = len(self._paths), len(prefix) + 1
         tokens = (0, *prefix)
-        capacity = self.horizon + self.block_size + 1
-        context = SlotCache(self._drafter.context_shapes, 1, capacity, torch.float64, "cpu")
+        table = BlockTable((0,), page_size=self.horizon + self.block_size + 1)
+        context = PagedCache(self._drafter.context_shapes, 1, table.page_size, torch.float64, "cpu")
         features = torch.stack(
             [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
         )
         # Row i is the context of the token before position i + 1; the first is the prompt's.
-        self._drafter.observe(
-            context,
-            torch.zeros(rows, dtype=torch.int64),
-            torch.arange(rows),
-            features,
-            torch.tensor(tokens),
-        )
+        batch_of_rows = RaggedBatch.build([(table, 0, tokens)])
+        self._drafter.observe(context, batch_of_rows, features, batch_of_rows.input_ids_T)
         laws = []
 
         def draw(step: int, logits_RV: Tensor) -> Tensor:
@@ -206,7 +202,7 @@ class SmallPair:
             return self._paths[:, step]
 
         batch = DraftBatch(
-            slots=(0,) * count,
+            tables=(table,) * count,
             anchors_R=torch.full((count,), tokens[-1]),
             lengths=(rows,) * count,
             tokens=(tokens,) * count,
