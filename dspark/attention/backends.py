@@ -89,8 +89,7 @@ def cached_attention(
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
     if len(batch.segments) > 1 and not rule.explicit:
-        shared = query_1ATD.shape[1] // cache.shapes[layer].kv_heads
-        padding = plan_padding(batch, rule.window, rule.first, query_1ATD, shared, cache.rows)
+        padding = plan_padding(batch, rule.window, rule.first, query_1ATD, cache, layer)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
     outs: list[Tensor] = []

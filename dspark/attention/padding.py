@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.layout import RaggedBatch, Segment
-from dspark.attention.pages import PagedCache
+from dspark.attention.pages import CacheShape, PagedCache
 
 # Segments up to this long count as short.
 SHORT_ROWS = 16
 # Of the padded keys and rows at least this share must be real.
 _MIN_FILL = 0.5
+# Keys and values of a request's span, per layer, up to which gathering them beats a call each on a
+# CPU (docs/LOG.md); elsewhere it always does.
+_GATHER_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class _Keys:
         begin, end: positions.
         spans: number of spans.
         places: span of each segment.
-        row, distance, rows: as in `Padding`.
+        row, distance, rows_RS: as in `Padding`.
     """
 
     begin: int
@@ -69,11 +72,16 @@ class _Keys:
     places: tuple[int, ...]
     row: int = 0
     distance: int = 0
-    rows: tuple[tuple[int, ...], ...] | None = None
+    rows_RS: Tensor | None = None
 
 
 def plan_padding(
-    batch: RaggedBatch, window: int | None, first: int, like: Tensor, shared: int, pool_rows: int
+    batch: RaggedBatch,
+    window: int | None,
+    first: int,
+    query_1ATD: Tensor,
+    cache: PagedCache,
+    layer: int,
 ) -> Padding | None:
     """Decide whether padding pays, and lay it out.
 
@@ -81,17 +89,19 @@ def plan_padding(
         batch: the rows.
         window: number of keys that a row sees; None for all.
         first: position of the first key that any row sees.
-        like: a tensor of the mask's dtype and device.
-        shared: query heads per key head.
-        pool_rows: rows of the pool.
+        query_1ATD: their queries.
+        cache: where their keys are.
+        layer: of the cache.
 
     Returns:
         The layout, or None where segments are better attended to one by one.
     """
-    name = ("padding", window, first, like.dtype, shared, pool_rows)
+    shape = cache.shapes[layer]
+    name = ("padding", window, first, query_1ATD.dtype, query_1ATD.shape[1], shape, cache.rows)
     if name not in batch.memo:
-        keys = _find_keys(batch.segments, window, first, pool_rows)
-        batch.memo[name] = keys and _lay_out(batch, keys, window, like, shared)
+        keys = _find_keys(batch.segments, window, first, cache, shape)
+        shared = query_1ATD.shape[1] // shape.kv_heads
+        batch.memo[name] = keys and _lay_out(batch, keys, window, query_1ATD, shared)
     plan: Padding | None = batch.memo[name]
     return plan
 
@@ -125,7 +135,11 @@ def padded_attention(
 
 
 def _find_keys(
-    segments: tuple[Segment, ...], window: int | None, first: int, pool_rows: int
+    segments: tuple[Segment, ...],
+    window: int | None,
+    first: int,
+    cache: PagedCache,
+    shape: CacheShape,
 ) -> _Keys | None:
     """The keys' places, if the segments are short and few rows and keys would be padding."""
     lengths = [segment.length for segment in segments]
@@ -139,8 +153,12 @@ def _find_keys(
     )
     if len(segments) > most_spans:
         return None
-    strided = _strided(segments, begin, end, most_spans, pool_rows)
-    return strided or _gathered(segments, begin, end)
+    if strided := _strided(segments, begin, end, most_spans, cache.rows):
+        return strided
+    numbers = (end - begin) * shape.kv_heads * (shape.key_dim + shape.value_dim)
+    if cache.device.type == "cpu" and numbers * cache.dtype.itemsize > _GATHER_BYTES:
+        return None
+    return _gathered(segments, begin, end, cache.device)
 
 
 def _strided(
@@ -163,13 +181,31 @@ def _strided(
     return _Keys(begin, end, spans, places, row, distance)
 
 
-def _gathered(segments: tuple[Segment, ...], begin: int, end: int) -> _Keys:
+def _gathered(segments: tuple[Segment, ...], begin: int, end: int, device: torch.device) -> _Keys:
     """One span per segment; behind its end a request's own last row stands in."""
-    rows: list[tuple[int, ...]] = []
+    ahead: list[int] = []  # per run, how far its rows are ahead of their positions
+    counts: list[int] = []
     for segment in segments:
-        own = segment.table.rows(begin, segment.end)
-        rows.append((*own, *[own[-1]] * (end - segment.end)))
-    return _Keys(begin, end, len(segments), tuple(range(len(segments))), rows=tuple(rows))
+        position = begin
+        for row, count in segment.table.runs(begin, segment.end):
+            ahead.append(row - position)
+            counts.append(count)
+            position += count
+        counts[-1] += end - segment.end
+    ahead_N = torch.tensor(ahead, device=device)
+    counts_N = torch.tensor(counts, device=device)
+    ends_R1 = torch.tensor([segment.end for segment in segments], device=device).unsqueeze(1)
+    positions_RS = torch.arange(begin, end, device=device).minimum(ends_R1 - 1)
+    total = len(segments) * (end - begin)
+    ahead_M = ahead_N.repeat_interleave(counts_N, output_size=total)
+    places = tuple(range(len(segments)))
+    return _Keys(
+        begin,
+        end,
+        len(segments),
+        places,
+        rows_RS=positions_RS + ahead_M.view(len(segments), -1),
+    )
 
 
 def _lay_out(
@@ -194,7 +230,7 @@ def _lay_out(
         keys=keys.end - keys.begin,
         row=keys.row,
         distance=keys.distance,
-        rows_RS=None if keys.rows is None else torch.tensor(keys.rows, device=device),
+        rows_RS=keys.rows_RS,
         spread_N=None if plain else torch.tensor(spread, device=device),
         gather_T=None if plain else torch.tensor(gather, device=device),
         mask_R1NS=mask_RPS.repeat(1, shared, 1).unsqueeze(1),

@@ -257,6 +257,10 @@ class PagedCache:
         """A whole layer: keys and values [1, G, rows, D], sharing memory."""
         return self._keys[layer], self._values[layer]
 
+    def by_page(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A whole layer: keys and values [pages, page_size, G, D], sharing memory."""
+        return _by_page(self._keys[layer], self), _by_page(self._values[layer], self)
+
 
 def _spans(pool_1GND: Tensor, row: int, distance: int, count: int, length: int) -> Tensor:
     _, groups, _, dim = pool_1GND.shape
@@ -266,6 +270,11 @@ def _spans(pool_1GND: Tensor, row: int, distance: int, count: int, length: int) 
         (distance * by_row, by_head, by_row, by_number),
         pool_1GND.storage_offset() + row * by_row,
     )
+
+
+def _by_page(pool_1GND: Tensor, cache: PagedCache) -> Tensor:
+    _, groups, _, dim = pool_1GND.shape
+    return pool_1GND[0].transpose(0, 1).view(cache.pages, cache.page_size, groups, dim)
 
 
 def _gathered(pool_1GND: Tensor, rows_RS: Tensor) -> Tensor:

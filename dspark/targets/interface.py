@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dspark.attention.backends import Rule, cached_attention, fresh_attention
+from dspark.attention.choice import Attend
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PagedCache
 from dspark.errors import CompatibilityError
@@ -55,6 +56,7 @@ class RaggedCall:
     Attributes:
         batch: layout of the tokens.
         cache: keys and values; None lets tokens attend only within the batch.
+        attend: the implementation of attention over the cache.
         cache_layers: cache layer of each decoder layer. Decoder layers that reuse the keys of an
             earlier layer share its cache layer.
         writers: whether a decoder layer writes to its cache layer.
@@ -66,6 +68,7 @@ class RaggedCall:
     cache_layers: Sequence[int] = ()
     writers: Sequence[bool] = ()
     calls: list[LayerCall] | None = None
+    attend: Attend = cached_attention
 
 
 def ragged_forward(
@@ -122,7 +125,7 @@ def ragged_forward(
     if ragged.writers[layer]:
         batch = ragged.batch
         ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
-    out_1ATD = cached_attention(query, ragged.cache, cache_layer, ragged.batch, rule)
+    out_1ATD = ragged.attend(query, ragged.cache, cache_layer, ragged.batch, rule)
     return out_1ATD.transpose(1, 2), None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
@@ -89,6 +90,7 @@ class Target:
         dtype: of weights and cache.
         device: where it runs.
         eos_token_ids: tokens that end an answer.
+        attention_backend: what attends over the cache: plain, flex or varlen.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Target:
         *,
         name: str,
         eos_token_ids: frozenset[int],
+        attention: AttentionBackend,
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> None:
@@ -111,6 +114,8 @@ class Target:
         self.dtype = anatomy.embedding.weight.dtype
         self.device = anatomy.embedding.weight.device
         self.eos_token_ids = eos_token_ids
+        self.attention_backend = attention.name
+        self._attend = attention.attend
         self._anatomy = anatomy
         self._layout = layout
         self._tokenizer = tokenizer
@@ -126,6 +131,7 @@ class Target:
         revision: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
+        attention: AttentionName = "auto",
     ) -> Target:
         """Load a checkpoint.
 
@@ -137,23 +143,29 @@ class Target:
             revision: branch, tag or commit on the hub.
             offline: use only what has been downloaded before.
             trust_remote_code: run model code that comes with the checkpoint.
+            attention: auto, plain, flex or varlen (`attention.choice.choose_attention`).
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or damaged.
             CompatibilityError: the architecture is not supported.
             NumericsError: the model computes NaN or infinite numbers.
-            UsageError: device or dtype cannot be used.
+            UsageError: device, dtype or attention cannot be used.
         """
         place = resolve_device(device)
         found = resolve_source(
             source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
         )
         model = load_model(found, resolve_dtype(dtype, place)).to(place)
-        return cls._build(model, name=str(source), source=found)
+        return cls._build(model, name=str(source), source=found, attention=attention)
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, *, name: str = "model", tokenizer: Any = None
+        cls,
+        model: PreTrainedModel,
+        *,
+        name: str = "model",
+        tokenizer: Any = None,
+        attention: AttentionName = "auto",
     ) -> Target:
         """Take over a model that is already in memory.
 
@@ -163,12 +175,19 @@ class Target:
         Raises:
             CompatibilityError: the architecture is not supported.
             NumericsError: the model computes NaN or infinite numbers.
+            UsageError: the attention cannot be used.
         """
-        return cls._build(model, name=name, tokenizer=tokenizer)
+        return cls._build(model, name=name, tokenizer=tokenizer, attention=attention)
 
     @classmethod
     def _build(
-        cls, model: Any, *, name: str, tokenizer: Any = None, source: Source | None = None
+        cls,
+        model: Any,
+        *,
+        name: str,
+        attention: AttentionName,
+        tokenizer: Any = None,
+        source: Source | None = None,
     ) -> Target:
         anatomy = dissect(model)
         if anatomy.embedding.weight.dtype == torch.float32:
@@ -177,9 +196,18 @@ class Target:
         fuse_norms(model)
         with quiet():
             layout = probe(model, anatomy)
-        eos = _eos_token_ids(model, anatomy)
+        weight = anatomy.embedding.weight
+        backend = choose_attention(
+            attention, layout.shapes, dtype=weight.dtype, device=weight.device
+        )
         return cls(
-            anatomy, layout, name=name, eos_token_ids=eos, tokenizer=tokenizer, source=source
+            anatomy,
+            layout,
+            name=name,
+            eos_token_ids=_eos_token_ids(model, anatomy),
+            attention=backend,
+            tokenizer=tokenizer,
+            source=source,
         )
 
     @property
@@ -232,7 +260,8 @@ class Target:
         Raises:
             UsageError: a tap names no layer.
         """
-        call = RaggedCall(batch, cache, self._layout.cache_layers, self._layout.writers)
+        layout = self._layout
+        call = RaggedCall(batch, cache, layout.cache_layers, layout.writers, attend=self._attend)
         with torch.no_grad():
             if taps:
                 hidden_TH, features_TF = self._run_tapped(call, taps)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dspark.attention import padding
 from dspark.attention.backends import Rule, block_attention, fresh_attention, ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import plan_padding
@@ -125,7 +126,7 @@ def test_rows_after_the_end_have_no_influence():
 )  # fmt: skip
 def test_padding_is_used_where_it_pays(step, tables, keys):
     batch = batch_of(STEPS[step], tables_of(tables))
-    plan = plan_padding(batch, None, 0, torch.zeros(1), 2, PAGES * PAGE)
+    plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), filled(), 0)
     found = plan and ("a view" if plan.rows_RS is None else "gathered")
     assert found == keys
 
@@ -134,8 +135,20 @@ def test_a_view_never_leaves_the_pool():
     """The last request is the shortest, and its pages are the pool's last."""
     tables = [BlockTable(range(4), PAGE), BlockTable(range(4, 6), PAGE)]
     batch = batch_of([(0, 9, 1), (1, 7, 1)], tables)
-    plans = [plan_padding(batch, None, 0, torch.zeros(1), 2, rows) for rows in (24, 26)]
-    assert [plan.rows_RS is None for plan in plans] == [False, True]
+    gathered = []
+    for pages in (6, 7):
+        cache = PagedCache([CacheShape(2, DIM, DIM)], pages, PAGE)
+        plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), cache, 0)
+        gathered.append(plan.rows_RS is not None)
+    assert gathered == [True, False]
+
+
+def test_large_spans_are_not_gathered(monkeypatch, causal_reference):
+    torch.manual_seed(8)
+    batch, cache = batch_of(STEPS["verify many"], tables_of("scattered")), filled()
+    monkeypatch.setattr(padding, "_GATHER_BYTES", 100)
+    assert plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), cache, 0) is None
+    check(causal_reference, cache, batch)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -155,3 +155,11 @@ def test_properties():
     assert [memory.shape for memory in cache.pool(1)] == [(1, 1, 24, 6), (1, 1, 24, 3)]
     assert new_cache(by_token=False).pool(0)[0][0, 0].is_contiguous()
     assert new_cache(by_token=True).pool(0)[0][0, :, 0].is_contiguous()
+
+
+def test_pages_lie_as_kernels_with_a_block_table_read_them():
+    cache = new_cache(by_token=True)
+    cache.write(1, torch.arange(24), *rows(24, 1))
+    for paged, flat in zip(cache.by_page(1), cache.read(1, torch.arange(24)), strict=True):
+        assert paged.is_contiguous()
+        assert torch.equal(paged.flatten(0, 1), flat)

@@ -105,3 +105,18 @@ def test_parts_reproduce_embedding_and_logits(tiny_model, name):
     raw = normed @ parts.head_VH.T
     assert parts.logit_softcap == 4.0
     assert torch.allclose(4.0 * torch.tanh(raw / 4.0), out.logits_NV, atol=1e-5)
+
+
+def test_attention_is_one_switch(tiny_model):
+    ids, found = [5, 9, 2, 30, 7, 7], {}
+    for name in ("auto", "plain", "flex"):
+        target = Target.from_model(tiny_model("qwen3"), attention=name)
+        batch = RaggedBatch.fresh([ids, ids[:2]])
+        with torch.inference_mode():
+            out = target.forward(batch, target.new_cache(2), logit_rows="all")
+        found[name] = target.attention_backend, out.logits_NV
+    assert [name for name, _ in found.values()] == ["plain", "plain", "flex"]
+    assert torch.equal(found["auto"][1], found["plain"][1])
+    torch.testing.assert_close(found["flex"][1], found["plain"][1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="'varlen' cannot run on cpu"):
+        Target.from_model(tiny_model("qwen3"), attention="varlen")

@@ -1,0 +1,141 @@
+"""Attention over the whole pool by torch's flex attention: a mask made of the block tables.
+
+All rows of a batch are the queries and all rows of the pool the keys; a block mask names, for every
+stretch of queries, the pages that its requests hold, so that no other page is read. On an
+accelerator the kernel is compiled; on a CPU it runs unfused, which is for tests only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import cache as once
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from dspark.attention.backends import Rule
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import PagedCache
+
+# Rows of a batch that share a list of pages.
+_QUERY_BLOCK = 128
+
+
+def flex_attention(
+    query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
+) -> Tensor:
+    """`backends.cached_attention` by flex attention; returns [1, A, T, value_dim]."""
+    key_1GND, value_1GND = cache.pool(layer)
+    name = ("flex", rule.window, rule.first, cache.rows, query_1ATD.device)
+    if name not in batch.memo:
+        batch.memo[name] = _block_mask(batch, cache, rule)
+    out_1ATD, lse_1AT = _kernel(query_1ATD.device.type)(
+        query_1ATD,
+        key_1GND,
+        value_1GND,
+        score_mod=None if rule.softcap is None else _capped(rule.softcap),
+        block_mask=batch.memo[name],
+        scale=rule.scale,
+        enable_gqa=query_1ATD.shape[1] != key_1GND.shape[1],
+        kernel_options={"BLOCK_N": cache.page_size} if query_1ATD.is_cuda else None,
+        with_lse=rule.sinks is not None,
+    )
+    if rule.sinks is not None:  # they only take weight away from the others
+        kept_1AT = torch.sigmoid(lse_1AT - rule.sinks.float().view(1, -1, 1))
+        out_1ATD = out_1ATD * kept_1AT.unsqueeze(-1).to(out_1ATD.dtype)
+    return out_1ATD
+
+
+def _block_mask(batch: RaggedBatch, cache: PagedCache, rule: Rule) -> flex.BlockMask:
+    """Which pages every stretch of rows reads, and which of their rows every row sees."""
+    device, size = batch.rows_T.device, cache.page_size
+    # Per request and page of the pool: which page of the request it is, or -1.
+    places_RP = torch.full((len(batch.segments), cache.pages), -1, device=device)
+    own: list[int] = []  # where the requests' pages stand there
+    order: list[int] = []
+    owners: list[int] = []
+    blocks: list[dict[int, None]] = [{} for _ in range(-(-len(batch.rows_T) // _QUERY_BLOCK))]
+    for r, (segment, offset) in enumerate(zip(batch.segments, batch.offsets, strict=False)):
+        owners += [r] * segment.length
+        if not segment.length:
+            continue
+        used = range(rule.begin(segment.start) // size, (segment.end - 1) // size + 1)
+        pages = segment.table.pages[used.start : used.stop]
+        own += [r * cache.pages + page for page in pages]
+        order += used
+        last = (offset + segment.length - 1) // _QUERY_BLOCK
+        for block in blocks[offset // _QUERY_BLOCK : last + 1]:
+            block.update(dict.fromkeys(pages))
+    places_RP.view(-1)[torch.tensor(own, device=device)] = torch.tensor(order, device=device)
+    widest = max(map(len, blocks))
+    indices = [[*block, *[0] * (widest - len(block))] for block in blocks]
+    counts = torch.tensor([len(block) for block in blocks], dtype=torch.int32, device=device)
+    return flex.BlockMask.from_kv_blocks(
+        counts.view(1, 1, -1),
+        torch.tensor(indices, dtype=torch.int32, device=device).view(1, 1, len(blocks), widest),
+        BLOCK_SIZE=(_QUERY_BLOCK, size),
+        mask_mod=_visible(
+            torch.tensor(owners, device=device),
+            places_RP,
+            batch.positions_T,
+            size,
+            rule,
+        ),
+        seq_lengths=(len(owners), cache.rows),
+        compute_q_blocks=False,
+    )
+
+
+def _visible(
+    owners_T: Tensor, places_RP: Tensor, positions_T: Tensor, page_size: int, rule: Rule
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a row of the batch sees a row of the pool."""
+    first, window = rule.first, rule.window
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        place = places_RP[owners_T[query], row // page_size]
+        position, own = place * page_size + row % page_size, positions_T[query]
+        seen = (place >= 0) & (position >= first) & (position <= own)
+        return seen if window is None else seen & (position > own - window)
+
+    return visible
+
+
+def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def capped(score: Tensor, *_where: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return capped
+
+
+@once
+def _kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function to call: (out, log of the sum of exponentials, or anything if not asked for)."""
+    # Before torch 2.9 there is no `return_aux`; from then on `return_lse` warns.
+    has_aux = "return_aux" in inspect.signature(flex.flex_attention).parameters
+
+    def call(*tensors: Tensor, with_lse: bool, **options: Any) -> tuple[Tensor, Tensor]:
+        attend: Any = flex.flex_attention
+        if not with_lse:
+            out: Tensor = attend(*tensors, **options)
+            return out, out
+        if not has_aux:
+            both: tuple[Tensor, Tensor] = attend(*tensors, return_lse=True, **options)
+            return both
+        out, aux = attend(*tensors, return_aux=flex.AuxRequest(lse=True), **options)
+        return out, aux.lse
+
+    if device_type != "cpu":
+        compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(call, dynamic=True)
+        return compiled
+
+    def unfused(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is unfused is known
+            return call(*tensors, **options)
+
+    return unfused
