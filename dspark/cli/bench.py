@@ -284,13 +284,12 @@ def _write(
     paths[0].write_text(text + "\n", encoding="utf-8")
     if can_draw():
         machine = model.machine
-        title = (
-            f"{options.target} on {machine.hardware}, {machine.threads} threads, {machine.dtype}"
-        )
+        title = f"{options.target} on {machine.hardware} ({machine.threads} CPU threads, {machine.dtype})"
         paths += save_figure(rows, title, options.out)
     else:
-        screen.log.print(MISSING, style="yellow", soft_wrap=True)
-    screen.out.print(f"\nWritten: {', '.join(map(str, paths))}.", soft_wrap=True)
+        screen.log.print(MISSING, style="yellow", soft_wrap=True, markup=False)
+    written = f"\nWritten: {', '.join(map(str, paths))}."
+    screen.out.print(written, soft_wrap=True, markup=False)
     return [str(path) for path in paths]
 
 

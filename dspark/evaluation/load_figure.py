@@ -85,7 +85,7 @@ def _draw_verified(axes: Axes, rows: Sequence[LoadRow]) -> None:
     axes.set_xticks(ticks, [str(users) for users in ticks])
     axes.minorticks_off()
     axes.set_xlabel("users")
-    axes.set_ylabel("verified tokens of a request in a round, anchor included")
+    axes.set_ylabel("verified tokens per request and round")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
