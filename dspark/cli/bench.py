@@ -283,8 +283,7 @@ def _write(
     text = json.dumps(without_nan(report), indent=1, allow_nan=False)
     paths[0].write_text(text + "\n", encoding="utf-8")
     if can_draw():
-        machine = model.machine
-        title = f"{options.target} on {machine.hardware} ({machine.threads} CPU threads, {machine.dtype})"
+        title = f"{options.target} on {model.machine.hardware}, {model.machine.dtype}"
         paths += save_figure(rows, title, options.out)
     else:
         screen.log.print(MISSING, style="yellow", soft_wrap=True, markup=False)
