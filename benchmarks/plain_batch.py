@@ -37,6 +37,7 @@ from dspark.targets.target import Target
 OURS, GENERATE, CONTINUOUS = "ours", "generate", "generate_batch"
 WAYS = (OURS, GENERATE, CONTINUOUS)
 PAGE_SIZE = 256
+NO_TOKEN = 1 << 30  # as an end token: none that the model has
 FLOORS = {"ours_over_transformers": 1.0, "share_of_bandwidth": 0.8}
 Answers = list[list[int]]
 Decode = Callable[[Sequence[Request]], tuple[Answers, float]]
@@ -109,7 +110,9 @@ def generate_batch(model: Any, batch: int, tokens: int) -> Decode:
 
 def _greedy(tokens: int) -> GenerationConfig:
     """So many of the likeliest tokens; no token ends an answer."""
-    return GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    return GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0
+    )
 
 
 def in_turn(
