@@ -130,10 +130,11 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     workload = _workload(options, model)
     ways = _contenders(options, model, screen)
     measured = _cover_costs(ways, max(options.concurrency), screen)
+    from dspark.cli.comparison import comparable
     from dspark.evaluation.load_report import load_report, load_rows
 
     runs = _sweep(options, ways, workload, screen)
-    rows = load_rows(runs, compare=options.temperature == 0)
+    rows = load_rows(runs, compare=comparable(options.temperature, options.verifier))
     report = load_report(rows, options.floors)
     report |= {"costs_measured": measured, "settings": _settings(options)}
     _show(report, screen)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from dspark.engine.engine import Clock, Engine
 from dspark.errors import RequestError
@@ -185,12 +185,7 @@ def closed_loop(
 def _since(clock: Clock, before: Clock) -> Clock:
     """What a clock recorded since a copy of it was taken."""
     return Clock(
-        prefills=clock.prefills - before.prefills,
-        prefill_ms=clock.prefill_ms - before.prefill_ms,
-        steps=clock.steps - before.steps,
-        draft_ms=clock.draft_ms - before.draft_ms,
-        schedule_ms=clock.schedule_ms - before.schedule_ms,
-        verify_ms=clock.verify_ms - before.verify_ms,
+        **{f.name: getattr(clock, f.name) - getattr(before, f.name) for f in fields(Clock)}
     )
 
 

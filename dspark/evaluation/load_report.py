@@ -66,7 +66,7 @@ def load_rows(runs: Runs, *, compare: bool) -> list[LoadRow]:
 
     Args:
         runs: of a sweep.
-        compare: whether answers ought to be those of `off` (temperature 0), if that ran.
+        compare: whether answers ought to be those of `off`, if that ran.
     """
     rows = []
     for (users, name), repeats in runs.items():
