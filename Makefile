@@ -39,6 +39,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.inflated --data $(DATA)
 	$(BIN)/python -m benchmarks.drafters --data $(DATA)
 	$(BIN)/python -m benchmarks.scheduling --recorded --data $(DATA)
+	$(BIN)/python -m benchmarks.plain_batch --data $(DATA)
+	$(BIN)/python -m benchmarks.load --data $(DATA) --out bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

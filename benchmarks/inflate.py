@@ -1,4 +1,4 @@
-"""Function-preserving inflation: a small Qwen3 target and its DSpark drafter in larger shapes.
+"""Function-preserving inflation: a small Qwen3 target and its drafters in larger shapes.
 
 The trained numbers sit inside larger matrices so that logits, features and confidences stay what
 they were, while a forward costs what a model of the larger shape costs; `placement` says how.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,13 @@ from dspark.attention.layout import RaggedBatch
 from dspark.drafters.checkpoint import load_drafter, save_attached
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
+
+AnyConfig = DSparkConfig | Eagle3Config
+AnyDrafter = DSparkDrafter | Eagle3Drafter
+ConfigT = TypeVar("ConfigT", DSparkConfig, Eagle3Config)
 
 
 def layer_places(old: int, new: int) -> tuple[int, ...]:
@@ -109,40 +114,67 @@ def inflate_drafter(
         CompatibilityError: it does not fit.
     """
     config = drafter.config
-    small = Shape.of_drafter(config)
-    if config.backbone.attention_bias:
-        raise CompatibilityError("A drafter with attention_bias cannot be inflated.")
-    place = Placement(small, replace(shape, num_layers=small.num_layers))
+    place = _drafter_place(config, shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         large = DSparkDrafter(_drafter_config(config, place, shape.num_layers)).to(dtype)
     old, new = drafter.state_dict(), large.state_dict()
-    for i in range(small.num_layers):
+    for i in range(place.old.num_layers):
         place.layer(_under(old, f"layers.{i}."), _under(new, f"layers.{i}."))
-    for name in ("hidden_norm.weight", "norm.weight"):
-        place.width_norm(old[name], new[name])
-    width, taps = small.hidden_size, len(config.target_layer_ids)
-    new["fc.weight"][width:] = 0.0
-    by_tap = new["fc.weight"].unflatten(1, (taps, shape.hidden_size))
-    by_tap[:width, :, :width] = old["fc.weight"].unflatten(1, (taps, width))
+    place.width_norm(old["hidden_norm.weight"], new["hidden_norm.weight"])
     for name in (n for n in old if n.startswith(("markov_head.", "confidence_head."))):
         _place_head(config, name, old[name], new[name])
-    _place_tables(drafter, large, shape)
-    return large.eval()
-
-
-def _place_tables(drafter: DSparkDrafter, large: DSparkDrafter, shape: Shape) -> None:
-    """A learned mask, and embedding and head where the drafter has its own."""
-    dtype = large.fc.weight.dtype
     if drafter.mask_embedding is not None:
         large.mask_embedding = nn.Embedding(1, shape.hidden_size, dtype=dtype)
         large.mask_embedding.weight.copy_(_widened(drafter.mask_embedding.weight, shape))
+    _place_ends(drafter, large, place)
+    return large.eval()
+
+
+@torch.no_grad()
+def inflate_eagle3(
+    drafter: Eagle3Drafter, shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Eagle3Drafter:
+    """As `inflate_drafter`, for an Eagle3 or MTP drafter, which has a single layer.
+
+    Raises:
+        CompatibilityError: it does not fit, or has a reduced vocabulary.
+    """
+    config = drafter.config
+    if config.draft_vocab_size is not None:
+        raise CompatibilityError("A drafter with a reduced vocabulary cannot be inflated.")
+    place = _drafter_place(config, shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        large = Eagle3Drafter(_drafter_config(config, place, shape.num_layers)).to(dtype)
+    old, new = (_under(model.state_dict(), "layers.0.") for model in (drafter, large))
+    place.layer(old, new, parts=2)
+    place.width_norm(old["hidden_norm.weight"], new["hidden_norm.weight"])
+    _place_ends(drafter, large, place)
+    return large.eval()
+
+
+def _drafter_place(config: AnyConfig, shape: Shape) -> Placement:
+    if config.backbone.attention_bias:
+        raise CompatibilityError("A drafter with attention_bias cannot be inflated.")
+    small = Shape.of_drafter(config.backbone)
+    return Placement(small, replace(shape, num_layers=small.num_layers))
+
+
+def _place_ends(drafter: AnyDrafter, large: AnyDrafter, place: Placement) -> None:
+    """What features come in by, and states go out by; tables where the drafter has its own."""
+    width, taps = place.old.hidden_size, drafter.config.backbone.num_taps
+    place.width_norm(drafter.norm.weight, large.norm.weight)
+    large.fc.weight[width:] = 0.0
+    by_tap = large.fc.weight.unflatten(1, (taps, place.new.hidden_size))
+    by_tap[:width, :, :width] = drafter.fc.weight.unflatten(1, (taps, width))
     for name in ("own_embedding_VH", "own_head_VH"):
         table = getattr(drafter, name)
-        setattr(large, name, None if table is None else _widened(table, shape).to(dtype))
+        widened = None if table is None else _widened(table, place.new).to(large.fc.weight.dtype)
+        setattr(large, name, widened)
 
 
-def _drafter_config(config: DSparkConfig, place: Placement, num_layers: int) -> DSparkConfig:
+def _drafter_config(config: ConfigT, place: Placement, num_layers: int) -> ConfigT:
     new, places = place.new, layer_places(config.num_target_layers, num_layers)
     backbone = replace(
         config.backbone,

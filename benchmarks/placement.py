@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.config import BackboneConfig
 from dspark.errors import CompatibilityError
 
 Weights = Mapping[str, Tensor]
@@ -41,12 +41,15 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Read "layers,width,heads,kv heads,head size,MLP width"."""
+        """Read "layers,width,heads,kv heads,head size,MLP width", or a name: qwen3_4b."""
+        if text in SHAPES:
+            return SHAPES[text]
         try:
             return cls(*(int(part) for part in text.split(",")))
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no shape; give layers,width,heads,kv_heads,head_dim,mlp_width."
+                f"{text!r} is no shape; give layers,width,heads,kv_heads,head_dim,mlp_width, or "
+                f"one of {', '.join(SHAPES)}."
             ) from error
 
     @property
@@ -67,20 +70,20 @@ class Shape:
         )
 
     @classmethod
-    def of_drafter(cls, config: DSparkConfig) -> Shape:
+    def of_drafter(cls, backbone: BackboneConfig) -> Shape:
         """The shape of a drafter's backbone."""
-        b = config.backbone
         return cls(
-            b.num_layers,
-            b.hidden_size,
-            b.num_heads,
-            b.num_kv_heads,
-            b.head_dim,
-            b.intermediate_size,
+            backbone.num_layers,
+            backbone.hidden_size,
+            backbone.num_heads,
+            backbone.num_kv_heads,
+            backbone.head_dim,
+            backbone.intermediate_size,
         )
 
 
 QWEN3_06B = Shape(28, 1024, 16, 8, 128, 3072)
+SHAPES = {"qwen3_0.6b": QWEN3_06B, "qwen3_4b": Shape(36, 2560, 32, 8, 128, 9728)}
 
 
 class Placement:
@@ -123,9 +126,17 @@ class Placement:
         """A norm over the width."""
         new_H[: self.old.hidden_size] = old_H * self.width_scale
 
-    def layer(self, old: Weights, new: Weights) -> None:
-        """Overwrite one layer that holds random numbers by an equivalent of the old one."""
+    def layer(self, old: Weights, new: Weights, *, parts: int = 1) -> None:
+        """Overwrite one layer that holds random numbers by an equivalent of the old one.
+
+        Args:
+            old: its weights.
+            new: those to overwrite.
+            parts: how many states stand side by side in what the attention reads (Eagle3: two).
+        """
         width, mlp = self.old.hidden_size, self.old.intermediate_size
+        starts = torch.arange(parts)[:, None] * self.new.hidden_size
+        columns = (starts + torch.arange(width)).flatten()
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             self.width_norm(old[name], new[name])
         dtype = new["self_attn.q_norm.weight"].dtype
@@ -137,7 +148,7 @@ class Placement:
             weight = new[f"self_attn.{name}_proj.weight"]
             if name != "v":  # the head norms count every channel of a trained head
                 weight.view(-1, self.new.head_dim, weight.shape[1])[rows // self.new.head_dim] = 0.0
-            weight[rows, :width] = old[f"self_attn.{name}_proj.weight"]
+            weight[rows[:, None], columns] = old[f"self_attn.{name}_proj.weight"]
         self.silence(new)
         new["self_attn.o_proj.weight"][:width, self.query] = old["self_attn.o_proj.weight"]
         for name in ("gate", "up"):

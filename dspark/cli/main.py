@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from dspark import __version__
-from dspark.cli import calibrate, check, convert, data, demo, generate, profile, prove, train
+from dspark.cli import bench, calibrate, check, convert, data, demo, generate, profile, prove, train
 from dspark.cli.common import Screen, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError
 
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, check, train, calibrate, profile, prove, data, convert):
+    for command in (demo, generate, check, train, calibrate, profile, bench, prove, data, convert):
         command.add_parser(commands)
     return parser
 

@@ -63,6 +63,20 @@ def load(
     return _with_draft(target, draft, loaded, revision, offline)
 
 
+def load_draft(target: Target, draft: str | Path, *, offline: bool = False) -> Model:
+    """Pair a target that is in memory with a further drafter.
+
+    Args:
+        target: may serve in other pairs at the same time.
+        draft: as in `load`, but not None.
+        offline: use only what is on this machine.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `load`.
+    """
+    return _with_draft(draft, draft, target, None, offline)
+
+
 def _with_draft(
     source: str | Path,
     draft: str | Path | None,

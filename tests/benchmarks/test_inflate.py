@@ -1,5 +1,6 @@
 """Inflation changes shapes and nothing else."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.inflate import (
     inflate_drafter,
+    inflate_eagle3,
     inflate_target,
     largest_deviation,
     layer_places,
@@ -18,6 +20,7 @@ from dspark.attention.pages import PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.errors import CompatibilityError
 from dspark.request import Request, SamplingParams
@@ -157,6 +160,43 @@ def test_generation_is_unchanged(generator, temperature):
     assert [o.stats.accepted for o in large] == [o.stats.accepted for o in small]
     if temperature:
         assert sum(o.stats.accepted for o in small) > 0
+
+
+@pytest.mark.parametrize(("taps", "passes"), [((2,), 1), ((-1, 0, 2), 4)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_with_an_eagle3_drafter_is_unchanged(generator, temperature, taps, passes):
+    model = small_model(generator)
+    backbone = BackboneConfig(WIDTH, 24, 1, 4, 2, 8, num_taps=len(taps), rope_theta=1e4)
+    drafter = Eagle3Drafter(Eagle3Config(backbone, VOCAB, taps, 3, ttt_length=passes))
+    randomise(drafter, generator)
+    requests = [Request((4, 8, 15 + i), SamplingParams(24, temperature, seed=i)) for i in range(6)]
+    outputs = []
+    for target, own in (
+        (Target.from_model(model), drafter.eval()),
+        (Target.from_model(inflate_target(model, LARGE)), inflate_eagle3(drafter, LARGE)),
+    ):
+        own.bind(target.parts(), num_target_layers=target.num_layers)
+        engine = Engine(target, own, max_requests=2, max_length=64, verifier="token")
+        outputs.append(engine.run(requests))
+    small, large = outputs
+    assert [o.token_ids for o in large] == [o.token_ids for o in small]
+    assert [o.stats.accepted for o in large] == [o.stats.accepted for o in small]
+    if temperature:
+        assert sum(o.stats.accepted for o in small) > 0
+
+
+def test_a_reduced_vocabulary_cannot_be_inflated():
+    backbone = BackboneConfig(WIDTH, 24, 1, 4, 2, 8, num_taps=1)
+    drafter = Eagle3Drafter(Eagle3Config(backbone, VOCAB, (2,), 3, draft_vocab_size=9))
+    with pytest.raises(CompatibilityError, match="reduced vocabulary"):
+        inflate_eagle3(drafter, LARGE)
+
+
+def test_shapes_have_names():
+    assert Shape.parse("qwen3_4b").hidden_size == 2560
+    assert Shape.parse("3,20,4,2,8,28") == SMALL
+    with pytest.raises(argparse.ArgumentTypeError, match=r"one of qwen3_0\.6b, qwen3_4b"):
+        Shape.parse("qwen3")
 
 
 def test_random_numbers_are_multiplied_and_change_nothing(generator):

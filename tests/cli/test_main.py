@@ -10,7 +10,8 @@ from dspark.errors import DSparkError, UsageError
 from dspark.request import VERIFIERS
 
 COMMANDS = (
-    "demo", "generate", "check", "train", "calibrate", "profile", "prove", "data", "convert",
+    "demo", "generate", "check", "train", "calibrate", "profile", "bench", "prove", "data",
+    "convert",
 )  # fmt: skip
 
 
@@ -50,6 +51,11 @@ def test_overview_and_version(dspark):
         ["generate", "x", "--verifier", "hope"],
         ["generate", "x", "--schedule", "hope"],
         ["demo", "--only", "poetry"],
+        ["bench", "x", "--concurrency", "0,2"],
+        ["bench", "x", "--concurrency", "two"],
+        ["bench", "x", "--schedule", "off,hope"],
+        ["bench", "x", "--floors", "10,-1"],
+        ["bench", "x", "--floors", "fast"],
         ["data", "regenerate", "x"],
     ],
 )

@@ -1,0 +1,198 @@
+"""A closed loop: so many users on one engine, each with one request in flight.
+
+Whoever has its answer sends the next request at once. What counts are the first N requests, the
+same ones whatever the engine; while any of them is unanswered, users whose turn is past the N-th
+go on sending others. So every user is busy from the first request to the last counted answer:
+there is no ramp-down, and no schedule gains by ending its last answers on an emptying engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from dspark.engine.engine import Clock, Engine
+from dspark.errors import RequestError
+from dspark.request import Output, Request, Stats, merge_stats
+
+Supply = Callable[[int], Request]
+"""The i-th request to be sent, from 0."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered request; times in seconds since the first request was sent.
+
+    Attributes:
+        sent_s: when it was sent.
+        first_s: when its first tokens came.
+        end_s: when its last ones came.
+        first_tokens: how many came first.
+        output: the answer.
+    """
+
+    sent_s: float
+    first_s: float
+    end_s: float
+    first_tokens: int
+    output: Output
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to first token."""
+        return 1e3 * (self.first_s - self.sent_s)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """What its user sees after the first tokens; None if no others came."""
+        later = len(self.output.token_ids) - self.first_tokens
+        return later / (self.end_s - self.first_s) if later > 0 else None
+
+
+@dataclass(frozen=True)
+class LoadRun:
+    """One run of the loop.
+
+    Attributes:
+        users: requests in flight at every moment.
+        seconds: from the first request to the last counted answer.
+        tokens: committed in that time, of counted requests and of all others.
+        answers: the counted ones, in the order in which they were sent.
+        clock: the engine's own account of that time.
+    """
+
+    users: int
+    seconds: float
+    tokens: int
+    answers: tuple[Answer, ...]
+    clock: Clock
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput."""
+        return self.tokens / self.seconds
+
+    @property
+    def user_speeds(self) -> list[float]:
+        """Tokens per second of every counted request that has a speed."""
+        return [speed for a in self.answers if (speed := a.tokens_per_s) is not None]
+
+    @property
+    def stats(self) -> Stats:
+        """The counts of the counted requests."""
+        return merge_stats([answer.output for answer in self.answers])
+
+
+@dataclass
+class _Flight:
+    """A request without its answer; `first_s` is None until its first tokens come."""
+
+    index: int
+    sent_s: float
+    first_s: float | None = None
+    first_tokens: int = 0
+
+
+class _Loop:
+    """The state of one run."""
+
+    def __init__(
+        self, engine: Engine, supply: Supply, count: int, now: Callable[[], float]
+    ) -> None:
+        self.engine, self.supply, self.count, self.now = engine, supply, count, now
+        self.flights: dict[int, _Flight] = {}
+        self.answers: dict[int, Answer] = {}
+        self.sent, self.tokens = 0, 0
+        self.started = now()
+
+    def send(self, users: int, at_s: float) -> None:
+        """Send the next request of so many users."""
+        for _ in range(users):
+            number = self.engine.add(self.supply(self.sent))
+            self.flights[number] = _Flight(self.sent, at_s)
+            self.sent += 1
+
+    def step(self) -> tuple[int, float]:
+        """One step of the engine: how many answers ended in it, and when."""
+        events = self.engine.step()
+        at_s = self.now() - self.started
+        ended = 0
+        for event in events:
+            flight = self.flights[event.request_id]
+            self.tokens += len(event.pieces)
+            if flight.first_s is None and event.pieces:
+                flight.first_s, flight.first_tokens = at_s, len(event.pieces)
+            if event.output is not None:
+                del self.flights[event.request_id]
+                self._answered(flight, event.output, at_s)
+                ended += 1
+        return ended, at_s
+
+    def _answered(self, flight: _Flight, output: Output, at_s: float) -> None:
+        if output.finish_reason == "error" or flight.first_s is None:
+            raise RequestError(
+                f"Request {flight.index} failed under load, so that no speed can be told; send it "
+                "alone to see why."
+            )
+        if flight.index < self.count:
+            self.answers[flight.index] = Answer(
+                flight.sent_s, flight.first_s, at_s, flight.first_tokens, output
+            )
+
+    @property
+    def done(self) -> bool:
+        """Whether all counted requests are answered."""
+        return len(self.answers) == self.count
+
+
+def closed_loop(
+    engine: Engine,
+    supply: Supply,
+    *,
+    users: int,
+    count: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> LoadRun:
+    """Keep an engine under the load of so many users until the counted requests are answered.
+
+    Args:
+        engine: has nothing else to do, and room for so many requests at once. It is left idle:
+            what is in flight at the end is cancelled.
+        supply: the i-th request to be sent.
+        users: requests in flight.
+        count: how many requests, from the first one on, count.
+        now: the time in seconds.
+
+    Raises:
+        RequestError: a request does not fit the engine, or failed.
+    """
+    before = replace(engine.clock)
+    loop = _Loop(engine, supply, count, now)
+    loop.send(users, 0.0)
+    at_s = 0.0
+    while not loop.done:
+        ended, at_s = loop.step()
+        if not loop.done:
+            loop.send(ended, at_s)
+    clock = _since(engine.clock, before)
+    for number in loop.flights:
+        engine.cancel(number)
+    answers = tuple(loop.answers[i] for i in range(count))
+    return LoadRun(users, at_s, loop.tokens, answers, clock)
+
+
+def _since(clock: Clock, before: Clock) -> Clock:
+    """What a clock recorded since a copy of it was taken."""
+    return Clock(
+        **{f.name: getattr(clock, f.name) - getattr(before, f.name) for f in fields(Clock)}
+    )
+
+
+def warm_up(engine: Engine, requests: Sequence[Request], tokens: int) -> None:
+    """Decode a few tokens of requests, so that nothing is done for the first time under load."""
+    for request in requests:
+        few = min(tokens, request.params.max_new_tokens)
+        engine.add(replace(request, params=replace(request.params, max_new_tokens=few)))
+    while engine.has_work:
+        engine.step()
