@@ -256,8 +256,8 @@ class Engine:
         if roster.running:
             plan = plan_step(roster.running, self.step_tokens, self.num_drafts)
             events += self._play(plan)
-        if not roster.running:
-            self.memory.check()
+            if not roster.running:  # idle from here on: time to prove that nothing leaked
+                self.memory.check()
         return events
 
     def _play(self, plan: StepPlan) -> list[Event]:

@@ -138,6 +138,9 @@ class Model:
         block_size: int | None = None,
         watch: Watch | None = None,
         strict: bool = False,
+        step_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        prefix_reuse: bool = True,
     ) -> Engine:
         """An engine with room for these requests, `batch_size` of them at once.
 
@@ -152,6 +155,7 @@ class Model:
             block_size: drafts per round, at most the drafter's own, which is the default.
             watch: is told about every round in which a drafter takes part.
             strict: raise what the drafter does wrong, in place of going on plainly.
+            step_tokens, cache_tokens, prefix_reuse: as `Engine`.
 
         Raises:
             RequestError: there are no requests.
@@ -173,6 +177,9 @@ class Model:
             block_size=block_size,
             watch=watch,
             strict=strict,
+            step_tokens=step_tokens,
+            cache_tokens=cache_tokens,
+            prefix_reuse=prefix_reuse,
         )
 
     def _scheduler(
@@ -339,7 +346,16 @@ def split_options(
     Raises:
         UsageError: an option is unknown, or has a value that cannot be used.
     """
-    engine_names = ("batch_size", "verifier", "schedule", "threshold", "block_size")
+    engine_names = (
+        "batch_size",
+        "verifier",
+        "schedule",
+        "threshold",
+        "block_size",
+        "step_tokens",
+        "cache_tokens",
+        "prefix_reuse",
+    )
     engine_options = {name: options[name] for name in engine_names if name in options}
     limits = {name: options[name] for name in ("mask", "timeout_s") if name in options}
     rest = {

@@ -150,6 +150,8 @@ def _engine(
         drafter,
         max_requests=count,
         max_length=PROMPT_TOKENS + room,
+        step_tokens=count * PROMPT_TOKENS,  # all prompts are read in the first step
+        prefix_reuse=False,
         schedule=told,
         block_size=block_size,
         strict=True,
