@@ -155,7 +155,9 @@ class Model:
             block_size: drafts per round, at most the drafter's own, which is the default.
             watch: is told about every round in which a drafter takes part.
             strict: raise what the drafter does wrong, in place of going on plainly.
-            step_tokens, cache_tokens, prefix_reuse: as `Engine`.
+            step_tokens: rows of one step, as `Engine`.
+            cache_tokens: rows of the cache, as `Engine`.
+            prefix_reuse: whether prompts share the pages of equal beginnings.
 
         Raises:
             RequestError: there are no requests.
