@@ -115,4 +115,4 @@ def test_module_runs_as_a_program():
     )
     assert done.returncode == main.WRONG_USAGE
     assert done.stdout == ""
-    assert done.stderr == "dspark: max_new_tokens is 0, but must be at least 1.\n"
+    assert done.stderr == "dspark: max_new_tokens is 0, but must be an integer of at least 1.\n"
