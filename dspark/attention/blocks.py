@@ -1,7 +1,7 @@
 """Attention of draft blocks: context from the cache, the block itself in both directions.
 
-The blocks of all requests run in one call where their contexts are about equally long and short
-enough to be gathered, as a step's short segments do (`padding.py`); else request by request.
+On an accelerator the blocks of all requests run in one call where their contexts are about equally
+long; else, and on a CPU, request by request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark.attention.backends import folded_heads, fused
-from dspark.attention.padding import MIN_FILL, gathered_rows, pays_to_gather
+from dspark.attention.padding import MIN_FILL, gathered_rows
 from dspark.attention.pages import BlockTable, PagedCache
 
 
@@ -112,13 +112,18 @@ def _together(
         most, requests = max(sizes), len(sizes)
         pays = requests > 1 and min(sizes) > 0 and sum(sizes) >= MIN_FILL * requests * most
         context.memo[name] = None
-        if pays and pays_to_gather(cache, shape, most):
+        if pays and _gathers(cache.device):
             spans = list(zip(context.tables, begins, context.lengths, strict=True))
             copies = query_RAKD.shape[1] // shape.kv_heads
             mask_R1NP = _mask(query_RAKD, sizes, copies if causal else 1, causal=causal)
             context.memo[name] = gathered_rows(spans, most, cache.device), mask_R1NP
     found: tuple[Tensor, Tensor] | None = context.memo[name]
     return found
+
+
+def _gathers(device: torch.device) -> bool:
+    """Gathering costs a CPU more than the calls that it saves (docs/LOG.md)."""
+    return device.type != "cpu"
 
 
 def _mask(query_RAKD: Tensor, sizes: Sequence[int], copies: int, *, causal: bool) -> Tensor:

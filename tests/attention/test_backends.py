@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dspark.attention import padding
+from dspark.attention import blocks, padding
 from dspark.attention.backends import Rule, fresh_attention, ragged_attention
 from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.layout import RaggedBatch
@@ -216,17 +216,21 @@ def test_bfloat16_is_close(causal_reference):
     close(out[:4], causal_reference(query[:4], keys, values, 6, scale=SCALE), 2e-2)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "together"), [((9, 7, 6), True), ((9, 0, 6), False), ((30, 1, 2), False)]
 )
-def test_blocks_run_together_where_that_pays(lengths, together, monkeypatch):
-    context, cache = BlockContext(tables_of("scattered")[:3], lengths), filled()
+def test_blocks_run_together_where_that_pays(lengths, together, window, causal, monkeypatch):
+    torch.manual_seed(9)
+    cache, tables = filled(), tables_of("scattered")[:3]
     block, query = torch.randn(3, 4, 2, DIM), torch.randn(3, 4, HEADS, DIM)
-    for _layer in range(2):
-        block_attention(query, block, block, cache, 0, context, scale=SCALE)
-    [plan] = context.memo.values()
-    assert (plan is not None) == together
-    monkeypatch.setattr(padding, "_GATHER_BYTES", 100)
-    again = BlockContext(context.tables, lengths)
-    block_attention(query, block, block, cache, 0, again, scale=SCALE)
-    assert list(again.memo.values()) == [None]
+    outs = []
+    for gathers in (False, True):
+        monkeypatch.setattr(blocks, "_gathers", lambda _device, answer=gathers: answer)
+        context = BlockContext(tables, lengths)
+        limits = {"scale": SCALE, "window": window, "causal": causal}
+        outs.append(block_attention(query, block, block, cache, 0, context, **limits))
+    if window is None:
+        assert [plan is not None for plan in context.memo.values()] == [together]
+    close(outs[0], outs[1].double())
