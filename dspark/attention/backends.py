@@ -6,7 +6,6 @@ S keys of one segment, B = A / G query heads that share a key head, R requests, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.pages import PagedCache
 
 
 class Rule(NamedTuple):
@@ -128,56 +127,6 @@ def fresh_attention(
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
-def block_attention(
-    query_RKAD: Tensor,
-    key_RKGD: Tensor,
-    value_RKGD: Tensor,
-    cache: PagedCache,
-    layer: int,
-    tables: Sequence[BlockTable],
-    lengths: Sequence[int],
-    *,
-    scale: float,
-    window: int | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """Attention of draft blocks: context from the cache, the block itself in both directions.
-
-    Every row of request r sees the first `lengths[r]` cached rows of `tables[r]` and all K rows
-    of its own block. With a window, all rows of a block see the last `window` of those cached rows
-    and still their whole block.
-
-    Args:
-        query_RKAD: queries [R, K, A, D].
-        key_RKGD: keys of the blocks [R, K, G, D]; they are not written to the cache.
-        value_RKGD: values of the blocks [R, K, G, D].
-        cache: keys and values of the context.
-        layer: index of the cache layer.
-        tables: block table of each request.
-        lengths: number of context rows of each request.
-        scale: multiplies the scores.
-        window: see above; None for no limit.
-        causal: whether a row sees no later row of its own block.
-
-    Returns:
-        [R, K, A, D].
-    """
-    query_RAKD = query_RKAD.transpose(1, 2)
-    key_RGKD, value_RGKD = key_RKGD.transpose(1, 2), value_RKGD.transpose(1, 2)
-    outs: list[Tensor] = []
-    for r, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        begin = 0 if window is None else max(0, length - window)
-        context_keys, context_values = cache.pieces(layer, table, begin, length)
-        key_1GSD = torch.cat((*context_keys, key_RGKD[r : r + 1]), 2)
-        value_1GSD = torch.cat((*context_values, value_RGKD[r : r + 1]), 2)
-        mask_NS = None
-        if causal:
-            mask_KS = _block_mask(query_RKAD, length - begin)
-            mask_NS = mask_KS.repeat(_folded_heads(query_RAKD, key_RGKD), 1)
-        outs.append(_fused(query_RAKD[r : r + 1], key_1GSD, value_1GSD, mask_NS, scale))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
-
-
 def _attend(
     query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
@@ -196,29 +145,38 @@ def _attend(
     if rule.explicit:
         mask_LS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=1)
         return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_LS, rule)
-    copies = _folded_heads(query_1ALD, key_1GSD)
+    copies = folded_heads(query_1ALD, key_1GSD)
     mask_NS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=copies)
-    return _fused(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule.scale)
+    return fused(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule.scale)
 
 
-def _folded_heads(query_1ALD: Tensor, key_1GSD: Tensor) -> int:
-    """How many heads become rows in `_fused`: keys are then read once, not per query head."""
-    return 1 if query_1ALD.shape[2] > SHORT_ROWS else query_1ALD.shape[1] // key_1GSD.shape[1]
+def folded_heads(query_RALD: Tensor, key_RGSD: Tensor) -> int:
+    """How many heads become rows in `fused`: keys are then read once, not per query head."""
+    return 1 if query_RALD.shape[2] > SHORT_ROWS else query_RALD.shape[1] // key_RGSD.shape[1]
 
 
-def _fused(
-    query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, mask_NS: Tensor | None, scale: float
+def fused(
+    query_RALD: Tensor, key_RGSD: Tensor, value_RGSD: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """The fused kernel; the mask has one row per row after folding."""
-    heads, length, groups = query_1ALD.shape[1], query_1ALD.shape[2], key_1GSD.shape[1]
-    copies = _folded_heads(query_1ALD, key_1GSD)
+    """The fused kernel; [R, A, L, value_dim].
+
+    Args:
+        query_RALD: queries.
+        key_RGSD: keys.
+        value_RGSD: values.
+        mask: additive, with one row per row after folding (see `folded_heads`) or one for all.
+        scale: multiplies the scores.
+    """
+    requests, heads, length, _ = query_RALD.shape
+    groups = key_RGSD.shape[1]
+    copies = folded_heads(query_RALD, key_RGSD)
     if copies == 1:
         return scaled_dot_product_attention(
-            query_1ALD, key_1GSD, value_1GSD, mask_NS, scale=scale, enable_gqa=heads > groups
+            query_RALD, key_RGSD, value_RGSD, mask, scale=scale, enable_gqa=heads > groups
         )
-    query_1GND = query_1ALD.reshape(1, groups, copies * length, -1)
-    out_1GND = scaled_dot_product_attention(query_1GND, key_1GSD, value_1GSD, mask_NS, scale=scale)
-    return out_1GND.reshape(1, heads, length, -1)
+    query_RGND = query_RALD.reshape(requests, groups, copies * length, -1)
+    out_RGND = scaled_dot_product_attention(query_RGND, key_RGSD, value_RGSD, mask, scale=scale)
+    return out_RGND.reshape(requests, heads, length, -1)
 
 
 def _causal_mask(
@@ -238,13 +196,6 @@ def _causal_mask(
         mask_LS = like.new_zeros(length, size).masked_fill_(hidden_LS, float("-inf"))
         mask_NS = batch.memo[name] = mask_LS.repeat(copies, 1)
     return mask_NS
-
-
-def _block_mask(query_RKAD: Tensor, context: int) -> Tensor:
-    """Additive mask of a causal block behind a number of context rows."""
-    block = query_RKAD.shape[1]
-    hidden_KS = query_RKAD.new_full((block, context + block), float("-inf"))
-    return hidden_KS.triu(context + 1)
 
 
 def _explicit(

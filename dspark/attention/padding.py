@@ -9,6 +9,7 @@ the pool, their keys are one strided view; else they are gathered. What is deriv
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.layout import RaggedBatch, Segment
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 
 # Segments up to this long count as short.
 SHORT_ROWS = 16
 # Of the padded keys and rows at least this share must be real.
-_MIN_FILL = 0.5
+MIN_FILL = 0.5
 # Keys and values of a request's span, per layer, up to which gathering them beats a call each on a
 # CPU (docs/LOG.md); elsewhere it always does.
 _GATHER_BYTES = 256 * 1024
@@ -149,16 +150,52 @@ def _find_keys(
     begin, end = min(begins), max(s.end for s in segments)
     real = sum(s.end - low for s, low in zip(segments, begins, strict=True))
     most_spans = min(
-        int(real / (_MIN_FILL * (end - begin))), int(sum(lengths) / (_MIN_FILL * max(lengths)))
+        int(real / (MIN_FILL * (end - begin))), int(sum(lengths) / (MIN_FILL * max(lengths)))
     )
     if len(segments) > most_spans:
         return None
     if strided := _strided(segments, begin, end, most_spans, cache.rows):
         return strided
-    numbers = (end - begin) * shape.kv_heads * (shape.key_dim + shape.value_dim)
-    if cache.device.type == "cpu" and numbers * cache.dtype.itemsize > _GATHER_BYTES:
+    if not pays_to_gather(cache, shape, end - begin):
         return None
-    return _gathered(segments, begin, end, cache.device)
+    spans = [(segment.table, begin, segment.end) for segment in segments]
+    rows_RS = gathered_rows(spans, end - begin, cache.device)
+    return _Keys(begin, end, len(spans), tuple(range(len(spans))), rows_RS=rows_RS)
+
+
+def pays_to_gather(cache: PagedCache, shape: CacheShape, keys: int) -> bool:
+    """Whether requests of so many keys are better gathered than attended to one by one."""
+    numbers = keys * shape.kv_heads * (shape.key_dim + shape.value_dim)
+    return cache.device.type != "cpu" or numbers * cache.dtype.itemsize <= _GATHER_BYTES
+
+
+def gathered_rows(
+    spans: Sequence[tuple[BlockTable, int, int]], width: int, device: torch.device
+) -> Tensor:
+    """The pool row of each key, [R, width]; behind a request's end its last row stands in.
+
+    Args:
+        spans: per request its table and the positions of its first key and after its last.
+        width: the most keys of any.
+        device: where the rows go.
+    """
+    ahead: list[int] = []  # per run, how far its rows are ahead of their positions
+    counts: list[int] = []
+    for table, begin, end in spans:
+        position = begin
+        for row, count in table.runs(begin, end):
+            ahead.append(row - position)
+            counts.append(count)
+            position += count
+        counts[-1] += width - (end - begin)
+    begins_R1, ends_R1 = (
+        torch.tensor([span[i] for span in spans], device=device).unsqueeze(1) for i in (1, 2)
+    )
+    positions_RS = (begins_R1 + torch.arange(width, device=device)).minimum(ends_R1 - 1)
+    ahead_N = torch.tensor(ahead, device=device).repeat_interleave(
+        torch.tensor(counts, device=device), output_size=len(spans) * width
+    )
+    return positions_RS + ahead_N.view(len(spans), width)
 
 
 def _strided(
@@ -179,33 +216,6 @@ def _strided(
         return None
     places = tuple((start - row) // distance for start in starts)
     return _Keys(begin, end, spans, places, row, distance)
-
-
-def _gathered(segments: tuple[Segment, ...], begin: int, end: int, device: torch.device) -> _Keys:
-    """One span per segment; behind its end a request's own last row stands in."""
-    ahead: list[int] = []  # per run, how far its rows are ahead of their positions
-    counts: list[int] = []
-    for segment in segments:
-        position = begin
-        for row, count in segment.table.runs(begin, segment.end):
-            ahead.append(row - position)
-            counts.append(count)
-            position += count
-        counts[-1] += end - segment.end
-    ahead_N = torch.tensor(ahead, device=device)
-    counts_N = torch.tensor(counts, device=device)
-    ends_R1 = torch.tensor([segment.end for segment in segments], device=device).unsqueeze(1)
-    positions_RS = torch.arange(begin, end, device=device).minimum(ends_R1 - 1)
-    total = len(segments) * (end - begin)
-    ahead_M = ahead_N.repeat_interleave(counts_N, output_size=total)
-    places = tuple(range(len(segments)))
-    return _Keys(
-        begin,
-        end,
-        len(segments),
-        places,
-        rows_RS=positions_RS + ahead_M.view(len(segments), -1),
-    )
 
 
 def _lay_out(

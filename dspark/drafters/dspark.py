@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.attention.backends import block_attention
+from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.backbone import AttentionTile, ParallelBackbone
@@ -183,7 +183,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
         masks_RKH = plan.mask_1KH.expand(len(batch.tables), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
-        backbone = self.config.backbone
+        backbone, blocks = self.config.backbone, BlockContext(batch.tables, batch.lengths)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             window = backbone.window(layer)
@@ -193,8 +193,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                 value,
                 context,
                 layer,
-                batch.tables,
-                batch.lengths,
+                blocks,
                 scale=backbone.attention_scale,
                 window=window,
                 causal=backbone.causal_windows and window is not None,

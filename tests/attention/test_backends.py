@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from dspark.attention import padding
-from dspark.attention.backends import Rule, block_attention, fresh_attention, ragged_attention
+from dspark.attention import blocks, padding
+from dspark.attention.backends import Rule, fresh_attention, ragged_attention
+from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import plan_padding
 from dspark.attention.pages import BlockTable, CacheShape, PagedCache
@@ -168,7 +169,8 @@ def test_fresh_attention_equals_a_cache_that_starts_empty(window):
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("shape", [(2, DIM, DIM), (4, DIM, DIM)])
 @pytest.mark.parametrize(
-    ("requests", "lengths"), [((2,), (9,)), ((0,), (0,)), ((3, 0, 1), (4, 0, 30))]
+    ("requests", "lengths"),
+    [((2,), (9,)), ((0,), (0,)), ((3, 0, 1), (4, 0, 30)), ((3, 0, 1), (9, 7, 6))],
 )
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tables", ["equal distances", "scattered"])
@@ -179,7 +181,9 @@ def test_block_attention(reference, requests, lengths, shape, window, causal, ta
     query = torch.randn(len(own), rows, HEADS, DIM)
     keys, values = torch.randn(2, len(own), rows, shape[0], DIM)
     limits = {"window": window, "causal": causal}
-    out = block_attention(query, keys, values, cache, 0, own, lengths, scale=SCALE, **limits)
+    out = block_attention(
+        query, keys, values, cache, 0, BlockContext(own, lengths), scale=SCALE, **limits
+    )
     for r, (table, length) in enumerate(zip(own, lengths, strict=True)):
         context_keys, context_values = rows_of(cache, table, 0, length)
         visible = [
@@ -198,7 +202,7 @@ def test_block_attention_leaves_the_cache_alone():
     before = [rows.clone() for rows in cache.pool(0)]
     block = torch.randn(1, 3, 2, DIM)
     query = torch.randn(1, 3, HEADS, DIM)
-    block_attention(query, block, block, cache, 0, tables_of()[1:2], [5], scale=SCALE)
+    block_attention(query, block, block, cache, 0, BlockContext(tables_of()[1:2], [5]), scale=SCALE)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.pool(0), strict=True))
 
 
@@ -210,3 +214,23 @@ def test_bfloat16_is_close(causal_reference):
     assert out.dtype == torch.bfloat16
     keys, values = rows_of(cache, batch.segments[0].table, 0, 10)
     close(out[:4], causal_reference(query[:4], keys, values, 6, scale=SCALE), 2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "together"), [((9, 7, 6), True), ((9, 0, 6), False), ((30, 1, 2), False)]
+)
+def test_blocks_run_together_where_that_pays(lengths, together, window, causal, monkeypatch):
+    torch.manual_seed(9)
+    cache, tables = filled(), tables_of("scattered")[:3]
+    block, query = torch.randn(3, 4, 2, DIM), torch.randn(3, 4, HEADS, DIM)
+    outs = []
+    for gathers in (False, True):
+        monkeypatch.setattr(blocks, "_gathers", lambda _device, answer=gathers: answer)
+        context = BlockContext(tables, lengths)
+        limits = {"scale": SCALE, "window": window, "causal": causal}
+        outs.append(block_attention(query, block, block, cache, 0, context, **limits))
+    if window is None:
+        assert [plan is not None for plan in context.memo.values()] == [together]
+    close(outs[0], outs[1].double())
