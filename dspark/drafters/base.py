@@ -67,6 +67,9 @@ class DraftBatch:
         tokens: every committed token of each request, prompt included, anchor last.
         num_drafts: how many tokens to draw, at most the drafter's block size.
         confidences: whether anyone reads the proposal's confidences; else they may be left out.
+        depth: how many drafts a block is made for, at least `num_drafts`; None for all that the
+            drafter knows. What is drafted may hang on it, so it follows from the schedule alone,
+            never from who else is in the round.
     """
 
     tables: tuple[BlockTable, ...]
@@ -75,6 +78,7 @@ class DraftBatch:
     tokens: tuple[Sequence[int], ...]
     num_drafts: int
     confidences: bool = True
+    depth: int | None = None
 
 
 @dataclass(frozen=True)

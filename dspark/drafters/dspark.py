@@ -158,7 +158,11 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     @torch.no_grad()
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
-        """One pass over all slots, then `num_drafts` draws from left to right."""
+        """One pass over the slots, then `num_drafts` draws from left to right.
+
+        Slots behind `batch.depth` are left out: they could be seen, but acceptance hardly knows of
+        them (docs/LOG.md), and drafting for many requests costs what its rows cost.
+        """
         plan = self._decode_plan()
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
@@ -181,7 +185,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     def _block_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
-        masks_RKH = plan.mask_1KH.expand(len(batch.tables), -1, -1)
+        slots = self.config.unused_slots + (batch.depth or self.config.num_drafts)
+        masks_RKH = plan.mask_1KH[:, : slots - 1].expand(len(batch.tables), -1, -1)
         lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
         backbone, blocks = self.config.backbone, BlockContext(batch.tables, batch.lengths)
 
@@ -202,7 +207,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         rotary_table = plan.rotary.upto(max(batch.lengths) + self.config.block_size)
         return plan.weights.block(
             torch.cat((anchors_R1H, masks_RKH), dim=1),
-            rotary_table[lengths_R1 + plan.slots_K],
+            rotary_table[lengths_R1 + plan.slots_K[:slots]],
             attend,
         )
 

@@ -152,6 +152,7 @@ def propose(
     num_drafts: int,
     *,
     confidences: bool,
+    depth: int | None = None,
 ) -> tuple[Drawing, Proposal]:
     """Ask the drafter for up to `num_drafts` tokens of each request.
 
@@ -169,6 +170,7 @@ def propose(
         tokens=tuple(request.tokens for request in requests),
         num_drafts=num_drafts,
         confidences=confidences,
+        depth=depth,
     )
     drawing = Drawing(state, keeps_logits=confidences)
     proposal = drafter.propose(context, batch, drawing)

@@ -55,6 +55,14 @@ class _Told(Scheduler):
     def __init__(self, num_drafts: int) -> None:
         super().__init__(Schedule(), num_drafts=num_drafts)
         self.told: list[int] = []
+        self.most = num_drafts
+
+    def limits(
+        self,
+        requests: Sequence[ActiveRequest],  # noqa: ARG002
+        most: Sequence[int],
+    ) -> list[int]:
+        return [min(limit, self.most) for limit in most]
 
     def lengths(
         self,
@@ -107,6 +115,7 @@ def measure_costs(
     plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].num_drafts)]
     verify: dict[tuple[int, int], list[float]] = {point: [] for point in plan}
     draft: dict[int, list[float]] = {count: [] for count in counts}
+    single: dict[int, list[float]] = {count: [] for count in counts}
     done = 0
     for visit in range(-1, repeats):
         for count, n in plan:
@@ -117,6 +126,9 @@ def measure_costs(
             if visit >= 0:  # the first visit warms up
                 verify[count, n].append(engine.clock.verify_ms - before.verify_ms)
                 draft[count].append(engine.clock.draft_ms - before.draft_ms)
+            if n == count:  # once a visit
+                spent = _single_draft_ms(engine, told, count)
+                single[count] += [spent] if visit >= 0 else []
             done += 1
             if progress is not None:
                 progress(done, len(plan) * (repeats + 1))
@@ -126,10 +138,24 @@ def measure_costs(
             requests=count,
             verify_ms=statistics.median(verify[count, n]),
             draft_ms=statistics.median(draft[count]),
+            single_share=_share(statistics.median(single[count]), statistics.median(draft[count])),
         )
         for count, n in plan
     )
     return CostTable(points, machine)
+
+
+def _single_draft_ms(engine: Engine, told: _Told, count: int) -> float:
+    """What drafting takes in a round that drafts one token of each request."""
+    told.told, told.depth, told.most = [0] * count, 1, 1
+    before = engine.clock.draft_ms
+    engine.step()
+    told.depth, told.most = None, engine.num_drafts
+    return engine.clock.draft_ms - before
+
+
+def _share(part: float, whole: float) -> float:
+    return min(part / whole, 1.0) if whole > 0 else 1.0
 
 
 def _engine(
@@ -143,7 +169,7 @@ def _engine(
     """An engine whose `count` requests have read their prompts and will not end."""
     num_drafts = block_size or drafter.block_size
     told = _Told(num_drafts)
-    visits = (repeats + 1) * len(_drafts(count, num_drafts)) + WARM_UP
+    visits = (repeats + 1) * (len(_drafts(count, num_drafts)) + 1) + WARM_UP
     room = min(visits * (num_drafts + 1) + 1, target.max_context - PROMPT_TOKENS)
     engine = Engine(
         target,

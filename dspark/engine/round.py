@@ -138,6 +138,7 @@ def _draft(
         state.first(len(ready)),
         most,
         confidences=speculator.reads_confidences,
+        depth=scheduler.depth,
     )
     decided = time.perf_counter()
     logits_DK = _confidences(proposal, drawing)

@@ -58,6 +58,21 @@ class Offer:
     are_margins: bool = False
 
 
+@dataclass(frozen=True)
+class _Foresight:
+    """What earlier rounds promise of a round.
+
+    Attributes:
+        budget: drafts worth verifying.
+        longest: the most of these that one request would have.
+        gain: throughput over that of drafting nothing.
+    """
+
+    budget: int
+    longest: int
+    gain: float
+
+
 class Scheduler:
     """Decides how many drafts to make and to verify.
 
@@ -67,6 +82,10 @@ class Scheduler:
         num_drafts: drafts per round at most, K.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
+
+    Attributes:
+        depth: how many drafts this round's blocks are made for, where earlier rounds say that more
+            are not worth their rows; None for all.
 
     Raises:
         UsageError: the schedule weighs costs, and there is no cost table.
@@ -94,6 +113,7 @@ class Scheduler:
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
+        self.depth: int | None = None
         self._budget = 0
         self._margins_DK: FloatArray | None = None
         self._survival_DK: FloatArray | None = None
@@ -110,24 +130,45 @@ class Scheduler:
             requests: who takes part in the round, those without a context last.
             most: how many drafts of each can be of use.
         """
-        self._margins_DK = self._survival_DK = None
+        self._margins_DK = self._survival_DK = self.depth = None
         ready = [request for request in requests if request.drafts]
         if not self._weighs(len(ready)):
             return list(most)
         assert self.costs is not None
-        limits_D = np.array(most[: len(ready)])
-        step_ms_N = self.costs.step_ms(len(ready), int(limits_D.sum()))
-        earlier_DK = self._earlier(ready)
-        budget = None
-        if self.schedule.name == "prefix" and self.verifier != "coupled":
-            # Algorithm 1 may stop far below the best budget: what it would do is what counts.
-            budget = int(prefix_lengths(earlier_DK, step_ms_N, limits_D).sum())
-        gain = drafting_gain(earlier_DK, step_ms_N, self.costs.off_ms(len(ready)), limits_D, budget)
-        if not self._switch.decide(gain):
+        limits_D, earlier_DK = np.array(most[: len(ready)]), self._earlier(ready)
+        plan = self._foresee(earlier_DK, limits_D, self.num_drafts)
+        # One draft more than the costs would ask for, as this round's survivals may differ.
+        depth = min(plan.longest + 1, self.num_drafts)
+        if depth < self.num_drafts:
+            self.depth = depth
+            limits_D = np.minimum(limits_D, depth)
+            plan = self._foresee(earlier_DK, limits_D, depth)
+        if not self._switch.decide(plan.gain):
             return [0] * len(most)
         # A probe that verifies nothing would teach nothing.
-        self._budget = max(best_budget(earlier_DK, step_ms_N, limits_D, MARGIN), 1)
-        return list(most)
+        self._budget = max(plan.budget, 1)
+        return [*map(int, limits_D), *most[len(ready) :]]
+
+    def _foresee(self, earlier_DK: FloatArray, limits_D: IntArray, depth: int) -> _Foresight:
+        """What drafting so deep promises, going by earlier rounds."""
+        assert self.costs is not None
+        requests = len(earlier_DK)
+        step_ms_N = self._step_ms(requests, limits_D, depth)
+        off_ms = self.costs.off_ms(requests)
+        budget = best_budget(earlier_DK, step_ms_N, limits_D, MARGIN)
+        if self.schedule.name == "prefix" and self.verifier != "coupled":
+            # Algorithm 1 may stop far below the best budget: what it would do is what counts.
+            lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
+            gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D, int(lengths_D.sum()))
+        else:
+            lengths_D = fill_budget(earlier_DK, budget, limits_D)
+            gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D)
+        return _Foresight(budget, int(lengths_D.max(initial=0)), gain)
+
+    def _step_ms(self, requests: int, limits_D: IntArray, depth: int) -> FloatArray:
+        assert self.costs is not None
+        way = (depth - 1) / (self.num_drafts - 1) if self.num_drafts > 1 else 1.0
+        return self.costs.step_ms(requests, int(limits_D.sum()), way)
 
     def lengths(
         self, requests: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
@@ -154,9 +195,8 @@ class Scheduler:
     def _weighed(
         self, ready: Sequence[ActiveRequest], survival_DK: FloatArray, limits_D: IntArray
     ) -> IntArray:
-        assert self.costs is not None
         survival_DK = survival_DK * self._factors(ready)
-        step_ms_N = self.costs.step_ms(len(ready), int(limits_D.sum()))
+        step_ms_N = self._step_ms(len(ready), limits_D, self.depth or self.num_drafts)
         if self.verifier == "coupled":  # and there only may this round's own survivals be searched
             budget = best_budget(survival_DK, step_ms_N, limits_D, MARGIN)
             return fill_budget(survival_DK, budget, limits_D)

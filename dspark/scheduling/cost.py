@@ -21,7 +21,7 @@ from dspark.errors import CompatibilityError, DataError, UsageError
 from dspark.scheduling.files import read_json, typed_fields, write_json
 from dspark.scheduling.machine import MachineKey
 
-VERSION = 1
+VERSION = 2
 FALLBACK = "measure it with dspark profile; until then the schedule is 'fixed'"
 FLAT_RISE, FLAT_SPAN = 1.10, 4
 NOISE = 0.15
@@ -36,13 +36,15 @@ class CostPoint:
         tokens: rows sent to the target, anchors included.
         requests: R.
         verify_ms: milliseconds of a round without drafting: the target's forward and the rest.
-        draft_ms: milliseconds of drafting for R requests.
+        draft_ms: milliseconds of drafting a whole block for R requests.
+        single_share: what drafting a single token each takes of that; 1 where depth costs nothing.
     """
 
     tokens: int
     requests: int
     verify_ms: float
     draft_ms: float
+    single_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class CostTable:
                 and all(map(math.isfinite, costs))
                 and point.verify_ms > 0
                 and point.draft_ms >= 0
+                and 0 <= point.single_share <= 1
             ):
                 raise DataError(f"The cost table has an impossible point, {point}; {FALLBACK}.")
 
@@ -100,21 +103,28 @@ class CostTable:
             )
         return float(self._verify(np.array([float(tokens)]), requests)[0])
 
-    def draft_ms(self, requests: int) -> float:
+    def draft_ms(self, requests: int, depth: float = 1.0) -> float:
         """Milliseconds of drafting for so many requests.
+
+        Args:
+            requests: R.
+            depth: from 0, a single token each, to 1, the whole block.
 
         Raises:
             UsageError: the table does not cover so many requests.
         """
         low, high, weight = self._bracket(requests)
-        return (1 - weight) * self._draft[low] + weight * self._draft[high]
+        whole = (1 - weight) * self._draft[low] + weight * self._draft[high]
+        single = (1 - weight) * self._single[low] + weight * self._single[high]
+        return whole * (single + (1 - single) * depth)
 
-    def step_ms(self, requests: int, drafts: int) -> FloatArray:
+    def step_ms(self, requests: int, drafts: int, depth: float = 1.0) -> FloatArray:
         """Milliseconds of steps that verify 0, 1, ... drafts in all, drafting included.
 
         Args:
             requests: R.
             drafts: the most drafts of interest, usually R * K.
+            depth: of drafting, as `draft_ms`.
 
         Returns:
             [N + 1], never falling; N is `drafts`, or less where the last probe comes before.
@@ -126,7 +136,7 @@ class CostTable:
             raise UsageError(f"The number of drafts is {drafts}, but must be 0 or more.")
         most = min(drafts, self.most_tokens(requests) - requests)
         tokens = np.arange(requests, requests + most + 1, dtype=np.float64)
-        return self._verify(tokens, requests) + self.draft_ms(requests)
+        return self._verify(tokens, requests) + self.draft_ms(requests, depth)
 
     def off_ms(self, requests: int) -> float:
         """Milliseconds of a step that drafts nothing.
@@ -246,6 +256,14 @@ class CostTable:
         }
         smooth = _monotone([(count, 0) for count in costs], list(costs.values()))
         return dict(zip(costs, smooth, strict=True))
+
+    @cached_property
+    def _single(self) -> dict[int, float]:
+        """What a single draft takes of a block's cost, per measured number of requests."""
+        return {
+            count: float(np.median([p.single_share for p in self.points if p.requests == count]))
+            for count in self._counts
+        }
 
     def _bracket(self, requests: int) -> tuple[int, int, float]:
         """The measured numbers of requests on both sides, and the weight of the upper one."""

@@ -117,8 +117,8 @@ class RequestHistory:
 
         Args:
             tags: name the requests, each once.
-            survival_RK: predicted survivals of every offered draft, without the factor; of a
-                shorter block the last column stands for the rest.
+            survival_RK: predicted survivals of every offered draft, without the factor; behind a
+                shorter block they are taken to fall as they typically do.
             accepted_R: drafts that stayed.
             verified_R: drafts that were verified.
             shared_R: which requests are typical; penalised and constrained ones are not. None
@@ -207,5 +207,7 @@ class RequestHistory:
                 f"Survivals of a round have the shape {survival_RK.shape}, but must have 1 to "
                 f"{most} columns; say `fade` where nothing was drafted."
             )
-        missing = most - survival_RK.shape[1]
-        return np.concatenate([survival_RK, np.repeat(survival_RK[:, -1:], missing, 1)], axis=1)
+        seen = survival_RK.shape[1]
+        last = max(float(self._typical_K[seen - 1]), np.finfo(np.float64).tiny)
+        fall_K = np.minimum(self._typical_K[seen:] / last, 1.0)
+        return np.concatenate([survival_RK, survival_RK[:, -1:] * fall_K], axis=1)

@@ -149,11 +149,12 @@ def test_lagged_budget_knows_nothing_of_this_round():
     for logits in ([[3.0] * 5, [-3.0] * 5], [[-3.0] * 5, [3.0] * 5], [[0.0] * 5, [0.1] * 5]):
         schedule = scheduler("lagged", table(lambda tokens: 10.0 if tokens <= 8 else 1000.0))
         limits = schedule.limits(requests, [5, 5])
-        offer = Offer(2, 5, np.array(logits))
+        assert limits == [4, 4]  # one deeper than the 6 drafts of a cheap step would be shared out
+        offer = Offer(2, 4, np.array(logits)[:, :4])
         lengths.append(schedule.lengths(requests, limits, offer))
     assert [sum(pair) for pair in lengths] == [6, 6, 6]
-    assert lengths[0] == [5, 1]
-    assert lengths[1] == [1, 5]
+    assert lengths[0] == [4, 2]
+    assert lengths[1] == [2, 4]
 
 
 def test_more_requests_than_were_measured_are_verified_in_full(tiny, target):
