@@ -31,7 +31,7 @@ def in_chunks(target, ids, *sizes):
     for size in sizes:
         piece = ids[start : start + size]
         if piece:
-            batch = RaggedBatch.build([(table, start, piece)])
+            batch = RaggedBatch.build([(table, start, piece)], target.device)
             outs.append(everything(target.forward(batch, cache, taps=TAPS, logit_rows="all")))
         start += size
     return torch.cat(outs)
@@ -50,7 +50,7 @@ def together(target):
                 parts.append((TABLES[r], starts[r], piece))
                 who.append(r)
                 starts[r] += len(piece)
-        batch = RaggedBatch.build(parts)
+        batch = RaggedBatch.build(parts, target.device)
         rows = everything(target.forward(batch, cache, taps=TAPS, logit_rows="all"))
         for r, piece in zip(who, rows.split([len(part[2]) for part in parts]), strict=True):
             outs[r].append(piece)
@@ -190,3 +190,11 @@ def test_what_cannot_be_made_invariant_is_refused_by_name(tiny_model, kind, mess
     with pytest.raises(CompatibilityError, match=f"^Qwen3ForCausalLM cannot .*{message}") as caught:
         Target.from_model(model, batch_invariant=True)
     assert str(caught.value).count(".\n") == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["auto", "plain"])
+def test_cuda_no_bit_depends_on_the_batch(tiny_model, family, attention):
+    model = tiny_model(family).to(torch.bfloat16).cuda()
+    assert changed(Target.from_model(model, batch_invariant=True, attention=attention)) == (0, 0)
