@@ -30,7 +30,14 @@ CEILINGS = {"vanilla": 1.015, "rnn": 1.03}
 WARM_UP = 3
 
 
-def random_target(shape: Shape, vocab_size: int, dtype: torch.dtype, device: str) -> Target:
+def random_target(
+    shape: Shape,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    batch_invariant: bool = False,
+) -> Target:
     """A Qwen3 model with random weights, made where it will run."""
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -51,7 +58,7 @@ def random_target(shape: Shape, vocab_size: int, dtype: torch.dtype, device: str
             model = Qwen3ForCausalLM(config)
     finally:
         torch.set_default_dtype(previous)
-    return Target.from_model(model)
+    return Target.from_model(model, batch_invariant=batch_invariant)
 
 
 def drafter_config(target: Target, shape: Shape, head: str, args: Any, block: int) -> DSparkConfig:

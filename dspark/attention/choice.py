@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.flex import flex_attention
+from dspark.attention.invariant import invariant_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, BlockTable, CacheShape, PagedCache
 from dspark.attention.varlen import VarlenAttention, missing_from_torch
@@ -42,7 +43,7 @@ def choose_attention(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    num_splits: int | None = None,
+    batch_invariant: bool = False,
 ) -> AttentionBackend:
     """The implementation asked for, tried out on a few rows.
 
@@ -53,19 +54,28 @@ def choose_attention(
         shapes: what the layers cache.
         dtype: of queries, keys and values.
         device: where they are.
-        num_splits: see `VarlenAttention`.
+        batch_invariant: whether a row's result must not depend on what else is in a batch:
+            `plain` then is `invariant_attention`, `varlen` splits no keys, and there is no `flex`.
 
     Raises:
-        UsageError: there is no such implementation, or it cannot run here.
+        UsageError: there is no such implementation, or it cannot run here or in this mode.
     """
     if name not in ATTENTIONS:
         raise UsageError(f"The attention is {name!r}, but must be one of {', '.join(ATTENTIONS)}.")
+    plain = AttentionBackend("plain", invariant_attention) if batch_invariant else PLAIN
     if name == "plain" or (name == "auto" and device.type != "cuda"):
-        return PLAIN
+        return plain
+    num_splits = 1 if batch_invariant else None
     candidates = {
         "varlen": AttentionBackend("varlen", VarlenAttention(num_splits)),
         "flex": AttentionBackend("flex", flex_attention),
     }
+    if batch_invariant:
+        del candidates["flex"]
+        if name == "flex":
+            raise UsageError(
+                "The attention 'flex' cannot be batch-invariant; use 'auto', 'plain' or 'varlen'."
+            )
     for candidate in candidates.values() if name == "auto" else (candidates[name],):
         reason = _reason_against(candidate, shapes, dtype, device, num_splits)
         if reason is None:
@@ -74,7 +84,7 @@ def choose_attention(
             raise UsageError(
                 f"The attention {name!r} cannot run on {device}: {reason}; use 'auto' or 'plain'."
             )
-    return PLAIN
+    return plain
 
 
 def _reason_against(

@@ -2,7 +2,7 @@
 
 The kernel reads keys and values where they lie, page by page, and masks nothing that it need not.
 It knows no attention sinks, no soft-capped scores and no first key; layers that have them are
-attended to by `backends.cached_attention`.
+attended to by `backends.cached_attention`, or `invariant_attention` where keys are not split.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from dspark.attention.backends import Rule, cached_attention
+from dspark.attention.invariant import invariant_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PagedCache
 
@@ -74,7 +75,8 @@ class VarlenAttention:
     ) -> Tensor:
         """Attention of every row over its own request's pages; [1, A, T, value_dim]."""
         if rule.explicit or rule.first > 0:
-            return cached_attention(query_1ATD, cache, layer, batch, rule)
+            other = cached_attention if self.num_splits is None else invariant_attention
+            return other(query_1ATD, cache, layer, batch, rule)
         if ("varlen",) not in batch.memo:
             batch.memo["varlen",] = _Layout.of(batch)
         layout: _Layout = batch.memo["varlen",]

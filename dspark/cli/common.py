@@ -26,6 +26,14 @@ class Commands(Protocol):
         ...
 
 
+class OptionGroup(Protocol):
+    """What an option is added to: a parser, or a group of its options."""
+
+    def add_argument(self, *names: str, action: str, help: str) -> argparse.Action:
+        """Add an option."""
+        ...
+
+
 @dataclass(frozen=True)
 class Screen:
     """Where a command writes.
@@ -115,6 +123,17 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that TARGET brings along"
     )
+    add_invariance_option(group)
+
+
+def add_invariance_option(group: OptionGroup) -> None:
+    """Add the switch for batch-invariant mode."""
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="make results independent, to the last bit, of what else is in a batch: greedy "
+        "output is then plain decoding's in bfloat16 too, at some cost in speed",
+    )
 
 
 def seed_number(text: str) -> int:
@@ -157,6 +176,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             revision=options.revision,
             offline=options.offline,
             trust_remote_code=options.trust_remote_code,
+            batch_invariant=options.batch_invariant,
         )
 
 

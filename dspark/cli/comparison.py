@@ -36,10 +36,12 @@ class Difference:
         """Whether rounding may have decided."""
         return self.top2_gap < NEAR_TIE
 
-    def sentence(self, dtype: torch.dtype) -> str:
-        """What a user should know about it."""
+    def sentence(self, dtype: torch.dtype, *, batch_invariant: bool = False) -> str:
+        """What a user should know about it; in batch-invariant mode rounding is no excuse."""
         where = f"Output {self.request + 1} differs from token {self.position + 1} on, where the "
         gap = f"target's two best logits are {self.top2_gap:.1e} apart: "
+        if batch_invariant:
+            return where + gap + "not to be in batch-invariant mode; please report this."
         if self.is_near_tie:
             return where + gap + "a tie that rounding decides."
         if dtype in (torch.bfloat16, torch.float16):

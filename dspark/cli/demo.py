@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from dspark.cli.common import Commands, Screen, add_common_options, load_model, new_parser
+from dspark.cli.common import (
+    Commands,
+    Screen,
+    add_common_options,
+    add_invariance_option,
+    load_model,
+    new_parser,
+)
 from dspark.errors import CheckpointError
 from dspark.request import Request, SamplingParams
 
@@ -46,6 +53,7 @@ def add_parser(commands: Commands) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
     )
     parser.add_argument("--only", choices=tuple(PROMPTS), help="one prompt instead of all three")
+    add_invariance_option(parser)
     add_common_options(parser)
     # One thread and float32: the fastest identical mode measured for a model this small.
     parser.set_defaults(

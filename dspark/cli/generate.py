@@ -260,7 +260,9 @@ def _compare(
     if temperature == 0:
         found = differences(model.target, requests, decoded.outputs, plain.outputs)
     for difference in found:
-        screen.log.print(difference.sentence(model.target.dtype), style="yellow")
+        target = model.target
+        sentence = difference.sentence(target.dtype, batch_invariant=target.batch_invariant)
+        screen.log.print(sentence, style="yellow")
     report["differences"] = [
         {"request": d.request, "position": d.position, "top2_gap": d.top2_gap} for d in found
     ]

@@ -30,6 +30,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    batch_invariant: bool = False,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -43,10 +44,14 @@ def load(
         revision: branch, tag or commit on the hub, for the target.
         offline: use only what is on this machine.
         trust_remote_code: run code that a checkpoint brings along.
+        batch_invariant: make what the target computes for a token the same, to the last bit,
+            whatever else is in the batch: greedy and coupled outputs are then plain decoding's in
+            bfloat16 too. It costs speed (docs/losslessness.md, numerics).
 
     Raises:
         CheckpointError: a checkpoint is missing, incomplete or damaged.
-        CompatibilityError: the architecture is not supported, or drafter and target do not fit.
+        CompatibilityError: the architecture is not supported, or not in this mode, or drafter
+            and target do not fit.
     """
     if target == "bundled":
         target = BUNDLED
@@ -59,6 +64,7 @@ def load(
         revision=revision,
         offline=offline,
         trust_remote_code=trust_remote_code,
+        batch_invariant=batch_invariant,
     )
     return _with_draft(target, draft, loaded, revision, offline)
 

@@ -40,10 +40,11 @@ def hardware_name(device: torch.device) -> str:
 
 def machine_key(target: Target, drafter_name: str) -> MachineKey:
     """What a cost table of this process's machine, threads and models belongs to."""
+    dtype = str(target.dtype).removeprefix("torch.")
     return MachineKey(
         hardware=hardware_name(target.device),
         threads=torch.get_num_threads(),
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=f"{dtype} batch-invariant" if target.batch_invariant else dtype,
         target=target.name,
         drafter=drafter_name,
     )

@@ -16,7 +16,8 @@ class MachineKey:
     Attributes:
         hardware: name of the processor or accelerator.
         threads: of the CPU.
-        dtype: of the target's weights, `float32` and the like.
+        dtype: of the target's weights, `float32` and the like; `float32 batch-invariant` in that
+            mode.
         target: directory or hub id with its revision.
         drafter: the same of the drafter; empty without one.
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from dspark.attention.backends import Rule, cached_attention, fresh_attention
@@ -60,6 +61,8 @@ class RaggedCall:
         cache_layers: cache layer of each decoder layer. Decoder layers that reuse the keys of an
             earlier layer share its cache layer.
         writers: whether a decoder layer writes to its cache layer.
+        tile: number of rows that the batch is padded to, behind its own, on its way through the
+            decoder; None for no padding.
         calls: where the probe takes notes; None outside of it.
     """
 
@@ -67,6 +70,7 @@ class RaggedCall:
     cache: PagedCache | None
     cache_layers: Sequence[int] = ()
     writers: Sequence[bool] = ()
+    tile: int | None = None
     calls: list[LayerCall] | None = None
     attend: Attend = cached_attention
 
@@ -121,11 +125,15 @@ def ragged_forward(
     rule = Rule(scale, sliding_window, s_aux, softcap)
     if ragged.cache is None:
         return fresh_attention(query, key, value, ragged.batch, rule).transpose(1, 2), None
-    cache_layer = ragged.cache_layers[layer]
+    batch, cache_layer = ragged.batch, ragged.cache_layers[layer]
+    own, rows = batch.offsets[-1], query.shape[2]
+    if rows > own:
+        query, key, value = query[:, :, :own], key[:, :, :own], value[:, :, :own]
     if ragged.writers[layer]:
-        batch = ragged.batch
         ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
-    out_1ATD = ragged.attend(query, ragged.cache, cache_layer, ragged.batch, rule)
+    out_1ATD = ragged.attend(query, ragged.cache, cache_layer, batch, rule)
+    if rows > own:
+        out_1ATD = pad(out_1ATD, (0, 0, 0, rows - own))
     return out_1ATD.transpose(1, 2), None
 
 

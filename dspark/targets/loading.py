@@ -105,8 +105,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return chosen
 
 
-def load_model(source: Source, dtype: torch.dtype | str) -> Any:
-    """Load a causal language model on the CPU, every weight from the checkpoint.
+def load_model(source: Source, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Load a causal language model, every weight from the checkpoint.
+
+    It is loaded on the CPU and then moved, except for quantised weights, which transformers
+    prepares for the device that they are loaded on.
 
     Raises:
         CheckpointError: files are missing, truncated or do not hold every weight.
@@ -116,9 +119,15 @@ def load_model(source: Source, dtype: torch.dtype | str) -> Any:
         _check_directory(Path(source.name))
     with quiet():
         config = _load_config(source)
+        placed = {"device_map": {"": device}} if is_quantised(config) else {}
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                source.name, config=config, dtype=dtype, output_loading_info=True, **source.options
+                source.name,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                **source.options,
+                **(placed if device.type != "cpu" else {}),
             )
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
@@ -136,7 +145,12 @@ def load_model(source: Source, dtype: torch.dtype | str) -> Any:
             f"{source.name} lacks {len(missing)} of the model's weights ({shown}); "
             "fetch the checkpoint again or check that config.json belongs to it."
         )
-    return model
+    return model.to(device)
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration says that weights, and perhaps what they multiply, are quantised."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
 from dspark.targets.families import Anatomy, dissect
+from dspark.targets.forward import apply_head, run_tapped
 from dspark.targets.fused_norms import fuse_norms
 from dspark.targets.interface import RaggedCall
+from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
 from dspark.targets.loading import (
     Source,
     load_model,
@@ -27,7 +28,7 @@ from dspark.targets.loading import (
     resolve_dtype,
     resolve_source,
 )
-from dspark.targets.probe import CacheLayout, apply_head, layer_input, probe, run_decoder
+from dspark.targets.probe import CacheLayout, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,9 @@ class Target:
         device: where it runs.
         eos_token_ids: tokens that end an answer.
         attention_backend: what attends over the cache: plain, flex or varlen.
+        batch_invariant: whether a token's result is the same, to the last bit, whatever else is
+            in its batch and however its prompt was cut. It holds while the number of CPU threads
+            stays what it was at load.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Target:
         name: str,
         eos_token_ids: frozenset[int],
         attention: AttentionBackend,
+        batch_invariant: bool = False,
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> None:
@@ -116,6 +121,7 @@ class Target:
         self.eos_token_ids = eos_token_ids
         self.attention_backend = attention.name
         self._attend = attention.attend
+        self.batch_invariant = batch_invariant
         self._anatomy = anatomy
         self._layout = layout
         self._tokenizer = tokenizer
@@ -132,6 +138,7 @@ class Target:
         offline: bool = False,
         trust_remote_code: bool = False,
         attention: AttentionName = "auto",
+        batch_invariant: bool = False,
     ) -> Target:
         """Load a checkpoint.
 
@@ -144,10 +151,11 @@ class Target:
             offline: use only what has been downloaded before.
             trust_remote_code: run model code that comes with the checkpoint.
             attention: auto, plain, flex or varlen (`attention.choice.choose_attention`).
+            batch_invariant: make results independent of what else is in a batch.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or damaged.
-            CompatibilityError: the architecture is not supported.
+            CompatibilityError: the architecture is not supported, or not in this mode.
             NumericsError: the model computes NaN or infinite numbers.
             UsageError: device, dtype or attention cannot be used.
         """
@@ -155,8 +163,8 @@ class Target:
         found = resolve_source(
             source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
         )
-        model = load_model(found, resolve_dtype(dtype, place)).to(place)
-        return cls._build(model, name=str(source), source=found, attention=attention)
+        model = load_model(found, resolve_dtype(dtype, place), place)
+        return cls._build(model, attention, batch_invariant, name=str(source), source=found)
 
     @classmethod
     def from_model(
@@ -166,6 +174,7 @@ class Target:
         name: str = "model",
         tokenizer: Any = None,
         attention: AttentionName = "auto",
+        batch_invariant: bool = False,
     ) -> Target:
         """Take over a model that is already in memory.
 
@@ -173,19 +182,20 @@ class Target:
         runs through the target only.
 
         Raises:
-            CompatibilityError: the architecture is not supported.
+            CompatibilityError: the architecture is not supported, or not in this mode.
             NumericsError: the model computes NaN or infinite numbers.
             UsageError: the attention cannot be used.
         """
-        return cls._build(model, name=name, tokenizer=tokenizer, attention=attention)
+        return cls._build(model, attention, batch_invariant, name=name, tokenizer=tokenizer)
 
     @classmethod
     def _build(
         cls,
         model: Any,
+        attention: AttentionName,
+        batch_invariant: bool,
         *,
         name: str,
-        attention: AttentionName,
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> Target:
@@ -198,14 +208,21 @@ class Target:
             layout = probe(model, anatomy)
         weight = anatomy.embedding.weight
         backend = choose_attention(
-            attention, layout.shapes, dtype=weight.dtype, device=weight.device
+            attention,
+            layout.shapes,
+            dtype=weight.dtype,
+            device=weight.device,
+            batch_invariant=batch_invariant,
         )
+        if batch_invariant:
+            make_invariant(model, anatomy, layout, backend.attend)
         return cls(
             anatomy,
             layout,
             name=name,
             eos_token_ids=_eos_token_ids(model, anatomy),
             attention=backend,
+            batch_invariant=batch_invariant,
             tokenizer=tokenizer,
             source=source,
         )
@@ -260,22 +277,26 @@ class Target:
         Raises:
             UsageError: a tap names no layer.
         """
-        layout = self._layout
-        call = RaggedCall(batch, cache, layout.cache_layers, layout.writers, attend=self._attend)
+        self._check_taps(taps)
+        if cache is None and self.batch_invariant:
+            batch, cache = with_cache(batch, self.cache_shapes, self._anatomy.embedding.weight)
         with torch.no_grad():
-            if taps:
-                hidden_TH, features_TF = self._run_tapped(call, taps)
-            else:
-                hidden_TH, features_TF = run_decoder(self._anatomy, call), None
+            layout = self._layout
+            call = RaggedCall(
+                batch, cache, layout.cache_layers, layout.writers, attend=self._attend
+            )
+            run = run_in_tiles if self.batch_invariant else run_tapped
+            hidden_TH, features_TF = run(self._anatomy, call, taps)
             logits_NV = None
             if logit_rows is not None:
                 rows_NH = hidden_TH if isinstance(logit_rows, str) else hidden_TH[logit_rows]
-                logits_NV = apply_head(self._anatomy, rows_NH)
+                logits_NV = self.logits(rows_NH)
         return TargetOutput(hidden_TH, logits_NV, features_TF)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of normed hidden states [N, H], soft cap included."""
-        return apply_head(self._anatomy, hidden_NH)
+        apply = apply_head_in_tiles if self.batch_invariant else apply_head
+        return apply(self._anatomy, hidden_NH)
 
     def parts(self) -> TargetParts:
         """What a drafter borrows."""
@@ -291,33 +312,13 @@ class Target:
             final_norm_H=anatomy.final_norm_H,
         )
 
-    def _run_tapped(self, call: RaggedCall, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _check_taps(self, taps: Sequence[int]) -> None:
         for tap in taps:
             if not -1 <= tap < self.num_layers:
                 raise UsageError(
                     f"taps names layer {tap}, but must name layers from -1 (embeddings) to "
                     f"{self.num_layers - 1}."
                 )
-        taken: dict[int, Tensor] = {}
-        handles = [self._hook(tap, taken) for tap in set(taps)]
-        try:
-            hidden_TH = run_decoder(self._anatomy, call)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return hidden_TH, torch.cat([taken[tap] for tap in taps], -1)
-
-    def _hook(self, tap: int, taken: dict[int, Tensor]) -> RemovableHandle:
-        def keep_input(_module: Any, args: Any, kwargs: Any) -> None:
-            taken[tap] = layer_input(args, kwargs)
-
-        def keep_output(_module: Any, _args: Any, out: Any) -> None:
-            taken[tap] = (out[0] if isinstance(out, tuple) else out)[0]
-
-        if tap == -1:
-            first = self._anatomy.layers[0]
-            return first.register_forward_pre_hook(keep_input, with_kwargs=True)
-        return self._anatomy.layers[tap].register_forward_hook(keep_output)
 
 
 def _eos_token_ids(model: Any, anatomy: Anatomy) -> frozenset[int]:

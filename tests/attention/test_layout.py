@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from dspark.attention.layout import RaggedBatch, Segment
@@ -30,3 +31,16 @@ def test_fresh_sequences_fill_a_pool_of_their_own():
     assert [list(segment.table.pages) for segment in batch.segments] == [[0, 1], [2], [3]]
     assert batch.positions_T.tolist() == [*range(17), 0, 0, 1]
     assert batch.rows_T.tolist() == [*range(17), 32, 48, 49]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_hand_over_beside_other_work():
+    tables = [BlockTable((2, 5)), BlockTable((0,))]
+    parts = [(tables[0], 14, [4, 5, 6]), (tables[1], 0, [7])]
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy.T / 4096
+    ours, expected = RaggedBatch.build(parts, "cuda"), RaggedBatch.build(parts)
+    for name in ("input_ids_T", "positions_T", "rows_T"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name))

@@ -84,6 +84,15 @@ def test_compare_is_identical_at_temperature_0_with_any_drafter(dspark, pair, dr
     assert (report["drafted"] == 0) == (draft in ("none", "off"))
 
 
+def test_batch_invariant_mode(dspark, pair, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"how many {i}"}) + "\n" for i in range(3)))
+    words = ["--prompts", path, *SHORT, "--dtype", "bfloat16", "--batch-invariant", "--compare"]
+    report = dspark("generate", pair.attached, *words, "--json").json
+    assert report["identical"] is True
+    assert report["accepted"] > 0
+
+
 @pytest.mark.parametrize(
     ("verifier", "identical"), [("coupled", True), ("token", None), ("block", None)]
 )
@@ -375,6 +384,7 @@ def test_where_outputs_depart_and_how_near_the_tie_is(pair):
     assert "differs from token 4 on" in found.sentence(torch.float32)
     assert "please report" in found.sentence(torch.float32)
     assert "rounding of bfloat16" in found.sentence(torch.bfloat16)
+    assert "report" in Difference(0, 3, 1e-6).sentence(torch.bfloat16, batch_invariant=True)
     assert "a tie that rounding decides" in Difference(0, 3, 1e-6).sentence(torch.float32)
 
 
