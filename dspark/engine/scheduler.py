@@ -39,6 +39,8 @@ from dspark.scheduling.switch import DraftSwitch
 # What a smaller budget, or drafting nothing, must promise more before it is believed: the larger,
 # the closer to fixed blocks, the smaller, the more noise of a table may lose (docs/scheduling.md).
 MARGIN = 0.005
+# Depths of a block that are weighed against the whole one.
+_SHALLOW = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ class _Foresight:
     """What earlier rounds promise of a round.
 
     Attributes:
-        budget: drafts worth verifying.
-        longest: the most of these that one request would have.
+        depth: drafts of each request.
+        budget: how many of all of them are worth verifying.
         gain: throughput over that of drafting nothing.
     """
 
+    depth: int
     budget: int
-    longest: int
     gain: float
 
 
@@ -114,6 +116,7 @@ class Scheduler:
         self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
         self.depth: int | None = None
+        self._depths = sorted({min(depth, num_drafts) for depth in (*_SHALLOW, num_drafts)})
         self._budget = 0
         self._margins_DK: FloatArray | None = None
         self._survival_DK: FloatArray | None = None
@@ -135,35 +138,29 @@ class Scheduler:
         if not self._weighs(len(ready)):
             return list(most)
         assert self.costs is not None
-        limits_D, earlier_DK = np.array(most[: len(ready)]), self._earlier(ready)
-        plan = self._foresee(earlier_DK, limits_D, self.num_drafts)
-        # One draft more than the costs would ask for, as this round's survivals may differ.
-        depth = min(plan.longest + 1, self.num_drafts)
-        if depth < self.num_drafts:
-            self.depth = depth
-            limits_D = np.minimum(limits_D, depth)
-            plan = self._foresee(earlier_DK, limits_D, depth)
+        earlier_DK, most_D = self._earlier(ready), np.array(most[: len(ready)])
+        plans = [self._foresee(earlier_DK, most_D, depth) for depth in self._depths]
+        plan = max(plans, key=lambda plan: plan.gain)
+        if plan.gain <= (1 + MARGIN) * plans[-1].gain:
+            plan = plans[-1]
         if not self._switch.decide(plan.gain):
             return [0] * len(most)
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
-        return [*map(int, limits_D), *most[len(ready) :]]
+        self.depth = plan.depth if plan.depth < self.num_drafts else None
+        return [min(limit, plan.depth) for limit in most]
 
-    def _foresee(self, earlier_DK: FloatArray, limits_D: IntArray, depth: int) -> _Foresight:
+    def _foresee(self, earlier_DK: FloatArray, most_D: IntArray, depth: int) -> _Foresight:
         """What drafting so deep promises, going by earlier rounds."""
         assert self.costs is not None
-        requests = len(earlier_DK)
-        step_ms_N = self._step_ms(requests, limits_D, depth)
-        off_ms = self.costs.off_ms(requests)
-        budget = best_budget(earlier_DK, step_ms_N, limits_D, MARGIN)
+        limits_D = np.minimum(most_D, depth)
+        step_ms_N = self._step_ms(len(earlier_DK), limits_D, depth)
+        off_ms, drafts = self.costs.off_ms(len(earlier_DK)), None
         if self.schedule.name == "prefix" and self.verifier != "coupled":
             # Algorithm 1 may stop far below the best budget: what it would do is what counts.
-            lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
-            gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D, int(lengths_D.sum()))
-        else:
-            lengths_D = fill_budget(earlier_DK, budget, limits_D)
-            gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D)
-        return _Foresight(budget, int(lengths_D.max(initial=0)), gain)
+            drafts = int(prefix_lengths(earlier_DK, step_ms_N, limits_D).sum())
+        gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D, drafts)
+        return _Foresight(depth, best_budget(earlier_DK, step_ms_N, limits_D, MARGIN), gain)
 
     def _step_ms(self, requests: int, limits_D: IntArray, depth: int) -> FloatArray:
         assert self.costs is not None

@@ -149,12 +149,32 @@ def test_lagged_budget_knows_nothing_of_this_round():
     for logits in ([[3.0] * 5, [-3.0] * 5], [[-3.0] * 5, [3.0] * 5], [[0.0] * 5, [0.1] * 5]):
         schedule = scheduler("lagged", table(lambda tokens: 10.0 if tokens <= 8 else 1000.0))
         limits = schedule.limits(requests, [5, 5])
-        assert limits == [4, 4]  # one deeper than the 6 drafts of a cheap step would be shared out
-        offer = Offer(2, 4, np.array(logits)[:, :4])
+        assert limits == [5, 5]
+        offer = Offer(2, 5, np.array(logits))
         lengths.append(schedule.lengths(requests, limits, offer))
     assert [sum(pair) for pair in lengths] == [6, 6, 6]
-    assert lengths[0] == [4, 2]
-    assert lengths[1] == [2, 4]
+    assert lengths[0] == [5, 1]
+    assert lengths[1] == [1, 5]
+
+
+@pytest.mark.parametrize(("single_share", "depth"), [(1.0, 5), (0.2, 2)])
+def test_blocks_are_no_deeper_than_pays(single_share, depth):
+    """A step of 4 rows is cheap and drafting is dear: two drafts each, if fewer cost less."""
+    points = [
+        CostPoint(tokens, 2, 10.0 if tokens <= 6 else 1000.0, 20.0, single_share)
+        for tokens in range(2, 13)
+    ]
+    requests = [
+        SimpleNamespace(
+            request_id=i, drafts=True, request=SimpleNamespace(params=SamplingParams(8))
+        )
+        for i in range(2)
+    ]
+    schedule = scheduler("lagged", CostTable(tuple(points), MACHINE))
+    assert schedule.limits(requests, [5, 5]) == [depth, depth]
+    assert schedule.depth == (None if depth == 5 else depth)
+    logits = np.zeros((2, depth))
+    assert sum(schedule.lengths(requests, [depth, depth], Offer(2, depth, logits))) == 4
 
 
 def test_more_requests_than_were_measured_are_verified_in_full(tiny, target):
