@@ -95,7 +95,7 @@ def test_profile_then_generate_weighs_costs(dspark, pair, drafter, prompts):
     assert result.status == 0
     points = result.json["points"]
     assert {point["requests"] for point in points} == {1, 2}
-    assert all(p.keys() == {"tokens", "requests", "verify_ms", "draft_ms"} for p in points)
+    assert all(p.keys() >= {"tokens", "requests", "verify_ms", "draft_ms"} for p in points)
     calibrate(dspark, pair, drafter, prompts)
     plain, lagged = (
         dspark("generate", *words, "--prompts", prompts, "--batch-size", 2, "--max-new-tokens", 20,
