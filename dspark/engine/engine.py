@@ -102,7 +102,7 @@ class Engine:
             self.drafter,
             max_requests=max_requests,
             max_length=self.max_length,
-            rows_ahead=1 + self.num_drafts + (self.drafter is not None),
+            rows_ahead=1 + max(self.num_drafts, self.drafter.rows_ahead if self.drafter else 0),
             cache_tokens=cache_tokens,
             reuse=prefix_reuse,
         )
