@@ -83,7 +83,7 @@ class RaggedBatch:
                 token += count
             segments.append(Segment(table, start, length))
             offsets.append(token)
-        packed_3T = _hand_over(columns, torch.device(device)).view(3, -1)
+        packed_3T = hand_over(columns, torch.device(device)).view(3, -1)
         ids_T, positions_T, rows_T = packed_3T.unbind(0)
         return cls(ids_T, positions_T, rows_T, tuple(segments), tuple(offsets), tuple(runs))
 
@@ -119,9 +119,9 @@ class RaggedBatch:
         return torch.tensor(rows, dtype=torch.int64, device=self.rows_T.device)
 
 
-def _hand_over(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def hand_over(
+    columns: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
     """Numbers on a device, in one copy that a GPU makes beside what it is doing."""
     pinned = device.type == "cuda"
-    return torch.tensor(columns, dtype=torch.int64, pin_memory=pinned).to(
-        device, non_blocking=pinned
-    )
+    return torch.tensor(columns, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)

@@ -17,20 +17,23 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.invariant import invariant_attention
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.layout import RaggedBatch, hand_over
 from dspark.attention.pages import PagedCache
+
+MEMO = ("varlen",)
+"""The name of a batch's `VarlenLayout` in its memo."""
 
 
 @dataclass(frozen=True)
-class _Layout:
+class VarlenLayout:
     """What the kernel reads of a batch, int32: R requests of up to P pages.
 
     Attributes:
         starts_R1: first row of each request, and the end.
         used_R: keys of each request.
         pages_RP: its pages, any behind its last.
-        most_rows: rows of the longest segment.
-        most_keys: keys of the longest request.
+        most_rows: rows of the longest segment, or more.
+        most_keys: keys of the longest request, or more.
     """
 
     starts_R1: Tensor
@@ -40,23 +43,35 @@ class _Layout:
     most_keys: int
 
     @classmethod
-    def of(cls, batch: RaggedBatch) -> _Layout:
-        segments, size = batch.segments, batch.segments[0].table.page_size
-        width = -(-batch.longest // size)
-        pages = [list(s.table.pages[:width]) for s in segments]
-        rows = [
-            [offset, segment.end, *own, *[0] * (width - len(own))]
-            for offset, segment, own in zip(batch.offsets, segments, pages, strict=False)
-        ]
-        rows.append([batch.offsets[-1], 0, *[0] * width])
-        packed = torch.tensor(rows, dtype=torch.int32, device=batch.rows_T.device)
+    def of(cls, batch: RaggedBatch) -> VarlenLayout:
+        """The layout of a batch of at least one request."""
+        packed = pack_layout(batch, requests=len(batch.segments))
         return cls(
             packed[:, 0].contiguous(),
             packed[:-1, 1].contiguous(),
             packed[:-1, 2:].contiguous(),
-            max(segment.length for segment in segments),
+            max(segment.length for segment in batch.segments),
             batch.longest,
         )
+
+
+def pack_layout(batch: RaggedBatch, *, requests: int) -> Tensor:
+    """First row, keys and pages of each request of a batch, int32 [requests + 1, 2 + P].
+
+    Args:
+        batch: of at least one request.
+        requests: how many to speak of, at least those of the batch; any behind these are empty.
+    """
+    segments, size = batch.segments, batch.segments[0].table.page_size
+    width = -(-batch.longest // size)
+    pages = [list(s.table.pages[:width]) for s in segments]
+    rows = [
+        [offset, segment.end, *own, *[0] * (width - len(own))]
+        for offset, segment, own in zip(batch.offsets, segments, pages, strict=False)
+    ]
+    empty = [batch.offsets[-1], 0, *[0] * width]
+    rows += [empty] * (requests + 1 - len(segments))
+    return hand_over(rows, batch.rows_T.device, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -77,9 +92,9 @@ class VarlenAttention:
         if rule.explicit or rule.first > 0:
             other = cached_attention if self.num_splits is None else invariant_attention
             return other(query_1ATD, cache, layer, batch, rule)
-        if ("varlen",) not in batch.memo:
-            batch.memo["varlen",] = _Layout.of(batch)
-        layout: _Layout = batch.memo["varlen",]
+        if MEMO not in batch.memo:
+            batch.memo[MEMO] = VarlenLayout.of(batch)
+        layout: VarlenLayout = batch.memo[MEMO]
         key_PSGD, value_PSGD = cache.by_page(layer)
         options: dict[str, Any] = {}
         if self.num_splits is not None:

@@ -29,7 +29,13 @@ class Commands(Protocol):
 class OptionGroup(Protocol):
     """What an option is added to: a parser, or a group of its options."""
 
-    def add_argument(self, *names: str, action: str, help: str) -> argparse.Action:
+    def add_argument(
+        self,
+        *names: str,
+        action: str | type[argparse.Action],
+        default: Any = ...,
+        help: str,
+    ) -> argparse.Action:
         """Add an option."""
         ...
 
@@ -123,16 +129,22 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that TARGET brings along"
     )
-    add_invariance_option(group)
+    add_mode_options(group)
 
 
-def add_invariance_option(group: OptionGroup) -> None:
-    """Add the switch for batch-invariant mode."""
+def add_mode_options(group: OptionGroup) -> None:
+    """Add the switches for how a target runs."""
     group.add_argument(
         "--batch-invariant",
         action="store_true",
         help="make results independent, to the last bit, of what else is in a batch: greedy "
         "output is then plain decoding's in bfloat16 too, at some cost in speed",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="record decoding steps as CUDA graphs, or never do (default: where it is possible)",
     )
 
 
@@ -177,6 +189,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             offline=options.offline,
             trust_remote_code=options.trust_remote_code,
             batch_invariant=options.batch_invariant,
+            cuda_graphs=options.cuda_graphs,
         )
 
 

@@ -13,7 +13,7 @@ from dspark.cli.common import (
     Commands,
     Screen,
     add_common_options,
-    add_invariance_option,
+    add_mode_options,
     load_model,
     new_parser,
 )
@@ -53,7 +53,7 @@ def add_parser(commands: Commands) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
     )
     parser.add_argument("--only", choices=tuple(PROMPTS), help="one prompt instead of all three")
-    add_invariance_option(parser)
+    add_mode_options(parser)
     add_common_options(parser)
     # One thread and float32: the fastest identical mode measured for a model this small.
     parser.set_defaults(

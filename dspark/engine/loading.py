@@ -11,6 +11,7 @@ from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CheckpointError, DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
+from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -31,6 +32,7 @@ def load(
     offline: bool = False,
     trust_remote_code: bool = False,
     batch_invariant: bool = False,
+    cuda_graphs: GraphSwitch = "auto",
 ) -> Model:
     """Load a target and its drafter.
 
@@ -47,11 +49,13 @@ def load(
         batch_invariant: make what the target computes for a token the same, to the last bit,
             whatever else is in the batch: greedy and coupled outputs are then plain decoding's in
             bfloat16 too. It costs speed (docs/losslessness.md, numerics).
+        cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible.
 
     Raises:
         CheckpointError: a checkpoint is missing, incomplete or damaged.
         CompatibilityError: the architecture is not supported, or not in this mode, or drafter
             and target do not fit.
+        UsageError: an option cannot be used here.
     """
     if target == "bundled":
         target = BUNDLED
@@ -65,6 +69,7 @@ def load(
         offline=offline,
         trust_remote_code=trust_remote_code,
         batch_invariant=batch_invariant,
+        cuda_graphs=cuda_graphs,
     )
     return _with_draft(target, draft, loaded, revision, offline)
 

@@ -41,10 +41,14 @@ def hardware_name(device: torch.device) -> str:
 def machine_key(target: Target, drafter_name: str) -> MachineKey:
     """What a cost table of this process's machine, threads and models belongs to."""
     dtype = str(target.dtype).removeprefix("torch.")
+    if target.batch_invariant:
+        dtype += " batch-invariant"
+    if target.cuda_graphs:
+        dtype += " with CUDA graphs"
     return MachineKey(
         hardware=hardware_name(target.device),
         threads=torch.get_num_threads(),
-        dtype=f"{dtype} batch-invariant" if target.batch_invariant else dtype,
+        dtype=dtype,
         target=target.name,
         drafter=drafter_name,
     )

@@ -16,8 +16,8 @@ class MachineKey:
     Attributes:
         hardware: name of the processor or accelerator.
         threads: of the CPU.
-        dtype: of the target's weights, `float32` and the like; `float32 batch-invariant` in that
-            mode.
+        dtype: of the target's weights, `float32` and the like, and the mode that it runs in:
+            `float32 batch-invariant`, `bfloat16 with CUDA graphs`.
         target: directory or hub id with its revision.
         drafter: the same of the drafter; empty without one.
     """

@@ -140,3 +140,12 @@ def _refuse_config(name: str, config: Any) -> None:
             f"{name} is not supported: rotary embedding of type {found} depends on the longest "
             "request of a batch; use a checkpoint with another rope_type."
         )
+
+
+def eos_token_ids(model: Any, anatomy: Anatomy) -> frozenset[int]:
+    """End tokens of the generation settings and the configuration together."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config, anatomy.config):
+        eos = getattr(config, "eos_token_id", None)
+        found.update([eos] if isinstance(eos, int) else eos or ())
+    return frozenset(found)

@@ -64,6 +64,8 @@ class RaggedCall:
         tile: number of rows that the batch is padded to, behind its own, on its way through the
             decoder; None for no padding.
         calls: where the probe takes notes; None outside of it.
+        recorded: whether the step is being recorded, the layout of its batch known on the device
+            only.
     """
 
     batch: RaggedBatch
@@ -73,6 +75,7 @@ class RaggedCall:
     tile: int | None = None
     calls: list[LayerCall] | None = None
     attend: Attend = cached_attention
+    recorded: bool = False
 
 
 def ragged_forward(
@@ -129,7 +132,10 @@ def ragged_forward(
     own, rows = batch.offsets[-1], query.shape[2]
     if rows > own:
         query, key, value = query[:, :, :own], key[:, :, :own], value[:, :, :own]
-    if ragged.writers[layer]:
+    if ragged.writers[layer] and ragged.recorded:
+        by_token = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        ragged.cache.write(cache_layer, batch.rows_T, *by_token)
+    elif ragged.writers[layer]:
         ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
     out_1ATD = ragged.attend(query, ragged.cache, cache_layer, batch, rule)
     if rows > own:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +13,10 @@ from dspark.attention.choice import AttentionBackend, AttentionName, choose_atte
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
-from dspark.targets.families import Anatomy, dissect
+from dspark.targets.families import Anatomy, dissect, eos_token_ids
 from dspark.targets.forward import apply_head, run_tapped
 from dspark.targets.fused_norms import fuse_norms
+from dspark.targets.graphs import GraphSwitch, Replayer, choose_graphs
 from dspark.targets.interface import RaggedCall
 from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
 from dspark.targets.loading import (
@@ -28,6 +28,7 @@ from dspark.targets.loading import (
     resolve_dtype,
     resolve_source,
 )
+from dspark.targets.parts import TargetOutput, TargetParts
 from dspark.targets.probe import CacheLayout, probe
 
 if TYPE_CHECKING:
@@ -35,46 +36,6 @@ if TYPE_CHECKING:
 
 # Said by configurations that name no limit of their own.
 _NO_LIMIT = 1 << 20
-
-
-@dataclass(frozen=True)
-class TargetOutput:
-    """Result of one forward over T tokens.
-
-    Attributes:
-        hidden_TH: hidden states after the final norm.
-        logits_NV: logits of the rows that were asked for, None if none were.
-        features_TF: captured layers, concatenated in the order asked for, None if none were.
-    """
-
-    hidden_TH: Tensor
-    logits_NV: Tensor | None
-    features_TF: Tensor | None
-
-
-@dataclass(frozen=True)
-class TargetParts:
-    """What a drafter borrows from its target; nothing is copied.
-
-    Attributes:
-        embedding_VH: input embedding, without its scale.
-        embedding_scale: number that looked-up embeddings are multiplied by.
-        head_VH: output head.
-        head_bias_V: bias of the head, None where it has none.
-        logit_softcap: logits become `cap * tanh(logits / cap)`; None for no cap.
-        vocab_size: number of rows of the head.
-        hidden_size: width H.
-        final_norm_H: what the final norm multiplies by; None where it is not a plain scale.
-    """
-
-    embedding_VH: Tensor
-    embedding_scale: float
-    head_VH: Tensor
-    head_bias_V: Tensor | None
-    logit_softcap: float | None
-    vocab_size: int
-    hidden_size: int
-    final_norm_H: Tensor | None
 
 
 class Target:
@@ -106,6 +67,7 @@ class Target:
         eos_token_ids: frozenset[int],
         attention: AttentionBackend,
         batch_invariant: bool = False,
+        replayer: Replayer | None = None,
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> None:
@@ -114,14 +76,14 @@ class Target:
         self.hidden_size: int = anatomy.embedding.embedding_dim
         self.num_layers = len(anatomy.layers)
         self.vocab_size: int = anatomy.head.out_features
-        limit = getattr(anatomy.config, "max_position_embeddings", None)
-        self.max_context: int = limit or _NO_LIMIT
+        self.max_context = _max_context(anatomy)
         self.dtype = anatomy.embedding.weight.dtype
         self.device = anatomy.embedding.weight.device
         self.eos_token_ids = eos_token_ids
         self.attention_backend = attention.name
         self._attend = attention.attend
         self.batch_invariant = batch_invariant
+        self._replayer = replayer
         self._anatomy = anatomy
         self._layout = layout
         self._tokenizer = tokenizer
@@ -139,6 +101,7 @@ class Target:
         trust_remote_code: bool = False,
         attention: AttentionName = "auto",
         batch_invariant: bool = False,
+        cuda_graphs: GraphSwitch = "auto",
     ) -> Target:
         """Load a checkpoint.
 
@@ -152,19 +115,23 @@ class Target:
             trust_remote_code: run model code that comes with the checkpoint.
             attention: auto, plain, flex or varlen (`attention.choice.choose_attention`).
             batch_invariant: make results independent of what else is in a batch.
+            cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible
+                (`targets.graphs.choose_graphs`).
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or damaged.
             CompatibilityError: the architecture is not supported, or not in this mode.
             NumericsError: the model computes NaN or infinite numbers.
-            UsageError: device, dtype or attention cannot be used.
+            UsageError: device, dtype, attention or CUDA graphs cannot be used.
         """
         place = resolve_device(device)
         found = resolve_source(
             source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
         )
         model = load_model(found, resolve_dtype(dtype, place), place)
-        return cls._build(model, attention, batch_invariant, name=str(source), source=found)
+        return cls._build(
+            model, attention, batch_invariant, cuda_graphs, name=str(source), source=found
+        )
 
     @classmethod
     def from_model(
@@ -175,6 +142,7 @@ class Target:
         tokenizer: Any = None,
         attention: AttentionName = "auto",
         batch_invariant: bool = False,
+        cuda_graphs: GraphSwitch = "auto",
     ) -> Target:
         """Take over a model that is already in memory.
 
@@ -184,9 +152,11 @@ class Target:
         Raises:
             CompatibilityError: the architecture is not supported, or not in this mode.
             NumericsError: the model computes NaN or infinite numbers.
-            UsageError: the attention cannot be used.
+            UsageError: the attention or CUDA graphs cannot be used.
         """
-        return cls._build(model, attention, batch_invariant, name=name, tokenizer=tokenizer)
+        return cls._build(
+            model, attention, batch_invariant, cuda_graphs, name=name, tokenizer=tokenizer
+        )
 
     @classmethod
     def _build(
@@ -194,6 +164,7 @@ class Target:
         model: Any,
         attention: AttentionName,
         batch_invariant: bool,
+        cuda_graphs: GraphSwitch,
         *,
         name: str,
         tokenizer: Any = None,
@@ -216,16 +187,30 @@ class Target:
         )
         if batch_invariant:
             make_invariant(model, anatomy, layout, backend.attend)
+        replayer = choose_graphs(
+            cuda_graphs,
+            anatomy,
+            layout,
+            backend,
+            _max_context(anatomy),
+            batch_invariant=batch_invariant,
+        )
         return cls(
             anatomy,
             layout,
             name=name,
-            eos_token_ids=_eos_token_ids(model, anatomy),
+            eos_token_ids=eos_token_ids(model, anatomy),
             attention=backend,
             batch_invariant=batch_invariant,
+            replayer=replayer,
             tokenizer=tokenizer,
             source=source,
         )
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether decoding steps are recorded as CUDA graphs; not any more once that has failed."""
+        return self._replayer is not None and self._replayer.works
 
     @property
     def config(self) -> Any:
@@ -249,8 +234,16 @@ class Target:
         return self._layout.shapes
 
     def new_cache(self, pages: int, page_size: int = PAGE_SIZE) -> PagedCache:
-        """Allocate keys and values for `pages` pages of `page_size` tokens."""
-        return PagedCache(self.cache_shapes, pages, page_size, self.dtype, self.device)
+        """Allocate keys and values for `pages` pages of `page_size` tokens.
+
+        With CUDA graphs there is one page more, the last, which no request may have.
+        """
+        replayer = self._replayer if self.cuda_graphs else None
+        pages += replayer is not None
+        cache = PagedCache(self.cache_shapes, pages, page_size, self.dtype, self.device)
+        if replayer is not None:
+            replayer.adopt(cache)
+        return cache
 
     def forward(
         self,
@@ -285,7 +278,7 @@ class Target:
             call = RaggedCall(
                 batch, cache, layout.cache_layers, layout.writers, attend=self._attend
             )
-            run = run_in_tiles if self.batch_invariant else run_tapped
+            run = run_in_tiles if self.batch_invariant else self._replayer or run_tapped
             hidden_TH, features_TF = run(self._anatomy, call, taps)
             logits_NV = None
             if logit_rows is not None:
@@ -321,10 +314,5 @@ class Target:
                 )
 
 
-def _eos_token_ids(model: Any, anatomy: Anatomy) -> frozenset[int]:
-    """End tokens of the generation settings and the configuration together."""
-    found: set[int] = set()
-    for config in (model.generation_config, model.config, anatomy.config):
-        eos = getattr(config, "eos_token_id", None)
-        found.update([eos] if isinstance(eos, int) else eos or ())
-    return frozenset(found)
+def _max_context(anatomy: Anatomy) -> int:
+    return getattr(anatomy.config, "max_position_embeddings", None) or _NO_LIMIT

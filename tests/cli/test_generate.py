@@ -93,6 +93,14 @@ def test_batch_invariant_mode(dspark, pair, tmp_path):
     assert report["accepted"] > 0
 
 
+def test_cuda_graphs_are_one_switch(dspark, pair):
+    words = ["generate", pair.target, "--prompt", "two", *SHORT, "--device", "cpu"]
+    result = dspark(*words, "--cuda-graphs")
+    assert result.status == 2
+    assert "CUDA graphs cannot be used for Qwen3ForCausalLM on cpu" in result.err
+    assert dspark(*words, "--no-cuda-graphs").status == 0
+
+
 @pytest.mark.parametrize(
     ("verifier", "identical"), [("coupled", True), ("token", None), ("block", None)]
 )

@@ -78,10 +78,10 @@ MODELS = {
 }
 
 
-def _tiny_model(name):
+def _tiny_model(name, **others):
     """A random model whose logits are far from uniform, the same at every call."""
     model_type, changes = MODELS.get(name, (name, {}))
-    config = AutoConfig.for_model(model_type, **(BASE | changes))
+    config = AutoConfig.for_model(model_type, **(BASE | changes | others))
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
