@@ -76,7 +76,8 @@ class CudaRecorder:
     def __call__(self, run: Run) -> Recording:
         """Record a step, after it has run twice so that libraries and kernels are set up."""
         with torch.cuda.device(self._device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 for _ in range(_WARM_UPS):

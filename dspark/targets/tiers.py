@@ -38,8 +38,11 @@ def pad_to_tier(batch: RaggedBatch, scratch: BlockTable) -> RaggedBatch:
     packed_3T[2, own:] = row
     segments = [s for s in batch.segments if s.length] + [Segment(scratch, 0, 1)] * spare
     lengths = (segment.length for segment in segments)
+    ids_T, positions_T, rows_T = packed_3T.unbind(0)
     return RaggedBatch(
-        *packed_3T.unbind(0),
+        ids_T,
+        positions_T,
+        rows_T,
         tuple(segments),
         tuple(itertools.accumulate(lengths, initial=0)),
         (*batch.runs, *((row, own + i, 1) for i in range(spare))),
