@@ -146,6 +146,12 @@ def add_mode_options(group: OptionGroup) -> None:
         default="auto",
         help="record decoding steps as CUDA graphs, or never do (default: where it is possible)",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="run the decoder layers through torch.compile: the first steps take seconds to "
+        "minutes, the later ones may be faster",
+    )
 
 
 def seed_number(text: str) -> int:
@@ -190,6 +196,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             trust_remote_code=options.trust_remote_code,
             batch_invariant=options.batch_invariant,
             cuda_graphs=options.cuda_graphs,
+            compile=options.compile,
         )
 
 

@@ -33,6 +33,7 @@ def load(
     trust_remote_code: bool = False,
     batch_invariant: bool = False,
     cuda_graphs: GraphSwitch = "auto",
+    compile: bool = False,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -50,6 +51,8 @@ def load(
             whatever else is in the batch: greedy and coupled outputs are then plain decoding's in
             bfloat16 too. It costs speed (docs/losslessness.md, numerics).
         cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible.
+        compile: run the target's decoder layers through `torch.compile`: slow first steps, then
+            faster ones where a step is made of many small operations.
 
     Raises:
         CheckpointError: a checkpoint is missing, incomplete or damaged.
@@ -70,6 +73,7 @@ def load(
         trust_remote_code=trust_remote_code,
         batch_invariant=batch_invariant,
         cuda_graphs=cuda_graphs,
+        compile=compile,
     )
     return _with_draft(target, draft, loaded, revision, offline)
 

@@ -43,6 +43,8 @@ def machine_key(target: Target, drafter_name: str) -> MachineKey:
     dtype = str(target.dtype).removeprefix("torch.")
     if target.batch_invariant:
         dtype += " batch-invariant"
+    if target.compiled:
+        dtype += " compiled"
     if target.cuda_graphs:
         dtype += " with CUDA graphs"
     return MachineKey(

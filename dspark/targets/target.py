@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from dspark.attention.choice import AttentionBackend, AttentionName, choose_atte
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
+from dspark.targets.compiled import compile_layers
 from dspark.targets.families import Anatomy, dissect, eos_token_ids
 from dspark.targets.forward import apply_head, run_tapped
 from dspark.targets.fused_norms import fuse_norms
@@ -38,6 +40,23 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1 << 20
 
 
+@dataclass(frozen=True)
+class Modes:
+    """How a target runs; see `Target.load`."""
+
+    attention: AttentionName
+    batch_invariant: bool
+    cuda_graphs: GraphSwitch
+    compile: bool
+
+    def __post_init__(self) -> None:
+        if self.compile and self.batch_invariant:
+            raise UsageError(
+                "compile and batch_invariant exclude each other: compiled layers may choose "
+                "their kernels by the number of rows; leave one of them out."
+            )
+
+
 class Target:
     """A frozen causal language model that runs ragged batches over a paged cache.
 
@@ -56,6 +75,7 @@ class Target:
         batch_invariant: whether a token's result is the same, to the last bit, whatever else is
             in its batch and however its prompt was cut. It holds while the number of CPU threads
             stays what it was at load.
+        compiled: whether its decoder layers run through torch.compile.
     """
 
     def __init__(
@@ -67,6 +87,7 @@ class Target:
         eos_token_ids: frozenset[int],
         attention: AttentionBackend,
         batch_invariant: bool = False,
+        compiled: bool = False,
         replayer: Replayer | None = None,
         tokenizer: Any = None,
         source: Source | None = None,
@@ -83,6 +104,7 @@ class Target:
         self.attention_backend = attention.name
         self._attend = attention.attend
         self.batch_invariant = batch_invariant
+        self.compiled = compiled
         self._replayer = replayer
         self._anatomy = anatomy
         self._layout = layout
@@ -102,6 +124,7 @@ class Target:
         attention: AttentionName = "auto",
         batch_invariant: bool = False,
         cuda_graphs: GraphSwitch = "auto",
+        compile: bool = False,
     ) -> Target:
         """Load a checkpoint.
 
@@ -117,6 +140,7 @@ class Target:
             batch_invariant: make results independent of what else is in a batch.
             cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible
                 (`targets.graphs.choose_graphs`).
+            compile: run the decoder layers through `torch.compile` (`targets.compiled`).
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or damaged.
@@ -129,9 +153,8 @@ class Target:
             source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
         )
         model = load_model(found, resolve_dtype(dtype, place), place)
-        return cls._build(
-            model, attention, batch_invariant, cuda_graphs, name=str(source), source=found
-        )
+        modes = Modes(attention, batch_invariant, cuda_graphs, compile)
+        return cls._build(model, modes, name=str(source), source=found)
 
     @classmethod
     def from_model(
@@ -143,6 +166,7 @@ class Target:
         attention: AttentionName = "auto",
         batch_invariant: bool = False,
         cuda_graphs: GraphSwitch = "auto",
+        compile: bool = False,
     ) -> Target:
         """Take over a model that is already in memory.
 
@@ -154,17 +178,14 @@ class Target:
             NumericsError: the model computes NaN or infinite numbers.
             UsageError: the attention or CUDA graphs cannot be used.
         """
-        return cls._build(
-            model, attention, batch_invariant, cuda_graphs, name=name, tokenizer=tokenizer
-        )
+        modes = Modes(attention, batch_invariant, cuda_graphs, compile)
+        return cls._build(model, modes, name=name, tokenizer=tokenizer)
 
     @classmethod
     def _build(
         cls,
         model: Any,
-        attention: AttentionName,
-        batch_invariant: bool,
-        cuda_graphs: GraphSwitch,
+        modes: Modes,
         *,
         name: str,
         tokenizer: Any = None,
@@ -179,21 +200,22 @@ class Target:
             layout = probe(model, anatomy)
         weight = anatomy.embedding.weight
         backend = choose_attention(
-            attention,
+            modes.attention,
             layout.shapes,
             dtype=weight.dtype,
             device=weight.device,
-            batch_invariant=batch_invariant,
+            batch_invariant=modes.batch_invariant,
         )
-        if batch_invariant:
+        if modes.batch_invariant:
             make_invariant(model, anatomy, layout, backend.attend)
+        compiled = modes.compile and compile_layers(anatomy, layout)
         replayer = choose_graphs(
-            cuda_graphs,
+            modes.cuda_graphs,
             anatomy,
             layout,
             backend,
             _max_context(anatomy),
-            batch_invariant=batch_invariant,
+            batch_invariant=modes.batch_invariant,
         )
         return cls(
             anatomy,
@@ -201,7 +223,8 @@ class Target:
             name=name,
             eos_token_ids=eos_token_ids(model, anatomy),
             attention=backend,
-            batch_invariant=batch_invariant,
+            batch_invariant=modes.batch_invariant,
+            compiled=compiled,
             replayer=replayer,
             tokenizer=tokenizer,
             source=source,
