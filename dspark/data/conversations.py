@@ -1,4 +1,4 @@
-"""Reads conversations and prompts from JSON-lines files, plain or gzipped.
+"""Conversations and prompts, as JSON-lines files hold them.
 
 A conversation is a list of {"role", "content"} messages. A prompt line holds `messages`, `turns`
 (user turns only; the first one is the prompt) or `prompt` (raw text without a template).
@@ -6,19 +6,34 @@ A conversation is a list of {"role", "content"} messages. A prompt line holds `m
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark.data.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
-Message = dict[str, str]
+__all__ = [
+    "ROLES",
+    "Dialogue",
+    "Message",
+    "Prompt",
+    "as_prompt",
+    "check_messages",
+    "read_conversations",
+    "read_json_lines",
+    "read_prompts",
+    "write_json_lines",
+]
+
+Message = dict[str, Any]
+"""`role` and `content`, both text; where there are any also `thinking` (text), `tool_calls` (as
+OpenAI's, the arguments as an object), `tool_call_id` and `name`."""
 ROLES = ("system", "user", "assistant", "tool")
+THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
+"""What templates, servers and data sets call the text that a model thinks before it answers."""
 
 
 @dataclass(frozen=True)
@@ -34,64 +49,128 @@ class Prompt:
     text: str
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file.
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation with all that its rendering hangs on.
 
-    Raises:
-        DataError: the file is missing, or a line is not a JSON object.
+    Attributes:
+        messages: what was said.
+        tools: descriptions of the tools that the assistant may call, as the template wants them.
+        template_options: further variables of the chat template, such as `enable_thinking`; None
+            where nobody has written them down.
+        complete: whether the assistant ended its last answer itself; else it was cut.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"The file {path} does not exist.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}, line {number} is not a JSON object.")
-                yield number, record
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not valid JSON: {error.msg}.") from error
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read to its end: {error}.") from error
 
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    template_options: Mapping[str, Any] | None = None
+    complete: bool = True
 
-@contextmanager
-def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
-    """Open a JSON-lines file (`.gz` compresses) and yield the function that adds a line.
+    @classmethod
+    def of(cls, record: Mapping[str, Any], where: str) -> Dialogue:
+        """Read a record: `messages`; `tools`, `chat_template_kwargs`, `finish_reason` if present.
 
-    The file takes its place once it is complete; until then an older one stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(fresh, "wt", encoding="utf-8") as file:
-        yield lambda record: print(json.dumps(record), file=file)
-    os.replace(fresh, path)
+        Raises:
+            DataError: one of them is malformed.
+        """
+        messages = check_messages(record.get("messages"), where)
+        tools, options = record.get("tools"), record.get("chat_template_kwargs")
+        if tools is not None and not _is_list_of_objects(tools):
+            raise DataError(f"{where}: 'tools' must be a list of objects.")
+        if options is not None and not isinstance(options, dict):
+            raise DataError(f"{where}: 'chat_template_kwargs' must be an object.")
+        complete = record.get("finish_reason") != "length"
+        return cls(messages, tuple(tools or ()), options, complete)
 
 
 def check_messages(messages: object, where: str) -> tuple[Message, ...]:
-    """Return the messages as plain dictionaries.
+    """Return the messages as plain dictionaries, their keys those of `Message`.
+
+    Content in parts, as OpenAI has it, becomes one text.
 
     Raises:
         DataError: they are not a non-empty list of {"role", "content"} with known roles.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: 'messages' must be a non-empty list.")
-    checked: list[Message] = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: every message needs a 'role' and a 'content' string.")
-        if message.get("role") not in ROLES:
+    return tuple(_check_message(message, where) for message in messages)
+
+
+def _check_message(message: object, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: every message needs a 'role' and a 'content' string.")
+    if message.get("role") not in ROLES:
+        raise DataError(
+            f"{where}: the role is {message.get('role')!r}, but must be one of {ROLES}."
+        )
+    calls = message.get("tool_calls") or []
+    content = joined_parts(message.get("content"))
+    if content is None and calls:
+        content = ""
+    if content is None:
+        raise DataError(f"{where}: every message needs a 'role' and a 'content' string.")
+    checked: Message = {"role": role, "content": content}
+    if thinking := thinking_of(message):
+        checked["thinking"] = thinking
+    if calls:
+        checked["tool_calls"] = check_tool_calls(calls, where)
+    for key in ("tool_call_id", "name"):
+        if isinstance(message.get(key), str):
+            checked[key] = message[key]
+    for text in (content, thinking):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: the role is {message.get('role')!r}, but must be one of {ROLES}."
-            )
-        checked.append({"role": message["role"], "content": message["content"]})
-    return tuple(checked)
+                f"{where}: a text has {text[error.start]!r}, half a character."
+            ) from None
+    return checked
+
+
+def thinking_of(message: Mapping[str, Any]) -> str:
+    """What was thought before a message, under any of its names; empty where there is nothing."""
+    found = (message.get(key) for key in THINKING_KEYS)
+    return next((text for text in found if isinstance(text, str) and text), "")
+
+
+def joined_parts(content: object) -> str | None:
+    """The text of a message's content, which may come in parts; None where it is none."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
+
+
+def check_tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """Return an assistant's calls of tools with their arguments as objects, as templates want them.
+
+    Raises:
+        DataError: one of them names no function.
+    """
+    if not isinstance(calls, list) or not _is_list_of_objects(calls):
+        raise DataError(f"{where}: 'tool_calls' must be a list of objects.")
+    checked = []
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}: a tool call needs a 'function' with a 'name'.")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise DataError(
+                    f"{where}: the arguments of {function['name']!r} are not valid JSON."
+                ) from None
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def read_conversations(path: str | Path) -> Iterator[tuple[Message, ...]]:
@@ -120,14 +199,24 @@ def as_prompt(record: dict[str, Any], where: str) -> Prompt:
             raise DataError(f"{where}: the messages hold no user turn.")
         return Prompt(tuple(messages), messages[-1]["content"])
     if "turns" in record:
-        turns = record["turns"]
-        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-            raise DataError(f"{where}: 'turns' must be a non-empty list of strings.")
-        return Prompt(({"role": "user", "content": turns[0]},), turns[0])
+        first = check_turns(record["turns"], where)[0]
+        return Prompt(({"role": "user", "content": first},), first)
     text = record.get("prompt")
     if not isinstance(text, str) or not text:
         raise DataError(f"{where}: needs 'messages', 'turns' or a non-empty 'prompt'.")
     return Prompt(None, text)
+
+
+def check_turns(turns: object, where: str) -> Sequence[str]:
+    """Return a user's turns.
+
+    Raises:
+        DataError: they are not a non-empty list of strings.
+    """
+    whole = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+    if not whole or not isinstance(turns, list):
+        raise DataError(f"{where}: 'turns' must be a non-empty list of strings.")
+    return turns
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark.data.conversations import Message, check_messages, read_json_lines, write_json_lines
+from dspark.data.conversations import Message, check_messages
 from dspark.data.formats import SourceFormat
+from dspark.data.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
 Conversation = tuple[Message, ...]

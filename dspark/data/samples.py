@@ -1,23 +1,27 @@
 """Training samples: token ids with a loss mask, from conversations or from sampled token ids.
 
-The chat template is the tokenizer's own. Which tokens are an assistant's is found by rendering the
-conversation turn by turn: what a turn adds behind the generation prompt is its answer, and the
-tokenizer's offsets say which tokens those characters became. Nothing is searched for in rendered
-text, so a user who writes a template's header changes nothing.
+Which characters an assistant wrote is known from how the chat template renders the conversation
+turn by turn (`data/templates.py`); which tokens these became, from the tokenizer's offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspark.data.conversations import Message, check_messages, read_json_lines
-from dspark.errors import DataError
+from dspark.data.conversations import Dialogue
+from dspark.data.json_lines import scan_json_lines
+from dspark.data.templates import Answer, answers_of, keeps_answer
+from dspark.errors import DataError, DSparkWarning
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -42,71 +46,135 @@ class Sample:
         return sum(self.loss_mask)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = False) -> str:
-    """The text of a conversation by the tokenizer's own template.
+def conversation_samples(tokenizer: Any, dialogue: Dialogue) -> list[Sample]:
+    """Tokens and loss masks of a conversation: every assistant turn, its end mark included.
+
+    Each answer stands behind exactly the tokens of the prompt that it would be generated from. One
+    sample holds all answers for which that is true at once; where it is not, as under a template
+    that drops what was thought before earlier answers, a conversation gives several. White space
+    that the template puts behind an end mark is nobody's; nor is the end mark of an answer that was
+    cut.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: as `templates.answers_of`; or the tokenizer cannot tell offsets.
     """
-    if not tokenizer.chat_template:
-        raise DataError("The target's tokenizer has no chat template; train on raw token ids.")
-    text: str = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation
-    )
-    return text
+    answers = answers_of(tokenizer, dialogue)
+    waiting = [_encode_answer(tokenizer, a, cut=False) for a in answers[:-1]]
+    waiting.append(_encode_answer(tokenizer, answers[-1], cut=not dialogue.complete))
+    samples = []
+    while waiting:
+        last = waiting.pop()
+        shown = [each for each in waiting if _shows(tokenizer, dialogue, last, each)]
+        waiting = [each for each in waiting if each not in shown]
+        mask = [False] * len(last.ids)
+        for each in (*shown, last):
+            mask[each.begin : each.end] = [True] * (each.end - each.begin)
+        samples.append(Sample(last.ids, tuple(mask)))
+    return samples[::-1]
 
 
-def conversation_sample(tokenizer: Any, messages: Sequence[Message]) -> Sample:
-    """Tokens and loss mask of a conversation: every assistant turn, its end mark included.
+@dataclass(frozen=True)
+class _EncodedAnswer:
+    """An answer behind its prompt: token ids, and which of them are the answer's."""
 
-    Raises:
-        DataError: there is no assistant turn, or the template rewrites earlier turns, so that an
-            answer's place cannot be told.
-    """
-    text = render(tokenizer, messages)
-    spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], generation=True)
-        through = render(tokenizer, messages[: i + 1])
-        if not (through.startswith(before) and text.startswith(through)):
-            raise DataError(
-                "The chat template does not keep earlier turns as they were, so the answers of "
-                "this conversation cannot be told apart; give one turn per conversation."
-            )
-        spans.append((len(before), len(through)))
-    if not spans:
-        raise DataError("A conversation has no assistant turn; there is nothing to learn from it.")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [
-        any(begin <= start and end <= stop for begin, stop in spans) and end > start
-        for start, end in encoded["offset_mapping"]
-    ]
-    return Sample(tuple(encoded["input_ids"]), tuple(mask))
+    answer: Answer
+    ids: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _shows(
+    tokenizer: Any, dialogue: Dialogue, later: _EncodedAnswer, earlier: _EncodedAnswer
+) -> bool:
+    same_tokens = later.ids[: earlier.end] == earlier.ids[: earlier.end]
+    return same_tokens and keeps_answer(tokenizer, dialogue, earlier.answer, later.answer)
+
+
+def _encode_answer(tokenizer: Any, answer: Answer, *, cut: bool) -> _EncodedAnswer:
+    """Encode an answer's rendering; `cut` leaves its end mark out."""
+    text, edge = answer.through, len(answer.prompt)
+    prompt_ids, _ = _encode(tokenizer, answer.prompt)
+    ids, offsets = _encode(tokenizer, text)
+    begin = len(prompt_ids)
+    if ids[:begin] != prompt_ids or any(start < edge for start, _ in offsets[begin:]):
+        # Tokens reach across the border, or change because of what follows: a prompt is encoded
+        # before there is an answer.
+        rest, rest_offsets = _encode(tokenizer, answer.text)
+        ids = prompt_ids + rest
+        offsets = [(0, 0)] * begin + [(start + edge, stop + edge) for start, stop in rest_offsets]
+    end = len(ids)
+    mine = range(begin, end)
+    mark = next((i for i in reversed(mine) if text[slice(*offsets[i])].strip()), None)
+    if mark is not None and offsets[mark][0] >= answer.said and ids[mark] in _marks(tokenizer):
+        end = mark if cut else mark + 1
+    return _EncodedAnswer(answer, tuple(ids), begin, end)
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that no ordinary text becomes."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    try:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError as error:
+        raise DataError(
+            "The target's tokenizer cannot tell which characters a token stands for; use its fast "
+            "version, with a tokenizer.json."
+        ) from error
+    return list(found["input_ids"]), [(start, stop) for start, stop in found["offset_mapping"]]
 
 
 def read_samples(path: Path, tokenizer: Any) -> Iterator[Sample]:
     """Yield the samples of a JSON-lines file.
 
-    A line holds `input_ids` with `prompt_len` (the rest is the answer), or `messages`.
-    Conversations without an assistant turn are passed over.
+    A line holds `input_ids` with `prompt_len` (the rest is the answer), or `messages`. Lines that
+    cannot be used, as conversations without an assistant turn, are left out, and a warning at the
+    end says how many, and which came first.
 
     Raises:
-        DataError: a line holds neither, or is malformed.
+        DataError: the file is missing, or no line of it can be used.
     """
-    for number, record in read_json_lines(path):
-        where = f"{path}, line {number}"
-        ids = record.get("input_ids")
-        if ids is not None:
-            length = record.get("prompt_len")
-            if not isinstance(length, int) or not all(isinstance(i, int) for i in ids):
-                raise DataError(f"{where}: 'input_ids' must be integers, with a 'prompt_len'.")
-            yield Sample(tuple(ids), tuple(i >= length for i in range(len(ids))))
+    used, left_out, first = 0, 0, ""
+    for line in scan_json_lines(path):
+        try:
+            if line.record is None:
+                raise DataError(f"{path}, line {line.number} {line.fault}.")
+            found = record_samples(line.record, tokenizer, f"{path}, line {line.number}")
+        except DataError as error:
+            left_out += 1
+            first = first or str(error)
             continue
-        messages = check_messages(record.get("messages"), where)
-        if any(m["role"] == "assistant" for m in messages):
-            yield conversation_sample(tokenizer, messages)
+        used += 1
+        yield from found
+    if left_out and not used:
+        raise DataError(f"No line of {path} can be used; the first fault: {first}")
+    if left_out:
+        warnings.warn(
+            DSparkWarning(f"{left_out} lines of {path} are left out; the first: {first}"),
+            stacklevel=2,
+        )
+
+
+def record_samples(record: Mapping[str, Any], tokenizer: Any, where: str) -> list[Sample]:
+    """The samples of one line.
+
+    Raises:
+        DataError: it holds neither token ids nor a conversation, or cannot be used.
+    """
+    ids = record.get("input_ids")
+    if ids is not None:
+        length = record.get("prompt_len")
+        if not isinstance(length, int) or not all(isinstance(i, int) for i in ids):
+            raise DataError(f"{where}: 'input_ids' must be integers, with a 'prompt_len'.")
+        return [Sample(tuple(ids), tuple(i >= length for i in range(len(ids))))]
+    dialogue = Dialogue.of(record, where)
+    try:
+        return conversation_samples(tokenizer, dialogue)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

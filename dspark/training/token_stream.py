@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.data.conversations import Dialogue
 from dspark.data.corpus import Conversation, read_source
-from dspark.data.samples import conversation_sample
+from dspark.data.samples import conversation_samples
 from dspark.data.tokenizer import TEXT_END
 from dspark.training.recipe import CorpusSettings, Source
 
@@ -74,12 +75,12 @@ def repeating_documents(
     """
     documents = []
     for conversation in conversations:
-        sample = conversation_sample(tokenizer, conversation)
-        repeated = repeated_tokens(sample.input_ids, sample.loss_mask, gram)
-        if repeated.any():
-            document = _document(tokenizer, sample.input_ids, READ)
-            document["part"][:-1][repeated] = UNLEARN
-            documents.append(document)
+        for sample in conversation_samples(tokenizer, Dialogue(conversation)):
+            repeated = repeated_tokens(sample.input_ids, sample.loss_mask, gram)
+            if repeated.any():
+                document = _document(tokenizer, sample.input_ids, READ)
+                document["part"][:-1][repeated] = UNLEARN
+                documents.append(document)
     return documents
 
 

@@ -1,0 +1,126 @@
+"""What a long run has done so far: a file that only grows, and that no end of the run can spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspark.data.json_lines import writing
+from dspark.errors import DataError
+
+_KEY = "dspark_journal"
+
+
+class Journal:
+    """Entries of a run, one JSON object a line, each written at once and whole.
+
+    The first line says what the run was asked; a run that was asked something else cannot go on
+    with it. A line that was cut by the end of a run, or of the machine, is taken off.
+
+    Args:
+        path: made if absent.
+        settings: what the run is asked, as JSON values.
+
+    Attributes:
+        resumed: whether there were entries already.
+
+    Raises:
+        DataError: the file belongs to a run with other settings, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._end = 0
+        for number, raw in enumerate(self._whole_lines()):
+            if number == 0:
+                self._check(json.loads(raw), settings)
+            self._end += len(raw)
+        self.resumed = self._end > 0
+        self._cut()
+        if not self.resumed:
+            self.append({_KEY: 1, "settings": dict(settings)})
+
+    def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        earlier = head.get("settings")
+        if _KEY not in head or not isinstance(earlier, dict):
+            self.close()
+            raise DataError(f"{self.path} is no journal of a run; name another --out, or move it.")
+        now = json.loads(json.dumps(dict(settings)))
+        for name in sorted({*earlier, *now}):
+            if earlier.get(name) != now.get(name):
+                self.close()
+                raise DataError(
+                    f"{self.path} belongs to a run with {name} {earlier.get(name)!r}, but this one "
+                    f"has {now.get(name)!r}; ask the same again to go on, or delete the file."
+                )
+
+    def _whole_lines(self) -> Iterator[bytes]:
+        """Every line up to the first one that is cut or no JSON object."""
+        with open(self.path, "rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                try:
+                    whole = isinstance(json.loads(raw), dict)
+                except ValueError:
+                    whole = False
+                if not whole:
+                    return
+                yield raw
+
+    def _cut(self) -> None:
+        with writing(self.path):
+            os.ftruncate(self._fd, self._end)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add an entry.
+
+        Raises:
+            DataError: it cannot be written; the entries before it stay.
+        """
+        data = json.dumps(dict(entry)).encode() + b"\n"
+        try:
+            with writing(self.path):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+        except DataError:
+            with contextlib.suppress(DataError):
+                self._cut()
+            raise
+        self._end += len(data)
+
+    def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (place in the file, entry) of all entries; `read` finds one again by its place."""
+        place = 0
+        for number, raw in enumerate(self._whole_lines()):
+            if number:
+                yield place, json.loads(raw)
+            place += len(raw)
+
+    def read(self, places: Iterator[int]) -> Iterator[dict[str, Any]]:
+        """Yield the entries at places that `entries` gave."""
+        with open(self.path, "rb") as file:
+            for place in places:
+                file.seek(place)
+                yield json.loads(file.readline())
+
+    def close(self) -> None:
+        """Give the file back to the system, all of it on the disk."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.fsync(self._fd)
+            os.close(self._fd)
+        self._fd = -1
+
+    def remove(self) -> None:
+        """Delete the file: what it held has found its place."""
+        self.close()
+        self.path.unlink(missing_ok=True)

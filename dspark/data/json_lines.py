@@ -1,0 +1,140 @@
+"""JSON-lines files, plain or gzipped: read whatever has become of them, written to stay valid."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dspark.errors import DataError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file that is not blank.
+
+    Attributes:
+        number: counted from 1, blank lines included.
+        raw: its bytes; empty where the file cannot be read on.
+        record: the object that it holds; None where it holds none.
+        fault: what is wrong with it, to be read after "line 7"; empty where nothing is.
+    """
+
+    number: int
+    raw: bytes
+    record: dict[str, Any] | None
+    fault: str = ""
+
+
+def scan_json_lines(path: str | Path) -> Iterator[Line]:
+    """Yield every line of a .jsonl or .jsonl.gz file, those that are damaged included.
+
+    What cannot be read at its end, such as a gzip file that was cut, is one last line with a fault.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"The file {path} does not exist.")
+    number = 0
+    with _open(path, "rb") as file:
+        try:
+            for number, raw in enumerate(file, 1):
+                if raw.strip():
+                    yield _line(number, raw)
+        except (OSError, EOFError, zlib.error) as error:
+            yield Line(number + 1, b"", None, f"cannot be read to its end: {error}")
+
+
+def _line(number: int, raw: bytes) -> Line:
+    text = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+    try:
+        record = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Line(number, raw, None, f"is not UTF-8: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Line(number, raw, None, f"is not valid JSON: {error.msg}")
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        return Line(number, raw, None, f"is not valid JSON: {error}")
+    if not isinstance(record, dict):
+        return Line(number, raw, None, "is not a JSON object")
+    return Line(number, raw, record)
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file.
+
+    Raises:
+        DataError: the file is missing, or a line is not a JSON object.
+    """
+    for line in scan_json_lines(path):
+        if line.record is None:
+            raise DataError(f"{path}, line {line.number} {line.fault}.")
+        yield line.number, line.record
+
+
+@contextmanager
+def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
+    """Open a JSON-lines file (`.gz` compresses) and yield the function that adds a line.
+
+    The file takes its place once it is complete; until then an older one stays as it was.
+
+    Raises:
+        DataError: it cannot be written, as on a full disk; nothing is left of it then.
+    """
+    path = Path(path)
+    fresh = path.with_name(path.name + ".new")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open(path, "wb", fresh)
+
+    def write(record: object) -> None:
+        with writing(path):
+            file.write(json.dumps(record).encode() + b"\n")
+
+    try:
+        yield write
+        with writing(path):
+            file.close()
+            with fresh.open("rb+") as whole:
+                os.fsync(whole.fileno())
+            os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file cannot be written, and that what was there before is still good.
+
+    Raises:
+        DataError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"{path} cannot be written ({reason}); what was written before is whole, so make room "
+            "or name another place and run the same command again."
+        ) from error
+
+
+def _open(path: Path, mode: str, at: Path | None = None) -> IO[bytes]:
+    """Open `at`, or the path itself, as the path's name says."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    file: IO[bytes] = opener(at or path, mode)
+    return file

@@ -1,0 +1,217 @@
+"""Chat templates, always the tokenizer's own: what is rendered, and which part of it an answer is.
+
+An answer is what its rendering adds behind the generation prompt: behind what the model was shown
+when it wrote it. Nothing is searched for in rendered text, so a user who writes a template's header
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dspark.data.conversations import THINKING_KEYS, Dialogue, Message
+from dspark.errors import DataError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An assistant's turn as the chat template shows it.
+
+    Attributes:
+        index: its place among the messages.
+        prompt: what the model saw when it wrote it: all before, and the generation prompt.
+        through: the prompt, and the answer with its end mark.
+        said: where in `through` the message's own text ends at the earliest.
+    """
+
+    index: int
+    prompt: str
+    through: str
+    said: int = 0
+
+    @property
+    def text(self) -> str:
+        """The answer and its end mark."""
+        return self.through[len(self.prompt) :]
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    options: Mapping[str, Any] | None = None,
+    generation: bool = False,
+) -> str:
+    """The text of a conversation by the tokenizer's own template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: what was said.
+        tools: what the assistant may call.
+        options: further variables of the template.
+        generation: add what opens an answer.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("The target's tokenizer has no chat template; train on raw token ids.")
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [_for_template(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **dict(options or {}),
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"The chat template refuses a conversation: {error}.") from error
+    return text
+
+
+def _for_template(message: Message) -> Message:
+    shown = dict(message)
+    if thinking := shown.pop("thinking", ""):
+        shown |= dict.fromkeys(THINKING_KEYS, thinking)
+    return shown
+
+
+def answers_of(tokenizer: Any, dialogue: Dialogue) -> list[Answer]:
+    """Every assistant turn of a dialogue, each rendered as it was when it was the last one.
+
+    Where the dialogue does not say with which options of the template its answers were written,
+    an answer with thinking was written with `enable_thinking` true, one without with it false.
+
+    Raises:
+        DataError: there is no assistant turn; or the template leaves an answer out, rewrites it, or
+            does not put it behind its own generation prompt.
+    """
+    found = [
+        answer_of(tokenizer, dialogue, index)
+        for index, message in enumerate(dialogue.messages)
+        if message["role"] == "assistant"
+    ]
+    if not found:
+        raise DataError("A conversation has no assistant turn; there is nothing to learn from it.")
+    return found
+
+
+def answer_of(tokenizer: Any, dialogue: Dialogue, index: int) -> Answer:
+    """One assistant turn, rendered as the last one.
+
+    Raises:
+        DataError: as `answers_of`.
+    """
+    message = dialogue.messages[index]
+    thinking, content = thinking_and_content(message)
+    options = dialogue.template_options
+    if options is None:
+        options = {"enable_thinking": bool(thinking)}
+    shown = dialogue.messages[: index + 1]
+    prompt = render(tokenizer, shown[:-1], tools=dialogue.tools, options=options, generation=True)
+    through = render(tokenizer, shown, tools=dialogue.tools, options=options)
+    if not through.startswith(prompt):
+        raise DataError(
+            f"The chat template does not put the answer in message {index + 1} behind its own "
+            "generation prompt, so that which tokens it is cannot be told; leave the "
+            "conversation out, or use a template that keeps every turn."
+        )
+    said = None
+    if "thinking" not in message:
+        said = _end_of([message["content"]], through, len(prompt))
+    if said is None:
+        said = _end_of([thinking, content], through, len(prompt))
+    if said is None:
+        raise DataError(
+            f"The chat template leaves out a part of the answer in message {index + 1}, or "
+            "rewrites it, so that it would not be trained as it was written; leave the "
+            "conversation out."
+        )
+    return Answer(index, prompt, through, said)
+
+
+def _end_of(texts: Sequence[str], rendered: str, begin: int) -> int | None:
+    """Where texts end that stand in a rendered one after another; None if they do not."""
+    for text in texts:
+        found = rendered.find(text.strip(), begin)
+        if found < 0:
+            return None
+        begin = found + len(text.strip())
+    return begin
+
+
+def keeps_answer(tokenizer: Any, dialogue: Dialogue, earlier: Answer, later: Answer) -> bool:
+    """Whether a later answer's rendering shows an earlier one exactly as it was written.
+
+    If so, one row of tokens trains both. Thinking templates, which drop what was thought before
+    earlier answers, do not; nor do those that show only the last turns.
+    """
+    if not later.through.startswith(earlier.through):
+        return False
+    # Text that a user wrote could look like the earlier turns: so these must also move the text.
+    messages = list(dialogue.messages)
+    said = messages[earlier.index]
+    messages[earlier.index] = {**said, "content": said["content"] + "."}
+    changed = Dialogue(tuple(messages), dialogue.tools, dialogue.template_options)
+    try:
+        return answer_of(tokenizer, changed, later.index).prompt != later.prompt
+    except DataError:
+        return False
+
+
+def thinking_and_content(message: Message) -> tuple[str, str]:
+    """What was thought before an answer, in a field of its own or in `<think>` marks, and the rest.
+
+    Only marks that open the content count.
+    """
+    content = str(message["content"])
+    if thinking := message.get("thinking"):
+        return str(thinking), content
+    return split_thinking(content, "<think>", "</think>")
+
+
+def split_thinking(text: str, opening: str, closing: str) -> tuple[str, str]:
+    """Part a text that begins with thinking between two marks: (thinking, rest).
+
+    Without an opening mark, or with one that nothing closes, all is the rest; an empty opening mark
+    is always there.
+    """
+    head, mark, rest = text.partition(closing)
+    if not mark or not head.lstrip().startswith(opening):
+        return "", text
+    return head.lstrip().removeprefix(opening).strip("\n"), rest.lstrip("\n")
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: Any, template: str) -> tuple[str, str] | None:
+    assert template, "the key that tells a tokenizer's templates apart"
+    thought, said = "ssthoughtss", "sssaidss"
+    user: Message = {"role": "user", "content": "a"}
+    assistant: Message = {"role": "assistant", "content": said, "thinking": thought}
+    options = {"enable_thinking": True}
+    try:
+        prompt = render(tokenizer, [user], options=options, generation=True)
+        through = render(tokenizer, [user, assistant], options=options)
+    except DataError:
+        return None
+    opening, found, rest = through.removeprefix(prompt).partition(thought)
+    closing, also_found, _ = rest.partition(said)
+    if not found or not also_found or not closing.strip() or not through.startswith(prompt):
+        return None
+    return opening.strip(), closing.strip()
+
+
+def thinking_marks(tokenizer: Any) -> tuple[str, str] | None:
+    """What a model writes before and after its thinking, as its template shows it.
+
+    The opening mark is empty where the generation prompt holds it already. None where the template
+    has no place for thinking.
+    """
+    template = tokenizer.chat_template
+    return _marks(tokenizer, str(template)) if template else None
