@@ -32,6 +32,7 @@ HEAVY = {
         "data",
         "training.language_model",  # builds the bundled target from scratch: a Qwen3 model
     ),
+    "datasets": ("data",),
     "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),

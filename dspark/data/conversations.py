@@ -99,10 +99,9 @@ def check_messages(messages: object, where: str) -> tuple[Message, ...]:
 def _check_message(message: object, where: str) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}: every message needs a 'role' and a 'content' string.")
-    if message.get("role") not in ROLES:
-        raise DataError(
-            f"{where}: the role is {message.get('role')!r}, but must be one of {ROLES}."
-        )
+    role = message.get("role")
+    if role not in ROLES:
+        raise DataError(f"{where}: the role is {role!r}, but must be one of {ROLES}.")
     calls = message.get("tool_calls") or []
     content = joined_parts(message.get("content"))
     if content is None and calls:

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,42 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.record is None:
             raise DataError(f"{path}, line {line.number} {line.fault}.")
         yield line.number, line.record
+
+
+def json_lines_files(path: Path) -> list[Path]:
+    """The JSON-lines files that a path stands for: itself, or those in the folder.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; give a JSON-lines file or a folder of them.")
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+    if not found:
+        raise DataError(f"The folder {path} holds no .jsonl and no .jsonl.gz file.")
+    return found
+
+
+def beside(path: Path, what: str) -> Path:
+    """The JSON-lines file for what a run lists beside its result: a.jsonl.gz -> a_what.jsonl."""
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return path.with_name(f"{stem}_{what}.jsonl")
+
+
+def write_list(path: Path, records: Sequence[object]) -> None:
+    """Write a list of records; where there are none, take away what an earlier run left.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if not records:
+        path.unlink(missing_ok=True)
+        return
+    with write_json_lines(path) as write:
+        for record in records:
+            write(record)
 
 
 @contextmanager

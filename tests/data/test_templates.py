@@ -201,7 +201,7 @@ def test_a_template_that_shows_only_the_last_turn_gives_one_sample_an_answer(fam
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer = with_template(family, only_last)
-    first, second = conversation_samples(tokenizer, Dialogue(TALK))
+    _, second = conversation_samples(tokenizer, Dialogue(TALK))
     assert tokenizer.decode(second.input_ids) == "[user]c<|im_end|>[assistant]d<|im_end|>"
     assert runs(tokenizer, second) == ["d<|im_end|>"]
     # A user who imitates the turns that are not shown gains nothing.

@@ -1,0 +1,211 @@
+"""Prompts from many sources: read, parted from their duplicates and from evaluation sets, split.
+
+Every input line is accounted for: kept, duplicate, contaminated or malformed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dspark.data.contamination import EvaluationTexts
+from dspark.data.json_lines import beside, write_json_lines, write_list
+from dspark.data.records import Found, read_record
+from dspark.data.sources import Row
+from dspark.data.texts import digest, near_text
+from dspark.errors import DataError
+
+SHOWN_CHARACTERS = 500
+_LARGEST = 1 << 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which prompts are held out.
+
+    A prompt's own text and the seed decide, so a prompt stays on its side whatever is added to or
+    taken from the sources, and near duplicates fall on the same side.
+
+    Attributes:
+        path: where held-out prompts go; None holds none out.
+        share: of the prompts, from 0 to 1.
+        seed: names the choice.
+    """
+
+    path: Path | None = None
+    share: float = 0.05
+    seed: int = 0
+
+    def holds_out(self, found: Found) -> bool:
+        """Whether a prompt is held out, by its first user turn."""
+        if self.path is None:
+            return False
+        place = digest((str(self.seed), near_text(found.user_turns[0])))
+        return place < self.share * _LARGEST
+
+
+@dataclass
+class CollectReport:
+    """What became of every input line.
+
+    Attributes:
+        input: lines read.
+        records: prompts kept for training.
+        heldout: prompts kept to measure with.
+        duplicates: prompts that stood there before, letter for letter.
+        near_duplicates: those that only `near_text` tells to be the same.
+        contaminated: prompts that stand in an evaluation set.
+        malformed: lines that hold no prompt.
+        dropped_turns: turns left out of conversations, by role.
+        bytes: size of the files of prompts.
+    """
+
+    input: int = 0
+    records: int = 0
+    heldout: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    contaminated: int = 0
+    malformed: int = 0
+    dropped_turns: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+
+
+def collect_prompts(
+    rows: Iterable[Row],
+    out: Path,
+    *,
+    split: Split | None = None,
+    against: EvaluationTexts | None = None,
+    strict: bool = False,
+    progress: Callable[[CollectReport], None] | None = None,
+) -> CollectReport:
+    """Write the prompts of sources as JSON lines that `dspark data regenerate` reads.
+
+    Beside `out` stand `*_contaminated.jsonl` and `*_malformed.jsonl`, which list what was left out
+    and why. Files take their places when all of it is done.
+
+    Args:
+        rows: the records of the sources.
+        out: where training prompts go; `.gz` compresses.
+        split: which prompts are held out; none by default.
+        against: evaluation sets that prompts must not stand in.
+        strict: raise at the first malformed line.
+        progress: told after every line.
+
+    Raises:
+        DataError: no prompt is left; a line is malformed and `strict`; or a file cannot be written.
+    """
+    split = split or Split()
+    report = CollectReport()
+    contaminated: list[dict[str, str]] = []
+    malformed: list[dict[str, str]] = []
+    exact, near = set[int](), set[int]()
+    with contextlib.ExitStack() as files:
+        write = files.enter_context(write_json_lines(out))
+        write_heldout = files.enter_context(write_json_lines(split.path)) if split.path else None
+        for row in rows:
+            report.input += 1
+            try:
+                found = _read(row)
+            except DataError as error:
+                if strict:
+                    raise
+                report.malformed += 1
+                malformed.append({"where": row.where, "error": str(error)})
+                continue
+            report.dropped_turns += found.dropped
+            if _is_duplicate(found, exact, near, report):
+                continue
+            match = _first_match(found, against)
+            if match is not None:
+                report.contaminated += 1
+                shown = "\n".join(found.user_turns)[:SHOWN_CHARACTERS]
+                contaminated.append({"where": row.where, "prompt": shown, **match})
+            elif write_heldout is not None and split.holds_out(found):
+                report.heldout += 1
+                write_heldout(heldout_record(found))
+            else:
+                report.records += 1
+                write(train_record(found))
+            if progress:
+                progress(report)
+        _check_any(report)
+    write_list(beside(out, "contaminated"), contaminated)
+    write_list(beside(out, "malformed"), malformed)
+    report.bytes = sum(path.stat().st_size for path in (out, split.path) if path is not None)
+    return report
+
+
+def _read(row: Row) -> Found:
+    if row.record is None:
+        raise DataError(row.fault)
+    return read_record(row.record, row.where)
+
+
+def _is_duplicate(found: Found, exact: set[int], near: set[int], report: CollectReport) -> bool:
+    """Whether what is asked was asked before; counts it, or notes that it is new."""
+    asked = found.asked
+    whole = digest(asked)
+    loose = digest(map(near_text, asked))
+    if whole in exact:
+        report.duplicates += 1
+        return True
+    if loose in near:
+        report.near_duplicates += 1
+        return True
+    exact.add(whole)
+    near.add(loose)
+    return False
+
+
+def _first_match(found: Found, against: EvaluationTexts | None) -> dict[str, str] | None:
+    if against is None:
+        return None
+    matches = (against.match(text) for text in found.asked)
+    match = next((m for m in matches if m is not None), None)
+    return None if match is None else {"against": match.against, "words": match.words}
+
+
+def _check_any(report: CollectReport) -> None:
+    if not report.records + report.heldout:
+        raise DataError(
+            f"No prompt is left of {report.input} lines: {report.malformed} are malformed, "
+            f"{report.contaminated} stand in an evaluation set; check the sources and --against."
+        )
+
+
+def train_record(found: Found) -> dict[str, Any]:
+    """A prompt as a training file holds it: `turns` where nothing else was said, or `messages`."""
+    name = {"id": f"{digest(found.asked):016x}"}
+    if found.dialogue is None:
+        return {**name, "prompt": found.raw}
+    messages = found.dialogue.messages
+    if all(m["role"] == "user" or m == {"role": "assistant", "content": ""} for m in messages):
+        return {**name, "turns": found.user_turns}
+    tools = {"tools": list(found.dialogue.tools)} if found.dialogue.tools else {}
+    return {**name, "messages": list(messages), **tools}
+
+
+def heldout_record(found: Found) -> dict[str, Any]:
+    """A prompt as a file to measure with holds it: what users say, never an answer."""
+    name = {"id": f"{digest(found.asked):016x}"}
+    if found.dialogue is None:
+        return {**name, "prompt": found.raw}
+    before = [*_until_first_user(found)]
+    if len(before) > 1 or found.dialogue.tools:
+        tools = {"tools": list(found.dialogue.tools)} if found.dialogue.tools else {}
+        return {**name, "messages": before, **tools}
+    return {**name, "turns": found.user_turns}
+
+
+def _until_first_user(found: Found) -> Iterator[dict[str, Any]]:
+    assert found.dialogue is not None
+    for message in found.dialogue.messages:
+        yield message
+        if message["role"] == "user":
+            return
