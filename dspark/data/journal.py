@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Journal:
                 yield place, json.loads(raw)
             place += len(raw)
 
-    def read(self, places: Iterator[int]) -> Iterator[dict[str, Any]]:
+    def read(self, places: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Yield the entries at places that `entries` gave."""
         with open(self.path, "rb") as file:
             for place in places:

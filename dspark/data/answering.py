@@ -1,0 +1,93 @@
+"""How answers are drawn when they are regenerated: what is asked for, and what a model's own
+authors recommend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark.drafters.files import fetch
+from dspark.errors import CheckpointError
+from dspark.params import SamplingParams
+
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+Thinking = Literal["on", "off", "default"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw, as far as anybody has said it.
+
+    Attributes:
+        values: by the names of `SamplingParams`; what is absent is left to whoever answers.
+        recommended: those of them that come from the model's own generation settings.
+    """
+
+    values: Mapping[str, Any]
+    recommended: tuple[str, ...] = ()
+
+    def params(self, max_new_tokens: int, seed: int) -> SamplingParams:
+        """Parameters for our engine; at temperature 1 where nobody has said one.
+
+        Raises:
+            UsageError: a value is outside its range.
+        """
+        given = {"temperature": 1.0, **self.values}
+        return SamplingParams.of({**given, "max_new_tokens": max_new_tokens, "seed": seed})
+
+    def __str__(self) -> str:
+        shown = [f"{name} {value:g}" for name, value in self.values.items()]
+        return ", ".join(shown) or "as the model's server does by itself"
+
+
+def choose_sampling(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> Sampling:
+    """What the user asked for, and the model's recommendation for the rest.
+
+    At temperature 0 nothing is recommended: the argmax needs no filters.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("temperature") == 0:
+        return Sampling(chosen)
+    added = {name: value for name, value in recommended.items() if name not in chosen}
+    return Sampling({**added, **chosen}, tuple(added))
+
+
+def recommended_sampling(
+    source: str, *, revision: str | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """The sampling that a model's generation_config.json names; empty where it names none.
+
+    Args:
+        source: a directory, or a name on the hub.
+        revision: on the hub.
+        offline: look only on this machine.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if source.count("/") != 1:
+            return {}
+        try:
+            folder = fetch(source, revision, offline, (GENERATION_CONFIG,))
+        except CheckpointError:
+            return {}
+    try:
+        config = json.loads((folder / GENERATION_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict) or config.get("do_sample") is False:
+        return {}
+    values = {name: config.get(name) for name in SAMPLING}
+    return {n: v for n, v in values.items() if isinstance(v, (int, float)) and v != _NEUTRAL[n]}
+
+
+_NEUTRAL = {"temperature": None, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+
+
+def template_options(thinking: Thinking) -> dict[str, Any]:
+    """Variables of the chat template that switch thinking."""
+    return {} if thinking == "default" else {"enable_thinking": thinking == "on"}

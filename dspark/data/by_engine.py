@@ -1,0 +1,194 @@
+"""Answers by our own engine: many conversations in flight at once, each turn after turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from dspark.data.conversations import Dialogue
+from dspark.data.regenerate import Done
+from dspark.data.script import Reply, Script
+from dspark.data.templates import answer_of, render, split_thinking, thinking_marks
+from dspark.data.wanted import Wanted
+from dspark.engine.engine import Engine
+from dspark.engine.model import Model
+from dspark.errors import DataError, RequestError
+from dspark.params import sample_seed
+from dspark.request import Output, Request, SamplingParams
+
+# Conversations that share an engine, per place in its batch: enough that its end, where places
+# stand empty, is a small part.
+_CONVERSATIONS_PER_PLACE = 32
+# What a template may add around a message, in tokens.
+_AROUND_MESSAGE = 32
+
+
+@dataclass(frozen=True)
+class EngineResponder:
+    """Answers with a model in this process.
+
+    Implements `regenerate.Responder`.
+
+    Attributes:
+        model: the target; a drafter, if it has one, makes it faster.
+        params: how to sample; line i draws with seed + i - 1, its later turns with hashes of that.
+        wanted: which answers are kept.
+        options: variables of the chat template.
+        batch_size: requests at once.
+    """
+
+    model: Model
+    params: SamplingParams
+    wanted: Wanted = field(default_factory=Wanted)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What answers hang on."""
+        drawn = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {
+            "target": self.model.target.name,
+            **{name: getattr(self.params, name) for name in drawn},
+            "seed": self.params.seed,
+            "template": dict(self.options),
+            "wanted": repr(self.wanted),
+        }
+
+    @property
+    def template_options(self) -> Mapping[str, Any]:
+        """Variables of the chat template."""
+        return self.options
+
+    def answer(self, scripts: Iterator[Script], done: Done) -> None:
+        """Answer every turn of every script."""
+        while chunk := list(islice(scripts, self.batch_size * _CONVERSATIONS_PER_PLACE)):
+            _Chunk(self, done).run(chunk)
+
+
+@dataclass
+class _Chunk:
+    """Some conversations on one engine."""
+
+    responder: EngineResponder
+    done: Done
+    flying: dict[int, Script] = field(default_factory=dict)
+
+    def run(self, scripts: Sequence[Script]) -> None:
+        """Answer all of them."""
+        model, batch_size = self.responder.model, self.responder.batch_size
+        opened = [(script, self._open(script)) for script in scripts]
+        asked = [(script, request) for script, request in opened if request is not None]
+        if not asked:
+            return
+        longest = max(self._longest(script, request) for script, request in asked)
+        room = Request((0,) * max(longest - self.responder.params.max_new_tokens, 1), self._params)
+        requests = [request for _, request in asked]
+        engine = model.engine([*requests, room], batch_size=batch_size, schedule="fixed")
+        for script, request in asked:
+            self._add(engine, script, request)
+        while engine.has_work:
+            for event in engine.step():
+                if event.output is not None:
+                    self._ended(engine, self.flying.pop(event.request_id), event.output)
+
+    @property
+    def _params(self) -> SamplingParams:
+        return self.responder.params
+
+    def _open(self, script: Script) -> Request | None:
+        """The request for the next answer; None where there is none, and the script is done."""
+        if not script.next_turn():
+            self.done(script)
+            return None
+        try:
+            ids = self._prompt_ids(script)
+            if len(ids) >= self.responder.model.target.max_context:
+                script.stop("The prompt fills the model's whole context.")
+            else:
+                seed = sample_seed(self._params.seed + script.line - 1, script.answers)
+                return Request(ids, self._params.with_seed(seed))
+        except (DataError, RequestError) as error:
+            script.stop(str(error))
+        self.done(script)
+        return None
+
+    def _prompt_ids(self, script: Script) -> tuple[int, ...]:
+        model = self.responder.model
+        if script.dialogue is None:
+            script.input_ids = model.encode(script.raw)
+            script.prompt_len = len(script.input_ids)
+            return script.input_ids
+        tokenizer = model.target.tokenizer
+        if tokenizer is None:
+            raise DataError(f"{model.target.name} has no tokenizer; give raw token ids.")
+        text = render(
+            tokenizer, script.said, tools=script.tools, options=script.options, generation=True
+        )
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _longest(self, script: Script, request: Request) -> int:
+        """About how many tokens a conversation may have at its end."""
+        target = self.responder.model.target
+        texts = [m["content"] for m in script.to_come if m["role"] != "assistant"]
+        more = sum(len(target.tokenizer(text)["input_ids"]) + _AROUND_MESSAGE for text in texts)
+        answers = 1 + sum(m["role"] == "assistant" for m in script.to_come)
+        longest = len(request.prompt_ids) + more + answers * self._params.max_new_tokens
+        return int(min(longest, target.max_context))
+
+    def _add(self, engine: Engine, script: Script, request: Request) -> None:
+        try:
+            self.flying[engine.add(request)] = script
+        except RequestError as error:
+            script.stop(str(error))
+            self.done(script)
+
+    def _ended(self, engine: Engine, script: Script, output: Output) -> None:
+        if output.error is not None:
+            script.fail(output.error)
+        else:
+            reply = self._reply(script, output)
+            script.take(reply, keep=self.responder.wanted.keeps(reply))
+        request = self._open(script)
+        if request is not None:
+            self._add(engine, script, request)
+
+    def _reply(self, script: Script, output: Output) -> Reply:
+        ids = output.token_ids
+        reply = Reply(output.text, output.finish_reason, len(ids), token_ids=ids)
+        if script.dialogue is None:
+            return reply
+        reply = self._with_thinking(script, reply)
+        if script.place is not None and script.place.get("tool_calls"):
+            return self._with_calls(script, script.place, reply)
+        return reply
+
+    def _with_thinking(self, script: Script, reply: Reply) -> Reply:
+        target = self.responder.model.target
+        marks = thinking_marks(target.tokenizer)
+        if marks is None or script.options.get("enable_thinking") is False:
+            return reply
+        opening, closing = marks
+        # The marks may be special tokens, which an answer's text does not show.
+        own = [token for token in reply.token_ids if token not in target.eos_token_ids]
+        shown = target.tokenizer.decode(own, clean_up_tokenization_spaces=False).lstrip()
+        if closing in shown:
+            thinking, text = split_thinking(shown, opening, closing)
+            return replace(reply, text=text, thinking=thinking) if text != shown else reply
+        began = shown.startswith(opening) if opening else reply.finish_reason == "length"
+        return replace(reply, text="", thinking=shown.removeprefix(opening)) if began else reply
+
+    def _with_calls(self, script: Script, place: Mapping[str, Any], reply: Reply) -> Reply:
+        """The source's calls of tools in place of text that says the same."""
+        dialogue = Dialogue((*script.said, dict(place)), tuple(script.tools), script.options)
+        tokenizer = self.responder.model.target.tokenizer
+        try:
+            answer = answer_of(tokenizer, dialogue, len(script.said))
+        except DataError:
+            return reply
+        whole = tokenizer.decode(reply.token_ids, clean_up_tokenization_spaces=False)
+        if whole.strip() != answer.text.strip():
+            return reply
+        return replace(reply, text=place["content"], tool_calls=tuple(place["tool_calls"]))
