@@ -230,8 +230,7 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
     from dspark.data.answering import template_options
     from dspark.data.by_engine import EngineResponder
 
-    source = str(_bundled(options.target))
-    sampling = _sampling(options, source, screen)
+    sampling = _sampling(options, _directory(options.target), screen)
     params = sampling.params(options.max_new_tokens, options.seed or 0)
     return EngineResponder(
         load_model(options, options.draft, screen),
@@ -242,10 +241,13 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
     )
 
 
-def _bundled(target: str) -> str | Path:
+def _directory(target: str) -> str:
+    """Where TARGET lies, if it has a name of its own."""
+    if target != "bundled":
+        return target
     from dspark.engine.loading import BUNDLED
 
-    return BUNDLED if target == "bundled" else target
+    return str(BUNDLED)
 
 
 def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
@@ -255,7 +257,7 @@ def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
     from dspark.data.by_server import ServerResponder
     from dspark.data.server import ChatServer, served_model, server_url
 
-    sampling = _sampling(options, str(_bundled(options.target)), screen)
+    sampling = _sampling(options, _directory(options.target), screen)
     sampling.params(options.max_new_tokens, options.seed or 0)  # refuses values out of range
     server = ChatServer(
         tuple(server_url(url) for url in options.server),

@@ -1,6 +1,4 @@
-"""How answers are drawn when they are regenerated: what is asked for, and what a model's own
-authors recommend.
-"""
+"""How answers are drawn when they are regenerated: as asked, else as authors recommend."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dspark.drafters.files import fetch
 from dspark.errors import CheckpointError
 from dspark.params import SamplingParams
 
@@ -71,6 +68,8 @@ def recommended_sampling(
     if not folder.is_dir():
         if source.count("/") != 1:
             return {}
+        from dspark.drafters.files import fetch  # only hub names need it, and torch with it
+
         try:
             folder = fetch(source, revision, offline, (GENERATION_CONFIG,))
         except CheckpointError:

@@ -169,7 +169,7 @@ class _Crew:
 
     def _answer(self, script: Script, number: int) -> None:
         responder = self._responder
-        if script.dialogue is None:
+        if script.dialogue is None and not script.fault:
             script.fail("Raw prompts have no chat; leave --server out to answer them.")
         while script.next_turn():
             try:

@@ -185,7 +185,7 @@ def _inline_thinking(text: str) -> tuple[str, str]:
 
 
 def server_url(text: str) -> str:
-    """The address of a server's API, from what a user writes: "http://host:port", with "/v1" or not.
+    """The address of a server's API, from what a user writes: with "/v1" at its end or without.
 
     Raises:
         UsageError: it is no address.

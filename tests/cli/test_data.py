@@ -1,8 +1,11 @@
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from dspark.data.conversations import read_conversations
+from dspark.data.samples import read_samples
 
 WORDS = ("--max-new-tokens", 5, "--json")
 
@@ -52,7 +55,7 @@ def test_unwanted_answers_are_dropped_and_counted(dspark, pair, prompts, tmp_pat
     def lines(*more):
         report = dspark(*words, "--max-new-tokens", 40, "--json", *more).json
         found = out.read_text().splitlines()
-        assert (report["records"], report["dropped"]) == (len(found), 3 - len(found))
+        assert (report["records"], report["skipped"]) == (len(found), 3 - len(found))
         return found
 
     everything = lines()
@@ -82,7 +85,17 @@ def test_a_file_of_unwanted_answers_is_not_written(dspark, pair, prompts, tmp_pa
         (["--batch-size", 0], 2, "--batch-size is 0"),
         (["--limit", 0], 2, "--limit is 0"),
         (["--drop-repeated-tokens", -1], 2, "--drop-repeated-tokens is -1"),
-        (["--max-new-tokens", 0], 2, "max_new_tokens is 0"),
+        (["--max-new-tokens", 0], 2, "--max-new-tokens is 0"),
+        (["--top-p", 2], 2, "top_p is 2"),
+        (["--concurrency", 4], 2, "--concurrency acts only together with --server"),
+        (["--server", "http://127.0.0.1:9", "--batch-size", 4], 2, "acts only without --server"),
+        (["--server", "localhost"], 2, "--server is 'localhost'"),
+        (["--server", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9/v1 does not answer"),
+        (
+            ["--server", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"],
+            2,
+            "--api-key-env is NO_SUCH_KEY",
+        ),
         (["--prompts", "absent.jsonl"], 1, "absent.jsonl does not exist"),
         (["--draft", "/absent"], 1, "/absent"),
     ],
@@ -93,3 +106,89 @@ def test_bad_input(dspark, pair, prompts, in_tmp_path, bad):
     assert (result.status, result.out) == (status, "")
     assert sentence in result.err
     assert not (in_tmp_path / "regenerated.jsonl").exists()
+
+
+def test_sampling_is_what_the_model_recommends(dspark, pair, prompts, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(pair.target, target)
+    settings = {"do_sample": True, "temperature": 0.001, "top_k": 1, "eos_token_id": 2}
+    (target / "generation_config.json").write_text(json.dumps(settings))
+    words = ["data", "regenerate", target, "--prompts", prompts, *WORDS]
+
+    def answers(name, *more):
+        result = dspark(*words, "--out", tmp_path / name, *more)
+        assert result.status == 0, result.err
+        return (tmp_path / name).read_text(), result.err
+
+    recommended, said = answers("a.jsonl", "--seed", 1)
+    assert "recommends: temperature 0.001, top_k 1." in " ".join(said.split())
+    greedy, said = answers("b.jsonl", "--temperature", 0)
+    assert "recommends" not in said
+    assert recommended == greedy
+    free = answers("c.jsonl", "--temperature", 1, "--top-k", 0)[0]
+    assert free != greedy
+
+
+def test_malformed_lines_are_listed_and_end_nothing_unless_strict(dspark, pair, prompts, tmp_path):
+    with prompts.open("a") as file:
+        file.write('{"turns": ["cut o')
+    words = ["data", "regenerate", pair.target, "--prompts", prompts, *WORDS]
+    result = dspark(*words, "--out", tmp_path / "a.jsonl")
+    assert (result.json["records"], result.json["failed"], result.json["input"]) == (3, 1, 4)
+    assert "line 4 is not valid JSON" in (tmp_path / "a_failed.jsonl").read_text()
+    strict = dspark(*words, "--out", tmp_path / "b.jsonl", "--strict")
+    assert strict.status == 1
+    assert "line 4 is not valid JSON" in strict.err
+
+
+def test_prompts_are_collected_split_and_accounted_for(dspark, tmp_path):
+    source, against = tmp_path / "in.jsonl", tmp_path / "eval"
+    against.mkdir()
+    lines = [{"conversations": [{"from": "human", "value": f"Question {i}?"}]} for i in range(50)]
+    lines += [lines[0], {"turns": ["question 1"]}, {"turns": ["Secret"]}, {"nothing": 1}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (against / "set.jsonl").write_text('{"turns": ["secret!"]}\n')
+    words = ["data", "prompts", source, "--out", tmp_path / "train.jsonl", "--json"]
+    more = ["--heldout", tmp_path / "heldout.jsonl", "--heldout-share", 0.2, "--against", against]
+    result = dspark(*words, *more)
+    assert result.status == 0, result.err
+    report = result.json
+    assert report["input"] == 54
+    assert report["records"] + report["heldout"] == 50
+    assert report["heldout"] > 2
+    names = ("duplicates", "near_duplicates", "contaminated", "malformed")
+    assert [report[name] for name in names] == [1, 1, 1, 1]
+    sizes = [(tmp_path / f"{name}.jsonl").stat().st_size for name in ("train", "heldout")]
+    assert report["bytes"] == sum(sizes)
+    assert "54 lines" in result.err
+    assert dspark(*words, "--limit", 7).json["records"] == 7
+    assert dspark(*words, "--strict").status == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "sentence"),
+    [
+        (["--heldout-share", 0.1], 2, "--heldout-share needs --heldout"),
+        (["--heldout", "h.jsonl", "--heldout-share", 1], 2, "--heldout-share is 1.0"),
+        (["--heldout", "o.jsonl"], 2, "name two files"),
+        (["--ngram", 8], 2, "--ngram needs --against"),
+        (["--limit", 0], 2, "--limit is 0"),
+        (["--against", "absent"], 1, "absent does not exist"),
+    ],
+)
+def test_bad_prompts_options(dspark, prompts, in_tmp_path, bad, status, sentence):
+    result = dspark("data", "prompts", prompts, "--out", "o.jsonl", *bad)
+    assert (result.status, result.out) == (status, "")
+    assert sentence in result.err
+    assert not (in_tmp_path / "o.jsonl").exists()
+
+
+def test_collected_prompts_are_answered_and_become_samples(dspark, pair, prompts, tmp_path):
+    collected, out = tmp_path / "c.jsonl.gz", tmp_path / "o.jsonl.gz"
+    assert dspark("data", "prompts", prompts, "--out", collected).status == 0
+    words = ["data", "regenerate", pair.attached, "--prompts", collected, "--out", out]
+    assert dspark(*words, "--thinking", "off", *WORDS).json["records"] == 3
+    tokenizer = AutoTokenizer.from_pretrained(pair.attached)
+    samples = list(read_samples(out, tokenizer))
+    assert len(samples) == 3
+    assert all(sample.num_supervised for sample in samples)

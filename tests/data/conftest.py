@@ -1,6 +1,10 @@
 """A small tokenizer, and the chat templates of real families, as minimal equivalents."""
 
 import copy
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,3 +67,79 @@ def family(tokenizer):
         return known[name]
 
     return of
+
+
+class FakeServer:
+    """An OpenAI-like server in a thread: what it answers is up to `respond`.
+
+    `respond(body, count)` gives a reply's text, a whole JSON object, an int as the status of an
+    error, bytes to send as they are, or None to hang up.
+    """
+
+    def __init__(self, respond, models=("fake",)):
+        self.respond, self.models = respond, models
+        self.bodies, self.keys = [], []
+        lock = threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *words):
+                pass
+
+            def do_GET(self):
+                self.reply({"data": [{"id": name} for name in fake.models]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    fake.bodies.append(body)
+                    fake.keys.append(self.headers["Authorization"])
+                    count = len(fake.bodies)
+                given = fake.respond(body, count)
+                if given is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                elif isinstance(given, int):
+                    self.reply({"error": {"message": f"sorry, {given}"}}, given)
+                elif isinstance(given, str):
+                    message = {"role": "assistant", "content": given}
+                    choice = {"message": message, "finish_reason": "stop"}
+                    self.reply({"choices": [choice], "usage": {"completion_tokens": 2}})
+                else:
+                    self.reply(given)
+
+            def reply(self, content, status=200):
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request, client_address):
+                pass  # a client that went away is what some tests are about
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fake_server(monkeypatch):
+    """Start a `FakeServer`."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    started = []
+
+    def start(respond, **options):
+        started.append(FakeServer(respond, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

@@ -58,18 +58,20 @@ def test_a_gzip_file_with_a_damaged_middle_gives_what_comes_before(tmp_path):
     assert "cannot be read to its end" in found[-1].fault
 
 
+def write_many(path):
+    with write_json_lines(path) as write:
+        for i in range(200_000):
+            write({"new": i})
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_full_disk_leaves_the_older_file(tmp_path, name, small_disk):
     path = tmp_path / name
     with write_json_lines(path) as write:
         write({"old": 1})
     small_disk(4096)
-    with (
-        pytest.raises(DataError, match=rf"{name} cannot be written \(File too large\)"),
-        write_json_lines(path) as write,
-    ):
-        for i in range(200_000):
-            write({"new": i})
+    with pytest.raises(DataError, match=rf"{name} cannot be written \(File too large\)"):
+        write_many(path)
     assert [record for _, record in read_json_lines(path)] == [{"old": 1}]
     assert list(tmp_path.iterdir()) == [path]
 
