@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dspark.data.conversations import Dialogue
 from dspark.data.json_lines import scan_json_lines
-from dspark.data.templates import Answer, answers_of, keeps_answer
+from dspark.data.templates import Answer, answers_of, kept_answers
 from dspark.errors import DataError, DSparkWarning
 
 Span = tuple[int, int]
@@ -64,8 +64,10 @@ def conversation_samples(tokenizer: Any, dialogue: Dialogue) -> list[Sample]:
     samples = []
     while waiting:
         last = waiting.pop()
-        shown = [each for each in waiting if _shows(tokenizer, dialogue, last, each)]
-        waiting = [each for each in waiting if each not in shown]
+        alike = [e for e in waiting if last.ids[: e.end] == e.ids[: e.end]]
+        kept = kept_answers(tokenizer, dialogue, [e.answer for e in alike], last.answer)
+        shown = [e for e in alike if e.answer in kept]
+        waiting = [e for e in waiting if e not in shown]
         mask = [False] * len(last.ids)
         for each in (*shown, last):
             mask[each.begin : each.end] = [True] * (each.end - each.begin)
@@ -81,13 +83,6 @@ class _EncodedAnswer:
     ids: tuple[int, ...]
     begin: int
     end: int
-
-
-def _shows(
-    tokenizer: Any, dialogue: Dialogue, later: _EncodedAnswer, earlier: _EncodedAnswer
-) -> bool:
-    same_tokens = later.ids[: earlier.end] == earlier.ids[: earlier.end]
-    return same_tokens and keeps_answer(tokenizer, dialogue, earlier.answer, later.answer)
 
 
 def _encode_answer(tokenizer: Any, answer: Answer, *, cut: bool) -> _EncodedAnswer:

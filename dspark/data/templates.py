@@ -27,12 +27,14 @@ class Answer:
         prompt: what the model saw when it wrote it: all before, and the generation prompt.
         through: the prompt, and the answer with its end mark.
         said: where in `through` the message's own text ends at the earliest.
+        options: variables of the template that it was rendered with.
     """
 
     index: int
     prompt: str
     through: str
-    said: int = 0
+    said: int
+    options: Mapping[str, Any]
 
     @property
     def text(self) -> str:
@@ -133,7 +135,7 @@ def answer_of(tokenizer: Any, dialogue: Dialogue, index: int) -> Answer:
             "rewrites it, so that it would not be trained as it was written; leave the "
             "conversation out."
         )
-    return Answer(index, prompt, through, said)
+    return Answer(index, prompt, through, said, options)
 
 
 def _end_of(texts: Sequence[str], rendered: str, begin: int) -> int | None:
@@ -146,23 +148,43 @@ def _end_of(texts: Sequence[str], rendered: str, begin: int) -> int | None:
     return begin
 
 
-def keeps_answer(tokenizer: Any, dialogue: Dialogue, earlier: Answer, later: Answer) -> bool:
-    """Whether a later answer's rendering shows an earlier one exactly as it was written.
+def kept_answers(
+    tokenizer: Any, dialogue: Dialogue, earlier: Sequence[Answer], later: Answer
+) -> list[Answer]:
+    """The earlier answers that a later one's rendering shows exactly as they were written.
 
-    If so, one row of tokens trains both. Thinking templates, which drop what was thought before
-    earlier answers, do not; nor do those that show only the last turns.
+    One row of tokens can train these with it. Thinking templates, which drop what was thought
+    before earlier answers, do not show them so; nor do those that show only the last turns.
     """
-    if not later.through.startswith(earlier.through):
-        return False
-    # Text that a user wrote could look like the earlier turns: so these must also move the text.
-    messages = list(dialogue.messages)
-    said = messages[earlier.index]
-    messages[earlier.index] = {**said, "content": said["content"] + "."}
-    changed = Dialogue(tuple(messages), dialogue.tools, dialogue.template_options)
+    alike = [a for a in earlier if later.through.startswith(a.through)]
+    if not alike:
+        return []
+    # Text that a user wrote could look like the earlier turns: so a mark at the end of each of
+    # these must come out just there.
+    marked, begin = "", 0
+    for answer in alike:
+        marked += later.prompt[begin : answer.said] + "."
+        begin = answer.said
+    if _prompt_with_marks(tokenizer, dialogue, alike, later) == marked + later.prompt[begin:]:
+        return alike
+    # Not so where white space at an answer's end is trimmed: then each must at least move the text.
+    return [a for a in alike if _prompt_with_marks(tokenizer, dialogue, [a], later) != later.prompt]
+
+
+def _prompt_with_marks(
+    tokenizer: Any, dialogue: Dialogue, answers: Sequence[Answer], later: Answer
+) -> str:
+    """What a later answer's prompt is with a full stop behind some earlier ones."""
+    messages = list(dialogue.messages[: later.index])
+    for answer in answers:
+        said = messages[answer.index]
+        messages[answer.index] = {**said, "content": said["content"] + "."}
     try:
-        return answer_of(tokenizer, changed, later.index).prompt != later.prompt
+        return render(
+            tokenizer, messages, tools=dialogue.tools, options=later.options, generation=True
+        )
     except DataError:
-        return False
+        return later.prompt  # it cannot be told: as if it were not shown
 
 
 def thinking_and_content(message: Message) -> tuple[str, str]:
