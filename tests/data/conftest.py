@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -143,3 +144,15 @@ def fake_server(monkeypatch):
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture
+def small_disk():
+    """Lets files grow to so many bytes and no further, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

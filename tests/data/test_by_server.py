@@ -280,6 +280,23 @@ def test_a_dead_server_ends_the_run_and_nothing_is_lost(fake_server, prompts, tm
     assert [record["id"] for record in lines(out)] == list(range(40))
 
 
+def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
+    fake_server, prompts, tmp_path, small_disk
+):
+    out, fake = tmp_path / "o.jsonl", fake_server(echo)
+    small_disk(2000)
+    with pytest.raises(DataError, match=r"journal cannot be written \(File too large\); what was"):
+        regenerate(responder(fake), prompts, out)
+    noted = len(lines(journal_path(out))) - 1  # every line of it is whole
+    assert 5 < noted < 40
+    small_disk(journal_path(out).stat().st_size + 40 * 200)
+    other = fake_server(echo)
+    report = regenerate(responder(other), prompts, out)
+    assert (report.records, report.resumed) == (40, noted)
+    assert len(other.bodies) == 40 - noted
+    assert [record["id"] for record in lines(out)] == list(range(40))
+
+
 def test_a_wrong_key_or_model_ends_the_run_at_once(fake_server, prompts, tmp_path):
     fake = fake_server(lambda body, count: 401)
     with pytest.raises(DataError, match="refuses the request: status 401, sorry, 401"):
@@ -342,11 +359,13 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(fake_server, tm
         return echo(body, count)
 
     fake = fake_server(slowly)
-    words = ["data", "regenerate", "fake", "--server", fake.url, "--concurrency", "3"]
-    words += ["--prompts", str(prompts), "--out", str(out), "--offline"]
+    words = ["data", "regenerate", "fake", "--concurrency", "3", "--offline", "--json"]
+    words += ["--prompts", str(prompts), "--out", str(out), "--server"]
     command = [sys.executable, "-m", "dspark", *words]
     for goal in (20, 60):
-        run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [*command, fake.url], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 60
         while len(fake.bodies) < goal and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -355,12 +374,12 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(fake_server, tm
         assert not out.exists()
     noted = len(lines(journal_path(out))) - 1
     assert 0 < noted < 120
-    asked_before = len(fake.bodies)
-    done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+    other = fake_server(echo)
+    done = subprocess.run([*command, other.url], check=True, capture_output=True, text=True)
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["records"], report["failed"], report["skipped"]) == (120, 0, 0)
     assert report["resumed"] == noted
-    assert len(fake.bodies) - asked_before == 120 - noted
+    assert len(other.bodies) == 120 - noted
     assert [record["id"] for record in lines(out)] == list(range(120))
     answers = [record["messages"][-1]["content"] for record in lines(out)]
     assert answers == [f"re: q{i}" for i in range(120)]

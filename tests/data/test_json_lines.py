@@ -1,24 +1,11 @@
 import gzip
 import json
-import resource
 
 import pytest
 
 from dspark.data.journal import Journal
 from dspark.data.json_lines import beside, read_json_lines, scan_json_lines, write_json_lines
 from dspark.errors import DataError
-
-
-@pytest.fixture
-def small_disk():
-    """Lets files grow to so many bytes and no further, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_damaged_lines_are_told_from_good_ones(tmp_path):
