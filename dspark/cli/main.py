@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from dspark import __version__
-from dspark.cli import bench, calibrate, check, convert, data, demo, generate, profile, prove, train
+from dspark.cli import (
+    bench,
+    calibrate,
+    check,
+    convert,
+    data,
+    demo,
+    eval,
+    generate,
+    profile,
+    prove,
+    report,
+    train,
+)
 from dspark.cli.common import Screen, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError
 
@@ -34,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(argv)
+        options.words = tuple(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USAGE
     try:
@@ -63,7 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, check, train, calibrate, profile, bench, prove, data, convert):
+    everything = (
+        demo, generate, check, train, calibrate, profile, eval, report, bench, prove, data, convert,
+    )  # fmt: skip
+    for command in everything:
         command.add_parser(commands)
     return parser
 

@@ -1,7 +1,8 @@
 """Conversations and prompts, as JSON-lines files hold them.
 
 A conversation is a list of {"role", "content"} messages. A prompt line holds `messages`, `turns`
-(user turns only; the first one is the prompt) or `prompt` (raw text without a template).
+(user turns only; the first one is the prompt, and the later ones are kept beside it) or `prompt`
+(raw text without a template).
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class Prompt:
     Attributes:
         messages: chat messages, or None for raw text.
         text: the raw text, or the last user turn.
+        later: user turns to follow, each asked once the one before it has been answered.
     """
 
     messages: tuple[Message, ...] | None
     text: str
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,8 @@ def as_prompt(record: dict[str, Any], where: str) -> Prompt:
             raise DataError(f"{where}: the messages hold no user turn.")
         return Prompt(tuple(messages), messages[-1]["content"])
     if "turns" in record:
-        first = check_turns(record["turns"], where)[0]
-        return Prompt(({"role": "user", "content": first},), first)
+        first, *later = check_turns(record["turns"], where)
+        return Prompt(({"role": "user", "content": first},), first, tuple(later))
     text = record.get("prompt")
     if not isinstance(text, str) or not text:
         raise DataError(f"{where}: needs 'messages', 'turns' or a non-empty 'prompt'.")

@@ -141,6 +141,7 @@ class Model:
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
         prefix_reuse: bool = True,
+        max_length: int | None = None,
     ) -> Engine:
         """An engine with room for these requests, `batch_size` of them at once.
 
@@ -158,6 +159,8 @@ class Model:
             step_tokens: rows of one step, as `Engine`.
             cache_tokens: rows of the cache, as `Engine`.
             prefix_reuse: whether prompts share the pages of equal beginnings.
+            max_length: tokens of prompt and output together, where requests are to follow that are
+                longer than these.
 
         Raises:
             RequestError: there are no requests.
@@ -168,6 +171,7 @@ class Model:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
         longest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
+        longest = max(longest, max_length or 0)
         at_once = min(batch_size, sum(r.params.n for r in requests))
         return Engine(
             self.target,
@@ -225,12 +229,16 @@ class Model:
                 found.append(str(error))
         return found
 
-    def encode(self, prompt: str | Messages, *, raw: bool = True) -> tuple[int, ...]:
+    def encode(
+        self, prompt: str | Messages, *, raw: bool = True, thinking: bool | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a prompt.
 
         Args:
             prompt: text, or chat messages, which always go through the chat template.
             raw: take text as it is; else as a user turn of the chat template, where there is one.
+            thinking: switch the chat template's thinking mode (`enable_thinking`) on or off; None
+                leaves it as the template has it.
 
         Raises:
             RequestError: there is no tokenizer, no chat template for messages, or nothing to
@@ -254,6 +262,7 @@ class Model:
                 tokenize=True,
                 add_generation_prompt=True,
                 return_dict=True,
+                **({} if thinking is None else {"enable_thinking": thinking}),
             )
         except TemplateError as error:
             raise RequestError(f"The chat template refuses the messages: {error}.") from error

@@ -111,18 +111,7 @@ def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[
     if "enable_thinking" in (tokenizer.chat_template or ""):
         for thinking in (True, False):
             found[f"enable_thinking={thinking}"] = [
-                tuple(
-                    tokenizer.apply_chat_template(
-                        [dict(message) for message in p.messages],
-                        tokenize=True,
-                        add_generation_prompt=True,
-                        return_dict=True,
-                        enable_thinking=thinking,
-                    )["input_ids"]
-                )
-                if p.messages
-                else model.encode(p.text)
-                for p in prompts
+                model.encode(p.messages or p.text, thinking=thinking) for p in prompts
             ]
     usual = render(model, prompts)
     return {name: rendered for name, rendered in found.items() if rendered != usual}

@@ -1,0 +1,302 @@
+"""Evaluation: every question of every task through the engine, one record for each."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark.data.conversations import Message
+from dspark.engine.engine import Engine
+from dspark.engine.model import Model
+from dspark.engine.record import RoundRecord
+from dspark.errors import CompatibilityError, UsageError
+from dspark.evaluation.dialogue import Dialogue, RoundLog
+from dspark.evaluation.identity import (
+    draft_fingerprint,
+    drafted,
+    dtype_name,
+    environment,
+    target_fingerprint,
+)
+from dspark.evaluation.records import Plan, Record, RunRecords, Settings, Spent
+from dspark.evaluation.tasks import Task
+from dspark.request import Request, SamplingParams
+from dspark.scheduling.calibration import temperature_class
+
+Progress = Callable[[Task, Record], None]
+"""(task, the question that has just been finished)"""
+# Room for the marks of a chat template around a later turn.
+_TEMPLATE_TOKENS = 64
+
+
+class Evaluator:
+    """Asks the questions of tasks with one drafter at one setting.
+
+    Args:
+        model: a target and its drafter, or none.
+        run: where records go, and its settings.
+        progress: told of every finished question.
+
+    Raises:
+        CompatibilityError: the thinking mode is asked of a chat template that has none.
+        UsageError: a setting has a value that cannot be used.
+    """
+
+    def __init__(self, model: Model, run: RunRecords, progress: Progress | None = None) -> None:
+        self.model, self.run, self.settings = model, run, run.settings
+        self._progress = progress
+        settings = self.settings
+        if settings.thinking and "enable_thinking" not in (
+            model.target.tokenizer.chat_template or ""
+        ):
+            raise CompatibilityError(
+                f"The chat template of {settings.target} has no thinking mode; leave --thinking "
+                "out."
+            )
+        self._params = SamplingParams(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+        self.num_drafts = 0
+        if model.drafter is not None and settings.schedule != "off":
+            self.num_drafts = settings.block_size or model.drafter.block_size
+
+    def ask(self, task: Task) -> None:
+        """Ask every question of a task that has no record yet.
+
+        Raises:
+            DSparkError: a request failed; what was finished before is kept.
+        """
+        dialogues = list[Dialogue]()
+        limit = self.model.target.max_context
+        for question in task.questions:
+            if (task.name, question.key) in self.run.records:
+                continue
+            prompt = question.prompt
+            messages = [dict(message) for message in prompt.messages or ()]
+            ids = self._encode(messages or prompt.text)
+            if len(ids) >= limit:
+                why = f"the prompt has {len(ids)} tokens, but the context holds {limit}"
+                self._keep(task, Record(task.name, question.key, (), why))
+                continue
+            dialogues.append(Dialogue(question, self._request(question.key, 0, ids), messages))
+        if dialogues:
+            self._lead(task, dialogues)
+
+    def _lead(self, task: Task, dialogues: Sequence[Dialogue]) -> None:
+        """Lead all dialogues to their ends, `batch_size` at once."""
+        running: dict[int, Dialogue] = {}
+        engine = self._engine(dialogues, running)
+        waiting = iter(dialogues)
+        stopwatch = _Stopwatch(engine)
+        while True:
+            self._admit(engine, waiting, running)
+            if not engine.has_work:
+                return
+            events = engine.step()
+            stopwatch.judged(len(events))
+            for event in events:
+                if event.output is None:
+                    continue
+                dialogue = running.pop(event.request_id)
+                output = event.output.checked()
+                plain = self.num_drafts == 0
+                turn = dialogue.log.turn(output, _room(engine, dialogue.request), plain=plain)
+                dialogue.turns.append(turn)
+                record = self._follow(task, dialogue, engine)
+                if record is None:
+                    running[engine.add(dialogue.request)] = dialogue
+                else:
+                    self._keep(task, stopwatch.stamp(record))
+
+    def _admit(
+        self, engine: Engine, waiting: Iterator[Dialogue], running: dict[int, Dialogue]
+    ) -> None:
+        """Keep the engine's queue filled, but not longer than it needs to be."""
+        while len(running) < 2 * self.settings.batch_size:
+            dialogue = next(waiting, None)
+            if dialogue is None:
+                return
+            running[engine.add(dialogue.request)] = dialogue
+
+    def _follow(self, task: Task, dialogue: Dialogue, engine: Engine) -> Record | None:
+        """The record of a dialogue that is over; else None, and its next request is ready."""
+        at = len(dialogue.turns)
+        question, later = dialogue.question, dialogue.question.prompt.later
+        if at > len(later):
+            return Record(task.name, question.key, tuple(dialogue.turns))
+        dialogue.messages += [
+            {"role": "assistant", "content": dialogue.turns[-1].text},
+            {"role": "user", "content": later[at - 1]},
+        ]
+        ids = self._encode(dialogue.messages)
+        if len(ids) >= engine.max_length:
+            why = (
+                f"turn {at + 1} has {len(ids)} tokens with what went before, but the context holds "
+                f"{engine.max_length}"
+            )
+            return Record(task.name, question.key, tuple(dialogue.turns), why)
+        dialogue.request = self._request(question.key, at, ids)
+        dialogue.log = RoundLog()
+        return None
+
+    def _engine(self, dialogues: Sequence[Dialogue], running: dict[int, Dialogue]) -> Engine:
+        def watch(record: RoundRecord) -> None:
+            for row, request_id in enumerate(record.request_ids):
+                running[request_id].log.add(record, row, self.num_drafts)
+
+        settings = self.settings
+        plain = self.num_drafts == 0
+        model = Model(self.model.target) if plain else self.model
+        return model.engine(
+            [dialogue.request for dialogue in dialogues],
+            batch_size=settings.batch_size,
+            verifier=settings.verifier,
+            schedule=None if plain else settings.schedule,  # type: ignore[arg-type]
+            threshold=settings.threshold,
+            block_size=None if plain else settings.block_size,
+            watch=watch,
+            strict=True,
+            max_length=max(map(self._longest, dialogues)),
+        )
+
+    def _longest(self, dialogue: Dialogue) -> int:
+        """Tokens that a dialogue may come to, all turns together."""
+        length = len(dialogue.request.prompt_ids) + self.settings.max_new_tokens
+        for text in dialogue.question.prompt.later:
+            asked = len(self.model.encode(text)) if text.strip() else 0
+            length += asked + _TEMPLATE_TOKENS + self.settings.max_new_tokens
+        return length
+
+    def _encode(self, prompt: str | list[Message]) -> tuple[int, ...]:
+        settings = self.settings
+        if isinstance(prompt, str) or not settings.raw:
+            return self.model.encode(prompt, raw=settings.raw, thinking=settings.thinking)
+        if len(prompt) > 1:
+            raise UsageError(
+                "--raw takes texts, but a prompt is a dialogue of several messages; leave --raw "
+                "out, or give --turns 1."
+            )
+        return self.model.encode(prompt[0]["content"])
+
+    def _request(self, key: str, turn: int, ids: tuple[int, ...]) -> Request:
+        """Its seed hangs on the question alone, not on the others that are asked."""
+        text = f"{self.settings.seed} {key} {turn}".encode()
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+        return Request(ids, self._params.with_seed(seed))
+
+    def _keep(self, task: Task, record: Record) -> None:
+        self.run.add(record)
+        if self._progress is not None:
+            self._progress(task, record)
+
+
+class _Stopwatch:
+    """Time of an engine, split at the records that it led to."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._judged = engine, 0
+        self._last = self._spent()
+
+    def judged(self, requests: int) -> None:
+        """Count the requests of a step."""
+        self._judged += requests
+
+    def stamp(self, record: Record) -> Record:
+        """The record with what was spent since the one before."""
+        now = self._spent()
+        spent, self._last = now - self._last, now
+        return Record(record.task, record.key, record.turns, record.skipped, spent)
+
+    def _spent(self) -> Spent:
+        clock = self._engine.clock
+        return Spent(
+            seconds=time.perf_counter(),
+            steps=clock.steps + clock.prefills,
+            decode_steps=clock.steps,
+            draft_ms=clock.draft_ms,
+            schedule_ms=clock.schedule_ms,
+            verify_ms=clock.verify_ms,
+            judged=self._judged,
+        )
+
+
+def _room(engine: Engine, request: Request) -> int:
+    """Tokens that an answer may have."""
+    return min(request.params.max_new_tokens, engine.max_length - len(request.prompt_ids))
+
+
+def settings_of(model: Model, target: str, name: str, draft: str, **options: Any) -> Settings:
+    """The settings of a run.
+
+    Args:
+        model: the pair.
+        target: what the target was loaded as.
+        name: of the drafter, in reports.
+        draft: what it was loaded as.
+        **options: further fields of `Settings`; temperature 0 where it is not among them.
+    """
+    return Settings(
+        target=target,
+        target_weights=target_fingerprint(model.target),
+        drafter=name,
+        draft=draft,
+        draft_weights=draft_fingerprint(model),
+        dtype=dtype_name(model.target),
+        **({"temperature": 0.0} | options),
+    )
+
+
+def evaluate(
+    model: Model,
+    settings: Settings,
+    tasks: Sequence[Task],
+    out: Path | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> RunRecords:
+    """Ask every question of the tasks that has no record in `out` yet.
+
+    Args:
+        model: the pair that `settings` names.
+        settings: of the run.
+        tasks: what is asked.
+        out: a folder for the records; None keeps them in memory.
+        command: how this was started, for the report.
+        progress: told of every question that is finished, those of an earlier start included.
+
+    Returns:
+        The records.
+
+    Raises:
+        DSparkError: the file of records is damaged, a setting cannot be, or a request failed; what
+            was finished before is kept.
+    """
+    run = RunRecords.open(settings, out)
+    plan = Plan(
+        command=command,
+        environment=environment(model.target),
+        drafter=drafted(model, settings, temperature_class(settings.temperature)),
+        tasks={
+            task.name: {
+                "domain": task.domain,
+                "source": task.source,
+                "available": task.available,
+                "keys": [question.key for question in task.questions],
+            }
+            for task in tasks
+        },
+    )
+    evaluator = Evaluator(model, run, progress)
+    run.start(plan)
+    for task in tasks:
+        if progress is not None:
+            for record in run.of_task(task.name):
+                progress(task, record)
+        evaluator.ask(task)
+    return run

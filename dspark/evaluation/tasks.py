@@ -1,0 +1,272 @@
+"""What a drafter is evaluated on: the nine benchmark sets, and any file of prompts.
+
+The nine sets are read from a folder of JSON lines, or from the hub in the reference evaluator's
+wording (FORMAT_FACTS.md D). A longer set than the reference asks is shuffled by the seed and cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dspark.data.conversations import Prompt, as_prompt
+from dspark.data.json_lines import read_json_lines
+from dspark.errors import DataError
+from dspark.evaluation.hub import HubSet, hub_rows
+
+Row = Mapping[str, Any]
+DOMAINS = ("math", "code", "chat")
+_REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+_LIVECODEBENCH = (
+    "You are an expert Python programmer. You will be given a question (problem specification) and "
+    "will generate a correct Python program that matches the specification and passes all tests. "
+    "You will NOT return anything except for the program\n\n### Question:\n"
+)
+_CODE_FORMAT = "### Format: Write your code in the following format:\n```python\n"
+_STARTER = "### Format: Use the following code structure:\n```python\n"
+_ANSWER = "\n```\n\n### Answer: (use the provided format with backticks)"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt of a task, with its later turns.
+
+    Attributes:
+        key: names it in every run: a digest of what is asked.
+        prompt: what is asked.
+    """
+
+    key: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions that are measured together.
+
+    Attributes:
+        name: as in reports.
+        domain: what the macro average over domains groups it under.
+        questions: those chosen.
+        source: file or hub id.
+        available: questions that the source holds.
+    """
+
+    name: str
+    domain: str
+    questions: tuple[Question, ...]
+    source: str
+    available: int
+
+    @classmethod
+    def of(cls, name: str, domain: str, prompts: Sequence[Prompt], source: str) -> Task:
+        """A task of all these prompts; equal ones keep keys of their own."""
+        seen: dict[str, int] = {}
+        questions = []
+        for prompt in prompts:
+            key = _digest(prompt)
+            seen[key] = seen.get(key, 0) + 1
+            questions.append(Question(key if seen[key] == 1 else f"{key}-{seen[key]}", prompt))
+        return cls(name, domain, tuple(questions), source, len(questions))
+
+    def chosen(self, most: int | None, seed: int) -> Task:
+        """At most so many of the questions: shuffled by the seed, then the first ones."""
+        if most is None or most >= len(self.questions):
+            return self
+        order = list(self.questions)
+        random.Random(seed).shuffle(order)
+        return replace(self, questions=tuple(order[:most]))
+
+    def with_turns(self, turns: int | None) -> Task:
+        """Each question cut to its first turns; None keeps all."""
+        if turns is None:
+            return self
+        cut = [replace(q.prompt, later=q.prompt.later[: turns - 1]) for q in self.questions]
+        return replace(
+            self,
+            questions=tuple(
+                replace(q, prompt=prompt) for q, prompt in zip(self.questions, cut, strict=True)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One of the nine sets.
+
+    Attributes:
+        domain: math, code or chat.
+        most: questions that the reference asks.
+        hub: where it lies on the hub.
+        wording: the user turns made of one row.
+    """
+
+    domain: str
+    most: int
+    hub: HubSet
+    wording: Callable[[Row], list[str]]
+
+
+def _reasoned(field: str) -> Callable[[Row], list[str]]:
+    return lambda row: [row[field] + _REASON]
+
+
+def _plain(field: str) -> Callable[[Row], list[str]]:
+    return lambda row: list(row[field]) if isinstance(row[field], list) else [row[field]]
+
+
+def _humaneval(row: Row) -> list[str]:
+    task = "Write a solution to the following problem and make sure that it passes the tests:"
+    return [f"{task}\n```python\n{row['prompt']}\n```"]
+
+
+def _livecodebench(row: Row) -> list[str]:
+    starter = row.get("starter_code")
+    shape = f"{_STARTER}{starter}" if starter else f"{_CODE_FORMAT}# YOUR CODE HERE"
+    return [f"{_LIVECODEBENCH}{row['question_content']}\n\n{shape}{_ANSWER}"]
+
+
+def _alpaca(row: Row) -> list[str]:
+    extra = row.get("input")
+    return [f"{row['instruction']}\n\nInput:\n{extra}" if extra else row["instruction"]]
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gsm8k": Benchmark("math", 500, HubSet("openai/gsm8k", "main"), _reasoned("question")),
+    "math500": Benchmark("math", 500, HubSet("HuggingFaceH4/MATH-500"), _reasoned("problem")),
+    "aime25": Benchmark("math", 30, HubSet("math-ai/aime25"), _reasoned("problem")),
+    "mbpp": Benchmark(
+        "code", 256, HubSet("google-research-datasets/mbpp", "sanitized"), _plain("prompt")
+    ),
+    "humaneval": Benchmark("code", 164, HubSet("openai/openai_humaneval"), _humaneval),
+    "livecodebench": Benchmark(
+        "code", 500, HubSet("livecodebench/code_generation_lite", files="test*.jsonl"),
+        _livecodebench,
+    ),
+    "mt-bench": Benchmark(
+        "chat", 80, HubSet("HuggingFaceH4/mt_bench_prompts", split="train"), _plain("prompt")
+    ),
+    "alpaca": Benchmark("chat", 500, HubSet("tatsu-lab/alpaca", split="train"), _alpaca),
+    "arena-hard-v2": Benchmark(
+        "chat", 500,
+        HubSet("lmarena-ai/arena-hard-auto", files="data/arena-hard-v2.0/question.jsonl"),
+        _plain("prompt"),
+    ),
+}  # fmt: skip
+
+
+def load_benchmark(
+    name: str,
+    data: Path | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    offline: bool = False,
+) -> Task:
+    """One of the nine sets.
+
+    Args:
+        name: of the set.
+        data: a folder with `NAME.jsonl`, each line a prompt (`turns`, `messages` or `prompt`) or a
+            row of the set as the hub has it; None takes the set from the hub.
+        limit: questions at most; else as many as the reference asks.
+        seed: of the choice, where the set has more.
+        offline: take from the hub what is on this machine alone.
+
+    Raises:
+        DataError: the name is unknown, the file is missing, malformed or empty, or the hub's set
+            cannot be had.
+    """
+    if name not in BENCHMARKS:
+        raise DataError(
+            f"There is no task {name!r}; the tasks are {', '.join(BENCHMARKS)}, and any other "
+            "prompts are read with --prompts FILE."
+        )
+    benchmark = BENCHMARKS[name]
+    if data is None:
+        source = f"hub: {benchmark.hub.repository}"
+        numbered = [
+            (f"{source}, row {i}", row)
+            for i, row in enumerate(hub_rows(benchmark.hub, offline=offline))
+        ]
+    else:
+        path = local_file(name, data)
+        if path is None:
+            raise DataError(
+                f"The task {name} is not in {data}: it has neither {name}.jsonl nor "
+                f"{name}.jsonl.gz; put one there, or leave --data out to take it from the hub "
+                f"({benchmark.hub.repository})."
+            )
+        source = str(path)
+        numbered = [(f"{path}, line {number}", row) for number, row in read_json_lines(path)]
+    prompts = [_prompt(benchmark, row, where) for where, row in numbered]
+    if not prompts:
+        raise DataError(f"{source} holds no prompt.")
+    task = Task.of(name, benchmark.domain, prompts, source)
+    return task.chosen(min(limit or benchmark.most, benchmark.most), seed)
+
+
+def local_file(name: str, data: Path) -> Path | None:
+    """The file of a set in a folder; None where it has none.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not data.is_dir():
+        raise DataError(f"The folder {data} does not exist; name one with --data.")
+    paths = (data / f"{name}{suffix}" for suffix in (".jsonl", ".jsonl.gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Task]:
+    """Any file of prompts, a task by its name; with a `category` a line, a task per category.
+
+    The latter is how SPEED-Bench comes: its categories are tasks and domains of their own.
+
+    Args:
+        path: JSON lines with `turns`, `messages` or `prompt`, and perhaps `category`.
+        limit: questions of a task at most.
+        seed: of the choice.
+
+    Raises:
+        DataError: the file is missing, malformed or empty, or has a category on some lines only.
+    """
+    groups: dict[str | None, list[Prompt]] = {}
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
+        category = record.get("category")
+        if category is not None and (not isinstance(category, str) or not category):
+            raise DataError(f"{where}: 'category' must be a non-empty string.")
+        groups.setdefault(category, []).append(as_prompt(record, where))
+    if not groups:
+        raise DataError(f"{path} holds no prompt.")
+    if None in groups and len(groups) > 1:
+        raise DataError(f"{path} has a 'category' on some lines only; give it on all, or on none.")
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return [
+        Task.of(category or stem, category or stem, prompts, str(path)).chosen(limit, seed)
+        for category, prompts in groups.items()
+    ]
+
+
+def _prompt(benchmark: Benchmark, row: Row, where: str) -> Prompt:
+    """A row that is a prompt already, or one of the set's own in the reference's wording."""
+    if "turns" in row or "messages" in row:
+        return as_prompt(dict(row), where)
+    try:
+        turns = benchmark.wording(row)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{where}: needs 'turns', 'messages', or the fields of {benchmark.hub.repository}."
+        ) from error
+    return as_prompt({"turns": turns}, where)
+
+
+def _digest(prompt: Prompt) -> str:
+    asked = [prompt.text if prompt.messages is None else list(prompt.messages), *prompt.later]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
