@@ -213,8 +213,8 @@ def _calibration(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     text = (
         "Predicted survival of a draft (the product of confidences up to it) against what became "
         "of it: expected calibration error (20 bins), area under the ROC curve and Brier score, "
-        "means over positions weighted by their rounds, before and after calibration. Stored: by the "
-        "drafter's own calibration. Cross-fitted: it has none for this setting, so each half of "
+        "means over positions weighted by their rounds, before and after calibration. Stored: by "
+        "the drafter's own calibration. Cross-fitted: it has none for this setting, so each half of "
         "the prompts is judged by what was fitted on the other."
     )
     head = (

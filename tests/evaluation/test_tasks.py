@@ -1,0 +1,178 @@
+"""The nine sets and files of prompts."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dspark.errors import DataError
+from dspark.evaluation.tasks import BENCHMARKS, load_benchmark, load_file
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/eval is not here")
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def texts(task):
+    return [question.prompt.text for question in task.questions]
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "asked", "available"),
+    [
+        ("gsm8k", 500, 1319), ("math500", 500, 500), ("aime25", 30, 30), ("mbpp", 256, 257),
+        ("humaneval", 164, 164), ("livecodebench", 500, 1055), ("mt-bench", 80, 80),
+        ("arena-hard-v2", 500, 750),
+    ],
+)  # fmt: skip
+def test_local_sets_are_as_long_as_the_reference_asks(name, asked, available):
+    task = load_benchmark(name, SHARED)
+    assert (len(task.questions), task.available) == (asked, available)
+    assert len({question.key for question in task.questions}) == asked
+    turns = {1 + len(question.prompt.later) for question in task.questions}
+    assert turns == ({2} if name == "mt-bench" else {1})
+
+
+def test_a_choice_hangs_on_the_seed_and_a_smaller_one_is_its_beginning(tmp_path):
+    write(tmp_path / "gsm8k.jsonl", *({"turns": [f"question {i}"]} for i in range(50)))
+    ten = texts(load_benchmark("gsm8k", tmp_path, limit=10, seed=3))
+    assert texts(load_benchmark("gsm8k", tmp_path, limit=4, seed=3)) == ten[:4]
+    assert texts(load_benchmark("gsm8k", tmp_path, limit=10, seed=4)) != ten
+    assert ten != [f"question {i}" for i in range(10)]
+
+
+ROWS = {
+    "gsm8k": {"question": "1+1?", "answer": "2"},
+    "math500": {"problem": "1+1?"},
+    "aime25": {"problem": "1+1?"},
+    "mbpp": {"prompt": "Write a sum."},
+    "humaneval": {"prompt": "def f():\n", "test": ""},
+    "livecodebench": {"question_content": "Sum two numbers.", "starter_code": ""},
+    "mt-bench": {"prompt": ["First.", "Second."], "category": "writing"},
+    "alpaca": {"instruction": "Say it.", "input": "It"},
+    "arena-hard-v2": {"prompt": "Write.", "category": "hard_prompt"},
+}
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+WORDED = {
+    "gsm8k": ["1+1?" + BOXED],
+    "math500": ["1+1?" + BOXED],
+    "aime25": ["1+1?" + BOXED],
+    "mbpp": ["Write a sum."],
+    "humaneval": [
+        "Write a solution to the following problem and make sure that it passes the tests:\n"
+        "```python\ndef f():\n\n```"
+    ],
+    "mt-bench": ["First.", "Second."],
+    "alpaca": ["Say it.\n\nInput:\nIt"],
+    "arena-hard-v2": ["Write."],
+}
+
+
+class Hub:
+    """Stands in for the library `datasets`."""
+
+    def __init__(self):
+        self.asked = []
+
+    def DownloadConfig(self, *, local_files_only):  # noqa: N802
+        return local_files_only
+
+    def load_dataset(self, path, name=None, **options):
+        self.asked.append((path, name, options))
+        repository = options.get("data_files", path)
+        for key, benchmark in BENCHMARKS.items():
+            if benchmark.hub.repository in repository:
+                return [ROWS[key]]
+        raise AssertionError(path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    module = SimpleNamespace(
+        load_dataset=hub.load_dataset, DownloadConfig=hub.DownloadConfig, __spec__=object()
+    )
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return hub
+
+
+@pytest.mark.parametrize("name", WORDED)
+def test_rows_of_the_hub_are_worded_as_the_reference_does(name, hub):
+    (question,) = load_benchmark(name, offline=True).questions
+    assert [question.prompt.text, *question.prompt.later] == WORDED[name]
+    ((path, config, options),) = hub.asked
+    assert (path == "json") or config == BENCHMARKS[name].hub.config
+    assert options["download_config"] is True
+
+
+def test_a_users_own_file_may_hold_rows_of_the_set(tmp_path):
+    write(tmp_path / "alpaca.jsonl", {"instruction": "Name a colour.", "input": ""})
+    assert texts(load_benchmark("alpaca", tmp_path)) == ["Name a colour."]
+
+
+@needs_shared
+def test_livecodebench_is_worded_as_the_local_file(hub):
+    local = json.loads((SHARED / "livecodebench.jsonl").read_text().splitlines()[0])["turns"][0]
+    begin = local.index("### Question:\n") + len("### Question:\n")
+    end = local.index("\n\n### Format:")
+    ROWS["livecodebench"] = {"question_content": local[begin:end], "starter_code": ""}
+    (question,) = load_benchmark("livecodebench").questions
+    assert question.prompt.text.rstrip("\n") == local.rstrip("\n")
+
+
+def test_a_file_with_categories_is_a_task_for_each(tmp_path):
+    lines = [
+        {"question_id": str(i), "category": name, "turns": ["Ask.", f"More {i}."]}
+        for i, name in enumerate(["coding", "math", "coding"])
+    ]
+    packed = tmp_path / "speed.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode()))
+    coding, math = load_file(packed)
+    assert (coding.name, coding.domain, len(coding.questions)) == ("coding", "coding", 2)
+    assert math.questions[0].prompt.later == ("More 1.",)
+    assert math.with_turns(1).questions[0].prompt.later == ()
+    assert math.with_turns(1).questions[0].key == math.questions[0].key
+
+
+def test_equal_prompts_have_keys_of_their_own(tmp_path):
+    (task,) = load_file(write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a"}))
+    assert task.name == "p"
+    assert len({question.key for question in task.questions}) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "holds no prompt"),
+        ([{"prompt": "a", "category": "x"}, {"prompt": "b"}], "on some lines only"),
+        ([{"prompt": "a", "category": 3}], "line 1: 'category' must be"),
+        ([{"turns": ["a", 1]}], "line 1: 'turns' must be"),
+        ([{"question": "a"}], "line 1: needs"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, lines, said):
+    with pytest.raises(DataError, match=said):
+        load_file(write(tmp_path / "p.jsonl", *lines))
+
+
+def test_what_is_not_there_is_named_with_a_remedy(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no task 'gsm9k'; the tasks are gsm8k, math500"):
+        load_benchmark("gsm9k", tmp_path)
+    with pytest.raises(DataError, match=r"alpaca is not in .*tatsu-lab/alpaca"):
+        load_benchmark("alpaca", tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        load_benchmark("gsm8k", tmp_path / "none")
+    write(tmp_path / "gsm8k.jsonl", {"problem": "Not of this set."})
+    with pytest.raises(DataError, match=r"line 1: needs 'turns'.*openai/gsm8k"):
+        load_benchmark("gsm8k", tmp_path)
+    monkeypatch.setattr("dspark.evaluation.hub.find_spec", lambda _name: None)
+    with pytest.raises(DataError, match="needs the library datasets"):
+        load_benchmark("gsm8k")
