@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,15 +39,16 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     if missing:
         warn(screen, f"Not in {options.data}, and left out: {', '.join(missing)}.")
     runs = _evaluate(options, tasks, screen)
-    from dspark.evaluation.report.results import report_of
-
-    report = report_of(runs)
-    _show(report, screen)
-    first = report["runs"][0]
-    report |= {"tasks": first["tasks"], "macro": first["macro"], "out": []}
     if options.out is not None:
-        report["out"] = rebuild([options.out], options.out, screen)["out"]
-    return report
+        report = rebuild([options.out], options.out, screen)
+    else:
+        from dspark.evaluation.report.results import report_of
+
+        report = report_of(runs) | {"out": []}
+    by_settings = {json.dumps(row["settings"]): row for row in report["runs"]}
+    mine = [by_settings[json.dumps(asdict(each.settings))] for each in runs]
+    _show(mine, report["comparisons"], screen)
+    return {"tasks": mine[0]["tasks"], "macro": mine[0]["macro"], **report}
 
 
 def _evaluate(
@@ -150,15 +152,17 @@ def _varied(settings: Settings, sweep: str | None) -> str:
     return f"{said}, {SWEEPS[sweep].label} {getattr(settings, SWEEPS[sweep].field)}"
 
 
-def _show(report: Mapping[str, Any], screen: Screen) -> None:
+def _show(
+    runs: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], screen: Screen
+) -> None:
     """Accepted lengths on the screen."""
     from dspark.evaluation.report.labels import run_labels
 
-    labels = run_labels(report["runs"])
+    labels = run_labels(runs)
     table = Table("run", "task", box=None, pad_edge=False)
     for name in ("prompts", "skipped", "accepted length", "95 %", "kept first", "tokens/s"):
         table.add_column(name, justify="right")
-    for label, row in zip(labels, report["runs"], strict=True):
+    for label, row in zip(labels, runs, strict=True):
         for name, task in row["tasks"].items():
             table.add_row(
                 label,
@@ -175,7 +179,7 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
             ends = "-" if macro["ci95"] is None else "-".join(map(_number, macro["ci95"]))
             table.add_row(label, "macro", "", "", _number(macro["accepted_length"]), ends, "", "")
     screen.out.print(table)
-    for pair in report["comparisons"]:
+    for pair in comparisons:
         macro = pair["macro"]
         if macro is not None:
             ends = "" if macro["ci95"] is None else f" ({_gain(macro['ci95'])})"

@@ -41,9 +41,9 @@ def calibration_figures(
 ) -> dict[str, Any] | None:
     """Calibration errors per position; None where the drafter has no confidences of its own.
 
-    `after` is by the drafter's own calibration where it has one for the setting. Else scalings are
-    fitted here, each half of the prompts judged by what the other half gave; where there are too
-    few rounds for that, `after` is None.
+    `after` is by the drafter's own calibration where it has one for the setting. Else temperatures
+    are fitted here, as the paper does, each half of the prompts judged by what the other half gave;
+    where there are too few rounds for that, `after` is None.
     """
     if not drafter.block_size:
         return None
@@ -79,7 +79,7 @@ def _after(
     if first is None or second is None:
         return None, None
     try:
-        scalings = [fit(second, verifier), fit(first, verifier)]
+        scalings = [fit(half, verifier, shifts=False) for half in (second, first)]
     except DataError:  # too few rounds
         return None, None
     judged = [
@@ -95,9 +95,9 @@ def _after(
 
 
 def _scaled(rounds: Rounds, scaling: TemperatureScaling) -> FloatArray:
-    """Logits that are what the scaling makes of them."""
+    """Logits that are what the temperatures make of them."""
     values: FloatArray = rounds.logits_NK / np.array(scaling.temperatures)
-    return values + np.array(scaling.shifts) if scaling.shifts else values
+    return values
 
 
 def _positions(found: Sequence[Reliability]) -> dict[str, list[Any]]:

@@ -63,7 +63,9 @@ class Tallies:
             num_drafts: K, drafts of a whole block.
         """
         rows = [_count(record.turns, num_drafts) for record in records]
-        per_position = np.array([row[0] for row in rows], np.int64).reshape(len(rows), 3, num_drafts)
+        per_position = np.array([row[0] for row in rows], np.int64).reshape(
+            len(rows), 3, num_drafts
+        )
         sums = np.array([row[1] for row in rows], np.int64).reshape(len(rows), 9)
         return cls(*per_position.transpose(1, 0, 2), *sums.T)
 

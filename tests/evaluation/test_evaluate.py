@@ -1,4 +1,4 @@
-"""Questions through the engine: the reference's trace, dialogues, and runs that were interrupted."""
+"""Questions through the engine: the reference's trace, dialogues, interrupted runs."""
 
 import json
 from dataclasses import replace

@@ -46,9 +46,7 @@ def simulate(generator, *, stop=0.03, room=40, kept=KEPT):
 
 def study(seed, prompts, **options):
     generator = np.random.default_rng(seed)
-    return Tallies.of(
-        [make_record(simulate(generator, **options)) for _ in range(prompts)], BLOCK
-    )
+    return Tallies.of([make_record(simulate(generator, **options)) for _ in range(prompts)], BLOCK)
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": 0.15}, {"stop": 0.0, "room": 13}])

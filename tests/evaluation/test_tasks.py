@@ -82,7 +82,7 @@ class Hub:
     def __init__(self):
         self.asked = []
 
-    def DownloadConfig(self, *, local_files_only):  # noqa: N802
+    def DownloadConfig(self, *, local_files_only):
         return local_files_only
 
     def load_dataset(self, path, name=None, **options):

@@ -274,8 +274,8 @@ def _reliability(axes: Axes, pooled: Mapping[str, Any], position: int) -> None:
 
 
 def _pooled(run: Run) -> dict[str, Any] | None:
-    """Reliability of all domains together: per position and bin (rounds, predicted, survived)."""
-    found = [d["calibration"] for d in run["domains"].values() if d["calibration"] is not None]
+    """Reliability of all tasks together: per position and bin (rounds, predicted, survived)."""
+    found = [t["calibration"] for t in run["tasks"].values() if t["calibration"] is not None]
     if not found:
         return None
     pooled: dict[str, Any] = {}

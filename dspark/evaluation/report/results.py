@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, reduce
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from dspark.evaluation.confidences import calibration_figures
 from dspark.evaluation.metrics import FloatArray, Tallies, draws, figures, interval
 from dspark.evaluation.records import Record, RunRecords, Settings, Spent
+from dspark.request import VERIFIERS
 
 VERSION = 1
 
@@ -22,16 +24,20 @@ class TaskRecords:
 
     Attributes:
         name, domain: of the task.
+        block_size: drafts of a whole block.
         records: of prompts that were answered, at least in part, in the order of asking.
         planned: how many are to be asked.
+        unfinished: how many of these have no record.
         skipped: (key, why) of those that could not be asked, or not to their last turn.
         spent: on all of them.
     """
 
     name: str
     domain: str
+    block_size: int
     records: tuple[Record, ...]
     planned: int
+    unfinished: int
     skipped: tuple[tuple[str, str], ...]
     spent: Spent
 
@@ -42,68 +48,95 @@ class TaskRecords:
         return cls(
             name,
             plan["domain"],
+            run.plan.drafter.block_size,
             tuple(record for record in records if record.turns),
             len(plan["keys"]),
+            len(plan["keys"]) - len(records),
             tuple((r.key, r.skipped) for r in records if r.skipped is not None),
             sum((record.spent for record in records), Spent()),
         )
 
+    @cached_property
+    def tallies(self) -> Tallies:
+        """Counts of its rounds."""
+        return Tallies.of(self.records, self.block_size)
 
-def report_of(runs: Sequence[RunRecords], seed: int = 0) -> dict[str, Any]:
-    """The report of some runs.
+    @property
+    def length(self) -> float | None:
+        """Its accepted length; None where no round was observed."""
+        return float(self.tallies.accepted_length()) if self.tallies.whole_P.sum() else None
 
-    Args:
-        runs: each with a plan.
-        seed: of the resamples.
+    @cached_property
+    def drawn(self) -> FloatArray:
+        """Resampled accepted lengths."""
+        return draws(self.tallies, self.name)
+
+
+def report_of(runs: Sequence[RunRecords]) -> dict[str, Any]:
+    """The report of some runs, each with a plan, in an order that does not hang on theirs.
 
     Returns:
         `runs` and `comparisons`; keys as in docs/evaluation.md. All that hangs on the clock lies
         under keys named `timings`.
     """
+    ordered = sorted(runs, key=lambda run: _order(run.settings))
     return {
         "version": VERSION,
-        "runs": [run_report(run, seed) for run in runs],
-        "comparisons": comparisons(runs, seed),
+        "runs": [run_report(run) for run in ordered],
+        "comparisons": comparisons(ordered),
     }
 
 
-def run_report(run: RunRecords, seed: int = 0) -> dict[str, Any]:
+def _order(settings: Settings) -> tuple[Any, ...]:
+    return (
+        settings.target,
+        settings.drafter,
+        settings.temperature,
+        settings.top_p,
+        VERIFIERS.index(settings.verifier),
+        settings.schedule,
+        settings.threshold or 0,
+        settings.block_size or 0,
+        settings.key,
+    )
+
+
+def run_report(run: RunRecords) -> dict[str, Any]:
     """One run: its settings, and the figures of its tasks and domains."""
     plan, settings = run.plan, run.settings
     tasks = [TaskRecords.of(run, name) for name in plan.tasks]
-    found = {task.name: _figures(task, run, seed) for task in tasks}
-    domains = _domains(tasks, run, seed)
+    found = {task.name: _figures(task, run) for task in tasks}
+    tokens = sum(row["tokens"] for row in found.values())
+    spent = sum((task.spent for task in tasks), Spent())
     return {
         "name": settings.drafter,
         "settings": asdict(settings),
         "drafter": asdict(plan.drafter),
-        "sources": {name: dict(plan.tasks[name]) | {"keys": None} for name in plan.tasks},
+        "sources": {
+            name: {key: task[key] for key in ("source", "available")}
+            for name, task in plan.tasks.items()
+        },
         "tasks": found,
-        "domains": domains,
-        "macro": _macro(tasks, run, seed),
+        "domains": _domains(tasks),
+        "macro": _macro(tasks),
         "skipped": [
             {"task": task.name, "key": key, "why": why}
             for task in tasks
             for key, why in task.skipped
         ],
-        "unfinished": sum(task.planned - len(run.of_task(task.name)) for task in tasks),
+        "unfinished": sum(task.unfinished for task in tasks),
         "timings": {
             "environment": dict(plan.environment),
             "commands": list(dict.fromkeys(each.command for each in run.plans)),
-            **_timings(
-                sum((task.spent for task in tasks), Spent()),
-                sum(row["tokens"] for row in found.values()),
-                None,
-            ),
+            **_timings(spent, tokens, None),
         },
     }
 
 
-def _figures(task: TaskRecords, run: RunRecords, seed: int) -> dict[str, Any]:
-    drafter = run.plan.drafter
-    tallies = Tallies.of(task.records, drafter.block_size)
-    found = figures(tallies, task.name, seed)
-    calibration = calibration_figures(task.records, drafter, run.settings.verifier)
+def _figures(task: TaskRecords, run: RunRecords) -> dict[str, Any]:
+    found = figures(task.tallies, task.name)
+    drafter, verifier = run.plan.drafter, run.settings.verifier
+    calibration = calibration_figures(task.records, drafter, verifier)
     empty = {"ece": None, "auc": None, "brier": None, "calibration": None}
     return (
         {"domain": task.domain, "planned": task.planned, "skipped": len(task.skipped)}
@@ -113,59 +146,38 @@ def _figures(task: TaskRecords, run: RunRecords, seed: int) -> dict[str, Any]:
     )
 
 
-def _domains(tasks: Sequence[TaskRecords], run: RunRecords, seed: int) -> dict[str, Any]:
-    """All prompts of a domain together: its acceptance by position, and its calibration."""
-    drafter, found = run.plan.drafter, dict[str, Any]()
+def _domains(tasks: Sequence[TaskRecords]) -> dict[str, Any]:
+    """All prompts of a domain together, but for its accepted length, a mean over its tasks."""
+    found = {}
     for name in dict.fromkeys(task.domain for task in tasks):
         mine = [task for task in tasks if task.domain == name]
-        records = [record for task in mine for record in task.records]
-        tallies = Tallies.of(records, drafter.block_size)
-        lengths = [_length(task, run) for task in mine]
-        known = [length for length in lengths if length is not None]
-        found[name] = figures(tallies, name, seed) | {
-            "tasks": [task.name for task in mine],
-            # a mean over tasks, as in the paper's tables; the rest is of all prompts together
-            "accepted_length": sum(known) / len(known) if known else None,
-            "ci95": _mean_interval(mine, run, seed),
-            "calibration": (calibration_figures(records, drafter, run.settings.verifier) or {}).get(
-                "calibration"
-            ),
-        }
+        together = reduce(Tallies.joined, (task.tallies for task in mine))
+        found[name] = figures(together, name) | {"tasks": [task.name for task in mine]}
+        found[name] |= _mean(mine)
     return found
 
 
-def _length(task: TaskRecords, run: RunRecords) -> float | None:
-    tallies = Tallies.of(task.records, run.plan.drafter.block_size)
-    return float(tallies.accepted_length()) if tallies.whole_P.sum() else None
-
-
-def _drawn(task: TaskRecords, run: RunRecords, seed: int) -> FloatArray | None:
-    tallies = Tallies.of(task.records, run.plan.drafter.block_size)
-    return draws(tallies, task.name, seed) if tallies.whole_P.sum() else None
-
-
-def _mean_interval(tasks: Sequence[TaskRecords], run: RunRecords, seed: int) -> list[float] | None:
-    """The interval of a mean over tasks, each resampled by itself."""
-    drawn = [each for task in tasks if (each := _drawn(task, run, seed)) is not None]
-    many = all(len(task.records) > 1 for task in tasks if task.records)
-    return interval(np.mean(drawn, axis=0)) if drawn and many else None
-
-
-def _macro(tasks: Sequence[TaskRecords], run: RunRecords, seed: int) -> dict[str, Any]:
-    """Means over tasks, and over domains of their means over tasks."""
-    lengths = {task.name: _length(task, run) for task in tasks}
-    known = [task for task in tasks if lengths[task.name] is not None]
-    groups: dict[str, list[float]] = {}
-    for task in known:
-        length = lengths[task.name]
-        assert length is not None
-        groups.setdefault(task.domain, []).append(length)
-    means = [sum(group) / len(group) for group in groups.values()]
-    values = [value for group in groups.values() for value in group]
+def _mean(tasks: Sequence[TaskRecords]) -> dict[str, Any]:
+    """The mean accepted length over tasks, and its interval, each task resampled by itself."""
+    known = [task for task in tasks if task.length is not None]
+    lengths = [task.length for task in known if task.length is not None]
+    many = bool(known) and all(len(task.records) > 1 for task in known)
     return {
-        "tasks": len(known),
-        "accepted_length": sum(values) / len(values) if values else None,
-        "ci95": _mean_interval(known, run, seed),
+        "accepted_length": sum(lengths) / len(lengths) if lengths else None,
+        "ci95": interval(np.mean([task.drawn for task in known], axis=0)) if many else None,
+    }
+
+
+def _macro(tasks: Sequence[TaskRecords]) -> dict[str, Any]:
+    """Means over tasks, and over domains of their means over tasks."""
+    domains: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.length is not None:
+            domains.setdefault(task.domain, []).append(task.length)
+    means = [sum(group) / len(group) for group in domains.values()]
+    return {
+        "tasks": sum(map(len, domains.values())),
+        **_mean(tasks),
         "accepted_length_domains": sum(means) / len(means) if means else None,
     }
 
@@ -192,68 +204,71 @@ def _timings(spent: Spent, tokens: int, accepted_length: float | None) -> dict[s
     }
 
 
-def comparisons(runs: Sequence[RunRecords], seed: int = 0) -> list[dict[str, Any]]:
+def comparisons(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     """Every two drafters at the same setting, on the prompts that both have answered."""
-    found = []
-    for a, b in combinations(runs, 2):
-        if _setting(a.settings) == _setting(b.settings):
-            found.append(compare(b, a, seed))
-    return found
+    return [
+        compare(a, b)
+        for a, b in combinations(runs, 2)
+        if _setting(a.settings) == _setting(b.settings)
+    ]
 
 
 def _setting(settings: Settings) -> Settings:
-    """All but the drafter."""
-    return replace(settings, drafter="", draft="", draft_weights="")
+    """All but the drafter; plain decoding, which has no schedule, compares with the fixed one."""
+    schedule = "fixed" if settings.schedule == "off" else settings.schedule
+    return replace(settings, drafter="", draft="", draft_weights="", schedule=schedule)
 
 
-def compare(a: RunRecords, b: RunRecords, seed: int = 0) -> dict[str, Any]:
-    """The accepted length of `a` over that of `b`: a paired bootstrap over prompts."""
-    tasks, drawn_a, drawn_b, lengths = dict[str, Any](), [], [], []
-    same = answers = 0
-    for name in (n for n in a.plan.tasks if n in b.plan.tasks):
-        ours = {r.key: r for r in TaskRecords.of(a, name).records}
-        theirs = {r.key: r for r in TaskRecords.of(b, name).records}
-        keys = [key for key in ours if key in theirs]
-        first, second = (
-            Tallies.of([records[key] for key in keys], run.plan.drafter.block_size)
-            for run, records in ((a, ours), (b, theirs))
-        )
-        if not first.whole_P.sum() or not second.whole_P.sum():
-            continue
-        pair = float(first.accepted_length()), float(second.accepted_length())
-        first_B, second_B = draws(first, name, seed), draws(second, name, seed)
-        tasks[name] = _ratio(pair, first_B, second_B, many=len(keys) > 1) | {"prompts": len(keys)}
-        drawn_a.append(first_B)
-        drawn_b.append(second_B)
-        lengths.append(pair)
-        same += sum(_digests(ours[key]) == _digests(theirs[key]) for key in keys)
-        answers += len(keys)
-    macro = None
-    if lengths:
-        means = (
-            sum(pair[0] for pair in lengths) / len(lengths),
-            sum(pair[1] for pair in lengths) / len(lengths),
-        )
-        many = all(row["prompts"] > 1 for row in tasks.values())
-        macro = _ratio(means, np.mean(drawn_a, axis=0), np.mean(drawn_b, axis=0), many=many)
-    return {
-        "a": a.settings.drafter,
-        "b": b.settings.drafter,
-        "setting": asdict(_setting(a.settings)),
-        "tasks": tasks,
-        "macro": macro,
-        "same_answers": same / answers if answers else None,
+def compare(first: RunRecords, second: RunRecords) -> dict[str, Any]:
+    """Accepted lengths of `a`, the better one, over those of `b`: a paired bootstrap over prompts.
+
+    Keys of `tasks` and `macro`: `ratio` and `ci95`; `same_answers` is the share of prompts whose
+    answers are the same, token for token.
+    """
+    pairs, same = dict[str, tuple[TaskRecords, TaskRecords]](), list[bool]()
+    for name in (n for n in first.plan.tasks if n in second.plan.tasks):
+        both = _common(TaskRecords.of(first, name), TaskRecords.of(second, name))
+        if both[0].length is not None and both[1].length is not None:
+            pairs[name] = both
+            same += [_digests(x) == _digests(y) for x, y in zip(*_records(both), strict=True)]
+    means = [_mean([pair[side] for pair in pairs.values()])["accepted_length"] for side in (0, 1)]
+    better = 0 if not pairs or means[0] >= means[1] else 1
+    tasks = {
+        name: _ratio([pair[better]], [pair[1 - better]]) | {"prompts": len(pair[0].records)}
+        for name, pair in pairs.items()
     }
+    ours, theirs = ([pair[side] for pair in pairs.values()] for side in (better, 1 - better))
+    names = [run.settings.drafter for run in (first, second)]
+    return {
+        "a": names[better],
+        "b": names[1 - better],
+        "setting": asdict(_setting(first.settings)),
+        "tasks": tasks,
+        "macro": _ratio(ours, theirs) if pairs else None,
+        "same_answers": sum(same) / len(same) if same else None,
+    }
+
+
+def _common(a: TaskRecords, b: TaskRecords) -> tuple[TaskRecords, TaskRecords]:
+    """The prompts that both have answered, in one order."""
+    keys = {record.key for record in b.records}
+    ours = [record for record in a.records if record.key in keys]
+    theirs = {record.key: record for record in b.records}
+    matched = tuple(theirs[record.key] for record in ours)
+    return replace(a, records=tuple(ours)), replace(b, records=matched)
+
+
+def _records(pair: tuple[TaskRecords, TaskRecords]) -> tuple[Sequence[Record], Sequence[Record]]:
+    return pair[0].records, pair[1].records
 
 
 def _digests(record: Record) -> list[str]:
     return [turn.digest for turn in record.turns]
 
 
-def _ratio(
-    lengths: tuple[float, float], a_B: FloatArray, b_B: FloatArray, *, many: bool
-) -> dict[str, Any]:
-    return {
-        "ratio": lengths[0] / lengths[1],
-        "ci95": interval(a_B / b_B) if many else None,
-    }
+def _ratio(ours: Sequence[TaskRecords], theirs: Sequence[TaskRecords]) -> dict[str, Any]:
+    """The ratio of mean accepted lengths, resampled alike, so that prompts stay paired."""
+    a, b = (np.mean([task.drawn for task in tasks], axis=0) for tasks in (ours, theirs))
+    many = all(len(task.records) > 1 for task in ours)
+    lengths = [_mean(tasks)["accepted_length"] for tasks in (ours, theirs)]
+    return {"ratio": lengths[0] / lengths[1], "ci95": interval(a / b) if many else None}

@@ -214,8 +214,8 @@ def _calibration(named: Sequence[tuple[str, Report]]) -> list[Piece]:
         "Predicted survival of a draft (the product of confidences up to it) against what became "
         "of it: expected calibration error (20 bins), area under the ROC curve and Brier score, "
         "means over positions weighted by their rounds, before and after calibration. Stored: by "
-        "the drafter's own calibration. Cross-fitted: it has none for this setting, so each half of "
-        "the prompts is judged by what was fitted on the other."
+        "the drafter's own calibration. Cross-fitted: it has none for this setting, so each half "
+        "of the prompts is judged by the temperatures that were fitted on the other."
     )
     head = (
         "run, task", "rounds", "ECE before", "after", "AUC before", "after", "Brier before",
