@@ -33,11 +33,8 @@ def domain_requests(
     Raises:
         DataError: a file is missing, or holds too few prompts that fit the context.
     """
-    prompts = _prompts(data, domain)
-    # A string seeds the same choice on every Python and platform.
-    random.Random(f"{domain} {params.seed}").shuffle(prompts)
     requests: list[Request] = []
-    for messages in prompts:
+    for messages in domain_prompts(data, domain, params.seed):
         ids = model.encode(messages)
         if len(ids) + params.max_new_tokens <= model.target.max_context:
             seed = params.seed + len(requests)
@@ -48,6 +45,18 @@ def domain_requests(
         f"{data} holds {len(requests)} prompts of {domain} that fit, but {count} are wanted; ask "
         "for fewer prompts or tokens."
     )
+
+
+def domain_prompts(data: Path, domain: str, seed: int) -> list[Sequence[Message]]:
+    """All prompts of a domain, in an order that the seed names.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    prompts = _prompts(data, domain)
+    # A string seeds the same choice on every Python and platform.
+    random.Random(f"{domain} {seed}").shuffle(prompts)
+    return prompts
 
 
 def _prompts(data: Path, domain: str) -> list[Sequence[Message]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bundled, identity, inflate, inflated, sequential_head
+from benchmarks import bundled, identity, inflate, inflated, sequential_head, study
 from benchmarks.common import Tally, load_pair, rounded, side_by_side
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.errors import DataError
@@ -156,3 +156,24 @@ def test_numbers_are_cut_to_four_digits():
         "a": [1.235, 3],
         "b": [6.667e-8, None],
     }
+
+
+def test_study_compares_drafters_on_the_same_prompts(run, pair, tmp_path):
+    options = (
+        "--draft", f"ours={pair}", "--draft", "lookup=ngram", "--prompts", "2",
+        "--max-new-tokens", "12", "--sweep", "ours",
+        "--records", str(tmp_path / "records"), "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    line = run(study, *options)
+    assert [gain["temperature"] for gain in line["gains"]] == [0, 1]
+    drafters = [row["drafter"] for row in line["runs"]]
+    assert (drafters.count("ours"), drafters.count("lookup")) == (2 + 10 + 3, 2)
+    assert (tmp_path / "out" / "report.html").is_file()
+    records = sorted((tmp_path / "records").iterdir())
+    before = [path.read_text() for path in records]
+    again = run(study, *options)
+    assert [row["accepted_length"] for row in again["runs"]] == [
+        row["accepted_length"] for row in line["runs"]
+    ]
+    for path, text in zip(records, before, strict=True):  # nothing was asked again
+        assert '"record"' not in path.read_text()[len(text) :][:12]
