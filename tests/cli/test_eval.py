@@ -18,6 +18,12 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
+def without_figures(monkeypatch):
+    """As if matplotlib were missing: drawing takes most of a short run's time."""
+    monkeypatch.setattr("dspark.evaluation.report.write.can_draw", lambda: False)
+
+
+@pytest.fixture
 def evaluate(dspark, pair, prompts, tmp_path):
     def run(*words, target=pair.attached, source=("--prompts", prompts)):
         return dspark(
@@ -48,6 +54,7 @@ def test_one_drafter_one_task(evaluate, tmp_path):
     assert f"dspark eval {report['runs'][0]['settings']['target']}" in said
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_drafters_and_temperatures_side_by_side_and_the_report_again(
     evaluate, dspark, pair, tmp_path
 ):
@@ -87,6 +94,7 @@ def test_sweeps(evaluate, tmp_path, sweep, words, field, values):
         assert sent == sorted(sent, reverse=True)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_second_start_asks_nothing_again(evaluate, tmp_path):
     first = evaluate("--limit", 3)
     assert first.status == 0, first.err
@@ -100,6 +108,7 @@ def test_a_second_start_asks_nothing_again(evaluate, tmp_path):
     assert len(records) == 5
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_prompts_over_the_context_are_listed(evaluate, prompts, tmp_path):
     with prompts.open("a") as file:
         file.write(json.dumps({"turns": ["how many apples are left " * 60]}) + "\n")
@@ -111,6 +120,7 @@ def test_prompts_over_the_context_are_listed(evaluate, prompts, tmp_path):
     assert "the context holds 160" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_tasks_of_a_folder(evaluate, tmp_path):
     folder = tmp_path / "sets"
     folder.mkdir()
@@ -126,8 +136,8 @@ def test_tasks_of_a_folder(evaluate, tmp_path):
     assert "alpaca is not in" in result.err
 
 
-def test_without_matplotlib_there_are_tables_and_one_warning(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr("dspark.evaluation.report.write.can_draw", lambda: False)
+@pytest.mark.usefixtures("without_figures")
+def test_without_matplotlib_there_are_tables_and_one_warning(evaluate, tmp_path):
     result = evaluate()
     assert result.status == 0
     assert " ".join(result.err.split()).count("they need matplotlib") == 1
