@@ -36,7 +36,7 @@ def hub_rows(where: HubSet, *, offline: bool = False) -> list[Mapping[str, Any]]
     if find_spec("datasets") is None:
         raise DataError(
             f"Reading {where.repository} from the hub needs the library datasets; install it with "
-            "pip install 'dspark[hub]', or name a folder of JSON lines with --data."
+            "pip install 'dspark[data]', or name a folder of JSON lines with --data."
         )
     import datasets
 
