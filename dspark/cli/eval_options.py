@@ -171,6 +171,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--values belongs to a sweep; give --sweep, or leave --values out.")
     if options.sweep == "temperature" and options.temperature is not None:
         raise UsageError("--sweep temperature has its own temperatures; give them with --values.")
+    if options.sweep == "block" and options.block_size is not None:
+        raise UsageError("--sweep block has its own block sizes; give them with --values.")
+    if options.sweep == "top-p" and options.top_p != 1:
+        raise UsageError("--sweep top-p has its own values; give them with --values.")
     if options.sweep == "threshold" and options.schedule != "fixed":
         raise UsageError("--sweep threshold has its own schedule; leave --schedule out.")
     if (options.schedule == "threshold") != (options.threshold is not None):

@@ -207,6 +207,8 @@ class RunRecords:
         if directory is None:
             return cls(settings)
         path = directory / settings.file_name
+        if path.is_file():
+            _drop_torn_line(path)
         if path.is_file() and path.stat().st_size:
             run = cls.load(path)
             if run.settings != settings:
@@ -219,15 +221,13 @@ class RunRecords:
 
     @classmethod
     def load(cls, path: Path) -> RunRecords:
-        """Read a file; a last line that was cut off while being written is dropped.
+        """Read a file, but for a last line that is still being written, or never was to its end.
 
         Raises:
             DataError: the file is damaged otherwise, or of another version.
         """
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(path, len(whole))
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             if not lines or lines[0]["version"] != VERSION:
@@ -277,6 +277,11 @@ class RunRecords:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Take away what a killed run was writing, so that the next line begins afresh."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def load_runs(directories: Sequence[Path]) -> list[RunRecords]:

@@ -174,7 +174,7 @@ def load_benchmark(
         name: of the set.
         data: a folder with `NAME.jsonl`, each line a prompt (`turns`, `messages` or `prompt`) or a
             row of the set as the hub has it; None takes the set from the hub.
-        limit: questions at most; else as many as the reference asks.
+        limit: questions at most; None for as many as the reference asks.
         seed: of the choice, where the set has more.
         offline: take from the hub what is on this machine alone.
 
@@ -208,7 +208,7 @@ def load_benchmark(
     if not prompts:
         raise DataError(f"{source} holds no prompt.")
     task = Task.of(name, benchmark.domain, prompts, source)
-    return task.chosen(min(limit or benchmark.most, benchmark.most), seed)
+    return task.chosen(limit or benchmark.most, seed)
 
 
 def local_file(name: str, data: Path) -> Path | None:

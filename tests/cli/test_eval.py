@@ -154,6 +154,8 @@ def test_without_matplotlib_there_are_tables_and_one_warning(evaluate, tmp_path)
         (("--sweep", "block", "--values", "1,x"), 2, "takes values like"),
         (("--sweep", "block", "--values", "9"), 2, "block size is 9"),
         (("--threshold", "0.5"), 2, "--schedule threshold"),
+        (("--sweep", "block", "--block-size", "2"), 2, "its own block sizes"),
+        (("--sweep", "top-p", "--top-p", "0.5", "--temperature", "1"), 2, "its own values"),
         (("--limit", "0"), 2, "--limit is 0"),
         (("--temperature", "-1"), 2, "not 0 or above"),
         (("--thinking", "on"), 1, "has no thinking mode"),

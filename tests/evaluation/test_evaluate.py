@@ -81,6 +81,7 @@ def test_rounds_are_those_that_the_engine_counts(model):
         assert (turn.drafted, turn.text) == (stats.drafted, output.text)
         assert turn.tokens == 1 + sum(kept + 1 for kept in turn.kept)
     found = report_of([run])["runs"][0]["tasks"]["task"]
+    assert found["tokens_per_round"] == pytest.approx(found["tokens"] / found["rounds"])
     assert 1.2 < found["accepted_length"] < 4.9  # neither all nor nothing is kept
     assert found["timings"]["requests_per_step"] > 1
 
@@ -157,6 +158,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(model, tmp_path):
     (path,) = (tmp_path / "parts").iterdir()
     with path.open("a") as file:
         file.write('{"record": {"task": "ta')  # a line that was being written
+    torn = path.read_bytes()
+    (half,) = load_runs([tmp_path / "parts"])  # a report leaves the file as it is
+    assert (len(half.records), path.read_bytes()) == (3, torn)
     asked = []
     evaluate(
         model, settings(model, **options), tasks, tmp_path / "parts",
@@ -201,6 +205,8 @@ def test_damaged_records_are_named(model, tmp_path):
     path.write_text("".join([*lines[:2], '{"record": 5}\n', *lines[2:]]))
     with pytest.raises(DataError, match=r"is damaged .*remove it"):
         evaluate(model, settings(model), [task_of("the cat")], tmp_path)
+    path.write_text(lines[0][:30])  # killed at its very beginning: begins again
+    assert evaluate(model, settings(model), [task_of("the cat")], tmp_path).records
     path.write_text("".join(lines[:1]))
     with pytest.raises(DataError, match="holds no evaluation"):
         report_of([RunRecords.load(path)])

@@ -41,6 +41,11 @@ def test_local_sets_are_as_long_as_the_reference_asks(name, asked, available):
     assert turns == ({2} if name == "mt-bench" else {1})
 
 
+@needs_shared
+def test_a_limit_may_be_above_what_the_reference_asks():
+    assert len(load_benchmark("gsm8k", SHARED, limit=1000).questions) == 1000
+
+
 def test_a_choice_hangs_on_the_seed_and_a_smaller_one_is_its_beginning(tmp_path):
     write(tmp_path / "gsm8k.jsonl", *({"turns": [f"question {i}"]} for i in range(50)))
     ten = texts(load_benchmark("gsm8k", tmp_path, limit=10, seed=3))

@@ -106,7 +106,7 @@ def run_report(run: RunRecords) -> dict[str, Any]:
     plan, settings = run.plan, run.settings
     tasks = [TaskRecords.of(run, name) for name in plan.tasks]
     found = {task.name: _figures(task, run) for task in tasks}
-    tokens = sum(row["tokens"] for row in found.values())
+    tokens = sum(row["generated_tokens"] for row in found.values())
     spent = sum((task.spent for task in tasks), Spent())
     return {
         "name": settings.drafter,
@@ -142,7 +142,7 @@ def _figures(task: TaskRecords, run: RunRecords) -> dict[str, Any]:
         {"domain": task.domain, "planned": task.planned, "skipped": len(task.skipped)}
         | found
         | (calibration or empty)
-        | {"timings": _timings(task.spent, found["tokens"], found["accepted_length"])}
+        | {"timings": _timings(task.spent, found["generated_tokens"], found["accepted_length"])}
     )
 
 

@@ -259,7 +259,7 @@ def _prompts(named: Sequence[tuple[str, Report]]) -> list[Piece]:
             str(row["planned"]),
             str(row["prompts"]),
             str(row["skipped"]),
-            str(row["tokens"]),
+            str(row["generated_tokens"]),
         )
         for label, run in named
         for name, row in run["tasks"].items()
