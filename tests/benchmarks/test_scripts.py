@@ -158,7 +158,8 @@ def test_numbers_are_cut_to_four_digits():
     }
 
 
-def test_study_compares_drafters_on_the_same_prompts(run, pair, tmp_path):
+def test_study_compares_drafters_on_the_same_prompts(run, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.evaluation.report.write.can_draw", lambda: False)
     options = (
         "--draft", f"ours={pair}", "--draft", "lookup=ngram", "--prompts", "2",
         "--max-new-tokens", "12", "--sweep", "ours",
