@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Prompt, as_prompt
+from dspark.data.hub import HubSet, hub_rows
 from dspark.data.json_lines import read_json_lines
 from dspark.errors import DataError
-from dspark.evaluation.hub import HubSet, hub_rows
 
 Row = Mapping[str, Any]
 DOMAINS = ("math", "code", "chat")

@@ -178,6 +178,6 @@ def test_what_is_not_there_is_named_with_a_remedy(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k.jsonl", {"problem": "Not of this set."})
     with pytest.raises(DataError, match=r"line 1: needs 'turns'.*openai/gsm8k"):
         load_benchmark("gsm8k", tmp_path)
-    monkeypatch.setattr("dspark.evaluation.hub.find_spec", lambda _name: None)
+    monkeypatch.setattr("dspark.data.hub.find_spec", lambda _name: None)
     with pytest.raises(DataError, match="needs the library datasets"):
         load_benchmark("gsm8k")
