@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark.cli import collect, corpus, regenerate
+from dspark.cli import cache, collect, corpus, regenerate
 from dspark.cli.common import Commands, new_parser
 
 EXAMPLE = """\
@@ -14,5 +14,5 @@ def add_parser(commands: Commands) -> None:
     """Add `data` and its own subcommands."""
     parser = new_parser(commands, "data", "prepare what a drafter is trained on", EXAMPLE)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (collect, regenerate, corpus):
+    for command in (collect, regenerate, corpus, cache):
         command.add_parser(commands)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     use_threads(options)
     result = run_recipe(
         options.recipe,
-        _overrides(options),
+        recipe_overrides(options),
         resume=options.resume,
         device=options.device,
         console=screen.log,
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     }
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
+def recipe_overrides(options: argparse.Namespace) -> list[str]:
     """`--seed` and `--dtype` stand for keys of the recipe, which rules where they are not given."""
     overrides = list(options.overrides)
     if options.seed is not None:

@@ -118,7 +118,7 @@ def load_model(source: Source, dtype: torch.dtype | str, device: torch.device) -
     if source.is_directory:
         _check_directory(Path(source.name))
     with quiet():
-        config = _load_config(source)
+        config = load_config(source)
         placed = {"device_map": {"": device}} if is_quantised(config) else {}
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -186,7 +186,13 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_config(source: Source) -> Any:
+def load_config(source: Source) -> Any:
+    """Load a configuration.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        CompatibilityError: transformers does not know the architecture.
+    """
     try:
         return AutoConfig.from_pretrained(source.name, **source.options)
     except (OSError, KeyError) as error:

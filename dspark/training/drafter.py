@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from dspark.data.samples import SampleBatch
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
@@ -105,7 +107,12 @@ class DrafterObjective:
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples."""
-        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
+        batch = SampleBatch.of(samples, features_TF.device)
+        features_BSF, hidden_BSH = (
+            pad_sequence(list(torch.split(rows, list(batch.lengths))), batch_first=True)
+            for rows in (features_TF, hidden_TH)
+        )
         self.tokens_seen += sum(batch.lengths)
         generator = torch.Generator().manual_seed(
             (self.recipe.run.seed * 1_000_003 + step) * parts + part

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
 from dspark.training.eagle import ttt_loss, ttt_passes
@@ -71,7 +73,12 @@ class Eagle3Objective:
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples."""
         config = self.drafter.config
-        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
+        batch = SampleBatch.of(samples, features_TF.device)
+        features_BSF, hidden_BSH = (
+            pad_sequence(list(torch.split(rows, list(batch.lengths))), batch_first=True)
+            for rows in (features_TF, hidden_TH)
+        )
         self.tokens_seen += sum(batch.lengths)
         passes_PBSH = ttt_passes(self.drafter, features_BSF, batch.input_ids_BS, config.ttt_length)
         report = ttt_loss(

@@ -1,4 +1,4 @@
-"""What training a drafter online needs: samples, and the target's features in their own step."""
+"""What training a drafter needs: samples, and the target's features of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from dspark.attention.layout import RaggedBatch
-from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
+from dspark.data.features.reference import ReferenceCache
+from dspark.data.features.stored import FeatureStore
+from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
+from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
+from dspark.training.feature_source import open_features, open_store
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,23 +38,25 @@ class OnlineSamples:
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
         self.target = target
         self.rows = recipe.run.rows
-        samples = _load_samples(recipe, target)
+        store = open_store(recipe)
+        samples = load_samples(recipe, target, store)
+        self.source = open_features(recipe, target, samples, store)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
         known = recipe.drafter.draft_vocab_size
         self.draft_tokens = None if known is None else commonest_tokens(samples, known)
 
     def part(
         self, step: int, part: int, parts: int, taps: Sequence[int]
-    ) -> tuple[SampleBatch, Tensor, Tensor]:
+    ) -> tuple[list[Sample], Tensor, Tensor]:
         """One part of a step's samples.
 
         Returns:
-            The samples, features [B, S, F] and states after the target's final norm [B, S, H].
+            The samples, features [T, F] and states after the target's final norm [T, H]; T is the
+            sum of the samples' lengths.
         """
         share = self.rows // parts
         mine = self.stream.batch(step)[part * share : (part + 1) * share]
-        features_BSF, hidden_BSH = target_features(self.target, mine, taps)
-        return SampleBatch.of(mine, self.target.device), features_BSF, hidden_BSH
+        return mine, *self.source.features(mine, taps)
 
     def epoch(self, step: int) -> float:
         """How often the samples have been seen before a step."""
@@ -95,7 +99,15 @@ def layer_config(target: Target) -> Any:
     return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
 
 
-def _load_samples(recipe: BlockRecipe | ChainRecipe, target: Target) -> list[Sample]:
+def load_samples(
+    recipe: BlockRecipe | ChainRecipe, target: Target, store: FeatureStore | None = None
+) -> list[Sample]:
+    """The samples of a recipe's files, or those of a cache where it names none.
+
+    Raises:
+        DataError: a file is missing or malformed, or the samples are another model's.
+        RecipeError: the samples are longer than the target's context, or named twice or not at all.
+    """
     s = recipe.samples
     if s.max_length > target.max_context:
         raise RecipeError(
@@ -103,8 +115,21 @@ def _load_samples(recipe: BlockRecipe | ChainRecipe, target: Target) -> list[Sam
             f"{target.max_context} tokens; set it to that at most."
         )
     found: list[Sample] = []
-    for path in s.paths:
-        found += read_samples(Path(s.root) / path, target.tokenizer)
+    if s.paths:
+        if isinstance(store, ReferenceCache):
+            raise RecipeError(
+                f"samples.paths names files, but {store.directory} is a reference cache, which is "
+                "trained on with its own samples; set samples.paths to []."
+            )
+        for path in s.paths:
+            found += read_samples(Path(s.root) / path, target.tokenizer)
+    elif store is None:
+        raise RecipeError(
+            "samples.paths is empty, which only a cache can make up for; name files, or set "
+            "features.source and features.path to a cache that exists."
+        )
+    else:
+        found = list(store.samples(s.max_length))
     kept = usable(found, s.max_length, s.min_supervised)
     largest = max((max(sample.input_ids) for sample in kept), default=-1)
     if largest >= target.vocab_size:
@@ -126,27 +151,6 @@ def commonest_tokens(samples: Sequence[Sample], count: int) -> Tensor:
     return times_V.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-@torch.no_grad()
-def target_features(
-    target: Target, samples: Sequence[Sample], taps: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Run the target over samples and pad what it gives.
-
-    Returns:
-        Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
-        padding.
-    """
-    batch = RaggedBatch.fresh([s.input_ids for s in samples], target.device)
-    output = target.forward(batch, taps=taps)
-    assert output.features_TF is not None
-    lengths = [len(s.input_ids) for s in samples]
-    features_BSF, hidden_BSH = (
-        pad_sequence(list(torch.split(rows, lengths)), batch_first=True)
-        for rows in (output.features_TF, output.hidden_TH)
-    )
-    return features_BSF, hidden_BSH
-
-
 def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
     """Write a trained drafter in bf16.
 
@@ -164,6 +168,7 @@ def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
 
 
 def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:
-    """Load the recipe's target."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
-    return Target.load(recipe.target, **options)
+    """Load the recipe's target; without its layers where features are read from a cache."""
+    if recipe.features.source == "cache":
+        return load_without_layers(recipe.target, device=device, dtype=dtype)
+    return Target.load(recipe.target, device=device, dtype=dtype)

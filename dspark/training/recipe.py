@@ -21,6 +21,7 @@ from dspark.training.drafter_settings import (
     NewDrafterSettings,
     Settings,
 )
+from dspark.training.feature_settings import FeatureSettings
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -119,7 +120,9 @@ class SampleSettings(Settings):
     """The conversations that a drafter learns from."""
 
     root: str = Field(".", description="folder that the paths are relative to")
-    paths: tuple[str, ...] = Field(min_length=1, description="JSON lines, see data/samples.py")
+    paths: tuple[str, ...] = Field(
+        description="JSON lines, see data/samples.py; [] takes the samples of the feature cache"
+    )
     max_length: int = Field(4096, ge=8, description="tokens per sample; the rest is cut")
     min_supervised: int = Field(14, ge=2, description="samples with fewer answer tokens are left")
 
@@ -131,13 +134,14 @@ class AnchorSampleSettings(SampleSettings):
 
 
 class DrafterRecipe(Settings):
-    """Trains a drafter online against a frozen target: no cache on disk."""
+    """Trains a drafter against a frozen target."""
 
     kind: Literal["drafter"]
     target: str = Field(description="directory or hub id of the target")
     layout: Literal["published", "attached"] = Field(
         "published", description="attached writes it into the target's directory"
     )
+    features: FeatureSettings = FeatureSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings
 

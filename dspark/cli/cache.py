@@ -1,0 +1,130 @@
+"""`dspark data cache`: computes the target's features of a recipe's samples, once, to disk."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
+from dspark.cli.train import recipe_overrides
+from dspark.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.data.features.build import BuildReport, Estimate
+
+EXAMPLE = """\
+  dspark data cache bundled_dspark --out runs/features
+  dspark train bundled_dspark --set features.source=cache --set features.path=runs/features"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `data cache`."""
+    parser = new_parser(
+        commands, "cache", "compute the target's features of a recipe's samples to disk", EXAMPLE
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="the cache (default: the recipe's features.path)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, as in features.max_bytes=2000000000; repeatable",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="first check every sample in the cache, and compute damaged ones anew",
+    )
+    add_common_options(parser)
+    parser.set_defaults(run=run_cache)
+
+
+def run_cache(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run `data cache`; its JSON object."""
+    from dspark.training.feature_build import build_features, mend_features
+    from dspark.training.recipe import DrafterRecipe, load_recipe
+
+    use_threads(options)
+    overrides = recipe_overrides(options)
+    if options.out is not None:
+        recipe = load_recipe(options.recipe, overrides)
+        if isinstance(recipe, DrafterRecipe) and recipe.features.source == "online":
+            overrides.append("features.source=cache")
+        overrides.append(f"features.path={options.out}")
+    recipe = load_recipe(options.recipe, overrides)
+    if not isinstance(recipe, DrafterRecipe) or recipe.features.path is None:
+        raise UsageError(
+            f"{options.recipe} names no feature cache; give --out DIR, with a drafter's recipe."
+        )
+    damaged = mend_features(recipe) if options.check else 0
+    if options.check:
+        screen.log.print(Text(f"{damaged} damaged samples."), soft_wrap=True)
+    columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=screen.log) as bar:
+        task = bar.add_task("", total=None)
+        report = build_features(
+            recipe,
+            device=options.device,
+            announce=lambda estimate: _announce(bar.console, estimate),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    screen.out.print(Text(_summary(report, recipe.features.path)), soft_wrap=True)
+    return {
+        "records": report.records,
+        "failed": report.failed,
+        "left_out": report.left_out,
+        "damaged": damaged,
+        "bytes": report.bytes,
+        "tokens": report.tokens,
+        "bytes_per_token": report.bytes / report.tokens if report.tokens else None,
+        "out": recipe.features.path,
+    }
+
+
+def _announce(console: Console, estimate: Estimate) -> None:
+    """Print what is left to do before it is done."""
+    limit = estimate.max_bytes
+    kept = ""
+    if limit is not None and limit < estimate.bytes:
+        kept = f"; features.max_bytes leaves room for {_size(limit)} of that"
+    line = (
+        f"{estimate.samples} samples, {estimate.tokens} tokens: about {_size(estimate.bytes)} "
+        f"({estimate.bytes_per_token:.0f} bytes a token) and {_duration(estimate.seconds)} "
+        f"({estimate.seconds_per_1000_tokens:.2g} s per 1,000 tokens); "
+        f"{_size(estimate.free_bytes)} of the disk are free{kept}."
+    )
+    console.print(Text(line), soft_wrap=True)
+
+
+def _summary(report: BuildReport, out: str) -> str:
+    others = "".join(
+        f"; {count} {what}"
+        for what, count in (("failed", report.failed), ("left out", report.left_out))
+        if count
+    )
+    return f"{report.records} samples in {out}, {_size(report.bytes)}{others}."
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,118 @@
+"""From the target's rows to entries of a cache: chosen, quantised on the device, then packed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.data.features import payload
+from dspark.data.features.codec import Bytes, channel_scales
+from dspark.data.features.forward import spread, target_features
+from dspark.data.features.manifest import Coding, Manifest
+from dspark.data.features.needed import num_context_rows, teacher_rows
+from dspark.data.features.writer import Entry
+from dspark.data.samples import Sample
+from dspark.targets.target import Target
+
+SCALE_TOKENS = 4096
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch on its way into a cache.
+
+    Attributes:
+        entries: of the samples whose rows are finite, packed on other threads.
+        failed: samples whose rows are not.
+    """
+
+    entries: list[Future[Entry]]
+    failed: list[Sample]
+
+
+class Encoder:
+    """Makes entries as a manifest says; a context manager, for the threads it packs on.
+
+    Args:
+        manifest: of the cache.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._planes = len(manifest.origin.taps)
+        self._features, self._teacher = manifest.codecs()
+        self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def encode(self, samples: Sequence[Sample], features_TF: Tensor, hidden_TH: Tensor) -> Encoded:
+        """Start to make the entries of samples whose rows lie one after the other.
+
+        Rows leave the device once per batch, quantised.
+        """
+        context, teacher, failed = list[int](), list[int](), list[Sample]()
+        kept: list[tuple[Sample, slice, slice]] = []
+        finite_T = (features_TF.isfinite().all(-1) & hidden_TH.isfinite().all(-1)).tolist()
+        start = 0
+        for sample in samples:
+            length = len(sample.input_ids)
+            if not all(finite_T[start : start + length]):
+                failed.append(sample)
+                start += length
+                continue
+            begins = len(context), len(teacher)
+            context += range(start, start + num_context_rows(sample))
+            teacher += [start + row for row in teacher_rows(sample)]
+            ends = len(context), len(teacher)
+            kept.append((sample, slice(begins[0], ends[0]), slice(begins[1], ends[1])))
+            start += length
+        rows_TPH = torch.unflatten(features_TF, -1, (self._planes, -1))
+        features = self._features.quantise(rows_TPH[_index(context, rows_TPH)])
+        states = self._teacher.quantise(hidden_TH[_index(teacher, hidden_TH)].unsqueeze(1))
+        entries = [
+            self._pool.submit(self._entry, sample, _rows(features, own), _rows(states, law))
+            for sample, own, law in kept
+        ]
+        return Encoded(entries, failed)
+
+    def _entry(
+        self, sample: Sample, features: tuple[Bytes, ...], teacher: tuple[Bytes, ...]
+    ) -> Entry:
+        data = payload.join(sample, self._features.pack(features), self._teacher.pack(teacher))
+        return Entry(sample, len(features[0]), len(teacher[0]), data)
+
+
+def learn_scales(
+    target: Target, samples: Sequence[Sample], taps: Sequence[int], coding: Coding
+) -> Tensor | None:
+    """The channel scales [P, H] of the taps and, last, of the teacher; None unless `coded`.
+
+    Learned from samples spread over all, together of about 4,096 tokens.
+    """
+    if coding.name != "coded":
+        return None
+    some = spread(samples, SCALE_TOKENS)
+    features_TF, hidden_TH = target_features(target, some, taps)
+    features_TPH = torch.unflatten(features_TF, -1, (len(taps), -1))
+    return torch.cat((channel_scales(features_TPH), channel_scales(hidden_TH.unsqueeze(1))))
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(like.device)
+
+
+def _rows(arrays: tuple[Bytes, ...], rows: slice) -> tuple[Bytes, ...]:
+    return tuple(array[rows] for array in arrays)

@@ -1,0 +1,236 @@
+"""What a cache says of itself: who made it, of what, and how its rows are coded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.data.features.codec import Bfloat16Rows, CodedRows, RowCodec
+from dspark.errors import DataError
+
+FORMAT, VERSION = "dspark-features", 1
+MANIFEST = "manifest.json"
+CodecName = Literal["coded", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a cache's rows are: another value of any of these makes other rows.
+
+    Attributes:
+        target: directory or hub id, for messages only.
+        target_fingerprint: hash of its weights and configuration.
+        num_layers: its decoder layers.
+        hidden_size: H.
+        taps: the captured layers.
+        dtype: that the target computed in.
+    """
+
+    target: str
+    target_fingerprint: str
+    num_layers: int
+    hidden_size: int
+    taps: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """Which samples a cache is of.
+
+    Attributes:
+        fingerprint: hash of the set of samples.
+        paths: the files that they come from, for messages only.
+        max_length: where they are cut, tokens.
+        min_supervised: answer tokens that they have at least.
+        count: how many there are.
+        tokens: of all of them.
+    """
+
+    fingerprint: str
+    paths: tuple[str, ...]
+    max_length: int
+    min_supervised: int
+    count: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How rows are coded.
+
+    Attributes:
+        name: `coded` or `bfloat16`.
+        feature_error: relative error of features (`coded`).
+        teacher_error: relative error of teacher states (`coded`).
+    """
+
+    name: CodecName = "coded"
+    feature_error: float = 0.1
+    teacher_error: float = 0.02
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    Attributes:
+        origin: what made the rows.
+        samples: of what.
+        coding: how they are coded.
+        scales_PH: of every channel of every tap, and of the teacher in the last row; None unless
+            `coded`.
+    """
+
+    origin: Origin
+    samples: SampleRecipe
+    coding: Coding
+    scales_PH: Tensor | None
+
+    def codecs(self) -> tuple[RowCodec, RowCodec]:
+        """Those of features and of teacher states."""
+        planes, width = len(self.origin.taps), self.origin.hidden_size
+        if self.scales_PH is None:
+            return Bfloat16Rows(planes, width), Bfloat16Rows(1, width)
+        return (
+            CodedRows(self.coding.feature_error, self.scales_PH[:planes]),
+            CodedRows(self.coding.teacher_error, self.scales_PH[planes:]),
+        )
+
+    def write(self, directory: Path) -> None:
+        """Put it in place whole, and safe from a crash."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "origin": asdict(self.origin),
+            "samples": asdict(self.samples),
+            "coding": asdict(self.coding),
+            "scales": None,
+        }
+        if self.scales_PH is not None:
+            raw = self.scales_PH.numpy().astype("<f4").tobytes()
+            content["scales"] = base64.b64encode(raw).decode()
+        directory.mkdir(parents=True, exist_ok=True)
+        beside = directory / f".{MANIFEST}.{os.getpid()}.tmp"
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(directory / MANIFEST)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync_directory(directory)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read one.
+
+        Raises:
+            DataError: there is none, or it is damaged or of another version.
+        """
+        content = read_manifest(directory)
+        if content.get("format") != FORMAT or content.get("version") != VERSION:
+            raise DataError(
+                f"{directory / MANIFEST} is of format {content.get('format')!r}, version "
+                f"{content.get('version')!r}; this release reads {FORMAT!r}, version {VERSION}: "
+                "build the cache anew elsewhere."
+            )
+        try:
+            return cls._parse(content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{directory / MANIFEST} is damaged ({error!r}); delete the cache and build it "
+                "anew."
+            ) from error
+
+    @classmethod
+    def _parse(cls, content: Mapping[str, Any]) -> Manifest:
+        origin, samples = dict(content["origin"]), dict(content["samples"])
+        origin["taps"], samples["paths"] = tuple(origin["taps"]), tuple(samples["paths"])
+        manifest = cls(Origin(**origin), SampleRecipe(**samples), Coding(**content["coding"]), None)
+        if manifest.coding.name == "bfloat16":
+            return manifest
+        raw = np.frombuffer(base64.b64decode(content["scales"]), dtype="<f4")
+        shape = (len(manifest.origin.taps) + 1, manifest.origin.hidden_size)
+        scales_PH = torch.from_numpy(raw.reshape(shape).astype(np.float32))
+        return cls(manifest.origin, manifest.samples, manifest.coding, scales_PH)
+
+    def refuse_other(self, wanted: Manifest, directory: Path) -> None:
+        """Check that rows made as `wanted` says may join those that are here.
+
+        Raises:
+            DataError: names the first thing that differs, both values and the remedy.
+        """
+        others = wanted._makers()
+        for what, mine in self._makers().items():
+            if mine != others[what]:
+                raise DataError(
+                    f"The cache {directory} was made with {what} {_shown(mine)} "
+                    f"({self._said(what)}), not {_shown(others[what])} ({wanted._said(what)}); "
+                    "give features.path another directory, or delete that one."
+                )
+
+    def _makers(self) -> dict[str, object]:
+        """What rows that lie together must share."""
+        return {
+            "target_fingerprint": self.origin.target_fingerprint,
+            "taps": self.origin.taps,
+            "dtype": self.origin.dtype,
+            "samples.fingerprint": self.samples.fingerprint,
+            "codec": self.coding.name,
+            "feature_error": self.coding.feature_error,
+            "teacher_error": self.coding.teacher_error,
+        }
+
+    def _said(self, what: str) -> str:
+        """What a reader knows a thing by."""
+        if what == "target_fingerprint":
+            return f"target {self.origin.target}"
+        if what == "samples.fingerprint":
+            s = self.samples
+            return f"{s.count} samples of {', '.join(s.paths)} of at most {s.max_length} tokens"
+        return f"target {self.origin.target}, codec {self.coding.name}"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The JSON object of a cache's manifest, whatever its format.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{directory} has no {MANIFEST}; build the cache with `dspark data cache`, or give "
+            "features.path the directory of one."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); build the cache anew.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object; build the cache anew.")
+    return content
+
+
+def sync_directory(directory: Path) -> None:
+    """Make new names in a directory safe from a crash."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shown(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,239 @@
+"""Appends samples to a cache; whatever interrupts it, what was committed is whole.
+
+Payloads go to a shard, which is synced to disk before the records that name them go to the index,
+which is synced then. So after a crash a shard may have a tail that no record names, and an index
+half a record at its end; the next writer cuts both. Every writer has an index and shards of its
+own, and several may write to one cache at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from dspark.data.features.identity import sample_key
+from dspark.data.features.index import (
+    RECORD_BYTES,
+    Record,
+    backed,
+    index_path,
+    parse_records,
+    shard_path,
+    shards_of,
+)
+from dspark.data.features.manifest import sync_directory
+from dspark.data.samples import Sample
+from dspark.errors import DataError
+
+SHARD_BYTES = 16 << 30
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFullError(DataError):
+    """A cache's disk is full; what was committed to the cache is whole."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A coded sample, ready to be written."""
+
+    sample: Sample
+    num_context: int
+    num_teacher: int
+    payload: bytes
+
+
+class CacheWriter:
+    """Writes one writer's index and shards.
+
+    Args:
+        directory: of a cache, whose manifest is there.
+        writer: number of this writer, 0 to 999; the rank, where several write.
+        max_bytes: what this writer's files may measure; samples beyond are left out.
+        shard_bytes: where a new shard begins; a sample never splits.
+
+    Raises:
+        DataError: another process writes under this number.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        writer: int = 0,
+        max_bytes: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.directory = directory
+        self.writer = writer
+        self.max_bytes = max_bytes
+        self.shard_bytes = shard_bytes
+        self._pending: list[Record] = []
+        self._index = index_path(directory, writer).open("ab", buffering=0)
+        try:
+            _lock(self._index, directory)
+            records = self._recover()
+        except BaseException:
+            self._index.close()
+            raise
+        self._shard_number = max((r.shard for r in records), default=0)
+        self._shard, self._end = self._open_shard(self._shard_number)
+        self.bytes = sum(p.stat().st_size for _, p in shards_of(directory, writer))
+        self.bytes += len(records) * RECORD_BYTES
+
+    def add(self, entry: Entry) -> bool:
+        """Append a sample; `commit` makes it last.
+
+        Returns:
+            False where `max_bytes` leaves no room for it.
+
+        Raises:
+            DiskFullError: it could not be written; what came before is committed.
+        """
+        size = len(entry.payload)
+        grown = self.bytes + size + RECORD_BYTES
+        if self.max_bytes is not None and grown > self.max_bytes:
+            return False
+        if self._end and self._end + size > self.shard_bytes:
+            self._next_shard()
+        try:
+            _write_all(self._shard, entry.payload)
+        except OSError as error:
+            self._shard.truncate(self._end)
+            self.commit()
+            raise self._sentence(error) from error
+        self._pending.append(
+            Record(
+                key=sample_key(entry.sample),
+                shard=self._shard_number,
+                num_tokens=len(entry.sample.input_ids),
+                num_context=entry.num_context,
+                num_teacher=entry.num_teacher,
+                offset=self._end,
+                size=size,
+                checksum=zlib.crc32(entry.payload),
+                writer=self.writer,
+            )
+        )
+        self._end += size
+        self.bytes = grown
+        return True
+
+    def commit(self) -> None:
+        """Make what was added last: payloads first, then the records that name them.
+
+        Raises:
+            DiskFullError: they could not be written; what was committed before is whole.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        start = os.fstat(self._index.fileno()).st_size
+        try:
+            os.fsync(self._shard.fileno())
+            _write_all(self._index, b"".join(record.pack() for record in pending))
+            os.fsync(self._index.fileno())
+        except OSError as error:
+            self._index.truncate(start)
+            self._end = min(record.offset for record in pending)
+            self._shard.truncate(self._end)
+            self.bytes -= sum(record.size + RECORD_BYTES for record in pending)
+            raise self._sentence(error) from error
+
+    def close(self) -> None:
+        """Commit, and let others write."""
+        try:
+            self.commit()
+        finally:
+            self._shard.close()
+            self._index.close()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _recover(self) -> list[Record]:
+        """Cut what no crash-safe commit stands behind; the records that are left."""
+        path = index_path(self.directory, self.writer)
+        data = path.read_bytes()
+        records = backed(self.directory, parse_records(data, self.writer))
+        if len(records) * RECORD_BYTES != len(data):
+            rewrite_index(path, records)
+            self._index.close()
+            self._index = path.open("ab", buffering=0)
+            _lock(self._index, self.directory)
+        ends: dict[int, int] = {}
+        for record in records:
+            ends[record.shard] = max(ends.get(record.shard, 0), record.end)
+        for number, shard in shards_of(self.directory, self.writer):
+            if number not in ends:
+                shard.unlink()
+            elif shard.stat().st_size > ends[number]:
+                os.truncate(shard, ends[number])
+        return records
+
+    def _open_shard(self, number: int) -> tuple[FileIO, int]:
+        path = shard_path(self.directory, self.writer, number)
+        file = path.open("ab", buffering=0)
+        sync_directory(self.directory)
+        return file, path.stat().st_size
+
+    def _next_shard(self) -> None:
+        self.commit()
+        self._shard.close()
+        self._shard_number += 1
+        self._shard, self._end = self._open_shard(self._shard_number)
+
+    def _sentence(self, error: OSError) -> DataError:
+        held = f"the {self._committed()} samples that the cache holds are whole"
+        if error.errno not in _FULL:
+            return DataError(
+                f"The cache {self.directory} cannot be written ({error.strerror}); {held}: run "
+                "again to go on."
+            )
+        return DiskFullError(
+            f"The disk of {self.directory} is full; {held}: free space, or set features.max_bytes, "
+            "and run again to go on."
+        )
+
+    def _committed(self) -> int:
+        return index_path(self.directory, self.writer).stat().st_size // RECORD_BYTES
+
+
+def rewrite_index(path: Path, records: list[Record]) -> None:
+    """Put an index of these records in the place of one."""
+    beside = path.with_suffix(".tmp")
+    with beside.open("wb") as file:
+        file.write(b"".join(record.pack() for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_directory(path.parent)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _lock(file: FileIO, directory: Path) -> None:
+    """Be the only writer of an index; where locks are unknown (Windows), trust the caller."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise DataError(
+            f"Another process is writing to the cache {directory}; wait for it, or give "
+            "features.path another directory."
+        ) from error
