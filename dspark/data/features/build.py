@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspark.data.features.encoder import Encoded, Encoder, learn_scales
+from dspark.data.features.encoder import Encoded, Encoder, learn
 from dspark.data.features.forward import by_length, spread, target_features
 from dspark.data.features.identity import sample_key, target_fingerprint
 from dspark.data.features.index import RECORD_BYTES, index_path, parse_records, writers_of
@@ -74,7 +74,7 @@ def wanted_manifest(
     samples: SampleRecipe,
     coding: Coding,
 ) -> Manifest:
-    """The manifest of a cache that is to be made, without channel scales.
+    """The manifest of a cache that is to be made, with nothing learned yet.
 
     Args:
         target: that will make it.
@@ -111,8 +111,8 @@ def start_cache(
             f"{directory} holds files but no {MANIFEST}; give features.path an empty or a new "
             "directory."
         )
-    scales_PH = learn_scales(target, samples, wanted.origin.taps, wanted.coding)
-    manifest = Manifest(wanted.origin, wanted.samples, wanted.coding, scales_PH)
+    learned = learn(target, samples, wanted.origin.taps, wanted.coding)
+    manifest = Manifest(wanted.origin, wanted.samples, wanted.coding, learned)
     manifest.write(directory)
     return manifest
 

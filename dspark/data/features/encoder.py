@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from dspark.data.features import payload
-from dspark.data.features.codec import Bytes, channel_scales
+from dspark.data.features.codec import Bytes, channel_scales, turning_basis
 from dspark.data.features.forward import spread, target_features
-from dspark.data.features.manifest import Coding, Manifest
+from dspark.data.features.manifest import Coding, Learned, Manifest
 from dspark.data.features.needed import num_context_rows, teacher_rows
 from dspark.data.features.writer import Entry
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
 
-SCALE_TOKENS = 4096
+LEARNED_TOKENS = 4096
 _THREADS = 8
 
 
@@ -95,19 +95,21 @@ class Encoder:
         return Entry(sample, len(features[0]), len(teacher[0]), data)
 
 
-def learn_scales(
+def learn(
     target: Target, samples: Sequence[Sample], taps: Sequence[int], coding: Coding
-) -> Tensor | None:
-    """The channel scales [P, H] of the taps and, last, of the teacher; None unless `coded`.
+) -> Learned | None:
+    """What the rows of samples are coded with; None unless `coded`.
 
     Learned from samples spread over all, together of about 4,096 tokens.
     """
     if coding.name != "coded":
         return None
-    some = spread(samples, SCALE_TOKENS)
+    some = spread(samples, LEARNED_TOKENS)
     features_TF, hidden_TH = target_features(target, some, taps)
     features_TPH = torch.unflatten(features_TF, -1, (len(taps), -1))
-    return torch.cat((channel_scales(features_TPH), channel_scales(hidden_TH.unsqueeze(1))))
+    scale_PH = channel_scales(features_TPH)
+    teacher_1H = channel_scales(hidden_TH.unsqueeze(1))
+    return Learned(torch.cat((scale_PH, teacher_1H)), turning_basis(features_TPH, scale_PH))
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:

@@ -80,6 +80,19 @@ class Coding:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What was learned from the first samples, to code all of them with.
+
+    Attributes:
+        scale_PH: of every channel of every tap, and of the teacher in the last row.
+        basis_HPP: what turns the taps of each channel.
+    """
+
+    scale_PH: Tensor
+    basis_HPP: Tensor
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json.
 
@@ -87,23 +100,23 @@ class Manifest:
         origin: what made the rows.
         samples: of what.
         coding: how they are coded.
-        scales_PH: of every channel of every tap, and of the teacher in the last row; None unless
-            `coded`.
+        learned: what `coded` rows are coded with; None for others.
     """
 
     origin: Origin
     samples: SampleRecipe
     coding: Coding
-    scales_PH: Tensor | None
+    learned: Learned | None
 
     def codecs(self) -> tuple[RowCodec, RowCodec]:
         """Those of features and of teacher states."""
         planes, width = len(self.origin.taps), self.origin.hidden_size
-        if self.scales_PH is None:
+        if self.learned is None:
             return Bfloat16Rows(planes, width), Bfloat16Rows(1, width)
+        scale_PH, own = self.learned.scale_PH, self.coding
         return (
-            CodedRows(self.coding.feature_error, self.scales_PH[:planes]),
-            CodedRows(self.coding.teacher_error, self.scales_PH[planes:]),
+            CodedRows(own.feature_error, scale_PH[:-1], self.learned.basis_HPP),
+            CodedRows(own.teacher_error, scale_PH[-1:]),
         )
 
     def write(self, directory: Path) -> None:
@@ -114,11 +127,11 @@ class Manifest:
             "origin": asdict(self.origin),
             "samples": asdict(self.samples),
             "coding": asdict(self.coding),
-            "scales": None,
+            "learned": None,
         }
-        if self.scales_PH is not None:
-            raw = self.scales_PH.numpy().astype("<f4").tobytes()
-            content["scales"] = base64.b64encode(raw).decode()
+        if self.learned is not None:
+            scale_PH, basis_HPP = self.learned.scale_PH, self.learned.basis_HPP
+            content["learned"] = {"scale": _as_text(scale_PH), "basis": _as_text(basis_HPP)}
         directory.mkdir(parents=True, exist_ok=True)
         beside = directory / f".{MANIFEST}.{os.getpid()}.tmp"
         try:
@@ -160,10 +173,12 @@ class Manifest:
         manifest = cls(Origin(**origin), SampleRecipe(**samples), Coding(**content["coding"]), None)
         if manifest.coding.name == "bfloat16":
             return manifest
-        raw = np.frombuffer(base64.b64decode(content["scales"]), dtype="<f4")
-        shape = (len(manifest.origin.taps) + 1, manifest.origin.hidden_size)
-        scales_PH = torch.from_numpy(raw.reshape(shape).astype(np.float32))
-        return cls(manifest.origin, manifest.samples, manifest.coding, scales_PH)
+        planes, width = len(manifest.origin.taps), manifest.origin.hidden_size
+        learned = Learned(
+            _from_text(content["learned"]["scale"], (planes + 1, width)),
+            _from_text(content["learned"]["basis"], (width, planes, planes)),
+        )
+        return cls(manifest.origin, manifest.samples, manifest.coding, learned)
 
     def refuse_other(self, wanted: Manifest, directory: Path) -> None:
         """Check that rows made as `wanted` says may join those that are here.
@@ -230,6 +245,15 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _as_text(numbers: Tensor) -> str:
+    return base64.b64encode(numbers.numpy().astype("<f4").tobytes()).decode()
+
+
+def _from_text(text: str, shape: tuple[int, ...]) -> Tensor:
+    raw = np.frombuffer(base64.b64decode(text), dtype="<f4")
+    return torch.from_numpy(raw.reshape(shape).astype(np.float32))
 
 
 def _shown(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ class FeatureCache:
         self.manifest = Manifest.read(directory)
         self._features, self._teacher = self.manifest.codecs()
         self._records: dict[bytes, Record] = {}
-        self._read_bytes: dict[int, int] = {}  # of each writer's index
+        self._read_bytes: dict[tuple[int, int], int] = {}  # of each writer's index, by its inode
         self._maps: dict[tuple[int, int], mmap.mmap] = {}
         self.refresh()
 
@@ -81,10 +82,12 @@ class FeatureCache:
         """Take note of what was committed since the cache was opened."""
         for writer in writers_of(self.directory):
             with index_path(self.directory, writer).open("rb") as file:
-                file.seek(self._read_bytes.get(writer, 0))
+                # A writer that finds damage puts another file in the index's place.
+                index = (writer, os.fstat(file.fileno()).st_ino)
+                start = file.seek(self._read_bytes.get(index, 0))
                 data = file.read()
             whole = len(data) - len(data) % RECORD_BYTES
-            self._read_bytes[writer] = self._read_bytes.get(writer, 0) + whole
+            self._read_bytes[index] = start + whole
             for record in backed(self.directory, parse_records(data[:whole], writer)):
                 self._records.setdefault(record.key, record)
 
