@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -145,6 +146,15 @@ class FillingFeatures(HybridFeatures):
         self.cache = cache
         self.writer: CacheWriter | None = writer
         self.encoder = encoder
+        # Nobody tells a source that the run is over.
+        weakref.finalize(self, writer.close)
+        weakref.finalize(self, encoder.close)
+
+    def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read or compute the samples' rows; those of other ranks are found too."""
+        if any(sample not in self.cache for sample in samples):
+            self.cache.refresh()
+        return super().features(samples, taps)
 
     def _computed(
         self, samples: Sequence[Sample], taps: Sequence[int]
@@ -164,7 +174,8 @@ class FillingFeatures(HybridFeatures):
         """Add samples; a disk that is full ends the adding, not the training."""
         try:
             for entry in entries:
-                writer.add(entry)
+                if entry.sample not in self.cache:  # a damaged one is, until it is mended
+                    writer.add(entry)
             writer.commit()
         except DiskFullError as error:
             logger.warning("%s Until then training computes the rest.", error)

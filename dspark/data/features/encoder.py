@@ -58,6 +58,10 @@ class Encoder:
     ) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
 
+    def close(self) -> None:
+        """End the threads, once what they pack is packed."""
+        self._pool.shutdown()
+
     def encode(self, samples: Sequence[Sample], features_TF: Tensor, hidden_TH: Tensor) -> Encoded:
         """Start to make the entries of samples whose rows lie one after the other.
 

@@ -78,6 +78,15 @@ class FeatureCache:
         """Of all samples."""
         return sum(record.num_tokens for record in self._records.values())
 
+    def part_bytes(self) -> tuple[int, int, int]:
+        """What tokens and loss masks, features, and teacher states take of all payloads."""
+        parts = [split(self._bytes_of(record)) for record in self._records.values()]
+        return (
+            sum(len(p.sample) for p in parts),
+            sum(len(p.features) for p in parts),
+            sum(len(p.teacher) for p in parts),
+        )
+
     def refresh(self) -> None:
         """Take note of what was committed since the cache was opened."""
         for writer in writers_of(self.directory):
