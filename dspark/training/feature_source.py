@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +28,7 @@ from dspark.targets.target import Target
 from dspark.training.parallel import barrier
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe, Eagle3Recipe, MTPRecipe
 
+_THREADS = 8
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +72,7 @@ class CachedFeatures:
         self.store = store
         self.device = device
         self.dtype = dtype
+        self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # to undo Huffman codes
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read the samples' rows; those that are not stored are 0.
@@ -76,8 +80,11 @@ class CachedFeatures:
         Raises:
             DataError: the cache does not hold a sample, or holds it damaged.
         """
-        found = [self.placed(s, self.store.rows(s, self.device), taps) for s in samples]
+        found = list(self._pool.map(lambda s: self._sample(s, taps), samples))
         return torch.cat([row[0] for row in found]), torch.cat([row[1] for row in found])
+
+    def _sample(self, sample: Sample, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.placed(sample, self.store.rows(sample, self.device), taps)
 
     def placed(
         self, sample: Sample, stored: StoredRows, taps: Sequence[int]

@@ -2,7 +2,11 @@ import errno
 import json
 import math
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import replace
 from itertools import chain
@@ -357,6 +361,19 @@ def test_a_folder_of_other_things_is_left_alone(made, tmp_path):
         made()
 
 
+def test_a_manifest_that_was_never_put_in_place_is_no_obstacle(made, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".manifest.json.77.tmp").write_text("{")
+    directory, report = made()
+    assert report.bytes == sum(p.stat().st_size for p in directory.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        made(directory=tmp_path / "file" / "cache")
+
+
 def test_damaged_manifests_are_refused(made):
     directory, _ = made(coding=Coding())
     path = directory / MANIFEST
@@ -404,6 +421,44 @@ def test_wherever_a_build_is_cut_it_goes_on_and_ends_the_same(made, target, tmp_
         # Nothing is left behind that no record names, and nothing is stored twice.
         assert sum(p.stat().st_size for p in directory.iterdir()) == again.bytes
     check_rows(cache, target, SAMPLES)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_feature_cache import Target, build, make_samples, manifest_of
+
+target = Target.load(sys.argv[1], device="cpu")
+real = build.target_features
+def slow(*args):
+    time.sleep(0.05)
+    return real(*args)
+build.target_features, build._PROBE_TOKENS = slow, 40
+samples = make_samples(60)
+wanted = manifest_of(target, sys.argv[1], samples)
+build.build_cache(Path(sys.argv[2]), wanted, target, samples, tokens_per_forward=32)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_was_committed(made, target, folder, tmp_path):
+    directory, samples = tmp_path / "cache", make_samples(60)
+    here = Path(__file__).parent
+    words = [sys.executable, "-c", KILLED, str(folder), str(directory), str(here)]
+    process = subprocess.Popen(words)
+    index, deadline = index_path(directory, 0), time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if index.is_file() and index.stat().st_size >= 12 * RECORD_BYTES:
+            break
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    held = {r.key for r in FeatureCache(directory).records}
+    assert 12 <= len(held) < 60
+    _, report = made(samples, directory)
+    assert report.records == 60
+    assert held <= {r.key for r in FeatureCache(directory).records}
+    check_rows(FeatureCache(directory), target, samples)
 
 
 def test_a_tail_that_no_record_names_is_cut(made):

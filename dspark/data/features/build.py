@@ -106,6 +106,8 @@ def start_cache(
         found = Manifest.read(directory)
         found.refuse_other(wanted, directory)
         return found
+    for torn in directory.glob(f".{MANIFEST}.*.tmp"):  # of a build that was cut here
+        torn.unlink()
     if directory.is_dir() and any(directory.iterdir()):
         raise DataError(
             f"{directory} holds files but no {MANIFEST}; give features.path an empty or a new "
@@ -113,7 +115,13 @@ def start_cache(
         )
     learned = learn(target, samples, wanted.origin.taps, wanted.coding)
     manifest = Manifest(wanted.origin, wanted.samples, wanted.coding, learned)
-    manifest.write(directory)
+    try:
+        manifest.write(directory)
+    except OSError as error:
+        raise DataError(
+            f"The cache {directory} cannot be written ({error.strerror}); give features.path "
+            "another directory, or make room there."
+        ) from error
     return manifest
 
 
