@@ -36,11 +36,14 @@ from benchmarks.common import (
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.data.corpus import read_source
 from dspark.data.features.build import BuildReport
+from dspark.data.features.forward import spread, target_features
 from dspark.data.features.reader import FeatureCache
+from dspark.data.samples import Sample
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.loading import load
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams, Stats
+from dspark.targets.target import Target
 from dspark.training.drafter import DrafterObjective
 from dspark.training.feature_build import build_features
 from dspark.training.online import load_frozen_target
@@ -55,6 +58,7 @@ CORPUS = {
 CEILING = 0.25  # of the published cache's bytes
 QWEN3_4B = (2560, 5)  # H, T
 BOOTSTRAPS = 2000
+FIDELITY_TOKENS = 4000
 TEMPERATURES = {"t0": 0.0, "t1": 1.0}
 ONLINE = "online"
 
@@ -145,7 +149,7 @@ def caches(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def size_of(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+def size_of(target: Target, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """Build a cache: its bytes per token, of what, and beside the published one's."""
     assert isinstance(recipe, DSparkRecipe)
     assert recipe.features.path is not None
@@ -159,10 +163,10 @@ def size_of(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     context = sum(record.num_context for record in cache.records)
     laws = sum(record.num_teacher for record in cache.records)
     bits = 8 * features / (context * taps * width), 8 * teacher / (laws * width)
+    samples = list(cache.samples(args.max_length))
     started = time.process_time()
-    device = torch.device("cpu")
-    for sample in list(cache.samples(args.max_length)):
-        cache.rows(sample, device)
+    for sample in samples:
+        cache.rows(sample, target.device)
     read = time.process_time() - started
     return {
         "bytes_per_token": report.bytes / report.tokens,
@@ -176,7 +180,30 @@ def size_of(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "teacher_bits_per_number": bits[1],
         "build_cpu_ms_per_1000_tokens": 1e6 * seconds / report.tokens,
         "read_cpu_ms_per_1000_tokens": 1e6 * read / report.tokens,
+        **fidelity(target, cache, spread(samples, FIDELITY_TOKENS)),
         "qwen3_4b": qwen3_4b(bits, laws / report.tokens, recipe),
+    }
+
+
+def fidelity(target: Target, cache: FeatureCache, samples: Sequence[Sample]) -> dict[str, float]:
+    """How far what is stored is from what the target computes."""
+    errors, sizes, variation, rows = 0.0, 0.0, 0.0, 0
+    for sample in samples:
+        features_TF, hidden_TH = target_features(target, [sample], cache.taps)
+        stored = cache.rows(sample, target.device)
+        own_RF = stored.features_RPH.flatten(1).float()
+        exact_RF = features_TF[: len(own_RF)].float()
+        errors += float((own_RF - exact_RF).square().sum())
+        sizes += float(exact_RF.square().sum())
+        laws_MV, exact_MV = (
+            target.logits(states.to(target.dtype)).float().softmax(-1)
+            for states in (stored.teacher_MH, hidden_TH[stored.teacher_rows])
+        )
+        variation += 0.5 * float((laws_MV - exact_MV).abs().sum())
+        rows += len(laws_MV)
+    return {
+        "feature_relative_error": math.sqrt(errors / sizes),
+        "teacher_total_variation": variation / rows,
     }
 
 
@@ -295,12 +322,14 @@ def measure(model: Model, args: argparse.Namespace, folder: Path) -> dict[str, A
     path = write_recipe(model, args, folder)
     ways = {ONLINE: list[str](), **caches(args, folder)}
     sizes = {
-        name: size_of(load_recipe(str(path), overrides), args)
+        name: size_of(model.target, load_recipe(str(path), overrides), args)
         for name, overrides in ways.items()
         if name != ONLINE
     }
     for name, size in sizes.items():
         say(f"{name}: {rounded(size['bytes_per_token'])} bytes a token, {rounded(size['ratio'])}")
+    if not args.seeds:
+        return sizes
     stats: dict[str, list[dict[str, list[Stats]]]] = {name: [] for name in ways}
     laws: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(args.seeds):
@@ -356,8 +385,10 @@ def main() -> None:
         default=["0.1/0.02"],
         help="relative errors of features/teacher, or bfloat16 (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="training runs per source")
-    parser.add_argument("--steps", type=int, default=400, help="of each training run")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="training runs per source; 0 measures sizes alone"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of each training run")
     parser.add_argument("--rows", type=int, default=8, help="samples per step")
     parser.add_argument("--anchors", type=int, default=24, help="blocks per sample")
     parser.add_argument("--draft-layers", type=int, default=1)

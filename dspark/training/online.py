@@ -45,6 +45,10 @@ class OnlineSamples:
         known = recipe.drafter.draft_vocab_size
         self.draft_tokens = None if known is None else commonest_tokens(samples, known)
 
+    def batch(self, step: int) -> list[Sample]:
+        """All samples of a step, those of other parts and ranks included."""
+        return self.stream.batch(step)
+
     def part(
         self, step: int, part: int, parts: int, taps: Sequence[int]
     ) -> tuple[list[Sample], Tensor, Tensor]:
@@ -55,7 +59,7 @@ class OnlineSamples:
             sum of the samples' lengths.
         """
         share = self.rows // parts
-        mine = self.stream.batch(step)[part * share : (part + 1) * share]
+        mine = self.batch(step)[part * share : (part + 1) * share]
         return mine, *self.source.features(mine, taps)
 
     def epoch(self, step: int) -> float:

@@ -5,6 +5,8 @@ import pytest
 from benchmarks import feature_cache
 from dspark.request import Stats
 
+# The tiny pair's folder has held-out files only: they stand in for the training corpora.
+HELDOUT = dict.fromkeys(feature_cache.DOMAINS, ("messages", "sgd_dialogues_dev.jsonl.gz"))
 OPTIONS = (
     "--caches", "0.1/0.02", "bfloat16", "--seeds", "2", "--steps", "3", "--rows", "2",
     "--train-prompts", "3", "--answer-tokens", "12", "--prompts", "2", "--max-new-tokens", "8",
@@ -12,13 +14,8 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def test_it_measures_size_and_accepted_length(run, data, monkeypatch):
-    # The tiny pair's folder has held-out files only: they stand in for the training corpora.
-    monkeypatch.setattr(
-        feature_cache,
-        "CORPUS",
-        dict.fromkeys(feature_cache.DOMAINS, ("messages", "sgd_dialogues_dev.jsonl.gz")),
-    )
+def test_it_measures_size_and_accepted_length(run, monkeypatch):
+    monkeypatch.setattr(feature_cache, "CORPUS", HELDOUT)
     line = run(feature_cache, *OPTIONS)
     coded, exact = line["caches"]["0.1/0.02"], line["caches"]["bfloat16"]
     for found in (coded, exact):
@@ -35,6 +32,16 @@ def test_it_measures_size_and_accepted_length(run, data, monkeypatch):
     assert coded["feature_bits_per_number"] < 6
     assert exact["qwen3_4b"]["published_bytes_per_token"] == 30726
     assert line["online_bytes_per_token"] == 0
+    assert exact["feature_relative_error"] < 3e-3 < coded["feature_relative_error"] < 0.15
+    assert exact["teacher_total_variation"] < coded["teacher_total_variation"] < 0.1
+
+
+def test_sizes_can_be_measured_alone(run, monkeypatch):
+    monkeypatch.setattr(feature_cache, "CORPUS", HELDOUT)
+    monkeypatch.setattr(feature_cache, "train_one", None)
+    line = run(feature_cache, *OPTIONS, "--seeds", "0")
+    assert set(line["caches"]) == {"0.1/0.02", "bfloat16"}
+    assert "accepted_length" not in line["caches"]["bfloat16"]
 
 
 def test_a_loss_is_seen():
