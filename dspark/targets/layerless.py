@@ -25,8 +25,9 @@ from dspark.targets.loading import (
     resolve_dtype,
     resolve_source,
 )
+from dspark.targets.parts import TargetOutput
 from dspark.targets.probe import CacheLayout
-from dspark.targets.target import Target, TargetOutput
+from dspark.targets.target import Target
 
 # What comes before a text model's own names, in its module tree or in its checkpoint's.
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "gpt_neox"})

@@ -18,7 +18,7 @@ from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
-from dspark.training.feature_source import open_features, open_store
+from dspark.training.feature_opening import open_features, open_store
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

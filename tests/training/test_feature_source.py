@@ -260,7 +260,7 @@ def test_writers_of_several_ranks_share_a_cache(settings, tmp_path, monkeypatch,
     for rank in range(2):
         for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 2)):
             monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
-        monkeypatch.setattr("dspark.training.feature_source.barrier", lambda: None)
+        monkeypatch.setattr("dspark.training.feature_opening.barrier", lambda: None)
         sources.append(objective_of(hybrid).samples)
     samples = sources[0].stream.samples
     sources[0].source.features(samples[:10], (0, 2))
