@@ -1,0 +1,100 @@
+"""The application on uvicorn: its own errors in the API's shape, and a stop that loses no stream."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+from fastapi import FastAPI
+from h11 import Data, EndOfMessage, Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dspark.errors import UsageError
+from dspark.serving.app import create_app
+from dspark.serving.faults import error_body
+from dspark.serving.service import EngineService
+from dspark.serving.settings import Settings
+
+MOST_HEADER_BYTES = 32 << 10
+_GRACE_S = 5
+
+
+class JsonProtocol(H11Protocol):
+    """HTTP/1.1 whose refusal of what is no HTTP, or has too many headers, is JSON too."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what came, and close the connection."""
+        del msg
+        sentence = (
+            f"The request is no valid HTTP, or has headers of over {MOST_HEADER_BYTES} bytes."
+        )
+        body = json.dumps(error_body(400, sentence, code="invalid_http")).encode()
+        headers = [("content-type", "application/json"), ("connection", "close")]
+        headers.append(("content-length", str(len(body))))
+        for event in (Response(status_code=400, headers=headers), Data(data=body), EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that lets its streams end before it closes their connections.
+
+    Args:
+        service: what it serves; the application stops it too, by when it has stopped.
+        settings: how the server behaves.
+        host: the address that it listens on.
+        port: 0 takes any that is free.
+    """
+
+    def __init__(self, service: EngineService, settings: Settings, host: str, port: int) -> None:
+        self.service = service
+        self.settings = settings
+        self.app: FastAPI = create_app(service, settings)
+        super().__init__(
+            uvicorn.Config(
+                self.app,
+                host=host,
+                port=port,
+                http=JsonProtocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=30,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, let answers end or end them, then close the connections."""
+        await self.service.stop(0.0 if self.force_exit else self.settings.drain_s)
+        await super().shutdown(sockets)
+
+    @property
+    def bound_port(self) -> int:
+        """The port that is listened on, once the server has started."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+
+def read_keys(words: Sequence[str], path: str | None) -> tuple[str, ...]:
+    """API keys from the command line and from a file, one a line; # begins a comment.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no key.
+    """
+    keys = list(words)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The key file {path} cannot be read: {error}.") from error
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UsageError(f"The key file {path} holds no key; write one a line.")
+        keys += found
+    return tuple(keys)
