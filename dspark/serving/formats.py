@@ -36,9 +36,7 @@ async def mask_of(fields: SharedFields, context: Context) -> TokenMask | None:
     else:
         return None
     if fields.ignore_eos:
-        sentence = (
-            "ignore_eos and response_format exclude each other: the format says where to end."
-        )
+        sentence = "ignore_eos and response_format exclude each other; leave one out."
         raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
     grammars.check_installed()
     return await context.prepare(make)

@@ -23,7 +23,7 @@ MISSING = (
 )
 ANY_OBJECT = {"type": "object"}
 # A model that may write white space for ever sometimes does.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{0,2}"}
+_WHITE_SPACE = r"[ \n]{0,2}"
 
 
 class GrammarMask:
@@ -96,8 +96,11 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
-        return self._mask(LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS))
+        return self._mask(
+            LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), defaults={"whitespace_pattern": _WHITE_SPACE}
+            )
+        )
 
     def regex(self, pattern: str) -> GrammarMask:
         """A mask for answers that match a regular expression as a whole.

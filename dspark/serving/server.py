@@ -1,4 +1,4 @@
-"""The application on uvicorn: its own errors in the API's shape, and a stop that loses no stream."""
+"""The application on uvicorn: errors in the API's shape, and a stop that loses no stream."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Tally:
             (self.verified_K, lengths_R),
             (self.accepted_K, accepted_R),
         ):
-            counts_K += (reached_R[:, None] > positions_K).sum(axis=0)
+            np.add(counts_K, (reached_R[:, None] > positions_K).sum(axis=0), out=counts_K)
         self._observe(record, drafted_R, lengths_R, accepted_R)
 
     def _observe(

@@ -25,7 +25,7 @@ class TokenTexts:
         self._known: dict[int, tuple[str, list[int] | None]] = {}
 
     def __call__(self, token_id: int) -> str:
-        """The text; `bytes:\\x..` where the token alone is no whole character."""
+        r"""The text; `bytes:\x..` where the token alone is no whole character."""
         return self._find(token_id)[0]
 
     def bytes_of(self, token_id: int) -> list[int] | None:
