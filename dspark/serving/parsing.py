@@ -75,10 +75,10 @@ class AnswerParser:
         if self._trims:
             self._held = self._held.lstrip()
             self._trims = not self._held
-        if not self._held:
-            return None
         if self._inside == CALL:
             return self._take_call(last)
+        if not self._held:
+            return None
         if self._inside == THINK:
             return self._take_reasoning(last)
         return self._take_content(last)
