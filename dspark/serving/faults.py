@@ -111,13 +111,24 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> Reply:
-        headers = dict(error.headers) if error.headers else None
-        return error_reply(ApiError(error.status_code, str(error.detail), headers=headers))
+        return error_reply(_http_error(error))
 
     @app.exception_handler(Exception)
     async def _unknown(_request: Request, error: Exception) -> Reply:
         _logger.error("A request failed.", exc_info=error)
         return error_reply(ApiError(500, "The server failed; its log says why.", code="internal"))
+
+
+def _http_error(error: HTTPException) -> ApiError:
+    """What the framework refuses: an unknown route or method, a body that cannot be parsed."""
+    sentence = {
+        400: "The body is not valid JSON in UTF-8.",
+        404: "There is no such route.",
+        405: "This route does not take this method.",
+    }.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
+    code = "invalid_json" if error.status_code == 400 else None
+    headers = dict(error.headers) if error.headers else None
+    return ApiError(error.status_code, sentence, code=code, headers=headers)
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -126,7 +137,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     path = [str(part) for part in first["loc"] if part != "body"]
     kind, param = first["type"], ".".join(path) or None
     if kind == "json_invalid":
-        return ApiError(400, "The body is not valid JSON.", code="invalid_json")
+        return ApiError(400, "The body is not valid JSON in UTF-8.", code="invalid_json")
     if kind == "extra_forbidden":
         name = path[-1][:_MOST_SHOWN]
         sentence = f"The parameter {name!r} is not supported here; leave it out."
