@@ -178,20 +178,21 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     from dspark.serving.logs import start_logging
-    from dspark.serving.server import Server
+    from dspark.serving.server import Server, bind
     from dspark.serving.service import EngineService
 
     settings = _settings(options)
-    engine = _engine(options, screen)
-    start_logging(options.log_level)
-    server = Server(EngineService(engine), settings, options.host, options.port)
-    screen.log.print(
-        f"Serving {settings.model_name} on http://{options.host}:{options.port or 'any port'}; "
-        "Ctrl-C stops.",
-        soft_wrap=True,
-        markup=False,
-    )
-    server.run()
+    with bind(options.host, options.port) as address:
+        engine = _engine(options, screen)
+        start_logging(options.log_level)
+        server = Server(EngineService(engine), settings)
+        screen.log.print(
+            f"Serving {settings.model_name} on http://{options.host}:{address.getsockname()[1]}; "
+            "Ctrl-C stops.",
+            soft_wrap=True,
+            markup=False,
+        )
+        server.run([address])
     tally = server.service.tally
     return {
         "ok": server.started and server.service.fault is None,

@@ -57,7 +57,8 @@ class GrammarMask:
             known_V = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
             allowed_V[: len(known_V)] = known_V
         if self._matcher.is_error():
-            raise RequestError(f"The grammar failed: {self._matcher.get_error()[:200]}")
+            reason = " ".join(self._matcher.get_error().split())[:200].rstrip(".")
+            raise RequestError(f"The grammar failed: {reason}.")
         may_end = self._matcher.is_stopped() or self._matcher.is_accepting()
         allowed_V[self._end_ids] = may_end
         return allowed_V
@@ -71,9 +72,10 @@ class GrammarMask:
             self._matcher.reset()
             shared = 0
         rest = list(output_ids[shared:])
-        if self._matcher.try_consume_tokens(rest) != len(rest):
+        taken = self._matcher.try_consume_tokens(rest)
+        self._consumed = output_ids[: shared + taken]
+        if taken != len(rest):
             raise RequestError("The output has left the grammar that it was to follow.")
-        self._consumed = output_ids
 
 
 class Grammars:
@@ -139,8 +141,8 @@ class Grammars:
         ends = self._target.eos_token_ids
         matcher = LLMatcher(self._tokens(ends), grammar, log_level=0)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:300]
-            raise RequestError(f"The response format cannot be followed: {reason}")
+            reason = " ".join(matcher.get_error().split())[:300].rstrip(".")
+            raise RequestError(f"The response format cannot be followed: {reason}.")
         return GrammarMask(matcher, self._target.vocab_size, ends)
 
     def _tokens(self, ends: frozenset[int]) -> Any:

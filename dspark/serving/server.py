@@ -44,19 +44,15 @@ class Server(uvicorn.Server):
     Args:
         service: what it serves; the application stops it too, by when it has stopped.
         settings: how the server behaves.
-        host: the address that it listens on.
-        port: 0 takes any that is free.
     """
 
-    def __init__(self, service: EngineService, settings: Settings, host: str, port: int) -> None:
+    def __init__(self, service: EngineService, settings: Settings) -> None:
         self.service = service
         self.settings = settings
         self.app: FastAPI = create_app(service, settings)
         super().__init__(
             uvicorn.Config(
                 self.app,
-                host=host,
-                port=port,
                 http=JsonProtocol,
                 ws="none",
                 log_config=None,
@@ -73,11 +69,29 @@ class Server(uvicorn.Server):
         await self.service.stop(0.0 if self.force_exit else self.settings.drain_s)
         await super().shutdown(sockets)
 
-    @property
-    def bound_port(self) -> int:
-        """The port that is listened on, once the server has started."""
-        port: int = self.servers[0].sockets[0].getsockname()[1]
-        return port
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; it takes connections once a server runs on it.
+
+    Args:
+        host: an IPv4 or IPv6 address, or a name.
+        port: 0 takes any that is free.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UsageError(
+            f"The server cannot listen on {host}, port {port}: {error.strerror or error}; choose "
+            "others with --host and --port."
+        ) from error
+    return found
 
 
 def read_keys(words: Sequence[str], path: str | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import pytest
 import dspark
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
-from dspark.serving.server import Server
+from dspark.serving.server import Server, bind
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
 
@@ -53,10 +53,7 @@ class Live:
 
     server: Server
     thread: threading.Thread
-
-    @property
-    def port(self) -> int:
-        return self.server.bound_port
+    port: int
 
     @property
     def service(self) -> EngineService:
@@ -105,15 +102,16 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def start(engine: Any, settings: Settings) -> Live:
-    server = Server(EngineService(engine), settings, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server, address = Server(EngineService(engine), settings), bind("127.0.0.1", 0)
+    port = address.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([address],), daemon=True)
     thread.start()
     until = time.monotonic() + 30
     while not server.started:
         assert thread.is_alive()
         assert time.monotonic() < until
         time.sleep(0.01)
-    return Live(server, thread)
+    return Live(server, thread, port)
 
 
 @contextlib.contextmanager
