@@ -9,6 +9,8 @@ they leave; every answer over HTTP must be, text for text, what it gave. Then:
   generator's own CPU time is told, and subtracted from the server's time for the second figure:
   with fewer cores than busy threads it takes that from the server. Both are repeated in turn, and
   medians count.
+  `cpu_overhead` holds the CPU time of the process with the server against that of the bare
+  engine, which other work on the machine disturbs less; steps tell whether batches were as full.
 * memory of the server's process after each tenth of the requests; growth counts from the second
   to the last.
 """
@@ -33,7 +35,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_options, emit, environment, load_pair, say
-from benchmarks.soak import resident_bytes
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
@@ -217,7 +218,7 @@ class Load:
         memory = list[int]()
         self._pipe.send((self._socket.getsockname()[1], list(asks), self.users))
         while (message := self._pipe.recv())[0] == "done":
-            memory.append(resident_bytes(torch.device("cpu")))
+            memory.append(resident_bytes())
             say(f"{message[1]} of {len(asks)} requests, {memory[-1] / 2**20:.0f} MiB")
         return message[1], message[2], message[3], memory
 
@@ -228,6 +229,12 @@ class Load:
         self.server.should_exit = True
         self._thread.join()
         self._socket.close()
+
+
+def resident_bytes() -> int:
+    """What this process holds, as it is: a collection of garbage would take the server's time."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -256,18 +263,25 @@ def overhead(
 ) -> dict[str, Any]:
     """The server against the bare engine, in turn; nobody leaves."""
     staying = [replace(ask, leaves=None) for ask in asks]
-    ways: dict[str, list[float]] = {"bare": [], "server": [], "generator_cpu": []}
+    names = ("bare", "server", "generator_cpu", "bare_cpu", "server_cpu", "bare_steps", "server_steps")
+    ways: dict[str, list[float]] = {name: [] for name in names}
     engine, tokens = open_engine(model, args), 0
     for repeat in range(args.repeats):
         engine.memory.pool.evict_all()
+        before = time.process_time(), _steps(engine)
         _, counts, seconds = bare(engine, staying, args.users)
         tokens = sum(counts)
         ways["bare"].append(seconds)
+        ways["bare_cpu"].append(time.process_time() - before[0])
+        ways["bare_steps"].append(_steps(engine) - before[1])
         load.engine.memory.pool.evict_all()
+        before = time.process_time(), _steps(load.engine)
         _, seconds, cpu_s, _ = load.run(staying)
         ways["server"].append(seconds)
         ways["generator_cpu"].append(cpu_s)
-        say(f"repeat {repeat + 1}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in ways.items()))
+        ways["server_cpu"].append(time.process_time() - before[0])
+        ways["server_steps"].append(_steps(load.engine) - before[1])
+        say(f"repeat {repeat + 1}: " + ", ".join(f"{k} {v[-1]:.2f}" for k, v in ways.items()))
     medians = {name: statistics.median(values) for name, values in ways.items()}
     raw = [s / b - 1 for s, b in zip(ways["server"], ways["bare"], strict=True)]
     net = [
@@ -282,8 +296,14 @@ def overhead(
         "generator_cpu_s": medians["generator_cpu"],
         "overhead_with_generator": statistics.median(raw),
         "overhead": statistics.median(net),
+        "cpu_overhead": medians["server_cpu"] / medians["bare_cpu"] - 1,
+        "steps": {name: medians[f"{name}_steps"] for name in ("bare", "server")},
         "overheads": net,
     }
+
+
+def _steps(engine: Engine) -> int:
+    return engine.clock.steps + engine.clock.prefills
 
 
 def parse_args() -> argparse.Namespace:
