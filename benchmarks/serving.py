@@ -263,7 +263,15 @@ def overhead(
 ) -> dict[str, Any]:
     """The server against the bare engine, in turn; nobody leaves."""
     staying = [replace(ask, leaves=None) for ask in asks]
-    names = ("bare", "server", "generator_cpu", "bare_cpu", "server_cpu", "bare_steps", "server_steps")
+    names = (
+        "bare",
+        "server",
+        "generator_cpu",
+        "bare_cpu",
+        "server_cpu",
+        "bare_steps",
+        "server_steps",
+    )
     ways: dict[str, list[float]] = {name: [] for name in names}
     engine, tokens = open_engine(model, args), 0
     for repeat in range(args.repeats):

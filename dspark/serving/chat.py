@@ -180,7 +180,9 @@ async def chat_completions(
         context, logprobs=fields.wanted_logprobs(), max_tokens=fields.new_tokens()
     )
     options = fields.chat_template_kwargs
-    rendered = await context.prepare(lambda: template.render(messages, tools, options))
+    rendered = await context.prepare(
+        lambda: template.render(messages, tools, options), _size_of(messages, tools)
+    )
     mask = await mask_of(fields, context)
     request = Request(rendered.token_ids, params, mask, fields.timeout(context))
     facts: dict[str, Any] = http.state.facts
@@ -214,6 +216,11 @@ async def chat_completions(
         facts=facts,
     )
     return await reply(job, context, http.receive)
+
+
+def _size_of(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> int:
+    """Characters of a chat, roughly."""
+    return len(repr(messages)) + len(repr(tools or ""))
 
 
 def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[str]:

@@ -95,7 +95,9 @@ async def completions(
     logprobs = check_logprobs(fields.logprobs, "logprobs")
     params = fields.params(context, logprobs=logprobs, max_tokens=fields.max_tokens)
     prompts = fields.prompts()
-    encoded = await context.prepare(lambda: [_encode(each, context) for each in prompts])
+    encoded = await context.prepare(
+        lambda: [_encode(each, context) for each in prompts], sum(map(len, prompts))
+    )
     requests = tuple(
         [
             Request(

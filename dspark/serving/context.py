@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
+import asyncio
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from dspark.serving.template import ChatTemplate
 from dspark.serving.tokens import TokenTexts
 
 _T = TypeVar("_T")
+_SHORT = 4096  # fewer are encoded sooner than a thread would take over
 
 
 @dataclass
@@ -31,11 +33,12 @@ class Seeds:
 
     base: int | None
     _count: int = 0
+    _random: random.Random = field(default_factory=random.Random)
 
     def next(self) -> int:
         """A seed that has not been given."""
         if self.base is None:
-            return secrets.randbits(63)
+            return self._random.getrandbits(63)
         self._count += 1
         return sample_seed(self.base, self._count)
 
@@ -68,14 +71,22 @@ class Context:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="dspark-prompts")
     )
 
-    async def prepare(self, work: Callable[[], _T]) -> _T:
-        """Do something slow with the tokenizer beside the loop."""
-        import asyncio
+    async def prepare(self, work: Callable[[], _T], size: int) -> _T:
+        """Do something with the tokenizer, beside the loop where that takes long.
 
+        Args:
+            work: what.
+            size: characters or tokens that it reads.
+        """
+        if size <= _SHORT:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self.cook, work)
 
 
-def context_of(request: Request) -> Context:
-    """The context of the app that a request came to: a dependency of the routes."""
+async def context_of(request: Request) -> Context:
+    """The context of the app that a request came to: a dependency of the routes.
+
+    A coroutine, since others are run in a thread.
+    """
     context: Context = request.app.state.context
     return context

@@ -186,10 +186,13 @@ class SharedFields(Strict):
             logit_bias=_bias(self.logit_bias or {}),
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            seed=context.seeds.next() if self.seed is None else self.seed,
+            seed=self._seed(context),
             logprobs=logprobs,
             **values,
         )
+
+    def _seed(self, context: Context) -> int:
+        return context.seeds.next() if self.seed is None else self.seed
 
 
 def _bias(given: dict[str, float]) -> dict[int, float]:

@@ -16,6 +16,8 @@ from dspark.serving.fields import (
 )
 from dspark.serving.grammar import ANY_OBJECT
 
+_ALWAYS_LONG = 1 << 20  # a grammar may take long to read, however short it is
+
 
 async def mask_of(fields: SharedFields, context: Context) -> TokenMask | None:
     """The mask that a request's response format asks for; None for any text.
@@ -39,4 +41,4 @@ async def mask_of(fields: SharedFields, context: Context) -> TokenMask | None:
         sentence = "ignore_eos and response_format exclude each other; leave one out."
         raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
     grammars.check_installed()
-    return await context.prepare(make)
+    return await context.prepare(make, _ALWAYS_LONG)

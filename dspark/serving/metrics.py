@@ -227,7 +227,7 @@ class _EngineFigures(Collector):
         yield parts
 
 
-def _metrics_of(request: Request) -> Metrics:
+async def _metrics_of(request: Request) -> Metrics:
     metrics: Metrics = request.app.state.context.metrics
     return metrics
 

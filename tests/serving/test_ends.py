@@ -73,13 +73,14 @@ def test_many_that_leave_and_one_that_stays(live, offline):
 
 def stopping(model, kit, drain_s, body):
     """What a stream has to say on a server that is told to stop while it runs."""
-    with kit.serve(model, Settings("bundled", drain_s=drain_s)) as live:
-        with asked(live, {**body, "stream": True}) as connection:
-            live.wait_until(lambda now: now.running == 1)
-            stop = threading.Thread(target=live.stop)
-            stop.start()
-            heard = events(connection)
-            stop.join()
+    settings = Settings("bundled", drain_s=drain_s)
+    body = {**body, "stream": True}
+    with kit.serve(model, settings) as live, asked(live, body) as connection:
+        live.wait_until(lambda now: now.running == 1)
+        stop = threading.Thread(target=live.stop)
+        stop.start()
+        heard = events(connection)
+        stop.join()
     return heard
 
 
@@ -98,20 +99,20 @@ def test_stopping_at_once_ends_a_stream_with_an_error(model, kit):
 
 
 def test_while_it_stops_nothing_new_is_taken(model, kit):
-    with kit.serve(model, Settings("bundled", drain_s=60.0)) as live:
-        with asked(live, {**ENDLESS, "stream": True}):
-            live.wait_until(lambda now: now.running == 1)
-            assert live.ask("GET", "/ready").status == 200
-            live.server.should_exit = True
-            until = time.monotonic() + 10
-            while live.service.accepting:
-                assert time.monotonic() < until
-                time.sleep(0.01)
-            assert live.ask("GET", "/ready").status == 503
-            assert live.ask("GET", "/health").status == 200
-            reply = live.post("/v1/completions", ENDLESS)
-            assert (reply.status, reply.error["code"]) == (503, "unavailable")
-            assert "retry-after" in reply.headers
+    settings, body = Settings("bundled", drain_s=60.0), {**ENDLESS, "stream": True}
+    with kit.serve(model, settings) as live, asked(live, body):
+        live.wait_until(lambda now: now.running == 1)
+        assert live.ask("GET", "/ready").status == 200
+        live.server.should_exit = True
+        until = time.monotonic() + 10
+        while live.service.accepting:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert live.ask("GET", "/ready").status == 503
+        assert live.ask("GET", "/health").status == 200
+        reply = live.post("/v1/completions", ENDLESS)
+        assert (reply.status, reply.error["code"]) == (503, "unavailable")
+        assert "retry-after" in reply.headers
 
 
 def test_an_engine_that_fails_is_said_to_have(model, kit, caplog):

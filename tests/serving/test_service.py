@@ -171,7 +171,8 @@ def test_stopping_ends_what_is_left_with_an_error(requests, play):
             with pytest.raises(UnavailableError, match="before the answer was complete"):
                 async for _ in ticket:
                     pass
-        assert [event async for event in listener] is not None  # it ends
+        async for _ in listener:  # it ends
+            pass
 
     play(work)
 
