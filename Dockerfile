@@ -1,11 +1,12 @@
-# The server on a CPU: docker build -t dspark . && docker run -p 8000:8000 dspark
+# The server on a CPU: docker build --build-arg TORCH_INDEX=... -t dspark .
 FROM python:3.12-slim
 
 WORKDIR /opt/dspark
-# The CPU build of torch first: it is all that a CPU needs, and a layer that seldom changes.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# torch first: a layer that seldom changes. Without TORCH_INDEX, the address that pytorch.org gives
+# for "Pip, CPU", it brings gigabytes of CUDA along.
+ARG TORCH_INDEX
 COPY constraints.txt ./
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" -c constraints.txt torch
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY dspark ./dspark
