@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -64,9 +66,19 @@ class Server(uvicorn.Server):
             )
         )
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal, and at a second one at once; the process then ends by itself."""
+        del sig, frame
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers end or end them, then close the connections."""
-        await self.service.stop(0.0 if self.force_exit else self.settings.drain_s)
+        stopping = asyncio.ensure_future(self.service.stop(self.settings.drain_s))
+        while not stopping.done():
+            await asyncio.wait((stopping,), timeout=0.1)
+            if self.force_exit:
+                await self.service.stop(0.0)
         await super().shutdown(sockets)
 
 

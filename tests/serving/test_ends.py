@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -96,6 +97,17 @@ def test_stopping_at_once_ends_a_stream_with_an_error(model, kit):
     *_, error, done = stopping(model, kit, 0.0, ENDLESS)
     assert done == b"[DONE]"
     assert json.loads(error)["error"]["code"] == "unavailable"
+
+
+def test_a_second_signal_ends_streams_at_once(model, kit):
+    settings, body = Settings("bundled", drain_s=600.0), {**ENDLESS, "stream": True}
+    with kit.serve(model, settings) as live, asked(live, body) as connection:
+        live.wait_until(lambda now: now.running == 1)
+        live.server.handle_exit(signal.SIGTERM, None)
+        live.server.handle_exit(signal.SIGTERM, None)
+        *_, error, done = events(connection)
+    assert json.loads(error)["error"]["code"] == "unavailable"
+    assert done == b"[DONE]"
 
 
 def test_while_it_stops_nothing_new_is_taken(model, kit):
