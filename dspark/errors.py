@@ -7,7 +7,8 @@ DSparkError                 everything a caller may want to catch
 ├── CompatibilityError      an architecture is not supported, or drafter and target do not fit
 ├── DataError               a data file is missing, empty or malformed
 ├── RequestError            a request cannot be served (empty prompt, longer than the context, ...)
-│   └── QueueFullError      too many requests are waiting already
+│   ├── QueueFullError      too many requests are waiting already
+│   └── UnavailableError    the server is stopping, or its engine has failed
 ├── NumericsError           a model produced NaN or infinite numbers
 └── TrainingError           a training run cannot go on
 
@@ -46,6 +47,10 @@ class RequestError(DSparkError):
 
 class QueueFullError(RequestError):
     """Too many requests are waiting already; this one may be asked again later."""
+
+
+class UnavailableError(RequestError):
+    """The server takes no requests: it is stopping, or its engine has failed."""
 
 
 class NumericsError(DSparkError):

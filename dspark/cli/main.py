@@ -25,6 +25,7 @@ from dspark.cli import (
     profile,
     prove,
     report,
+    serve,
     train,
 )
 from dspark.cli.common import Screen, without_nan
@@ -78,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     everything = (
-        demo, generate, check, train, calibrate, profile, eval, report, bench, prove, data, convert,
+        demo, generate, serve, check, train, calibrate, profile, eval, report, bench, prove, data,
+        convert,
     )  # fmt: skip
     for command in everything:
         command.add_parser(commands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -120,6 +121,21 @@ class Engine:
                 watch,
                 Shield(strict=strict),
             )
+
+    def watch(self, watch: Watch | None, *, confidences: bool = True) -> None:
+        """Tell `watch` about every round from now on in which a drafter takes part.
+
+        Args:
+            watch: None for nobody.
+            confidences: have drafts come with confidences also where no schedule reads them.
+        """
+        if self._speculator is not None:
+            self._speculator = replace(self._speculator, watch=watch, wants_confidences=confidences)
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """Who decides verification lengths; None without a drafter."""
+        return None if self._speculator is None else self._speculator.scheduler
 
     @property
     def has_work(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,7 +25,7 @@ from dspark.errors import (
     UsageError,
 )
 from dspark.request import Output, Request, SamplingParams, Verifier
-from dspark.scheduling.calibration import temperature_class
+from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.machine import MachineKey
@@ -173,13 +173,14 @@ class Model:
         longest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
         longest = max(longest, max_length or 0)
         at_once = min(batch_size, sum(r.params.n for r in requests))
+        kinds = {temperature_class(r.params.temperature) for r in requests}
         return Engine(
             self.target,
             self.drafter,
             max_requests=at_once,
             max_length=longest,
             verifier=verifier,
-            schedule=self._scheduler(requests, schedule, threshold, verifier, block_size, at_once),
+            schedule=self._scheduler(kinds, schedule, threshold, verifier, block_size, at_once),
             block_size=block_size,
             watch=watch,
             strict=strict,
@@ -188,9 +189,54 @@ class Model:
             prefix_reuse=prefix_reuse,
         )
 
+    def open_engine(
+        self,
+        *,
+        max_requests: int = 8,
+        max_length: int | None = None,
+        max_queue: int | None = None,
+        verifier: Verifier = "block",
+        schedule: ScheduleName | None = None,
+        threshold: float | None = None,
+        block_size: int | None = None,
+        step_tokens: int | None = None,
+        cache_tokens: int | None = None,
+    ) -> Engine:
+        """An engine for requests that are yet to come, of any temperature: a server's.
+
+        Args:
+            max_requests: requests in a round at most.
+            max_length: tokens of prompt and output together; the target's context by default.
+            max_queue: requests that may wait beyond those; None for any number.
+            verifier: token, block or coupled.
+            schedule: as in `engine`; calibration must cover greedy and sampled requests.
+            threshold: of the schedule `threshold`.
+            block_size: drafts per round, at most the drafter's own, which is the default.
+            step_tokens: rows of one step, as `Engine`.
+            cache_tokens: rows of the cache, as `Engine`.
+
+        Raises:
+            UsageError: an option has a value that cannot be used.
+        """
+        kinds: set[TemperatureClass] = {"greedy", "sampled"}
+        return Engine(
+            self.target,
+            self.drafter,
+            max_requests=max_requests,
+            max_length=max_length,
+            verifier=verifier,
+            schedule=self._scheduler(
+                kinds, schedule, threshold, verifier, block_size, max_requests
+            ),
+            block_size=block_size,
+            step_tokens=step_tokens,
+            cache_tokens=cache_tokens,
+            max_queue=max_queue,
+        )
+
     def _scheduler(
         self,
-        requests: Sequence[Request],
+        kinds: Set[TemperatureClass],
         name: ScheduleName | None,
         threshold: float | None,
         verifier: Verifier,
@@ -200,7 +246,7 @@ class Model:
         if self.drafter is None:
             return Schedule(name or "fixed", threshold)
         num_drafts = block_size or self.drafter.block_size
-        missing = self._uncalibrated(requests, num_drafts, verifier)
+        missing = self._uncalibrated(kinds, num_drafts, verifier)
         if name is None:
             name = "lagged" if missing == [] and self._usable_costs() else "fixed"
         schedule = Schedule(name, threshold)
@@ -216,13 +262,13 @@ class Model:
         return Scheduler(schedule, verifier, num_drafts, self.calibration, costs)
 
     def _uncalibrated(
-        self, requests: Sequence[Request], num_drafts: int, verifier: Verifier
+        self, kinds: Set[TemperatureClass], num_drafts: int, verifier: Verifier
     ) -> list[str] | None:
-        """What the calibration lacks for these requests, a sentence each; None without one."""
+        """What the calibration lacks for such requests, a sentence each; None without one."""
         if self.calibration is None:
             return None
         found = []
-        for kind in sorted({temperature_class(r.params.temperature) for r in requests}):
+        for kind in sorted(kinds):
             try:
                 self.calibration.entry(num_drafts, verifier, kind)
             except CompatibilityError as error:

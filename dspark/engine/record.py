@@ -17,6 +17,8 @@ class RoundRecord:
 
     Attributes:
         request_ids: who took part.
+        rounds: which round of each this is, from 0.
+        anchors: the last token of each, as the round began.
         greedy: whether each decodes at temperature 0.
         drafts: the tokens that each was offered, verified or not.
         confidence_logits_RK: raw logits of c_k, before any calibration; None where nothing was
@@ -26,12 +28,17 @@ class RoundRecord:
         lengths: how many of the drafts were verified.
         accepted: how many of these stayed.
         committed: the kept drafts and the token after them, before stop tokens and limits.
+        rows: rows of the target's forward, anchors and parts of prompts included.
+        budget: how many drafts earlier rounds were worth verifying of all requests together; None
+            under schedules without a budget.
         draft_ms: what drafting took.
         schedule_ms: what deciding the lengths took.
         verify_ms: what target forward and verification took.
     """
 
     request_ids: tuple[int, ...]
+    rounds: tuple[int, ...]
+    anchors: tuple[int, ...]
     greedy: tuple[bool, ...]
     drafts: tuple[tuple[int, ...], ...]
     confidence_logits_RK: FloatArray | None
@@ -40,6 +47,8 @@ class RoundRecord:
     lengths: tuple[int, ...]
     accepted: tuple[int, ...]
     committed: tuple[tuple[int, ...], ...]
+    rows: int
+    budget: int | None
     draft_ms: float
     schedule_ms: float
     verify_ms: float

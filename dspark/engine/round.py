@@ -38,7 +38,8 @@ _NO_CONFIDENCE = -30.0
 class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
-    What the drafter does wrong stops at the shield.
+    What the drafter does wrong stops at the shield. A watch gets confidences, where no schedule
+    reads them, only if it `wants_confidences`: they cost time.
     """
 
     drafter: Drafter
@@ -46,11 +47,13 @@ class Speculator:
     scheduler: Scheduler
     watch: Watch | None = None
     shield: Shield = field(default_factory=Shield)
+    wants_confidences: bool = True
 
     @property
     def reads_confidences(self) -> bool:
         """Whether drafting must come up with confidences."""
-        return self.scheduler.reads_confidences or self.watch is not None
+        watched = self.watch is not None and self.wants_confidences
+        return self.scheduler.reads_confidences or watched
 
 
 @dataclass
@@ -102,7 +105,7 @@ def play(
             _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
     if speculator is not None and requests:
-        _learn(speculator, requests, drafts, verdict, times)
+        _learn(speculator, requests, drafts, verdict, times, batch.offsets[-1])
     for chunk in plan.reading:
         chunk.request.cached += chunk.count
     pieces = _commit(requests, verdict, drafts)
@@ -238,6 +241,7 @@ def _learn(
     drafts: Drafts,
     verdict: Verdict,
     times: RoundTimes,
+    rows: int,
 ) -> None:
     """Tell the scheduler, and who watches, how the round went."""
     survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted)
@@ -247,6 +251,8 @@ def _learn(
     speculator.watch(
         RoundRecord(
             request_ids=tuple(request.request_id for request in requests),
+            rounds=tuple(request.round for request in requests),
+            anchors=tuple(request.tokens[-1] for request in requests),
             greedy=tuple(request.request.params.temperature == 0 for request in requests),
             drafts=tuple(tuple(row[:count]) for row, count in offered),
             confidence_logits_RK=drafts.confidence_logits_RK,
@@ -255,6 +261,8 @@ def _learn(
             lengths=drafts.lengths,
             accepted=tuple(verdict.accepted),
             committed=tuple(map(tuple, verdict.committed)),
+            rows=rows,
+            budget=speculator.scheduler.budget,
             draft_ms=times.draft_ms,
             schedule_ms=times.schedule_ms,
             verify_ms=times.verify_ms,

@@ -117,7 +117,7 @@ class Scheduler:
         self._logistic = OnlineLogistic()
         self.depth: int | None = None
         self._depths = sorted({min(depth, num_drafts) for depth in (*_SHALLOW, num_drafts)})
-        self._budget = 0
+        self._budget: int | None = None
         self._margins_DK: FloatArray | None = None
         self._survival_DK: FloatArray | None = None
 
@@ -126,6 +126,12 @@ class Scheduler:
         """Whether lengths hang on confidences."""
         return self.schedule.reads_confidences
 
+    @property
+    def budget(self) -> int | None:
+        """Drafts that `lagged` lets this round verify, of all requests together; else None."""
+        lagged = self.schedule.name == "lagged" and self.verifier != "coupled"
+        return self._budget if lagged else None
+
     def limits(self, requests: Sequence[ActiveRequest], most: Sequence[int]) -> list[int]:
         """Drafts of each request to ask for, decided from earlier rounds only.
 
@@ -133,7 +139,7 @@ class Scheduler:
             requests: who takes part in the round, those without a context last.
             most: how many drafts of each can be of use.
         """
-        self._margins_DK = self._survival_DK = self.depth = None
+        self._margins_DK = self._survival_DK = self.depth = self._budget = None
         ready = [request for request in requests if request.drafts]
         if not self._weighs(len(ready)):
             return list(most)
@@ -144,6 +150,7 @@ class Scheduler:
         if plan.gain <= (1 + MARGIN) * plans[-1].gain:
             plan = plans[-1]
         if not self._switch.decide(plan.gain):
+            self._budget = 0
             return [0] * len(most)
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
@@ -202,6 +209,7 @@ class Scheduler:
         if self.schedule.name == "lookahead":
             earlier_DK = self._earlier(ready)[:, : survival_DK.shape[1]]
             return lookahead_lengths(survival_DK, earlier_DK, step_ms_N, limits_D, MARGIN)
+        assert self._budget is not None, "limits() has set it"
         return fill_budget(survival_DK, self._budget, limits_D)
 
     def learn(

@@ -11,7 +11,7 @@ from dspark.request import VERIFIERS
 
 COMMANDS = (
     "demo", "generate", "check", "train", "calibrate", "profile", "bench", "prove", "data",
-    "convert",
+    "convert", "serve",
 )  # fmt: skip
 
 

@@ -240,6 +240,52 @@ def test_what_is_known_of_a_request_ends_with_it(tiny, target):
     assert len(schedule._history) == 0
 
 
+def test_a_watch_can_come_and_go(tiny, target):
+    """What is watched, and whether confidences are asked for, changes no token."""
+    drafter = tiny.make_drafter(target)
+    requests = prompts(tiny, 3)
+    alone, _ = decode(target, drafter, requests, Schedule())
+    engine = Engine(target, drafter, max_length=tiny.max_context)
+    numbers = [engine.add(request) for request in requests]
+    records, outputs, step = [], {}, 0
+    while engine.has_work:
+        engine.watch((None, records.append)[step % 2], confidences=step % 4 == 1)
+        before = len(records)
+        outputs |= {e.request_id: e.output for e in engine.step() if e.output}
+        assert len(records) - before == step % 2
+        if step % 2:
+            known = records[-1].confidence_logits_RK is not None
+            assert known == (step % 4 == 1 and any(records[-1].drafts))
+        step += 1
+    assert [outputs[n].token_ids for n in numbers] == [output.token_ids for output in alone]
+    for record in records:
+        assert record.budget is None
+        assert record.rows >= len(record.request_ids) + sum(record.lengths)
+
+
+def test_a_record_says_where_each_request_stood(tiny, target):
+    records = []
+    drafter = tiny.make_drafter(target)
+    outputs, _ = decode(target, drafter, prompts(tiny, 1), Schedule(), records=records)
+    (request,) = prompts(tiny, 1)
+    said = [request.prompt_ids[-1]]
+    for number, record in enumerate(records):
+        assert record.rounds == (number,)
+        assert record.anchors == (said[-1],)
+        said += record.committed[0]
+    assert tuple(said[1 : 1 + len(outputs[0].token_ids)]) == outputs[0].token_ids
+
+
+def test_a_lagged_budget_is_told(tiny, target):
+    records = []
+    drafter = tiny.make_drafter(target)
+    decode(target, drafter, prompts(tiny, 4), scheduler("lagged", table(flat)), records=records)
+    decided = [record for record in records if any(record.lengths)]
+    assert decided
+    for record in decided:
+        assert sum(record.lengths) <= record.budget
+
+
 def test_a_watcher_sees_every_round(tiny, target):
     drafter = tiny.make_drafter(target)
     records = []

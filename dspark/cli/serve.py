@@ -1,0 +1,243 @@
+"""`dspark serve`: the OpenAI-compatible server and the live page."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from dspark.cli.common import (
+    Commands,
+    Screen,
+    add_common_options,
+    add_loading_options,
+    check_positive,
+    load_model,
+    new_parser,
+)
+from dspark.engine.schedule import SCHEDULES
+from dspark.errors import UsageError
+from dspark.request import VERIFIERS
+
+if TYPE_CHECKING:
+    from dspark.engine.engine import Engine
+    from dspark.serving.settings import Settings
+
+EXAMPLE = """\
+  dspark serve bundled
+  dspark serve ./target --draft ./drafter --port 9000 --max-requests 32 --api-key-file keys.txt"""
+MISSING = "dspark serve needs fastapi and uvicorn; install the extra dspark[serve]."
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `serve`."""
+    parser = new_parser(commands, "serve", "serve a model over OpenAI's HTTP interface", EXAMPLE)
+    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument(
+        "--draft",
+        metavar="D",
+        help="a drafter's directory or hub id, `ngram` (prompt lookup) or `none`; by default the "
+        "drafter attached to TARGET, or none where there is none",
+    )
+    _add_server_options(parser)
+    _add_limit_options(parser)
+    _add_engine_options(parser)
+    add_loading_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="H", help="default: %(default)s")
+    group.add_argument(
+        "--port", type=int, default=8000, metavar="P", help="0 takes any (default: %(default)s)"
+    )
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="what requests call it (default: TARGET)"
+    )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="K",
+        help="a key that requests must bear; repeatable; others on this machine can see it",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="the same, one key a line")
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web origin whose pages may read the answers; repeatable (default: none)",
+    )
+    group.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="JSON lines on standard error (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log-prompts", action="store_true", help="also log the texts of prompts and answers"
+    )
+    group.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that open answers have once the server is to stop (default: 30)",
+    )
+
+
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-requests", type=int, default=8, metavar="R", help="answers at once (default: 8)"
+    )
+    group.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="answers that may wait beyond those; more get status 429 (default: 256)",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer together (default: the model's context)",
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="new tokens where a request does not say (default: 256)",
+    )
+    group.add_argument(
+        "--request-timeout", type=float, metavar="S", help="seconds after which an answer ends"
+    )
+    group.add_argument(
+        "--rate-limit", type=int, metavar="N", help="requests a minute of each key or address"
+    )
+    group.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=4 << 20,
+        metavar="N",
+        help="size of a request (default: 4 MiB)",
+    )
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculation")
+    group.add_argument(
+        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
+    )
+    group.add_argument(
+        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
+        "machine profiled, else fixed)",
+    )
+    group.add_argument(
+        "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
+    )
+    group.add_argument(
+        "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
+    )
+    group.add_argument(
+        "--step-tokens",
+        type=int,
+        metavar="N",
+        help="rows of a step, prompts' included: fewer shorten the pauses that a long prompt "
+        "makes for others (default: 512 on a CPU, else 2048)",
+    )
+    group.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="rows of the cache (default: room for --max-requests of --max-model-len, as far as "
+        "memory allows)",
+    )
+
+
+def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Serve until told to stop; the JSON object then says what was done.
+
+    Raises:
+        UsageError: an option has a value that cannot be used, or the extra is missing.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
+        raise UsageError(MISSING)
+    check_positive(options, "max_requests", "max_model_len", "max_tokens", "block_size")
+    check_positive(options, "max_body_bytes", "rate_limit", "step_tokens", "cache_tokens")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
+    from dspark.serving.logs import start_logging
+    from dspark.serving.server import Server, bind
+    from dspark.serving.service import EngineService
+
+    settings = _settings(options)
+    with bind(options.host, options.port) as address:
+        engine = _engine(options, screen)
+        start_logging(options.log_level)
+        server = Server(EngineService(engine), settings)
+        screen.log.print(
+            f"Serving {settings.model_name} on http://{options.host}:{address.getsockname()[1]}; "
+            "Ctrl-C stops.",
+            soft_wrap=True,
+            markup=False,
+        )
+        server.run([address])
+    tally = server.service.tally
+    return {
+        "ok": server.started and server.service.fault is None,
+        "steps": tally.steps,
+        "verified": int(tally.verified_K.sum()),
+        "accepted": int(tally.accepted_K.sum()),
+    }
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from dspark.serving.server import read_keys
+    from dspark.serving.settings import Settings
+
+    return Settings(
+        model_name=options.served_model_name or options.target,
+        api_keys=read_keys(options.api_key, options.api_key_file),
+        cors_origins=tuple(options.cors_origin),
+        max_body_bytes=options.max_body_bytes,
+        requests_per_minute=options.rate_limit,
+        request_timeout_s=options.request_timeout,
+        default_max_tokens=options.max_tokens,
+        seed=options.seed,
+        log_prompts=options.log_prompts,
+        drain_s=options.drain,
+    )
+
+
+def _engine(options: argparse.Namespace, screen: Screen) -> Engine:
+    model = load_model(options, options.draft, screen)
+    if model.drafter is None and options.schedule not in (None, "off"):
+        raise UsageError(
+            f"--schedule is {options.schedule}, but nothing is drafted here; give a drafter with "
+            "--draft."
+        )
+    if options.cost is not None:
+        model.use_costs(options.cost)
+    with screen.log.status("Measuring what steps cost on this machine, where that is needed ..."):
+        return model.open_engine(
+            max_requests=options.max_requests,
+            max_length=options.max_model_len,
+            max_queue=options.max_queue,
+            verifier=options.verifier,
+            schedule=options.schedule,
+            threshold=options.threshold,
+            block_size=options.block_size,
+            step_tokens=options.step_tokens,
+            cache_tokens=options.cache_tokens,
+        )

@@ -1,0 +1,294 @@
+"""From a submission to a reply: whole, or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dspark.engine.sequence import Piece
+from dspark.errors import DSparkError
+from dspark.request import Output, Request, Stats, merge_stats
+from dspark.serving.context import Context
+from dspark.serving.faults import ApiError, Reply, as_api_error, error_body, error_reply
+from dspark.serving.stream import Ticket
+
+_T = TypeVar("_T")
+Choice = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+class Voice(Protocol):
+    """Gives one answer the shape that its API has."""
+
+    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+        """What new tokens add to a stream."""
+        ...
+
+    def close(self, output: Output) -> list[Choice]:
+        """How a stream ends."""
+        ...
+
+    def whole(self, output: Output) -> Choice:
+        """The answer at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A completion that is asked for.
+
+    Attributes:
+        requests: for the engine.
+        voices: one per answer, in the order of their numbers.
+        request_id: of the HTTP request.
+        kind: the `object` of a whole reply; a stream's has `.chunk` behind it where `chunked`.
+        prefix: of the completion's id.
+        chunked: as `kind` says.
+        stream: whether a stream is wanted.
+        usage: whether the stream ends with the usage.
+        headers: of the reply.
+        facts: what the log is told.
+    """
+
+    requests: tuple[Request, ...]
+    voices: tuple[Voice, ...]
+    request_id: str
+    kind: str
+    prefix: str
+    chunked: bool
+    stream: bool
+    usage: bool
+    headers: dict[str, str]
+    facts: dict[str, Any]
+
+
+@dataclass
+class _Account:
+    """What a completion took, for the usage, the metrics and the log."""
+
+    context: Context
+    job: Job
+    started_s: float = field(default_factory=time.monotonic)
+    first_s: dict[int, float] = field(default_factory=dict)
+    outputs: dict[int, Output] = field(default_factory=dict)
+
+    def note(self, answer: int, pieces: Sequence[Piece], output: Output | None) -> None:
+        """Take note of what came."""
+        now_s = time.monotonic()
+        if pieces and answer not in self.first_s:
+            self.first_s[answer] = now_s
+            self.context.metrics.note_first_token(now_s - self.started_s)
+        if output is None:
+            return
+        self.outputs[answer] = output
+        first_s = self.first_s.get(answer)
+        self.context.metrics.note_end(
+            output,
+            len(self._prompt_of(answer)),
+            now_s - self.started_s,
+            None if first_s is None else now_s - first_s,
+        )
+
+    def _prompt_of(self, answer: int) -> tuple[int, ...]:
+        for request in self.job.requests:
+            if answer < request.params.n:
+                return request.prompt_ids
+            answer -= request.params.n
+        raise AssertionError("answers are numbered as they were asked for")
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts, and what speculation did."""
+        outputs = list(self.outputs.values())
+        prompt = sum(len(request.prompt_ids) for request in self.job.requests)
+        completion = sum(len(output.token_ids) for output in outputs)
+        stats: Stats = merge_stats(outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "dspark": {
+                "rounds": stats.rounds,
+                "drafted": stats.drafted,
+                "verified": stats.verified,
+                "accepted": stats.accepted,
+            },
+        }
+
+    def close(self) -> None:
+        """Tell the log; answers that have not ended were left by their client, or broken off."""
+        for _ in range(len(self.job.voices) - len(self.outputs)):
+            self.context.metrics.note_reason("abort")
+        usage = self.usage()
+        reasons = [output.finish_reason for _, output in sorted(self.outputs.items())]
+        self.job.facts.update(
+            {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+            | usage["dspark"]
+            | {"finish_reasons": reasons}
+        )
+        if self.first_s:
+            first_s = min(self.first_s.values()) - self.started_s
+            self.job.facts["first_token_ms"] = round(first_s * 1e3, 1)
+        if self.context.settings.log_prompts:
+            self.job.facts["answers"] = [output.text for output in self.outputs.values()]
+
+
+async def reply(job: Job, context: Context, receive: Receive) -> Response:
+    """Have a completion made.
+
+    Args:
+        job: what is asked for.
+        context: who makes it.
+        receive: of the HTTP request, whose body has been read: it tells when the client has gone.
+
+    Raises:
+        DSparkError: it cannot be made; or what ended it, where nothing has been sent yet.
+    """
+    account = _Account(context, job)
+    ticket = await context.service.submit(job.requests, name=job.request_id, live=job.stream)
+
+    def end() -> None:
+        ticket.cancel()
+        account.close()
+
+    if job.stream:
+        return EventStream(_events(ticket, account), job.headers, end)
+    try:
+        await unless_gone(_collect(ticket, account), receive)
+    except ClientGone:
+        return error_reply(ApiError(400, "The client left before its answer was complete."))
+    finally:
+        end()
+    body = _frame(job, context, chunk=False) | {
+        "choices": [voice.whole(account.outputs[i]) for i, voice in enumerate(job.voices)],
+        "usage": account.usage(),
+    }
+    return Reply(body, headers=job.headers)
+
+
+async def _collect(ticket: Ticket, account: _Account) -> None:
+    async for updates in ticket:
+        for update in updates:
+            account.note(update.answer, update.pieces, update.output)
+            if update.output is not None:
+                update.output.checked()
+
+
+async def _events(ticket: Ticket, account: _Account) -> AsyncGenerator[bytes, None]:
+    """The stream, which always ends: with its last answer, or with an error."""
+    job, frame = account.job, _frame(account.job, account.context, chunk=True)
+    nothing = {"usage": None} if job.usage else {}
+    try:
+        async for updates in ticket:
+            sent, fault = list[bytes](), None
+            for update in updates:
+                account.note(update.answer, update.pieces, update.output)
+                voice = job.voices[update.answer]
+                choices = voice.hear(update.pieces) if update.pieces else []
+                if update.output is not None and update.output.fault is not None:
+                    fault = update.output.fault
+                elif update.output is not None:
+                    choices += voice.close(update.output)
+                sent += [_event(frame | {"choices": [choice]} | nothing) for choice in choices]
+            if sent:
+                yield b"".join(sent)
+            if fault is not None:
+                raise fault
+        if job.usage:
+            yield _event(frame | {"choices": [], "usage": account.usage()})
+    except DSparkError as error:
+        told = as_api_error(error)
+        yield _event(error_body(told.status, str(told), told.param, told.code))
+    yield DONE
+
+
+def _frame(job: Job, context: Context, *, chunk: bool) -> dict[str, Any]:
+    return {
+        "id": f"{job.prefix}-{job.request_id}",
+        "object": f"{job.kind}.chunk" if chunk and job.chunked else job.kind,
+        "created": int(time.time()),
+        "model": context.settings.model_name,
+    }
+
+
+def _event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+class ClientGone(Exception):
+    """Nobody is there any more to read the reply."""
+
+
+async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
+    """Do something until it is done, or the client has gone.
+
+    Args:
+        work: is cancelled if the client goes.
+        receive: of the HTTP request, whose body has been read.
+
+    Raises:
+        ClientGone: the client has gone.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events; what makes them is closed as soon as the client has gone.
+
+    Args:
+        events: each as it goes over the wire.
+        headers: of the reply.
+        end: called once nothing more is sent, whatever the reason.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers={**own, **(headers or {})})
+        del self.headers["content-length"]
+        self._events = events
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        del scope
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with contextlib.suppress(ClientGone):
+                await unless_gone(self._send_all(send), receive)
+        finally:
+            self._end()
+
+    async def _send_all(self, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

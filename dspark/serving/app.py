@@ -1,0 +1,75 @@
+"""The web application: routes, guards and errors around one engine service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+import dspark
+from dspark.serving import chat, completions, health, metrics, models
+from dspark.serving.context import Context, Seeds
+from dspark.serving.faults import Reply, add_handlers
+from dspark.serving.grammar import Grammars
+from dspark.serving.guard import Guard
+from dspark.serving.metrics import Metrics
+from dspark.serving.service import EngineService
+from dspark.serving.settings import Settings
+from dspark.serving.template import ChatTemplate
+from dspark.serving.tokens import TokenTexts
+
+SUMMARY = "OpenAI-compatible server with speculative decoding that changes no output."
+
+
+def create_app(service: EngineService, settings: Settings) -> FastAPI:
+    """The application; it starts the service with itself, and stops it.
+
+    Args:
+        service: not yet started.
+        settings: how the server behaves.
+    """
+    target = service.engine.target
+    context = Context(
+        service=service,
+        settings=settings,
+        metrics=Metrics(service, settings.model_name),
+        template=ChatTemplate.of(target.tokenizer, target.name),
+        tokens=TokenTexts(target.tokenizer),
+        grammars=Grammars(target),
+        seeds=Seeds(settings.seed),
+        created_s=int(time.time()),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop(settings.drain_s)
+        context.cook.shutdown(wait=False)
+
+    app = FastAPI(
+        title="dspark",
+        version=dspark.__version__,
+        summary=SUMMARY,
+        lifespan=lifespan,
+        default_response_class=Reply,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.context = context
+    for routes in (chat, completions, models, health, metrics):
+        app.include_router(routes.router)
+    add_handlers(app)
+    app.add_middleware(Guard, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "x-dspark-ignored", "retry-after"],
+        )
+    return app

@@ -1,0 +1,330 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from pydantic import Field
+from starlette.responses import Response
+
+from dspark.engine.sequence import Piece
+from dspark.request import Output, Request
+from dspark.serving.answers import Choice, Job, reply
+from dspark.serving.context import Context, context_of
+from dspark.serving.faults import ApiError
+from dspark.serving.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
+from dspark.serving.formats import mask_of
+from dspark.serving.models import check_model
+from dspark.serving.parsing import AnswerParser, Content, Part, Reasoning, ToolCall
+from dspark.serving.template import CALL, THINK, ChatTemplate, call_arguments
+from dspark.serving.tokens import TokenTexts, chat_logprobs
+
+router = APIRouter(tags=["completions"])
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Strict):
+    """A call that the model made earlier."""
+
+    name: str
+    arguments: str
+
+
+class EarlierCall(Strict):
+    """The same, with its id."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Strict):
+    """One message of a chat; fields that only OpenAI's own replies have may come back empty."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[EarlierCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it; a developer is the system to them."""
+        role = "system" if self.role == "developer" else self.role
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        found: dict[str, Any] = {"role": role, "content": content or ""}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": call_arguments(call.function.arguments),
+                    },
+                }
+                for call in self.tool_calls
+            ]
+        return found
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatFields(SharedFields):
+    """The body of a chat completion.
+
+    Attributes:
+        messages: the chat so far.
+        max_completion_tokens: the newer name of `max_tokens`.
+        logprobs, top_logprobs: report log-probabilities, and those of so many likely tokens.
+        tools: functions that the chat template tells the model of.
+        tool_choice: `auto`, or `none` to leave the tools out.
+        parallel_tool_calls: true, which is what happens.
+        chat_template_kwargs: variables of the template, such as `enable_thinking` (not of OpenAI).
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def new_tokens(self) -> int | None:
+        """New tokens at most, by either name.
+
+        Raises:
+            ApiError: the names disagree.
+        """
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            sentence = "max_tokens and max_completion_tokens differ; give one of them."
+            raise ApiError(400, sentence, param="max_tokens", code="invalid_combination")
+        return both.pop() if both else None
+
+    def wanted_logprobs(self) -> int | None:
+        """How many most likely tokens are reported; None for no log-probabilities.
+
+        Raises:
+            ApiError: likely tokens without log-probabilities, or too many.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            sentence = "top_logprobs needs logprobs to be true."
+            raise ApiError(400, sentence, param="top_logprobs", code="invalid_combination")
+        return check_logprobs(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
+
+    def usable_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of, as JSON schemas.
+
+        Raises:
+            ApiError: they are wanted in a way that is not supported.
+        """
+        if self.tool_choice not in (None, "auto", "none"):
+            sentence = "tool_choice must be 'auto' or 'none' here; no call can be forced."
+            raise ApiError(400, sentence, param="tool_choice", code="unsupported_value")
+        if self.parallel_tool_calls is False:
+            sentence = "parallel_tool_calls cannot be false here; leave it out."
+            raise ApiError(400, sentence, param="parallel_tool_calls", code="unsupported_value")
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    fields: ChatFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
+) -> Response:
+    """Answer a chat."""
+    check_model(fields.model, context)
+    template = context.template
+    if template is None:
+        raise ApiError(400, "This model has no chat template; use /v1/completions.")
+    tools, usage = fields.usable_tools(), fields.wants_usage()
+    messages = [message.for_template() for message in fields.messages]
+    params = fields.params(
+        context, logprobs=fields.wanted_logprobs(), max_tokens=fields.new_tokens()
+    )
+    options = fields.chat_template_kwargs
+    rendered = await context.prepare(
+        lambda: template.render(messages, tools, options), _size_of(messages, tools)
+    )
+    mask = await mask_of(fields, context)
+    request = Request(rendered.token_ids, params, mask, fields.timeout(context))
+    facts: dict[str, Any] = http.state.facts
+    if context.settings.log_prompts:
+        facts["messages"] = messages
+    reasons = mask is None and template.mentions(THINK)
+    voices = tuple(
+        ChatVoice(
+            i,
+            AnswerParser(
+                reasoning=reasons,
+                tools=tools is not None and template.mentions(CALL, tools),
+                reasoning_open=rendered.reasoning_open,
+            ),
+            context.tokens,
+            logprobs=params.logprobs is not None,
+        )
+        for i in range(params.n)
+    )
+    ignored = fields.ignored() + _ignored_names(fields.messages, template)
+    job = Job(
+        requests=(request,),
+        voices=voices,
+        request_id=http.state.request_id,
+        kind="chat.completion",
+        prefix="chatcmpl",
+        chunked=True,
+        stream=bool(fields.stream),
+        usage=usage,
+        headers={IGNORED_HEADER: ", ".join(ignored)} if ignored else {},
+        facts=facts,
+    )
+    return await reply(job, context, http.receive)
+
+
+def _size_of(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> int:
+    """Characters of a chat, roughly."""
+    return len(repr(messages)) + len(repr(tools or ""))
+
+
+def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[str]:
+    """Fields of messages for which the template has no place."""
+    given = {
+        name
+        for message in messages
+        for name in ("name", "reasoning_content")
+        if getattr(message, name) is not None
+    }
+    return [f"messages.{name}" for name in sorted(given) if not template.mentions(name)]
+
+
+class ChatVoice:
+    """One answer in the shapes of chat completions.
+
+    Args:
+        index: its number.
+        parser: reads the model's markup.
+        texts: of single tokens.
+        logprobs: whether log-probabilities are reported.
+    """
+
+    def __init__(
+        self, index: int, parser: AnswerParser, texts: TokenTexts, *, logprobs: bool
+    ) -> None:
+        self._index = index
+        self._parser = parser
+        self._texts = texts
+        self._logprobs = logprobs
+        self._heard = 0
+        self._calls = 0
+        self._begun = False
+
+    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+        """What new tokens add to a stream."""
+        text = "".join(piece.text for piece in pieces)
+        self._heard += len(text)
+        choices = self._deltas(self._parser.feed(text))
+        found = [piece.logprob for piece in pieces if piece.logprob is not None]
+        if self._logprobs and found:
+            if not choices:
+                choices = [self._choice({"content": ""})]
+            choices[0]["logprobs"] = chat_logprobs(found, self._texts)
+        return self._with_role(choices)
+
+    def close(self, output: Output) -> list[Choice]:
+        """The last text, and why it ended."""
+        rest = self._parser.feed(output.text[self._heard :]) + self._parser.finish()
+        end = self._choice({}, self._reason(output, rest))
+        return self._with_role([*self._deltas(rest), end])
+
+    def whole(self, output: Output) -> Choice:
+        """The answer at once."""
+        parts = self._parser.feed(output.text) + self._parser.finish()
+        calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
+        content = "".join(part.text for part in parts if isinstance(part, Content))
+        reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content if content or not calls else None,
+            "refusal": None,
+        }
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        shown = None
+        if self._logprobs and output.logprobs is not None:
+            shown = chat_logprobs(output.logprobs, self._texts)
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": shown,
+            "finish_reason": self._reason(output, parts),
+        }
+
+    def _reason(self, output: Output, parts: Sequence[Part]) -> str:
+        called = self._calls or any(isinstance(part, ToolCall) for part in parts)
+        return "tool_calls" if called and output.finish_reason == "stop" else output.finish_reason
+
+    def _deltas(self, parts: Sequence[Part]) -> list[Choice]:
+        found = []
+        for part in parts:
+            if isinstance(part, Content):
+                found.append(self._choice({"content": part.text}))
+            elif isinstance(part, Reasoning):
+                found.append(self._choice({"reasoning_content": part.text}))
+            else:
+                call = {"index": self._calls, **_call(part)}
+                found.append(self._choice({"tool_calls": [call]}))
+                self._calls += 1
+        return found
+
+    def _with_role(self, choices: list[Choice]) -> list[Choice]:
+        if choices and not self._begun:
+            self._begun = True
+            choices = [self._choice({"role": "assistant", "content": ""}), *choices]
+        return choices
+
+    def _choice(self, delta: dict[str, Any], reason: str | None = None) -> Choice:
+        return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _call(part: ToolCall) -> dict[str, Any]:
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

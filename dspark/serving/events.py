@@ -1,0 +1,200 @@
+"""What one round did for one answer, made from what the engine really did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dspark.engine.record import FloatArray, RoundRecord
+from dspark.engine.sequence import Piece
+
+TokenText = Callable[[int], str]
+"""The text of one token, by its id."""
+Owner = tuple[str, int]
+"""(request id, number of the answer)"""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and its text."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class DraftToken:
+    """One draft of a block.
+
+    Attributes:
+        token_id: the token.
+        text: its text.
+        confidence: calibrated probability that it stays, given that those before it do; None
+            where nobody asked the drafter.
+        survival: the product of the confidences up to it.
+        sent: whether the schedule had it verified.
+        accepted: whether it became part of the output.
+    """
+
+    token_id: int
+    text: str
+    confidence: float | None
+    survival: float | None
+    sent: bool
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """One round of one answer.
+
+    Attributes:
+        request_id: as the client's header `x-request-id` or the server named it.
+        answer: number of the answer, from 0, where a request asked for several.
+        round: number of the round, from 0; after a pause, numbers may be missing.
+        time_s: when it ended, seconds since 1970.
+        anchor: the last token before the round; None under plain decoding, which has no blocks.
+        drafts: the block, in order; empty where nothing was drafted.
+        next_token: what the target drew after the kept drafts: the corrected token, or the bonus
+            token where all that were sent stayed; None where the output ended within the drafts.
+        is_bonus: whether every draft that was sent was accepted.
+        requests: answers that took part in the round.
+        rows: rows of the target's forward, of all requests, parts of prompts included; None under
+            plain decoding.
+        budget: drafts that earlier rounds were worth verifying, of all requests together; None
+            under schedules without a budget.
+        draft_ms: what drafting took, for all requests together.
+        schedule_ms: what deciding the lengths took.
+        verify_ms: what target forward and verification took.
+    """
+
+    request_id: str
+    answer: int
+    round: int
+    time_s: float
+    anchor: Token | None
+    drafts: tuple[DraftToken, ...]
+    next_token: Token | None
+    is_bonus: bool
+    requests: int
+    rows: int | None
+    budget: int | None
+    draft_ms: float
+    schedule_ms: float
+    verify_ms: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as JSON can hold it, keys as the attributes."""
+        return asdict(self)
+
+
+def round_events(
+    record: RoundRecord,
+    pieces: Mapping[int, Sequence[Piece]],
+    owners: Mapping[int, Owner],
+    text: TokenText,
+    time_s: float,
+) -> list[RoundEvent]:
+    """One event for each answer that has an owner.
+
+    Args:
+        record: the round.
+        pieces: what each request, by the engine's number, really gained in it: up to a stop.
+        owners: of the requests that someone listens to, by the engine's number.
+        text: of a token.
+        time_s: when the round ended.
+    """
+    return [
+        _event(record, row, owners[number], pieces.get(number, ()), text, time_s)
+        for row, number in enumerate(record.request_ids)
+        if number in owners
+    ]
+
+
+def _event(
+    record: RoundRecord,
+    row: int,
+    owner: Owner,
+    gained: Sequence[Piece],
+    text: TokenText,
+    time_s: float,
+) -> RoundEvent:
+    drafts, length = record.drafts[row], record.lengths[row]
+    kept = min(record.accepted[row], len(gained))
+    survivals, confidences = _beliefs(record.survival_RK, row, len(drafts))
+    last = gained[kept].token_id if len(gained) > kept else None
+    anchor = record.anchors[row]
+    return RoundEvent(
+        request_id=owner[0],
+        answer=owner[1],
+        round=record.rounds[row],
+        time_s=time_s,
+        anchor=Token(anchor, text(anchor)),
+        drafts=tuple(
+            DraftToken(
+                token,
+                text(token),
+                confidence=confidences[k],
+                survival=survivals[k],
+                sent=k < length,
+                accepted=k < kept,
+            )
+            for k, token in enumerate(drafts)
+        ),
+        next_token=None if last is None else Token(last, text(last)),
+        is_bonus=last is not None and kept == length,
+        requests=len(record.request_ids),
+        rows=record.rows,
+        budget=record.budget,
+        draft_ms=record.draft_ms,
+        schedule_ms=record.schedule_ms,
+        verify_ms=record.verify_ms,
+    )
+
+
+def _beliefs(
+    survival_RK: FloatArray | None, row: int, count: int
+) -> tuple[list[float | None], list[float | None]]:
+    """Survivals and confidences of a block of `count` drafts; None where there are none."""
+    if survival_RK is None or row >= len(survival_RK) or survival_RK.shape[1] < count:
+        return [None] * count, [None] * count
+    survival_K = survival_RK[row, :count]
+    before_K = np.concatenate([[1.0], survival_K])[:count]
+    confidence_K = np.divide(
+        survival_K, before_K, out=np.zeros_like(survival_K), where=before_K > 0
+    )
+    return list(map(float, survival_K)), list(map(float, confidence_K))
+
+
+def plain_event(
+    owner: Owner, number: int, piece: Piece, requests: int, step_ms: float, time_s: float
+) -> RoundEvent:
+    """The event of a step of plain decoding: one token, no block.
+
+    Args:
+        owner: whose answer it is.
+        number: of the token, from 0.
+        piece: the token.
+        requests: that took part in the step.
+        step_ms: what the step took.
+        time_s: when it ended.
+    """
+    return RoundEvent(
+        request_id=owner[0],
+        answer=owner[1],
+        round=number,
+        time_s=time_s,
+        anchor=None,
+        drafts=(),
+        next_token=Token(piece.token_id, piece.text),
+        is_bonus=False,
+        requests=requests,
+        rows=None,
+        budget=None,
+        draft_ms=0.0,
+        schedule_ms=0.0,
+        verify_ms=step_ms,
+    )

@@ -1,0 +1,215 @@
+"""The parameters that both kinds of completion share, and what becomes of each.
+
+The rule: a parameter acts, or it is refused by name. The few that only label a request (`LABELS`)
+are accepted and named in the header `x-dspark-ignored`. Unknown ones are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dspark.params import MOST_LOGPROBS, MOST_SAMPLES, MOST_STOP_STRINGS, SamplingParams
+from dspark.serving.context import Context
+from dspark.serving.faults import ApiError
+
+LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+IGNORED_HEADER = "x-dspark-ignored"
+_MOST_NUMBER = (1 << 63) - 1
+
+Count = Annotated[int, Field(ge=1, le=_MOST_NUMBER)]
+TokenId = Annotated[int, Field(ge=0, le=_MOST_NUMBER)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A JSON object without unknown names, whose values are of their very types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(Strict):
+    """What a stream holds beside its pieces."""
+
+    include_usage: bool | None = None
+
+
+class JsonSchema(Strict):
+    """A schema that the answer is to follow."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    """What a JSON schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class RegexFormat(Strict):
+    """What matches a regular expression as a whole (not of OpenAI)."""
+
+    type: Literal["regex"]
+    pattern: str
+
+
+class GrammarFormat(Strict):
+    """What a grammar in Lark's notation derives (not of OpenAI)."""
+
+    type: Literal["grammar"]
+    grammar: str
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | GrammarFormat,
+    Field(discriminator="type"),
+]
+
+
+class SharedFields(Strict):
+    """What chat and text completions both take.
+
+    Attributes:
+        model: the served model's name, or nothing.
+        max_tokens: new tokens at most; the server's default where nothing is said.
+        temperature: 0, the default, takes the best token.
+        top_p, top_k, min_p: filters; 1, 0 and 0 are off. The last two are not of OpenAI.
+        repetition_penalty: 1 is off (not of OpenAI).
+        presence_penalty, frequency_penalty: 0 is off.
+        logit_bias: token id, as a string, -> number added to its logit.
+        stop: strings that end the answer.
+        stop_token_ids: token ids that do (not of OpenAI).
+        ignore_eos: go on at the model's own end tokens (not of OpenAI).
+        seed: names the randomness; without one it is drawn.
+        n: answers.
+        timeout_s: seconds after which the answer ends as it is (not of OpenAI).
+        stream, stream_options: server-sent events, and whether they end with the usage.
+        response_format: what the answer must look like.
+        user, metadata, store, service_tier, safety_identifier, prompt_cache_key: labels.
+    """
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MOST_NUMBER)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOP_STRINGS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    seed: Annotated[int, Field(ge=-_MOST_NUMBER - 1, le=_MOST_NUMBER)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
+    timeout_s: Annotated[Number, Field(gt=0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    same_names: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "ignore_eos",
+        "n",
+    )
+
+    def ignored(self) -> list[str]:
+        """The labels that were given."""
+        return [name for name in LABELS if getattr(self, name) is not None]
+
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage.
+
+        Raises:
+            ApiError: stream options without a stream.
+        """
+        if self.stream_options is not None and not self.stream:
+            sentence = "stream_options needs stream to be true; leave it out."
+            raise ApiError(400, sentence, param="stream_options", code="invalid_combination")
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def timeout(self, context: Context) -> float | None:
+        """Seconds that the answer may take: the request's or the server's, whichever is less."""
+        limits = (self.timeout_s, context.settings.request_timeout_s)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def params(
+        self, context: Context, *, logprobs: int | None, max_tokens: int | None
+    ) -> SamplingParams:
+        """The engine's parameters.
+
+        Args:
+            context: whose defaults hold.
+            logprobs: how many most likely tokens are reported; None for no log-probabilities.
+            max_tokens: new tokens at most; None for the server's default.
+
+        Raises:
+            UsageError: a value is outside its range.
+            ApiError: a token id of the logit bias is no number.
+        """
+        values = {
+            name: value for name in self.same_names if (value := getattr(self, name)) is not None
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_new_tokens=max_tokens or context.settings.default_max_tokens,
+            top_k=max(self.top_k or 0, 0),
+            logit_bias=_bias(self.logit_bias or {}),
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            seed=self._seed(context),
+            logprobs=logprobs,
+            **values,
+        )
+
+    def _seed(self, context: Context) -> int:
+        return context.seeds.next() if self.seed is None else self.seed
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    for token in given:
+        if not (token.isascii() and token.isdecimal() and len(token) < 20):
+            sentence = f"logit_bias has {token[:50]!r}, but token ids are integers from 0."
+            raise ApiError(422, sentence, param="logit_bias", code="invalid_value")
+    return {int(token): value for token, value in given.items()}
+
+
+def check_logprobs(count: int | None, name: str) -> int | None:
+    """Refuse more most likely tokens than the engine reports.
+
+    Raises:
+        ApiError: 422.
+    """
+    if count is not None and not 0 <= count <= MOST_LOGPROBS:
+        sentence = f"{name} is {count}, but must be from 0 to {MOST_LOGPROBS}."
+        raise ApiError(422, sentence, param=name, code="invalid_value")
+    return count

@@ -1,0 +1,238 @@
+"""`/metrics`: Prometheus figures, named as in vLLM where they mean the same.
+
+What the engine's thread counts is read when someone asks; what a request takes is noted once, at
+its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from dspark.request import Output
+from dspark.serving.service import EngineService
+from dspark.serving.tally import STEP_MS
+
+router = APIRouter(tags=["metrics"])
+_SECONDS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
+)  # fmt: skip
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_LENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
+
+
+class Metrics:
+    """What the server counts, in a registry of its own.
+
+    Args:
+        service: whose engine is counted.
+        model_name: the label of the figures that vLLM has too.
+    """
+
+    def __init__(self, service: EngineService, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        labels = ("model_name",)
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            made = Histogram(name, text, labels, registry=self.registry, buckets=tuple(buckets))
+            return made.labels(model_name)
+
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.",
+            _SECONDS,
+        )  # fmt: skip
+        self._per_token = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request, after the first.",
+            _TOKEN_SECONDS,
+        )
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", _SECONDS
+        )
+        self._prompt_sizes = histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
+        )
+        self._answer_sizes = histogram(
+            "vllm:request_generation_tokens", "Generated tokens of a request.", _TOKENS
+        )
+        self._lengths = histogram(
+            "dspark_request_accepted_length", "Tokens per round of a request, bonus included.",
+            _LENGTHS,
+        )  # fmt: skip
+        self._prompt_tokens, self._tokens = (
+            Counter(name, text, labels, registry=self.registry).labels(model_name)
+            for name, text in (
+                ("vllm:prompt_tokens", "Prompt tokens of ended requests."),
+                ("vllm:generation_tokens", "Generated tokens of ended requests."),
+            )
+        )
+        self._ended = Counter(
+            "vllm:request_success",
+            "Requests that ended, by why.",
+            ("model_name", "finished_reason"),
+            registry=self.registry,
+        )
+        self._replies = Counter(
+            "dspark_http_requests", "HTTP requests, by route and status.", ("route", "status"),
+            registry=self.registry,
+        )  # fmt: skip
+        self.registry.register(_EngineFigures(service, model_name))
+
+    def note_reply(self, route: str, status: int) -> None:
+        """Count an HTTP request."""
+        self._replies.labels(route, str(status)).inc()
+
+    def note_first_token(self, seconds: float) -> None:
+        """Note how long an answer's first token took."""
+        self._first_token.observe(seconds)
+
+    def note_end(
+        self, output: Output, prompt_tokens: int, seconds: float, after_first_s: float | None
+    ) -> None:
+        """Note an ended answer.
+
+        Args:
+            output: the answer.
+            prompt_tokens: of its prompt.
+            seconds: from its arrival to its end.
+            after_first_s: from its first token to its end; None if no token came.
+        """
+        self.note_reason(output.finish_reason)
+        tokens = len(output.token_ids)
+        self._prompt_tokens.inc(prompt_tokens)
+        self._tokens.inc(tokens)
+        self._whole.observe(seconds)
+        self._prompt_sizes.observe(prompt_tokens)
+        self._answer_sizes.observe(tokens)
+        if after_first_s is not None and tokens > 1:
+            self._per_token.observe(after_first_s / (tokens - 1))
+        if output.stats.verified:
+            self._lengths.observe(output.stats.accepted_length)
+
+    def note_reason(self, reason: str) -> None:
+        """Count an answer that ended, or that its client left."""
+        self._ended.labels(self._model, reason).inc()
+
+
+class _EngineFigures(Collector):
+    """What the engine's thread keeps, read when it is asked for."""
+
+    def __init__(self, service: EngineService, model_name: str) -> None:
+        self._service = service
+        self._model = [model_name]
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests_and_cache()
+        yield from self._speculation()
+        yield from self._steps()
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric(self._model, value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric(self._model, value)
+        return family
+
+    def _requests_and_cache(self) -> Iterator[Metric]:
+        now = self._service.snapshot()
+        yield self._gauge("vllm:num_requests_running", "Requests that run.", now.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", now.queued)
+        share = now.pages_held / now.pages_total
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of pages held, 0 to 1.", share)
+        yield self._counter("vllm:num_preemptions", "Requests that gave way.", now.preemptions)
+        yield self._counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hit_tokens
+        )
+        pages = GaugeMetricFamily("dspark_cache_pages", "Pages of the cache.", labels=["state"])
+        free = now.pages_total - now.pages_held - now.pages_kept
+        for state, count in (("held", now.pages_held), ("kept", now.pages_kept), ("free", free)):
+            pages.add_metric([state], count)
+        yield pages
+        budget = now.verified if now.budget is None else now.budget
+        yield self._gauge(
+            "dspark_schedule_budget_tokens",
+            "Drafts that the last round might verify; those it did where no budget was set.",
+            budget,
+        )
+
+    def _speculation(self) -> Iterator[Metric]:
+        tally = self._service.tally
+        verified, accepted = int(tally.verified_K.sum()), int(tally.accepted_K.sum())
+        yield self._counter("vllm:spec_decode_num_drafts", "Verified blocks.", tally.rounds)
+        yield self._counter(
+            "vllm:spec_decode_num_draft_tokens", "Drafts sent to the target.", verified
+        )
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafts that stayed.", accepted)
+        by_place = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that stayed, by position.",
+            labels=["model_name", "position"],
+        )
+        for place, count in enumerate(tally.accepted_K):
+            by_place.add_metric([*self._model, str(place)], int(count))
+        yield by_place
+        for name, text, counts in (
+            ("dspark_drafted_tokens", "Drafts made, by position.", tally.drafted_K),
+            ("dspark_verified_tokens", "Drafts verified, by position.", tally.verified_K),
+        ):
+            family = CounterMetricFamily(name, text, labels=["position"])
+            for place, count in enumerate(counts):
+                family.add_metric([str(place)], int(count))
+            yield family
+        length = 1 + accepted / tally.rounds if tally.rounds else 0.0
+        yield GaugeMetricFamily(
+            "dspark_accepted_length", "Tokens per verified block, bonus included.", length
+        )
+        yield GaugeMetricFamily(
+            "dspark_calibration_error",
+            "Expected calibration error of survivals against outcomes, of late.",
+            tally.drift.error,
+        )
+        yield CounterMetricFamily(
+            "dspark_calibration_observations", "Drafts it was taken from.", tally.drift.observed
+        )
+
+    def _steps(self) -> Iterator[Metric]:
+        tally = self._service.tally
+        buckets, total = list[tuple[str, float]](), 0
+        bounds = [str(ms / 1e3) for ms in STEP_MS] + ["+Inf"]
+        for bound, count in zip(bounds, list(tally.step_counts), strict=True):
+            total += count
+            buckets.append((bound, total))
+        family = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
+        family.add_metric([], buckets, tally.step_ms / 1e3)
+        yield family
+        parts = CounterMetricFamily(
+            "dspark_round_part_seconds", "Time of rounds with a drafter, by part.", labels=["part"]
+        )
+        for part in ("draft", "schedule", "verify"):
+            parts.add_metric([part], getattr(tally, f"{part}_ms") / 1e3)
+        yield parts
+
+
+async def _metrics_of(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.context.metrics
+    return metrics
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(found: Annotated[Metrics, Depends(_metrics_of)]) -> Response:
+    """All figures in Prometheus' text format."""
+    return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_LATEST)

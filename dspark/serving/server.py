@@ -1,0 +1,126 @@
+"""The application on uvicorn: errors in the API's shape, and a stop that loses no stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from h11 import Data, EndOfMessage, Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dspark.errors import UsageError
+from dspark.serving.app import create_app
+from dspark.serving.faults import error_body
+from dspark.serving.service import EngineService
+from dspark.serving.settings import Settings
+
+MOST_HEADER_BYTES = 32 << 10
+_GRACE_S = 5
+
+
+class JsonProtocol(H11Protocol):
+    """HTTP/1.1 whose refusal of what is no HTTP, or has too many headers, is JSON too."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what came, and close the connection."""
+        del msg
+        sentence = (
+            f"The request is no valid HTTP, or has headers of over {MOST_HEADER_BYTES} bytes."
+        )
+        body = json.dumps(error_body(400, sentence, code="invalid_http")).encode()
+        headers = [("content-type", "application/json"), ("connection", "close")]
+        headers.append(("content-length", str(len(body))))
+        for event in (Response(status_code=400, headers=headers), Data(data=body), EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that lets its streams end before it closes their connections.
+
+    Args:
+        service: what it serves; the application stops it too, by when it has stopped.
+        settings: how the server behaves.
+    """
+
+    def __init__(self, service: EngineService, settings: Settings) -> None:
+        self.service = service
+        self.settings = settings
+        self.app: FastAPI = create_app(service, settings)
+        super().__init__(
+            uvicorn.Config(
+                self.app,
+                http=JsonProtocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=30,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal, and at a second one at once; the process then ends by itself."""
+        del sig, frame
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, let answers end or end them, then close the connections."""
+        stopping = asyncio.ensure_future(self.service.stop(self.settings.drain_s))
+        while not stopping.done():
+            await asyncio.wait((stopping,), timeout=0.1)
+            if self.force_exit:
+                await self.service.stop(0.0)
+        await super().shutdown(sockets)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; it takes connections once a server runs on it.
+
+    Args:
+        host: an IPv4 or IPv6 address, or a name.
+        port: 0 takes any that is free.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UsageError(
+            f"The server cannot listen on {host}, port {port}: {error.strerror or error}; choose "
+            "others with --host and --port."
+        ) from error
+    return found
+
+
+def read_keys(words: Sequence[str], path: str | None) -> tuple[str, ...]:
+    """API keys from the command line and from a file, one a line; # begins a comment.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no key.
+    """
+    keys = list(words)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The key file {path} cannot be read: {error}.") from error
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UsageError(f"The key file {path} holds no key; write one a line.")
+        keys += found
+    return tuple(keys)

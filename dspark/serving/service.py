@@ -1,0 +1,401 @@
+"""The engine at work in a thread of its own, and the asyncio side that asks and listens.
+
+One thread owns the engine: it takes orders (submit, cancel, ...) between steps and hands what a
+step brought to the event loop in one call. Everything else here runs on the loop. So a step never
+waits for a client, and whatever is ordered has happened before the next step begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from dspark.engine.engine import Engine
+from dspark.engine.record import RoundRecord
+from dspark.engine.sequence import Event, Piece
+from dspark.errors import UnavailableError, UsageError
+from dspark.request import Request
+from dspark.serving.events import Owner, RoundEvent, plain_event, round_events
+from dspark.serving.snapshot import Snapshot
+from dspark.serving.stream import Subscription, Ticket, Update
+from dspark.serving.tally import Tally
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An answer that the engine is at: whose it is, and who waits for it."""
+
+    owner: Owner
+    ticket: Ticket
+
+
+@dataclass
+class _Step:
+    """What a step did, for listeners."""
+
+    record: RoundRecord | None
+    events: Sequence[Event]
+    owners: dict[int, Owner]
+    ms: float
+    time_s: float = field(default_factory=time.time)
+
+
+class EngineService:
+    """Owns an engine that nobody else touches from `start` on.
+
+    Args:
+        engine: has nothing to do yet. It may be watched by the service alone.
+
+    Attributes:
+        engine: for what never changes: its target, sizes and schedule.
+        tally: counts of all rounds and steps, for metrics.
+        fault: what ended the engine's thread, if that was an error.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tally = Tally(engine.num_drafts, whole_blocks=engine.verifier == "block")
+        self.fault: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._ended: asyncio.Event | None = None
+        self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._jobs: dict[int, _Job] = {}  # of the thread alone
+        self._listeners: list[Subscription] = []  # of the loop alone
+        self._heard = False
+        self._record: RoundRecord | None = None
+        self._deadline: float | None = None
+        self._closing = False
+        self._names = 0
+        self._snapshot = Snapshot.of(engine, None, 0.0)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken now."""
+        return self._thread is not None and not self._closing and self.fault is None
+
+    def start(self) -> None:
+        """Start the engine's thread; call it on the event loop that is to be served."""
+        assert self._thread is None, "a service starts once"
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self.engine.watch(self._take_note, confidences=False)
+        self._thread = threading.Thread(target=self._work, name="dspark-engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, let those that run end, and cancel what is left after `drain_s`.
+
+        Every open stream ends: by its own end, or with an `UnavailableError`.
+        """
+        self._closing = True
+        if self._thread is None or self._ended is None:
+            return
+        deadline = time.monotonic() + drain_s
+
+        def close() -> None:
+            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+
+        self._orders.put(close)
+        await self._ended.wait()
+        self._thread.join()
+        for listener in list(self._listeners):
+            listener.close()
+
+    async def submit(
+        self, requests: Sequence[Request], *, name: str = "", live: bool = True
+    ) -> Ticket:
+        """Queue requests, all or none.
+
+        Args:
+            requests: what to decode; each has as many answers as its `n`, numbered on.
+            name: the id that `RoundEvent`s carry; by default one is made up.
+            live: give the text token by token, not only whole at the end.
+
+        Returns:
+            The answers as they come. Whoever takes it must end it with `cancel`, which does
+            nothing once all answers have ended.
+
+        Raises:
+            RequestError: as `Engine.add`; then none is queued.
+            QueueFullError: too many requests wait already.
+            UnavailableError: the service is stopping, or its engine has failed.
+        """
+        loop = self._check_open()
+        self._names += 1
+        ticket = Ticket(name or f"local-{self._names}", sum(r.params.n for r in requests))
+        ticket.on_cancel = partial(self._order_cancel, ticket)
+        admitted: asyncio.Future[None] = loop.create_future()
+        self._orders.put(partial(self._admit, ticket, tuple(requests), live, admitted))
+        try:
+            await admitted
+        except BaseException:
+            ticket.cancel()
+            raise
+        return ticket
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """Decode one request, yielding its tokens as they are decided.
+
+        Closing the generator cancels the request before the next step.
+
+        Raises:
+            RequestError, QueueFullError, UnavailableError: as `submit`; or what ended the request.
+            NumericsError: the model computed NaN or infinite numbers.
+            UsageError: the request wants several answers, which a stream cannot tell apart.
+        """
+        if request.params.n != 1:
+            raise UsageError(f"n is {request.params.n}, but a stream shows one answer; use submit.")
+        ticket = await self.submit([request])
+        try:
+            async for updates in ticket:
+                for update in updates:
+                    for piece in update.pieces:
+                        yield piece
+                    if update.output is not None:
+                        update.output.checked()
+        finally:
+            ticket.cancel()
+
+    def subscribe(self, request_id: str | None = None, *, size: int = 256) -> Subscription:
+        """Listen to the rounds of one request, or of all.
+
+        Args:
+            request_id: what its `submit` was named; it need not have come yet. None for all.
+            size: events that wait for the listener; beyond these the oldest are dropped.
+
+        Returns:
+            An async iterator, which ends when it is closed or the service stops. Close it.
+        """
+        listener = Subscription(request_id, size, self._unsubscribe)
+        if self._closing or self.fault is not None:
+            listener.close()
+            return listener
+        self._listeners.append(listener)
+        self._hear(True)
+        return listener
+
+    async def call(self, act: Callable[[Engine], _T]) -> _T:
+        """Run something in the engine's thread, between two steps.
+
+        Raises:
+            UnavailableError: the service is stopping, or its engine has failed.
+        """
+        loop = self._check_open()
+        result: asyncio.Future[_T] = loop.create_future()
+
+        def order() -> None:
+            try:
+                self._refuse_late()
+                value = act(self.engine)
+            except Exception as error:
+                self._tell(partial(_fail, result, error))
+            else:
+                self._tell(partial(_resolve, result, value))
+
+        self._orders.put(order)
+        return await result
+
+    def snapshot(self) -> Snapshot:
+        """How things stood after the last step or order."""
+        return self._snapshot
+
+    def _check_open(self) -> asyncio.AbstractEventLoop:
+        if self.fault is not None:
+            raise UnavailableError("The engine has failed; restart the server.")
+        if self._loop is None or self._closing:
+            raise UnavailableError("The server is stopping; ask again once it is back.")
+        return self._loop
+
+    def _unsubscribe(self, listener: Subscription) -> None:
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+        self._hear(bool(self._listeners))
+
+    def _hear(self, wanted: bool) -> None:
+        """Have drafters asked for confidences only while someone listens."""
+
+        def order() -> None:
+            self._heard = wanted
+            self.engine.watch(self._take_note, confidences=wanted)
+
+        self._orders.put(order)
+
+    def _order_cancel(self, ticket: Ticket) -> None:
+        self._orders.put(partial(self._cancel, ticket))
+
+    # From here on: the engine's thread.
+
+    def _work(self) -> None:
+        try:
+            while self._take_orders():
+                if self.engine.has_work:
+                    self._step()
+        except Exception as error:  # the engine's own fault: nobody may wait for ever
+            _logger.exception("The engine failed; the server takes no more requests.")
+            self.fault = error
+        self._end_all()
+
+    def _take_orders(self) -> bool:
+        """Do what was ordered, waiting for it where there is nothing else to do; False to end."""
+        idle = not self.engine.has_work and self._deadline is None
+        if idle:
+            self._orders.get()()
+        self._take_rest()
+        if idle:
+            self._snapshot = Snapshot.of(self.engine, self._record, self._snapshot.step_ms)
+        if self._deadline is None:
+            return True
+        return self.engine.has_work and time.monotonic() < self._deadline
+
+    def _take_rest(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._orders.get_nowait()()
+
+    def _step(self) -> None:
+        self._record = None
+        started = time.perf_counter()
+        events = self.engine.step()
+        step_ms = (time.perf_counter() - started) * 1e3
+        self.tally.add_step(step_ms, self._record)
+        updates, owners = list[tuple[Ticket, Update]](), dict[int, Owner]()
+        for event in events:
+            job = self._jobs.get(event.request_id)
+            if job is None:
+                continue
+            owners[event.request_id] = job.owner
+            updates.append((job.ticket, Update(job.owner[1], event.pieces, event.output)))
+            if event.output is not None:
+                del self._jobs[event.request_id]
+        self._snapshot = Snapshot.of(self.engine, self._record, step_ms)
+        step = _Step(self._record, events, owners, step_ms) if self._heard else None
+        if updates:
+            self._tell(partial(self._deliver, updates, step))
+
+    def _refuse_late(self) -> None:
+        if self._deadline is not None:
+            raise UnavailableError("The server is stopping; ask again once it is back.")
+
+    def _take_note(self, record: RoundRecord) -> None:
+        self._record = record
+
+    def _admit(
+        self,
+        ticket: Ticket,
+        requests: Sequence[Request],
+        live: bool,
+        admitted: asyncio.Future[None],
+    ) -> None:
+        engine, answer, numbers = self.engine, 0, list[int]()
+        try:
+            self._refuse_late()
+            if len(requests) > 1:
+                engine.roster.check_queue(ticket.answers)
+            for request in requests:
+                first = engine.add(request, live=live)
+                numbers += range(first, first + request.params.n)
+        except Exception as error:
+            for number in numbers:
+                engine.cancel(number)
+            self._tell(partial(_fail, admitted, error))
+            return
+        for answer, number in enumerate(numbers):
+            self._jobs[number] = _Job((ticket.name, answer), ticket)
+        self._tell(partial(_resolve, admitted, None))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        for number in [n for n, job in self._jobs.items() if job.ticket is ticket]:
+            self.engine.cancel(number)
+            del self._jobs[number]
+        self._snapshot = Snapshot.of(self.engine, self._record, self._snapshot.step_ms)
+
+    def _end_all(self) -> None:
+        """End what is left, here and in orders that were never taken, and say so."""
+        if self.fault is None:
+            for number in self._jobs:
+                self.engine.cancel(number)
+            error = UnavailableError("The server has stopped before the answer was complete.")
+        else:
+            error = UnavailableError("The engine has failed; restart the server.")
+        self._deadline = time.monotonic()
+        tickets = {id(job.ticket): job.ticket for job in self._jobs.values()}
+        self._jobs.clear()
+        self._take_rest()
+        self._tell(partial(self._finish, tuple(tickets.values()), error))
+
+    def _tell(self, act: Callable[[], None]) -> None:
+        """Have the loop do something; a loop that is gone has nobody who waits."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(act)
+
+    # Called on the loop by the engine's thread.
+
+    def _deliver(self, updates: Sequence[tuple[Ticket, Update]], step: _Step | None) -> None:
+        for ticket, update in updates:
+            ticket.put(update)
+        if step is not None and self._listeners:
+            self._publish(step)
+
+    def _publish(self, step: _Step) -> None:
+        wanted = {listener.request_id for listener in self._listeners}
+        owners = {n: o for n, o in step.owners.items() if None in wanted or o[0] in wanted}
+        if not owners:
+            return
+        for event in self._events(step, owners):
+            for listener in self._listeners:
+                if listener.request_id in (None, event.request_id):
+                    listener.put(event)
+
+    def _events(self, step: _Step, owners: dict[int, Owner]) -> list[RoundEvent]:
+        if step.record is not None:
+            pieces = {event.request_id: event.pieces for event in step.events}
+            return round_events(step.record, pieces, owners, self.token_text, step.time_s)
+        found = []
+        for event in step.events:
+            if event.request_id in owners and event.pieces:
+                owner, piece = owners[event.request_id], event.pieces[0]
+                number = self.tally.steps
+                found.append(
+                    plain_event(owner, number, piece, len(step.events), step.ms, step.time_s)
+                )
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token alone; its number where there is no tokenizer."""
+        tokenizer = self.engine.target.tokenizer
+        if tokenizer is None:
+            return str(token_id)
+        return str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+    def _finish(self, tickets: Sequence[Ticket], error: UnavailableError) -> None:
+        self._closing = True
+        self._take_rest()  # what was ordered while the thread ended
+        for ticket in tickets:
+            ticket.fail(error)
+        for listener in list(self._listeners):
+            listener.close()
+        assert self._ended is not None
+        self._ended.set()
+
+
+def _resolve(future: asyncio.Future[_T], value: _T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[_T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,118 @@
+"""Counts of what the engine's rounds did, kept by its own thread and read by the metrics."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark.engine.record import RoundRecord
+from dspark.scheduling.reliability import BINS
+
+STEP_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
+"""Upper bounds of the step-time histogram's buckets; one more holds what is above."""
+HALF_LIFE = 20_000
+"""After so many observed drafts an older one counts half in the running calibration error."""
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass
+class Drift:
+    """A running calibration error: predicted survivals against what came of the drafts.
+
+    Equal-width bins as in `scheduling.reliability`, whose contents fade as new drafts come.
+
+    Attributes:
+        observed: drafts seen in all.
+    """
+
+    observed: int = 0
+    _sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, BINS)))
+
+    def add(self, predicted_N: npt.NDArray[np.float64], stayed_N: npt.NDArray[np.bool_]) -> None:
+        """Take note of drafts whose outcome is known."""
+        bins_N = np.minimum((predicted_N * BINS).astype(np.int64), BINS - 1)
+        self._sums *= 0.5 ** (len(bins_N) / HALF_LIFE)
+        for row, weights_N in enumerate((np.ones(len(bins_N)), predicted_N, stayed_N)):
+            self._sums[row] += np.bincount(bins_N, weights_N, BINS)
+        self.observed += len(bins_N)
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error of late; 0 before anything was seen."""
+        counts, predicted, stayed = self._sums
+        total = counts.sum()
+        return float(np.abs(predicted - stayed).sum() / total) if total > 0 else 0.0
+
+
+class Tally:
+    """What rounds and steps added up to.
+
+    Args:
+        num_drafts: drafts per round at most, K.
+        whole_blocks: whether only blocks that were verified whole tell of calibration, as under
+            the verifier `block`, whose rule looks ahead.
+
+    Attributes:
+        rounds: rounds of single answers in which drafts were verified.
+        drafted_K, verified_K, accepted_K: drafts by position.
+        steps: steps of the engine.
+        step_ms: milliseconds of all steps.
+        step_counts: steps by bucket of `STEP_MS`.
+        draft_ms, schedule_ms, verify_ms: milliseconds of the parts of rounds with a drafter.
+        drift: of the drafter's calibrated confidences, where they were computed.
+    """
+
+    def __init__(self, num_drafts: int, *, whole_blocks: bool) -> None:
+        self._whole_blocks = whole_blocks
+        self.rounds = 0
+        self.drafted_K: Counts = np.zeros(num_drafts, dtype=np.int64)
+        self.verified_K: Counts = np.zeros(num_drafts, dtype=np.int64)
+        self.accepted_K: Counts = np.zeros(num_drafts, dtype=np.int64)
+        self.steps = 0
+        self.step_ms = 0.0
+        self.step_counts = [0] * (len(STEP_MS) + 1)
+        self.draft_ms = self.schedule_ms = self.verify_ms = 0.0
+        self.drift = Drift()
+
+    def add_step(self, step_ms: float, record: RoundRecord | None) -> None:
+        """Count a step, and the round in it where a drafter took part."""
+        self.steps += 1
+        self.step_ms += step_ms
+        self.step_counts[bisect.bisect_left(STEP_MS, step_ms)] += 1
+        if record is None:
+            return
+        self.draft_ms += record.draft_ms
+        self.schedule_ms += record.schedule_ms
+        self.verify_ms += record.verify_ms
+        drafted_R = np.array([len(drafts) for drafts in record.drafts])
+        if not drafted_R.any():
+            return
+        lengths_R, accepted_R = np.array(record.lengths), np.array(record.accepted)
+        self.rounds += int((lengths_R > 0).sum())
+        positions_K = np.arange(len(self.drafted_K))
+        for counts_K, reached_R in (
+            (self.drafted_K, drafted_R),
+            (self.verified_K, lengths_R),
+            (self.accepted_K, accepted_R),
+        ):
+            np.add(counts_K, (reached_R[:, None] > positions_K).sum(axis=0), out=counts_K)
+        self._observe(record, drafted_R, lengths_R, accepted_R)
+
+    def _observe(
+        self, record: RoundRecord, drafted_R: Counts, lengths_R: Counts, accepted_R: Counts
+    ) -> None:
+        """Hold predicted survivals against outcomes; a draft that was not sent has none."""
+        survival_DK = record.survival_RK
+        if survival_DK is None:
+            return
+        count, width = survival_DK.shape
+        known_D = lengths_R[:count]
+        if self._whole_blocks:
+            known_D = np.where(known_D == drafted_R[:count], known_D, 0)
+        known_DK = np.arange(width) < known_D[:, None]
+        if known_DK.any():
+            stayed_DK = np.arange(width) < accepted_R[:count, None]
+            self.drift.add(survival_DK[known_DK], stayed_DK[known_DK])

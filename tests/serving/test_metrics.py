@@ -1,0 +1,104 @@
+"""The figures say what happened."""
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dspark.scheduling.reliability import expected_calibration_error
+from dspark.serving.tally import Drift, Tally
+
+
+def figures(live):
+    text = live.ask("GET", "/metrics").body.decode()
+    return {
+        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def counted(model, kit):
+    """Figures and usages of a server that was asked a few things."""
+    with kit.serve(model, schedule="fixed") as live:
+        usages = [live.chat(max_tokens=20 + i).json["usage"] for i in range(3)]
+        assert live.post("/v1/completions", {"prompt": "x", "nonsense": 1}).status == 400
+        with live.client() as client:
+            stream = client.completions.create(
+                model="bundled", prompt="x", max_tokens=200, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            next(iter(stream))
+            stream.close()
+        live.wait_until(lambda now: now.running == 0)
+        yield figures(live), usages, live.service
+
+
+def test_requests_and_tokens(counted):
+    found, usages, _ = counted
+    ended = sum(v for key, v in found.items() if key[0] == "vllm:request_success_total")
+    assert ended == 4
+    assert found["vllm:request_success_total", "abort"] == 1
+    tokens = sum(usage["completion_tokens"] for usage in usages)
+    assert found["vllm:generation_tokens_total",] == tokens
+    assert found["vllm:prompt_tokens_total",] == sum(u["prompt_tokens"] for u in usages)
+    assert found["vllm:time_to_first_token_seconds_count",] == 4
+    assert found["vllm:request_time_per_output_token_seconds_count",] == 3
+    assert found["vllm:e2e_request_latency_seconds_count",] == 3
+    assert found["vllm:num_requests_running",] == found["vllm:num_requests_waiting",] == 0
+    assert found["dspark_http_requests_total", "/v1/completions", "400"] == 1
+    assert found["dspark_http_requests_total", "/v1/chat/completions", "200"] == 3
+
+
+def test_speculation(counted):
+    found, usages, service = counted
+    verified = sum(usage["dspark"]["verified"] for usage in usages)
+    total = found["vllm:spec_decode_num_draft_tokens_total",]
+    assert total >= verified > 0  # the one that left had drafts too
+    by_place = [found["dspark_verified_tokens_total", str(k)] for k in range(7)]
+    assert sum(by_place) == total
+    assert by_place == sorted(by_place, reverse=True)
+    accepted = found["vllm:spec_decode_num_accepted_tokens_total",]
+    kept = [found["vllm:spec_decode_num_accepted_tokens_per_pos_total", str(k)] for k in range(7)]
+    assert sum(kept) == accepted > 0
+    drafts = found["vllm:spec_decode_num_drafts_total",]
+    assert found["dspark_accepted_length",] == pytest.approx(1 + accepted / drafts)
+    assert found["dspark_step_seconds_count",] == service.tally.steps
+    pages = {state: found["dspark_cache_pages", state] for state in ("held", "kept", "free")}
+    assert pages["held"] == 0
+    assert sum(pages.values()) == service.engine.memory.pool.pages
+
+
+def test_drift_is_the_calibration_error():
+    rng = np.random.default_rng(0)
+    predicted = rng.random(400)
+    stayed = rng.random(400) < predicted**2
+    drift = Drift()
+    for part in np.split(np.arange(400), 8):
+        drift.add(predicted[part], stayed[part])
+    assert drift.observed == 400
+    assert drift.error == pytest.approx(expected_calibration_error(predicted, stayed), abs=5e-3)
+    for _ in range(400):  # a drafter that has become right is believed after a while
+        drift.add(np.ones(400), np.ones(400, dtype=bool))
+    assert drift.error < 0.01
+
+
+def test_trimmed_drafts_tell_nothing(model, kit):
+    """With the verifier `block` only whole blocks do, with `token` every verified draft."""
+
+    class Record:
+        drafts = ((1, 2, 3), (4, 5, 6), ())
+        lengths, accepted = (3, 1, 0), (1, 1, 0)
+        survival_RK = np.array([[0.9, 0.5, 0.2], [0.8, 0.7, 0.6]])
+        draft_ms = schedule_ms = verify_ms = 1.0
+
+    for whole, seen in ((True, 3), (False, 4)):
+        tally = Tally(3, whole_blocks=whole)
+        tally.add_step(3.0, Record)
+        assert tally.drift.observed == seen
+        assert tally.drafted_K.tolist() == [2, 2, 2]
+        assert tally.verified_K.tolist() == [2, 1, 1]
+        assert tally.accepted_K.tolist() == [2, 0, 0]
+        assert tally.rounds == 2
