@@ -226,10 +226,14 @@ class SampleStream:
 
     def batch(self, step: int) -> list[Sample]:
         """The samples of a step."""
+        return [self.samples[i] for i in self.indices(step)]
+
+    def indices(self, step: int) -> list[int]:
+        """Which samples a step has."""
         epoch, within = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._batches, self._epoch = self._plan(epoch), epoch
-        return [self.samples[i] for i in self._batches[within]]
+        return self._batches[within]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -17,6 +17,7 @@ from dspark.drafters.config import BackboneConfig
 from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
+from dspark.training.held_out import without_held_out
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,12 +32,14 @@ class OnlineSamples:
 
     Attributes:
         draft_tokens: token ids [Vd] of the recipe's reduced vocabulary, ascending; None for all.
+        held_out: samples that are not trained on, for `evaluation.heldout`.
     """
 
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
         self.target = target
         self.rows = recipe.run.rows
-        samples = _load_samples(recipe, target)
+        loaded = _load_samples(recipe, target)
+        samples, self.held_out = without_held_out(loaded, recipe.evaluation)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
         known = recipe.drafter.draft_vocab_size
         self.draft_tokens = None if known is None else commonest_tokens(samples, known)
