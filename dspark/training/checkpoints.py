@@ -3,6 +3,7 @@
     OUTPUT/checkpoints/step_00000200/
         state.json           where the run stood; `Position`
         .metadata, *.distcp  masters, moving average, optimiser (torch.distributed.checkpoint)
+    OUTPUT/best/             the drafter of the best measurement, as it is served
 
 A checkpoint is written beside the others under another name and then renamed, so that whatever
 happens in between leaves the others as they were. Like a program, it is to be read from people who
@@ -32,7 +33,7 @@ from dspark.errors import CheckpointError, TrainingError
 from dspark.training.optim import MasterOptimiser
 from dspark.training.parallel import barrier, gather
 
-FOLDER, STATE = "checkpoints", "state.json"
+FOLDER, STATE, BEST = "checkpoints", "state.json", "best"
 _OLDER = Path("latest") / "state.pt"
 
 
@@ -94,8 +95,7 @@ def save(
     def finish() -> None:
         _write_json(fresh / STATE, asdict(position))
         put_in_place(fresh, final)
-        for step in saved_steps(output)[:-keep_last]:
-            shutil.rmtree(path_of(output, step))
+        tidy(output, keep_last)
 
     try:
         _on_first_rank(rank, prepare)
@@ -106,6 +106,22 @@ def save(
         if rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
         raise TrainingError(_not_written(output, position.step, error)) from error
+
+
+def tidy(output: Path, keep_last: int) -> None:
+    """Keep the newest checkpoints only, and mend what a killed run has left half done."""
+    for old in [output / f"{BEST}.old", *(output / FOLDER).glob("step_*.old")]:
+        if not old.exists():
+            continue
+        whole = old.with_suffix("")
+        if whole.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, whole)
+    for fresh in [output / f"{BEST}.new", *(output / FOLDER).glob("step_*.new")]:
+        shutil.rmtree(fresh, ignore_errors=True)
+    for step in saved_steps(output)[:-keep_last]:
+        shutil.rmtree(path_of(output, step))
 
 
 def read_position(output: Path) -> Position:

@@ -31,6 +31,7 @@ from dspark.training.checkpoints import (
     read_position,
     save,
     saved_steps,
+    tidy,
 )
 from dspark.training.logs import Journal
 from dspark.training.optim import MasterOptimiser
@@ -202,6 +203,9 @@ class Training:
         position = read_position(self.output)
         check_same_run(self.output, position, self._fixed)
         load(self.output, self.optimiser)
+        if self.world.rank == 0:
+            tidy(self.output, self.run.keep_last)
+        barrier()
         self.position = position
 
     def go(

@@ -13,6 +13,7 @@ from rich.text import Text
 from dspark.data.conversations import read_prompts
 from dspark.errors import RecipeError
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
+from dspark.training.checkpoints import BEST
 from dspark.training.compiling import compile_forward
 from dspark.training.drafter import DrafterObjective
 from dspark.training.eagle_drafter import Eagle3Objective
@@ -41,7 +42,6 @@ from dspark.training.recipe import (
 )
 from dspark.training.warm_start import start_from
 
-BEST = "best"
 DrafterTraining = DrafterObjective | Eagle3Objective
 
 
