@@ -32,6 +32,7 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
         num_layers=settings.num_layers,
         num_taps=len(taps),
         intermediate_size=settings.intermediate_size,
+        layers=settings.layers,
     )
     mask = settings.mask_token_id
     config = DSparkConfig(

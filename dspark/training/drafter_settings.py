@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dspark.drafters.config import evenly_spaced_taps
 
+LayerFamily = Literal["qwen3", "gemma4"]
+
 
 class Settings(BaseModel):
     """Frozen; unknown keys are errors."""
@@ -18,6 +20,9 @@ class Settings(BaseModel):
 class NewDrafterSettings(Settings):
     """What every new drafter has; what is not given is the target's."""
 
+    layers: LayerFamily = Field(
+        "qwen3", description="Qwen3's layers serve any target; a Gemma4 target may have its own"
+    )
     intermediate_size: int | None = Field(None, description="width of the gated MLP")
     copy_final_norm: bool = Field(True, description="start from the target's final norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of new matrices")

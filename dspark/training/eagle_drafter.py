@@ -34,6 +34,7 @@ def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
             num_layers=1,
             num_taps=len(taps),
             intermediate_size=recipe.drafter.intermediate_size,
+            layers=recipe.drafter.layers,
         ),
         vocab_size=target.vocab_size,
         target_layer_ids=taps,

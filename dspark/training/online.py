@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import BackboneConfig
+from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
+from dspark.training.drafter_settings import LayerFamily
 from dspark.training.held_out import without_held_out
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
@@ -63,9 +64,18 @@ class OnlineSamples:
 
 
 def backbone_shapes(
-    target: Target, *, num_layers: int, num_taps: int, intermediate_size: int | None
+    target: Target,
+    *,
+    num_layers: int,
+    num_taps: int,
+    intermediate_size: int | None,
+    layers: LayerFamily = "qwen3",
 ) -> BackboneConfig:
-    """Shapes of a new drafter's layers: the target's, where not given."""
+    """Shapes of a new drafter's layers: the target's, where not given.
+
+    Raises:
+        CompatibilityError: Gemma4's layers are asked for another target.
+    """
     config = layer_config(target)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
@@ -81,7 +91,26 @@ def backbone_shapes(
         num_taps=num_taps,
         rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
+        **(gemma4_parts(target, rope) if layers == "gemma4" else {}),
     )
+
+
+def gemma4_parts(target: Target, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets Gemma4's global attention layers apart from Qwen3's (FORMAT_FACTS.md A.3).
+
+    Raises:
+        CompatibilityError: the target has no such layers.
+    """
+    kind = str(getattr(target.config, "model_type", None))
+    if not kind.startswith("gemma4"):
+        raise CompatibilityError(
+            f"drafter.layers is gemma4, but the target is a {kind} model; set it to qwen3."
+        )
+    return {
+        **GEMMA4_PARTS,
+        "value_from_key": bool(getattr(target.config, "attention_k_eq_v", False)),
+        "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),
+    }
 
 
 def layer_config(target: Target) -> Any:

@@ -145,7 +145,20 @@ class DFlashRecipe(DrafterRecipe):
     samples: AnchorSampleSettings
 
 
-class Eagle3Recipe(DrafterRecipe):
+class ChainDrafterRecipe(DrafterRecipe):
+    """A drafter that runs once per token."""
+
+    @model_validator(mode="after")
+    def _is_not_compiled(self) -> Self:
+        if self.run.compile:
+            raise ValueError(
+                "run.compile is for dspark and dflash, whose blocks are one forward pass; set it "
+                "to false"
+            )
+        return self
+
+
+class Eagle3Recipe(ChainDrafterRecipe):
     """Eagle3: one layer that runs once per token, trained by the training-time test."""
 
     algorithm: Literal["eagle3"]
@@ -154,7 +167,7 @@ class Eagle3Recipe(DrafterRecipe):
     samples: SampleSettings
 
 
-class MTPRecipe(DrafterRecipe):
+class MTPRecipe(ChainDrafterRecipe):
     """MTP-1: Eagle3's layer on the target's last layer, for one extra token."""
 
     algorithm: Literal["mtp"]
