@@ -76,10 +76,10 @@ class Budget:
         if self.seconds_per_step is not None and self.seconds is not None:
             took = f"{self.seconds_per_step:.3g} s per step, {_duration(self.seconds)} in all"
         return (
-            f"Budget: {self.parameters / 1e6:,.1f} M parameters to train; {self.steps_left:,} of "
-            f"{self.steps:,} steps of {self.tokens_per_step:,.0f} tokens, "
-            f"{self.tokens_per_step * self.steps_left / 1e6:,.1f} M in all; memory per process: "
-            f"{uses}; {disk}; {took}."
+            f"Budget: {_count(self.parameters)} parameters to train; {self.steps_left:,} of "
+            f"{self.steps:,} steps of {_count(self.tokens_per_step)} tokens, "
+            f"{_count(self.tokens_per_step * self.steps_left)} in all; memory per process: {uses}; "
+            f"{disk}; {took}."
         )
 
 
@@ -162,11 +162,18 @@ def _existing(path: Path) -> Path:
 
 
 def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+    return _scaled(size, " B", " kB", " MB", " GB", " TB")
+
+
+def _count(count: float) -> str:
+    return _scaled(count, "", " k", " M", " billion")
+
+
+def _scaled(number: float, *units: str) -> str:
+    power = 0
+    while number >= 1000 and power + 1 < len(units):
+        number, power = number / 1000, power + 1
+    return f"{number:.3g}{units[power]}"
 
 
 def _duration(seconds: float) -> str:

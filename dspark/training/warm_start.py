@@ -24,8 +24,8 @@ def start_from(drafter: AnyDrafter, source: str) -> list[str]:
     loaded = load_drafter(source)
     if type(loaded) is not type(drafter):
         raise CompatibilityError(
-            f"initial is {source}, a {type(loaded).__name__}, but the recipe trains a "
-            f"{type(drafter).__name__}."
+            f"initial is {source}, which holds a drafter of another kind than the recipe trains "
+            f"({type(loaded).__name__}, not {type(drafter).__name__}); give one of that kind."
         )
     mine, theirs = drafter.state_dict(), loaded.state_dict()
     for name, tensor in theirs.items():
