@@ -231,9 +231,9 @@ def test_where_compiling_fails_the_run_goes_on_plainly_and_says_so_once(
 
 
 def test_the_budget_counts_what_the_run_will_hold(recipe, tmp_path):
-    said = Console(file=io.StringIO(), record=True)
+    console = Console(file=io.StringIO(), record=True)
     overrides = ["run.dtype=bfloat16", "optimiser.name=adamw", "optimiser.ema=0.9"]
-    budget = plan_recipe(str(recipe), overrides, device="cpu", console=said, judge=JUDGE)
+    budget = plan_recipe(str(recipe), overrides, device="cpu", console=console, judge=JUDGE)
     assert not (tmp_path / "run").exists()
     run(recipe, *overrides)
     drafter = load_drafter(tmp_path / "run")
@@ -253,7 +253,7 @@ def test_the_budget_counts_what_the_run_will_hold(recipe, tmp_path):
     tensors = 5 * len(list(drafter.parameters()))  # each has a header of its own
     assert budget.checkpoint_bytes <= written < budget.checkpoint_bytes + 4096 * tensors
     assert budget.seconds_per_step > 0
-    [line] = [s for s in said.export_text().splitlines() if s]
+    [line] = [s for s in console.export_text().splitlines() if s]
     assert re.search(
         r"Budget: 10\.6 k parameters to train; 12 of 12 steps of 68\.4 tokens, 821 in", line
     )
