@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from dspark.training.run import plan_recipe, run_recipe
 
     use_threads(options)
-    overrides, judge = _overrides(options), _judge()
+    overrides, judge = recipe_overrides(options), _judge()
     if options.dry_run:
         budget = plan_recipe(
             options.recipe, overrides, device=options.device, console=screen.log, judge=judge
@@ -106,7 +106,7 @@ def _judge() -> Judge:
     )
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
+def recipe_overrides(options: argparse.Namespace) -> list[str]:
     """`--seed` and `--dtype` stand for keys of the recipe, which rules where they are not given."""
     overrides = list(options.overrides)
     if options.seed is not None:
