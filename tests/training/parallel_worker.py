@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import nn
 
 from dspark.errors import DSparkError
-from dspark.training.loop import DataOrder, Evaluation, Training, World
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder, Evaluation, World
 from dspark.training.parallel import start_parallel
 from dspark.training.run_settings import OptimiserSettings, RunSettings
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from dspark.errors import CheckpointError, RecipeError, TrainingError
 from dspark.training.checkpoints import path_of, saved_steps
-from dspark.training.loop import DataOrder, Evaluation, Training, World
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder, Evaluation, World
 from dspark.training.optim import MasterOptimiser
 from dspark.training.run_settings import OptimiserSettings, RunSettings
 from dspark.training.schedules import learning_rate_factor
