@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dspark.data.samples import SampleBatch
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 from dspark.training.drafter_settings import BlockSettings, DFlashLossSettings, DSparkSettings
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export, padded
 from dspark.training.recipe import BlockRecipe
 
 
@@ -105,7 +106,9 @@ class DrafterObjective:
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples."""
-        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
+        batch = SampleBatch.of(samples, features_TF.device)
+        features_BSF, hidden_BSH = padded(features_TF, samples), padded(hidden_TH, samples)
         self.tokens_seen += sum(batch.lengths)
         generator = torch.Generator().manual_seed(
             (self.recipe.run.seed * 1_000_003 + step) * parts + part

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
 from dspark.training.eagle import ttt_loss, ttt_passes
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export, padded
 from dspark.training.recipe import ChainRecipe, Eagle3Recipe
 
 
@@ -71,7 +72,9 @@ class Eagle3Objective:
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples."""
         config = self.drafter.config
-        batch, features_BSF, hidden_BSH = self.samples.part(step, part, parts, self.drafter.taps)
+        samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
+        batch = SampleBatch.of(samples, features_TF.device)
+        features_BSF, hidden_BSH = padded(features_TF, samples), padded(hidden_TH, samples)
         self.tokens_seen += sum(batch.lengths)
         passes_PBSH = ttt_passes(self.drafter, features_BSF, batch.input_ids_BS, config.ttt_length)
         report = ttt_loss(
