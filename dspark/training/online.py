@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dspark.attention.layout import RaggedBatch
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
@@ -143,12 +142,6 @@ def target_features(
     output = target.forward(batch, taps=taps)
     assert output.features_TF is not None
     return output.features_TF, output.hidden_TH
-
-
-def padded(rows_T: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """Rows [T, ..] of samples as [B, S, ..], 0 in the padding."""
-    lengths = [len(s.input_ids) for s in samples]
-    return pad_sequence(list(torch.split(rows_T, lengths)), batch_first=True)
 
 
 def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
 from dspark.training.drafter_settings import (
     BlockSettings,
+    ChainLossSettings,
     DFlashLossSettings,
     DSparkLossSettings,
     DSparkSettings,
@@ -20,6 +21,7 @@ from dspark.training.drafter_settings import (
     Eagle3Settings,
     NewDrafterSettings,
     Settings,
+    check_confidence,
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -150,6 +152,11 @@ class DSparkRecipe(DrafterRecipe):
     loss: DSparkLossSettings = DSparkLossSettings()
     samples: AnchorSampleSettings
 
+    @model_validator(mode="after")
+    def _the_confidence_head_is_trained(self) -> Self:
+        check_confidence(self.drafter, self.loss)
+        return self
+
 
 class DFlashRecipe(DrafterRecipe):
     """DFlash: the same backbone without either head, on cross-entropy alone."""
@@ -174,6 +181,7 @@ class MTPRecipe(DrafterRecipe):
 
     algorithm: Literal["mtp"]
     drafter: NewDrafterSettings = NewDrafterSettings()
+    loss: ChainLossSettings = ChainLossSettings()
     samples: SampleSettings
 
 
