@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.flex import flex_kernel
 
@@ -83,6 +82,10 @@ def packed_attention(
         window: context rows that a block sees at most, its anchor's nearest; None for all.
         causal: whether a slot sees only those before it, and itself, of its block.
     """
+    if not rows.query_QAD.shape[0]:
+        # Nothing to mix, yet all that was read gets a gradient, as it does on other ranks.
+        unused = rows.context_key_TGD, rows.context_value_TGD, rows.key_QGD, rows.value_QGD
+        return rows.query_QAD + 0 * sum(x.sum() for x in unused)
     attend = flex_blocks if rows.query_QAD.is_cuda else tiled_blocks
     return attend(rows, layout, scale=scale, window=window, causal=causal)
 
@@ -90,41 +93,45 @@ def packed_attention(
 def tiled_blocks(
     rows: PackedRows, layout: BlockLayout, *, scale: float, window: int | None, causal: bool
 ) -> Tensor:
-    """`packed_attention` by a dense masked call per tile."""
-    device = rows.query_QAD.device
+    """`packed_attention` by dense products per tile."""
+    device, dtype = rows.query_QAD.device, rows.query_QAD.dtype
     tiles: list[_Tile] = layout.once(
-        ("tiles", window, causal, device), lambda: _tiles(layout, window, causal, device)
+        ("tiles", window, causal, device, dtype),
+        lambda: _tiles(layout, window, causal, rows.query_QAD),
     )
     # Cut once where the tiles' ranges end: slices would each send back a gradient of all rows.
     cuts = [tile.blocks * layout.slots for tile in tiles]
     spans = [(tile.low, tile.high) for tile in tiles]
     queries, keys, values = (
-        torch.split(x.transpose(0, 1).unsqueeze(0), cuts, dim=2)
+        torch.split(x.transpose(0, 1), cuts, dim=1)
         for x in (rows.query_QAD, rows.key_QGD, rows.value_QGD)
     )
     past_keys, past_values = (
-        _spans(x.transpose(0, 1).unsqueeze(0), spans)
-        for x in (rows.context_key_TGD, rows.context_value_TGD)
+        _spans(x.transpose(0, 1), spans) for x in (rows.context_key_TGD, rows.context_value_TGD)
     )
-    mixed = [
-        scaled_dot_product_attention(
-            query,
-            torch.cat((past_key, key), dim=2),
-            torch.cat((past_value, value), dim=2),
-            attn_mask=tile.mask_qp,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for tile, query, past_key, key, past_value, value in zip(
-            tiles, queries, past_keys, keys, past_values, values, strict=True
-        )
-    ]
-    return torch.cat(mixed, dim=2).squeeze(0).transpose(0, 1)
+    mixed = []
+    for tile, query, past_key, key, past_value, value in zip(
+        tiles, queries, past_keys, keys, past_values, values, strict=True
+    ):
+        tile_key, tile_value = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+        # Products and a mask that is added: 2 to 4 times faster here than the fused kernel. The
+        # query heads of a group are rows of one product.
+        scores = (query * scale).reshape(len(tile_key), -1, query.shape[-1]) @ tile_key.mT
+        shape = (query.shape[0], query.shape[1], tile_key.shape[1])
+        weights = (scores.view(shape) + tile.mask_qp).softmax(-1)
+        mixed.append((weights.view_as(scores) @ tile_value).view(*query.shape[:2], -1))
+    return torch.cat(mixed, dim=1).transpose(0, 1)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Neighbouring blocks of one sequence: context rows low .. high - 1, and who sees what."""
+    """Neighbouring blocks of one sequence.
+
+    Attributes:
+        blocks: how many.
+        low, high: the context rows low .. high - 1 are those that any of them sees.
+        mask_qp: minus infinity where a slot may not look, over these rows and the tile's own.
+    """
 
     blocks: int
     low: int
@@ -132,9 +139,7 @@ class _Tile:
     mask_qp: Tensor
 
 
-def _tiles(
-    layout: BlockLayout, window: int | None, causal: bool, device: torch.device
-) -> list[_Tile]:
+def _tiles(layout: BlockLayout, window: int | None, causal: bool, like: Tensor) -> list[_Tile]:
     _, counts = torch.unique_consecutive(layout.first_M, return_counts=True)
     sizes = [
         min(_TILE_BLOCKS, count - start)
@@ -153,12 +158,13 @@ def _tiles(
         before = (columns >= low.unsqueeze(1)) & (columns < high.unsqueeze(1))
         width = size * layout.slots
         mask = torch.cat((before.repeat_interleave(layout.slots, 0), own[:width, :width]), dim=1)
-        tiles.append(_Tile(size, begin, end, mask.to(device)))
+        hidden = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        tiles.append(_Tile(size, begin, end, hidden.to(like)))
     return tiles
 
 
 def _spans(rows: Tensor, spans: list[tuple[int, int]]) -> list[Tensor]:
-    """Rows low .. high - 1 of dimension 2 for each span; those that overlap are cut together."""
+    """Rows low .. high - 1 of dimension 1 for each span; those that overlap are cut together."""
     groups: list[list[int]] = []  # begin, end, number of spans
     for low, high in spans:
         if groups and low < groups[-1][1]:
@@ -170,13 +176,13 @@ def _spans(rows: Tensor, spans: list[tuple[int, int]]) -> list[Tensor]:
     for begin, end, _ in groups:
         sizes += [begin - done, end - begin]
         done = end
-    pieces = torch.split(rows, [*sizes, rows.shape[2] - done], dim=2)[1::2]
+    pieces = torch.split(rows, [*sizes, rows.shape[1] - done], dim=1)[1::2]
     found, shares = list[Tensor](), iter(spans)
     for piece, (begin, _, count) in zip(pieces, groups, strict=True):
         for _ in range(count):
             low, high = next(shares)
-            whole = (low, high) == (begin, begin + piece.shape[2])
-            found.append(piece if whole else piece[:, :, low - begin : high - begin])
+            whole = (low, high) == (begin, begin + piece.shape[1])
+            found.append(piece if whole else piece[:, low - begin : high - begin])
     return found
 
 

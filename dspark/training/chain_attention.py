@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 _TILE_ROWS = 128
 
@@ -38,20 +37,11 @@ def chain_attention(
         lengths: rows of each sample.
         scale: multiplies the scores.
     """
-    groups = keys[0].shape[0]
-    if len(keys) == 1:
-        all_rows = (query_ATD, keys[0], values[0])
-        parts = (torch.split(x.unsqueeze(0), list(lengths), dim=2) for x in all_rows)
-        shared = query_ATD.shape[0] != groups
-        mixed = [
-            scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=shared
-            )
-            for query, key, value in zip(*parts, strict=True)
-        ]
-        return torch.cat(mixed, dim=2).squeeze(0)
-    query_GNTD = torch.unflatten(query_ATD, 0, (groups, -1))
-    own_key, own_value = torch.stack(tuple(keys[1:])), torch.stack(tuple(values[1:]))
+    query_GNTD = torch.unflatten(query_ATD, 0, (keys[0].shape[0], -1))
+    own_key, own_value = (
+        torch.stack(tuple(x[1:])) if len(x) > 1 else x[0].new_empty(0, *x[0].shape)
+        for x in (keys, values)
+    )
     mixed_GNTD: Tensor = _ChainAttention.apply(  # type: ignore[no-untyped-call]
         query_GNTD, keys[0], values[0], own_key, own_value, lengths, scale
     )
@@ -59,7 +49,10 @@ def chain_attention(
 
 
 class _ChainAttention(torch.autograd.Function):
-    """The same for J >= 1, with queries [G, N, T, D] and extra keys [J, G, T, D]."""
+    """The same, with queries [G, N, T, D] and extra keys and values [J, G, T, D].
+
+    Context and own chain are mixed apart and then weighed by their sums of exponentials.
+    """
 
     @staticmethod
     def forward(
@@ -72,20 +65,23 @@ class _ChainAttention(torch.autograd.Function):
         lengths: tuple[int, ...],
         scale: float,
     ) -> Tensor:
+        scaled = query * scale
         mixed = torch.empty_like(query)
-        log_sum = query.new_empty(query.shape[:-1], dtype=_wide(query.dtype))
+        log_sum = query.new_empty((*query.shape[:-1], 1), dtype=_wide(query.dtype))
         for rows, past in _tiles(lengths):
-            scores = _scores(query, key, rows, past, scale)
-            own = _own_scores(query, own_key, rows, scale)
-            peak = torch.maximum(scores.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
-            weights, own = scores.sub_(peak).exp_(), own.sub_(peak).exp_()
-            total = weights.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
-            log_sum[..., rows] = (peak + total.log()).squeeze(-1)
+            weights = _scores(scaled, key, rows, past)
+            peak = weights.amax(-1, keepdim=True)
+            total = weights.sub_(peak).exp_().sum(-1, keepdim=True)
+            log_sum[..., rows, :] = peak + total.log()
             out = _over_context(weights.to(value.dtype), value[:, past])
-            own = own.to(value.dtype)
-            for j in range(own.shape[-1]):
-                out = out + own[..., j, None] * own_value[j, :, None, rows]
             mixed[..., rows, :] = out / total
+        if own_key.shape[0]:
+            own = _own_scores(scaled, own_key)
+            context = log_sum
+            log_sum = torch.logaddexp(context, own.logsumexp(0))
+            mixed *= (context - log_sum).exp().to(mixed.dtype)
+            for weight, row in zip(own.sub_(log_sum).exp_(), own_value, strict=True):
+                mixed += weight.to(mixed.dtype) * row.unsqueeze(1)
         ctx.save_for_backward(query, key, value, own_key, own_value, mixed, log_sum)
         ctx.lengths, ctx.scale = lengths, scale
         return mixed
@@ -94,26 +90,26 @@ class _ChainAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, own_key, own_value, mixed, log_sum = ctx.saved_tensors
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        d_own_key, d_own_value = torch.zeros_like(own_key), torch.zeros_like(own_value)
+        d_own_key, d_own_value = torch.empty_like(own_key), torch.empty_like(own_value)
+        scaled = query * ctx.scale
+        lost = (grad * mixed).sum(-1, keepdim=True)
         for rows, past in _tiles(ctx.lengths):
-            here, d_out = query[..., rows, :], grad[..., rows, :]
-            lost = (d_out * mixed[..., rows, :]).sum(-1, keepdim=True)
-            tile_log = log_sum[..., rows].unsqueeze(-1)
-            weights = _scores(query, key, rows, past, ctx.scale).sub_(tile_log).exp_()
+            d_out = grad[..., rows, :]
+            weights = _scores(scaled, key, rows, past).sub_(log_sum[..., rows, :]).exp_()
             d_value[:, past] += _into_context(weights.to(grad.dtype), d_out)
             d_weights = _over_context(d_out, value[:, past].mT)
-            d_scores = (weights * (d_weights - lost)).mul_(ctx.scale).to(grad.dtype)
-            d_here = _over_context(d_scores, key[:, past])
-            d_key[:, past] += _into_context(d_scores, here)
-            own = _own_scores(query, own_key, rows, ctx.scale).sub_(tile_log).exp_()
-            for j in range(own.shape[-1]):
-                weight = own[..., j, None]
-                d_own_value[j, :, rows] = (weight * d_out).sum(1)
-                d_weight = (d_out * own_value[j, :, None, rows]).sum(-1, keepdim=True)
-                d_score = (weight * (d_weight - lost) * ctx.scale).to(grad.dtype)
-                d_here = d_here + d_score * own_key[j, :, None, rows]
-                d_own_key[j, :, rows] = (d_score * here).sum(1)
-            d_query[..., rows, :] = d_here
+            d_scores = weights.mul_(d_weights.sub_(lost[..., rows, :])).to(grad.dtype)
+            d_query[..., rows, :] = _over_context(d_scores, key[:, past])
+            d_key[:, past] += _into_context(d_scores, scaled[..., rows, :])
+        if own_key.shape[0]:
+            own = _own_scores(scaled, own_key).sub_(log_sum).exp_()
+            for j, weight in enumerate(own.to(grad.dtype)):
+                d_own_value[j] = (weight * grad).sum(1)
+                d_weight = (grad * own_value[j].unsqueeze(1)).sum(-1, keepdim=True)
+                d_score = weight * (d_weight - lost)
+                d_query += d_score * own_key[j].unsqueeze(1)
+                d_own_key[j] = (d_score * scaled).sum(1)
+        d_query *= ctx.scale
         return d_query, d_key, d_value, d_own_key, d_own_value, None, None
 
 
@@ -131,21 +127,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scores(query: Tensor, key: Tensor, rows: slice, past: slice, scale: float) -> Tensor:
+def _scores(scaled: Tensor, key: Tensor, rows: slice, past: slice) -> Tensor:
     """Scores [G, N, L, P] over the context, minus infinity where a row may not look."""
-    scores = _over_context(query[..., rows, :] * scale, key[:, past].mT)
+    scores = _over_context(scaled[..., rows, :], key[:, past].mT)
     scores = scores.to(_wide(scores.dtype))
     size = rows.stop - rows.start
-    later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu_(1)
+    later = torch.ones(size, size, dtype=torch.bool, device=scaled.device).triu_(1)
     scores[..., -size:].masked_fill_(later, float("-inf"))
     return scores
 
 
-def _own_scores(query: Tensor, own_key: Tensor, rows: slice, scale: float) -> Tensor:
-    """Scores [G, N, L, J] over the rows' own chains."""
-    here = query[..., rows, :] * scale
-    own = [(here * key[:, None, rows]).sum(-1) for key in own_key]
-    return torch.stack(own, dim=-1).to(_wide(query.dtype))
+def _own_scores(scaled: Tensor, own_key: Tensor) -> Tensor:
+    """Scores [J, G, N, T, 1] over the rows' own chains."""
+    own = [(scaled * key.unsqueeze(1)).sum(-1, keepdim=True) for key in own_key]
+    return torch.stack(own).to(_wide(scaled.dtype))
 
 
 def _over_context(rows: Tensor, table: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dspark.drafters.config import evenly_spaced_taps
-from dspark.training.laws import LawWeights
+from dspark.training.law_terms import LawWeights
 from dspark.training.losses import LossWeights
 
 
@@ -83,7 +83,7 @@ class Eagle3Settings(TapSettings):
 
 
 class LawLossSettings(Settings):
-    """Weights of the terms that compare the drafter's laws with the target's (training/laws.py)."""
+    """Weights of terms that compare laws (training/law_terms.py)."""
 
     tv: float = Field(0.0, ge=0, description="sum of |p_d - p_t|, twice the total variation")
     lk: float = Field(0.0, ge=0, description="-log of the chance that a draft is kept")

@@ -2,7 +2,7 @@
 
 L = ce L_ce + tv L_tv + .. + confidence L_conf, each a mean over supervised slots weighted by
 w_k = exp(-k / decay), k = 0 .. K-1. L_tv is sum_v |p_d - p_t|, twice the total variation; the other
-terms on laws are in `laws.LawWeights`.
+terms on laws are in `law_terms.LawWeights`.
 Letters: N supervised slots, r Markov rank, the others as in `anchors`.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks
-from dspark.training.laws import LawInputs, LawTerms, LawWeights, law_loss, suitable_rows
+from dspark.training.law_terms import LawWeights
+from dspark.training.laws import LawInputs, LawTerms, law_loss, suitable_rows
 
 
 @dataclass(frozen=True)

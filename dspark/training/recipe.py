@@ -258,7 +258,8 @@ def _sentence(path: Path, what: str, error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{path}: {what} has no key {key!r}; remove it or correct its name."
     if first["type"] == "value_error":  # of our own validators
-        return f"{path}: {key}: {first['ctx']['error']}."
+        reason = first["ctx"]["error"]
+        return f"{path}: {key}: {reason}." if key else f"{path}: {reason}."
     return f"{path}: {key} is {first['input']!r}: {first['msg']}."
 
 

@@ -107,19 +107,18 @@ def test_a_batch_is_its_sequences_one_at_a_time():
         torch.testing.assert_close(whole[q], single)
 
 
-def test_no_scores_are_computed_for_what_does_not_exist(monkeypatch):
+def test_no_scores_are_computed_for_what_does_not_exist():
     """The work of a short sequence beside a long one is what it is alone."""
-    products = []
-    real = room.scaled_dot_product_attention
-
-    def counting(query, key, *rest, **options):
-        products.append(query.shape[2] * key.shape[2])
-        return real(query, key, *rest, **options)
-
-    monkeypatch.setattr(room, "scaled_dot_product_attention", counting)
     anchors = ([5], list(range(10, 90)))
-    blocks = layout((10, 100), anchors)
-    packed_attention(rows_of(110, 81), blocks, scale=SCALE)
-    own = SLOTS * (5 + SLOTS)
-    tiles = [16 * SLOTS * (10 + i + 15 + 16 * SLOTS) for i in range(0, 80, 16)]
-    assert products == [own, *tiles]
+    tiles = room._tiles(layout((10, 100), anchors), None, False, torch.zeros(1))
+    own = (SLOTS, 5 + SLOTS)
+    others = [(16 * SLOTS, 10 + i + 15 + 16 * SLOTS) for i in range(0, 80, 16)]
+    assert [tuple(tile.mask_qp.shape) for tile in tiles] == [own, *others]
+
+
+def test_without_blocks_everything_has_a_gradient_of_zero():
+    rows = rows_of(9, 0)
+    out = packed_attention(rows, layout((9,), ([],)), scale=SCALE)
+    assert out.shape == (0, HEADS, WIDTH)
+    leaves = [getattr(rows, name) for name in PackedRows.__dataclass_fields__]
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), leaves))

@@ -17,7 +17,7 @@ from dspark.drafters.layers import rotary
 from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention
 from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
-from dspark.training.laws import LawWeights
+from dspark.training.law_terms import LawWeights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB, WIDTH, PASSES = 13, 8, 4

@@ -12,7 +12,7 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.laws import LawRows
+from dspark.training.laws import LawInputs, LawRows, law_loss
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights
 
 BLOCK_FIELDS = [name for name in AnchorBlocks.__dataclass_fields__ if name != "rows"]
@@ -222,32 +222,42 @@ def test_every_terms_gradient_is_exact(terms, known):
     assert not missing
 
 
+class Afresh(torch.autograd.Function):
+    """The loss, computed again for each gradient: `gradcheck` takes several of one result."""
+
+    @staticmethod
+    def forward(ctx, loss_of, *inputs):
+        ctx.loss_of, ctx.inputs = loss_of, [x.detach() for x in inputs]
+        return loss_of(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        leaves = [x.clone().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            return None, *torch.autograd.grad(ctx.loss_of(*leaves), leaves, grad)
+
+
 @pytest.mark.parametrize("terms", ["dspark", "kl", "lk"])
 def test_gradcheck(terms):
     drafter, blocks, hidden, teacher = tiny(softcap=2.0, lengths=(7,))
-    weights = replace(TERMS[terms], confidence=0.0)
-    bias = drafter.markov_head.markov_w2.weight
+    weights, rows = replace(TERMS[terms], confidence=0.0), blocks.rows
+    slots = rows.slots_N
+    bias = drafter.markov_head.markov_w2.weight.detach()
+    feature = drafter.markov_head.block(blocks.previous_MK, hidden).flatten(0, 1)[slots].detach()
 
-    def loss(hidden, bias):
-        return torch.func.functional_call(
-            Losses(drafter, teacher, blocks, weights),
-            {"drafter.markov_head.markov_w2.weight": bias},
-            (hidden,),
-        )
+    def loss_of(hidden, feature, bias):
+        inputs = LawInputs(
+            drafter, hidden, feature, bias, teacher[rows.teacher_U],
+            blocks.labels_MK.flatten()[slots], torch.linspace(0.1, 1, len(slots)).double(),
+        )  # fmt: skip
+        return law_loss(inputs, rows, weights, chunk_rows=3)[0]
 
-    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), bias))
-
-
-class Losses(torch.nn.Module):
-    """The loss as a function of hidden states and parameters."""
-
-    def __init__(self, drafter, *constants):
-        super().__init__()
-        self.drafter, self.constants = drafter, constants
-
-    def forward(self, hidden):
-        teacher, blocks, weights = self.constants
-        return block_loss(self.drafter, hidden, teacher, blocks, weights, chunk_rows=3).loss
+    leaves = [x.requires_grad_() for x in (hidden.flatten(0, 1)[slots].clone(), feature, bias)]
+    assert torch.autograd.gradcheck(lambda *x: Afresh.apply(loss_of, *x), leaves)
+    loss = loss_of(*leaves)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
 
 
 def test_fp32_gradients_are_within_1e_5_of_fp64():
