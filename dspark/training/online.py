@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dspark.attention.layout import RaggedBatch
-from dspark.data.samples import Sample, SampleBatch, SampleStream, read_samples, usable
+from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.registry import AnyDrafter
@@ -45,18 +44,21 @@ class OnlineSamples:
         known = recipe.drafter.draft_vocab_size
         self.draft_tokens = None if known is None else commonest_tokens(samples, known)
 
+    def batch(self, step: int) -> list[Sample]:
+        """All samples of a step, those of other parts and ranks included."""
+        return self.stream.batch(step)
+
     def part(
         self, step: int, part: int, parts: int, taps: Sequence[int]
-    ) -> tuple[SampleBatch, Tensor, Tensor]:
+    ) -> tuple[list[Sample], Tensor, Tensor]:
         """One part of a step's samples.
 
         Returns:
-            The samples, features [B, S, F] and states after the target's final norm [B, S, H].
+            The samples, and `target_features` of them.
         """
         share = self.rows // parts
-        mine = self.stream.batch(step)[part * share : (part + 1) * share]
-        features_BSF, hidden_BSH = target_features(self.target, mine, taps)
-        return SampleBatch.of(mine, self.target.device), features_BSF, hidden_BSH
+        mine = self.batch(step)[part * share : (part + 1) * share]
+        return mine, *target_features(self.target, mine, taps)
 
     def epoch(self, step: int) -> float:
         """How often the samples have been seen before a step."""
@@ -162,21 +164,16 @@ def commonest_tokens(samples: Sequence[Sample], count: int) -> Tensor:
 def target_features(
     target: Target, samples: Sequence[Sample], taps: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Run the target over samples and pad what it gives.
+    """Run the target over samples, one after the other without padding.
 
     Returns:
-        Features [B, S, F] of the taps, and states after the final norm [B, S, H]; 0 in the
-        padding.
+        Features [T, F] of the taps and states after the final norm [T, H]; T is the sum of the
+        samples' lengths.
     """
     batch = RaggedBatch.fresh([s.input_ids for s in samples], target.device)
     output = target.forward(batch, taps=taps)
     assert output.features_TF is not None
-    lengths = [len(s.input_ids) for s in samples]
-    features_BSF, hidden_BSH = (
-        pad_sequence(list(torch.split(rows, lengths)), batch_first=True)
-        for rows in (output.features_TF, output.hidden_TH)
-    )
-    return features_BSF, hidden_BSH
+    return output.features_TF, output.hidden_TH
 
 
 def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:

@@ -13,6 +13,7 @@ from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
 from dspark.training.drafter_settings import (
     BlockSettings,
+    ChainLossSettings,
     DFlashLossSettings,
     DSparkLossSettings,
     DSparkSettings,
@@ -20,6 +21,7 @@ from dspark.training.drafter_settings import (
     Eagle3Settings,
     NewDrafterSettings,
     Settings,
+    check_confidence,
 )
 from dspark.training.run_settings import (
     DrafterRunSettings,
@@ -135,6 +137,11 @@ class DSparkRecipe(DrafterRecipe):
     loss: DSparkLossSettings = DSparkLossSettings()
     samples: AnchorSampleSettings
 
+    @model_validator(mode="after")
+    def _the_confidence_head_is_trained(self) -> Self:
+        check_confidence(self.drafter, self.loss)
+        return self
+
 
 class DFlashRecipe(DrafterRecipe):
     """DFlash: the same backbone without either head, on cross-entropy alone."""
@@ -172,6 +179,7 @@ class MTPRecipe(ChainDrafterRecipe):
 
     algorithm: Literal["mtp"]
     drafter: NewDrafterSettings = NewDrafterSettings()
+    loss: ChainLossSettings = ChainLossSettings()
     samples: SampleSettings
 
 

@@ -26,8 +26,8 @@ from dspark.training.held_out import (
     requests_of,
 )
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
+from dspark.training.laws import suitable_rows
 from dspark.training.loop import Training
-from dspark.training.losses import suitable_rows
 from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
 from dspark.training.online import export, load_frozen_target
 from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_named(minimal, override, said):
     [
         ("dflash", "drafter.markov_rank=64", "recipe for dflash has no key 'drafter.markov_rank'"),
         ("dflash", "drafter.confidence_head=true", "drafter.confidence_head"),
-        ("dflash", "loss.tv=0.9", "loss.tv"),
+        ("dflash", "loss.confidence=1", "loss.confidence"),
         ("eagle3", "drafter.num_layers=2", "recipe for eagle3 has no key 'drafter.num_layers'"),
         ("eagle3", "drafter.block_size=7", "drafter.block_size"),
         ("eagle3", "samples.num_anchors=8", "samples.num_anchors"),
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named(minimal, override, said):
         ("mtp", "run.compile=true", "run.compile is for dspark and dflash"),
         ("mtp", "drafter.ttt_length=2", "recipe for mtp has no key 'drafter.ttt_length'"),
         ("mtp", "drafter.target_layer_ids=[1]", "drafter.target_layer_ids"),
-        ("mtp", "loss.step_loss_decay=0.5", "no key 'loss'"),
+        ("mtp", "loss.step_loss_decay=0.5", "no key 'loss.step_loss_decay'"),
         ("dspark", "drafter.ttt_length=2", "recipe for dspark has no key 'drafter.ttt_length'"),
         ("medusa", "run.steps=1", "algorithm is 'medusa', but .* dspark, dflash, eagle3, mtp"),
         ("[mtp]", "run.steps=1", "algorithm is"),
