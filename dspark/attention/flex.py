@@ -33,7 +33,7 @@ def flex_attention(
     name = ("flex", rule.window, rule.first, cache.rows, query_1ATD.device)
     if name not in batch.memo:
         batch.memo[name] = _block_mask(batch, cache, rule)
-    out_1ATD, lse_1AT = _kernel(query_1ATD.device.type)(
+    out_1ATD, lse_1AT = flex_kernel(query_1ATD.device.type)(
         query_1ATD,
         key_1GND,
         value_1GND,
@@ -113,8 +113,11 @@ def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @once
-def _kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function to call: (out, log of the sum of exponentials, or anything if not asked for)."""
+def flex_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Flex attention, compiled on an accelerator.
+
+    It gives the output, and the logarithm of the sum of exponentials, or anything if not asked for.
+    """
     # Before torch 2.9 there is no `return_aux`; from then on `return_lse` warns.
     has_aux = "return_aux" in inspect.signature(flex.flex_attention).parameters
 

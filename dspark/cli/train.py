@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
 
+if TYPE_CHECKING:
+    from dspark.training.budget import Budget
+    from dspark.training.run import Judge
+
 EXAMPLE = """\
   dspark train bundled_dspark --set run.output_dir=runs/drafter --set run.steps=2000
-  dspark train bundled_dspark --set run.output_dir=runs/drafter --set run.steps=2000 --resume"""
+  dspark train bundled_dspark --set run.output_dir=runs/drafter --set run.steps=2000 --resume
+  torchrun --nproc-per-node 8 -m dspark train dspark_qwen3_8b --set samples.root=answers"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -31,21 +36,33 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of output_dir"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what the run will cost in time, memory and disk, and stop",
+    )
     add_common_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    from dspark.training.run import run_recipe
+    from dspark.training.run import plan_recipe, run_recipe
 
     use_threads(options)
+    overrides, judge = recipe_overrides(options), _judge()
+    if options.dry_run:
+        budget = plan_recipe(
+            options.recipe, overrides, device=options.device, console=screen.log, judge=judge
+        )
+        return _planned(budget)
     result = run_recipe(
         options.recipe,
-        recipe_overrides(options),
+        overrides,
         resume=options.resume,
         device=options.device,
         console=screen.log,
+        judge=judge,
     )
     done = f"Done: step {result.steps}, loss {result.loss:.4f}; the weights are in "
     screen.out.print(Text(f"{done}{result.output_dir}."), soft_wrap=True)
@@ -53,10 +70,40 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "steps": result.steps,
         "loss": result.loss,
         "accepted_length_train": result.metrics.get("accepted_length"),
+        "accepted_length_real": result.metrics.get("real_accepted_length"),
         "output_dir": str(result.output_dir),
         "tokens_per_s": result.tokens_per_s,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
+
+
+def _planned(budget: Budget) -> dict[str, Any]:
+    """The JSON object of a run that did not start."""
+    speed = None
+    if budget.seconds_per_step is not None:
+        speed = budget.tokens_per_step / budget.seconds_per_step
+    return {
+        "steps": 0,
+        "loss": None,
+        "accepted_length_train": None,
+        "accepted_length_real": None,
+        "output_dir": None,
+        "tokens_per_s": speed,
+        "peak_memory_bytes": budget.memory_bytes.get("measured"),
+        "budget": budget.as_dict(),
+    }
+
+
+def _judge() -> Judge:
+    """How the engine measures a drafter in training: training does not know of evaluation."""
+    from dspark.engine.model import Model
+    from dspark.evaluation.live import accepted, render
+    from dspark.training.run import Judge
+
+    return Judge(
+        decode=lambda target, drafter, requests: accepted(Model(target), drafter, requests),
+        encode=lambda target, prompts: render(Model(target), prompts),
+    )
 
 
 def recipe_overrides(options: argparse.Namespace) -> list[str]:

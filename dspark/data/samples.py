@@ -174,28 +174,40 @@ def record_samples(record: Mapping[str, Any], tokenizer: Any, where: str) -> lis
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples of one step, padded with 0 on the right.
+    """Samples one after the other, without padding: T rows, the sum of their lengths.
 
     Attributes:
-        input_ids_BS: tokens.
-        loss_mask_BS: True for supervised tokens; False in the padding.
+        input_ids_T: tokens, int64.
+        loss_mask_T: True for supervised tokens.
+        positions_T: each token's position in its own sample.
         lengths: tokens of each sample.
     """
 
-    input_ids_BS: Tensor
-    loss_mask_BS: Tensor
+    input_ids_T: Tensor
+    loss_mask_T: Tensor
+    positions_T: Tensor
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], device: torch.device) -> SampleBatch:
-        """Pad samples to the longest of them."""
+    def of(cls, samples: Sequence[Sample]) -> SampleBatch:
+        """Pack samples, on the CPU."""
         lengths = tuple(len(s.input_ids) for s in samples)
-        ids = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
-        mask = torch.zeros(len(samples), max(lengths), dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            ids[row, : lengths[row]] = torch.tensor(sample.input_ids)
-            mask[row, : lengths[row]] = torch.tensor(sample.loss_mask)
-        return cls(ids.to(device), mask.to(device), lengths)
+        return cls(
+            input_ids_T=torch.tensor([i for s in samples for i in s.input_ids], dtype=torch.long),
+            loss_mask_T=torch.tensor([m for s in samples for m in s.loss_mask], dtype=torch.bool),
+            positions_T=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.long),
+            lengths=lengths,
+        )
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.lengths)
+
+    @property
+    def ends_T(self) -> Tensor:
+        """The row behind each token's sample."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return ends.repeat_interleave(torch.tensor(self.lengths)).to(self.input_ids_T.device)
 
 
 class SampleStream:
@@ -226,10 +238,14 @@ class SampleStream:
 
     def batch(self, step: int) -> list[Sample]:
         """The samples of a step."""
+        return [self.samples[i] for i in self.indices(step)]
+
+    def indices(self, step: int) -> list[int]:
+        """Which samples a step has."""
         epoch, within = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._batches, self._epoch = self._plan(epoch), epoch
-        return [self.samples[i] for i in self._batches[within]]
+        return self._batches[within]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -12,34 +12,19 @@ concatenation); decoding builds them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.attention.packed import BlockLayout, PackedRows, packed_attention
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.layers import Layer, LayerWeights, RMSNorm, norm, rotary, turned, value_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
-
-
-@dataclass(frozen=True)
-class AttentionTile:
-    """Neighbouring slots of packed blocks, and what they may look at.
-
-    Attributes:
-        start, stop: the slots' range among all slots of the sequence.
-        context: number of context rows, from the first, that any of them sees.
-        mask_BQP: True where a slot may look, over P = context rows, then the tile's own slots.
-    """
-
-    start: int
-    stop: int
-    context: int
-    mask_BQP: Tensor
 
 
 class ParallelBackbone(nn.Module):
@@ -55,48 +40,39 @@ class ParallelBackbone(nn.Module):
 
     def run_blocks(
         self,
-        features_BSF: Tensor,
-        block_BQH: Tensor,
-        positions_BQ: Tensor,
-        tiles: Sequence[AttentionTile],
+        features_TF: Tensor,
+        context_positions_T: Tensor,
+        block_QH: Tensor,
+        positions_Q: Tensor,
+        layout: BlockLayout,
     ) -> Tensor:
-        """The training pass: many packed blocks over one context each.
+        """The training pass: packed blocks over packed contexts.
 
         Args:
-            features_BSF: captured features; row s has position s.
-            block_BQH: input embeddings of Q = anchors * K slots.
-            positions_BQ: their positions.
-            tiles: what the slots may look at; together they cover all slots, in order.
+            features_TF: captured features of all contexts, one after the other.
+            context_positions_T: their positions.
+            block_QH: input embeddings of all blocks' slots.
+            positions_Q: their positions.
+            layout: which context rows each block sees.
 
         Returns:
-            Hidden states [B, Q, H] after the final norm.
+            Hidden states [Q, H] after the final norm.
         """
         config, weights = self.backbone_config, BackboneWeights.of(self)
-        context_positions = torch.arange(features_BSF.shape[1], device=features_BSF.device)
-        context = weights.context(
-            features_BSF, rotary(context_positions, config, features_BSF.dtype)
-        )
-
-        masks = layer_masks(tiles, config)
+        dtype = features_TF.dtype
+        context = weights.context(features_TF, rotary(context_positions_T, config, dtype))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            past_key, past_value = (x.transpose(1, 2) for x in context[layer])
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            mixed = []
-            for tile, mask_BQP in zip(tiles, masks[layer], strict=True):
-                past, slots = slice(tile.context), slice(tile.start, tile.stop)
-                out = F.scaled_dot_product_attention(
-                    query[:, :, slots],
-                    torch.cat((past_key[:, :, past], key[:, :, slots]), dim=2),
-                    torch.cat((past_value[:, :, past], value[:, :, slots]), dim=2),
-                    attn_mask=mask_BQP.unsqueeze(1),
-                    scale=config.attention_scale,
-                    enable_gqa=config.num_heads != config.num_kv_heads,
-                )
-                mixed.append(out)
-            return torch.cat(mixed, dim=2).transpose(1, 2)
+            window = config.window(layer)
+            return packed_attention(
+                PackedRows(query, *context[layer], key, value),
+                layout,
+                scale=config.attention_scale,
+                window=window,
+                causal=config.causal_windows and window is not None,
+            )
 
-        return weights.block(block_BQH, rotary(positions_BQ, config, block_BQH.dtype), attend)
+        return weights.block(block_QH, rotary(positions_Q, config, block_QH.dtype), attend)
 
 
 @dataclass(frozen=True)
@@ -161,24 +137,3 @@ class BackboneWeights:
             read = norm(x, layer.input_norm_H, self.config)
             x = layer.finish(x, attend(i, *layer.heads(read, cosine_sine)))
         return norm(x, self.norm_H, self.config)
-
-
-def layer_masks(tiles: Sequence[AttentionTile], config: BackboneConfig) -> list[list[Tensor]]:
-    """Per draft layer, the mask of every tile: its own, narrowed by the layer's window."""
-    whole = [tile.mask_BQP for tile in tiles]
-    if not config.sliding_layers:
-        return [whole] * config.num_layers
-    narrowed = [_windowed(tile, config) for tile in tiles]
-    return [whole if config.window(i) is None else narrowed for i in range(config.num_layers)]
-
-
-def _windowed(tile: AttentionTile, config: BackboneConfig) -> Tensor:
-    """A tile's mask without the context rows before the last `sliding_window` that it allows."""
-    assert config.sliding_window is not None
-    context = tile.mask_BQP[..., : tile.context]
-    # Context is allowed from the first row on, so the number allowed is where it ends.
-    ends_BQ1 = context.sum(dim=-1, keepdim=True)
-    columns = torch.arange(tile.context, device=context.device)
-    context = context & (columns >= ends_BQ1 - config.sliding_window)
-    slots = tile.mask_BQP[..., tile.context :]
-    return torch.cat((context, slots.tril() if config.causal_windows else slots), dim=-1)

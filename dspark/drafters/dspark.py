@@ -5,16 +5,15 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.packed import BlockLayout
 from dspark.attention.pages import CacheShape, PagedCache
-from dspark.drafters.backbone import AttentionTile, ParallelBackbone
+from dspark.drafters.backbone import ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.decoding import DecodePlan
@@ -76,46 +75,48 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     def forward(
         self,
-        features_BSF: Tensor,
-        anchor_tokens_BN: Tensor,
-        positions_BNK: Tensor,
-        tiles: Sequence[AttentionTile],
+        features_TF: Tensor,
+        context_positions_T: Tensor,
+        anchor_tokens_M: Tensor,
+        positions_MK: Tensor,
+        layout: BlockLayout,
     ) -> Tensor:
         """Hidden states of packed blocks, for training (FORMAT_FACTS.md A.5).
 
         Args:
-            features_BSF: the target's captured features.
-            anchor_tokens_BN: first input token of each block.
-            positions_BNK: position of the token before each draft: anchor + 0 .. K - 1.
-            tiles: what the Q = N block_size slots may look at
-                (`training.anchors.attention_tiles`).
+            features_TF: the target's captured features of all sequences, one after the other.
+            context_positions_T: their positions.
+            anchor_tokens_M: first input token of each block.
+            positions_MK: position of the token before each draft: anchor + 0 .. K - 1.
+            layout: which context rows each block sees (`training.anchors.AnchorBlocks.layout`).
 
         Returns:
-            Hidden states [B, N, K, H], after the drafter's final norm, of the slots that predict
-            the K drafts; `sample_from_anchor` false has one slot more, whose state is dropped.
+            Hidden states [M, K, H], after the drafter's final norm, of the slots that predict the
+            K drafts; `sample_from_anchor` false has one slot more, whose state is dropped.
 
         Raises:
-            CompatibilityError: the tiles are for another number of slots.
+            CompatibilityError: the layout is for another number of slots.
         """
-        batch, anchors, _ = positions_BNK.shape
-        block, unused = self.config.block_size, self.config.unused_slots
-        if tiles[-1].stop != anchors * block:
+        blocks = anchor_tokens_M.shape[0]
+        slots, unused = self.config.block_size, self.config.unused_slots
+        if layout.slots != slots:
             raise CompatibilityError(
-                f"The attention tiles cover {tiles[-1].stop} slots, but the drafter runs {anchors} "
-                f"blocks of {block}; make them with block_slots={block}."
+                f"The layout is of blocks of {layout.slots} slots, but the drafter runs {slots}; "
+                f"make it with slots={slots}."
             )
         if unused:
-            positions_BNK = torch.cat((positions_BNK, positions_BNK[..., -1:] + 1), dim=-1)
+            positions_MK = torch.cat((positions_MK, positions_MK[..., -1:] + 1), dim=-1)
         dtype = self.fc.weight.dtype
-        embedded = self.borrowed.embed(anchor_tokens_BN).to(dtype).unsqueeze(2)
-        masks = self._mask_slots(block - 1).to(dtype).expand(batch, anchors, -1, -1)
+        embedded = self.borrowed.embed(anchor_tokens_M).to(dtype).unsqueeze(1)
+        masks = self._mask_slots(slots - 1).to(dtype).expand(blocks, -1, -1)
         hidden = self.run_blocks(
-            features_BSF.to(dtype),
-            torch.cat((embedded, masks), dim=2).flatten(1, 2),
-            positions_BNK.flatten(1),
-            tiles,
+            features_TF.to(dtype),
+            context_positions_T,
+            torch.cat((embedded, masks), dim=1).flatten(0, 1),
+            positions_MK.flatten(),
+            layout,
         )
-        return hidden.view(batch, anchors, block, -1)[:, :, unused:]
+        return hidden.view(blocks, slots, -1)[:, unused:]
 
     def confidence_logits(
         self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from dspark.data.samples import SampleBatch
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
-from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
-from dspark.training.drafter_settings import BlockSettings, DFlashLossSettings, DSparkSettings
-from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
+from dspark.training.anchors import AnchorBlocks, sample_anchors
+from dspark.training.drafter_settings import BlockSettings, DSparkSettings
+from dspark.training.losses import block_loss, position_weights
 from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
 from dspark.training.recipe import BlockRecipe
 
@@ -34,6 +33,7 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
         num_layers=settings.num_layers,
         num_taps=len(taps),
         intermediate_size=settings.intermediate_size,
+        layers=settings.layers,
     )
     mask = settings.mask_token_id
     config = DSparkConfig(
@@ -104,36 +104,30 @@ class DrafterObjective:
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
+        self._total_weight = (-1, 0.0)
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one part of the step's samples."""
+        """Loss of one part of the step's samples.
+
+        The mean over all parts is the loss of the whole step, however it is divided: each slot has
+        the same weight, and each sample's anchors are its own.
+        """
         samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
-        batch = SampleBatch.of(samples, features_TF.device)
-        features_BSF, hidden_BSH = (
-            pad_sequence(list(torch.split(rows, list(batch.lengths))), batch_first=True)
-            for rows in (features_TF, hidden_TH)
-        )
+        batch, weights = SampleBatch.of(samples), self.recipe.loss.weights(step)
         self.tokens_seen += sum(batch.lengths)
-        generator = torch.Generator().manual_seed(
-            (self.recipe.run.seed * 1_000_003 + step) * parts + part
+        device = features_TF.device
+        blocks = self._blocks(batch, step, part * len(samples)).to(device)
+        hidden_MKH = self.drafter(
+            features_TF,
+            batch.positions_T.to(device),
+            blocks.tokens_M,
+            blocks.positions_MK,
+            blocks.layout(self.drafter.config.block_size),
         )
-        anchors_BN, keep_BN = sample_anchors(
-            batch.loss_mask_BS, self.recipe.samples.num_anchors, generator
+        share = None if parts == 1 else self._step_weight(step, weights.decay) / parts
+        report = block_loss(
+            self.drafter, hidden_MKH, hidden_TH, blocks, weights, total_weight=share
         )
-        blocks = AnchorBlocks.build(
-            batch.input_ids_BS, batch.loss_mask_BS, anchors_BN, keep_BN, self.drafter.block_size
-        )
-        hidden = self.drafter(
-            features_BSF,
-            blocks.tokens_BN,
-            blocks.positions_BNK,
-            attention_tiles(
-                blocks,
-                batch.input_ids_BS.shape[1],
-                block_slots=self.drafter.config.block_size,
-            ),
-        )
-        report = block_loss(self.drafter, hidden, hidden_BSH, blocks, self._weights(step))
         metrics = {
             "accepted_length": float(report.accepted_length),
             "ce": float(report.ce),
@@ -141,16 +135,26 @@ class DrafterObjective:
             "confidence": float(report.confidence),
             "epoch": self.samples.epoch(step),
         }
+        metrics |= {"kl": float(report.kl)} if weights.kl or weights.lk_hybrid else {}
+        metrics |= {"lk": float(report.lk)} if weights.lk else {}
         for k, rate in enumerate(report.accept_rate_K.tolist(), 1):
             metrics[f"accept_rate_{k}"] = rate
         return report.loss, metrics
 
-    def _weights(self, step: int) -> LossWeights:
-        s = self.recipe.loss
-        if isinstance(s, DFlashLossSettings):
-            return replace(DFLASH_WEIGHTS, decay=s.decay)
-        ce, tv = (s.ce + s.tv, 0.0) if step < s.ce_first_steps else (s.ce, s.tv)
-        return LossWeights(ce, tv, s.confidence, s.decay, s.detach_confidence)
+    def _blocks(self, batch: SampleBatch, step: int, first: int) -> AnchorBlocks:
+        """The blocks of a step's samples from the `first` on."""
+        run = self.recipe.run
+        seeds = [(run.seed * 1_000_003 + step) * run.rows + first + i for i in range(len(batch))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        anchors_M = sample_anchors(batch, self.recipe.samples.num_anchors, generators)
+        return AnchorBlocks.build(batch, anchors_M, self.drafter.block_size)
+
+    def _step_weight(self, step: int, decay: float) -> float:
+        """Sum of the position weights of all parts: known to each, so that no rank need ask."""
+        if self._total_weight[0] != step:
+            blocks = self._blocks(SampleBatch.of(self.samples.batch(step)), step, 0)
+            self._total_weight = (step, float(position_weights(blocks, decay).sum()))
+        return self._total_weight[1]
 
     def export(self, directory: Path) -> None:
         """Write the drafter; see `online.export`."""

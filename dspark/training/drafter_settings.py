@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dspark.drafters.config import evenly_spaced_taps
+from dspark.training.law_terms import LawWeights
+from dspark.training.losses import LossWeights
+
+LayerFamily = Literal["qwen3", "gemma4"]
 
 
 class Settings(BaseModel):
@@ -18,6 +23,9 @@ class Settings(BaseModel):
 class NewDrafterSettings(Settings):
     """What every new drafter has; what is not given is the target's."""
 
+    layers: LayerFamily = Field(
+        "qwen3", description="Qwen3's layers serve any target; a Gemma4 target may have its own"
+    )
     intermediate_size: int | None = Field(None, description="width of the gated MLP")
     copy_final_norm: bool = Field(True, description="start from the target's final norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of new matrices")
@@ -79,26 +87,126 @@ class Eagle3Settings(TapSettings):
     ttt_length: int = Field(7, ge=1, description="passes of the training-time test: most drafts")
 
 
-class DSparkLossSettings(Settings):
-    """Weights of the losses (METHOD.md 3); cross-entropy first, if asked for."""
+class LawLossSettings(Settings):
+    """Weights of terms that compare laws (training/law_terms.py)."""
 
-    ce: float = Field(0.1, ge=0)
-    tv: float = Field(0.9, ge=0)
-    confidence: float = Field(1.0, ge=0)
-    decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
-    detach_confidence: bool = False
-    ce_first_steps: int = Field(
-        0, ge=0, description="steps with cross-entropy in the place of total variation"
+    tv: float = Field(0.0, ge=0, description="sum of |p_d - p_t|, twice the total variation")
+    lk: float = Field(0.0, ge=0, description="-log of the chance that a draft is kept")
+    lk_hybrid: float = Field(
+        0.0, ge=0, description="KL where little is kept, total variation where much is"
+    )
+    lk_eta: float | None = Field(
+        None, gt=0, description="how fast lk_hybrid goes from one to the other; 3 if absent"
     )
 
+    def _terms(self) -> dict[str, float]:
+        """Every weight that may train a drafter, by name."""
+        return {"tv": self.tv, "lk": self.lk, "lk_hybrid": self.lk_hybrid}
 
-class DFlashLossSettings(Settings):
-    """Cross-entropy alone."""
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        terms = self._terms()
+        if not any(terms.values()):
+            raise ValueError(f"{', '.join(terms)} are all 0, which trains nothing; give one weight")
+        if self.lk_eta is not None and not self.lk_hybrid:
+            raise ValueError(f"lk_eta ({self.lk_eta}) says nothing where lk_hybrid is 0; remove it")
+        return self
 
+    def _law_weights(self) -> dict[str, Any]:
+        return self._terms() | {"lk_eta": 3.0 if self.lk_eta is None else self.lk_eta}
+
+
+class BlockLossSettings(LawLossSettings):
+    """Weights of a block drafter's losses."""
+
+    ce: float = Field(0.0, ge=0, description="cross-entropy against the true tokens")
+    kl: float = Field(0.0, ge=0, description="KL from the target's laws to the drafter's")
     decay: float = Field(4.0, gt=0, description="slots over which the weight falls by e")
 
+    def _terms(self) -> dict[str, float]:
+        return {"ce": self.ce, "kl": self.kl, **super()._terms()}
 
-class Eagle3LossSettings(Settings):
-    """Cross-entropy against the target's laws, pass by pass."""
+
+class DSparkLossSettings(BlockLossSettings):
+    """DSpark's (METHOD.md 3); cross-entropy first, if asked for."""
+
+    ce: float = Field(0.1, ge=0, description="cross-entropy against the true tokens")
+    tv: float = Field(0.9, ge=0, description="sum of |p_d - p_t|, twice the total variation")
+    confidence: float = Field(
+        1.0, ge=0, description="the confidence head's cross-entropy; without that head it is none"
+    )
+    detach_confidence: bool = Field(
+        False, description="keep the confidence loss from training all but its head"
+    )
+    ce_first_steps: int = Field(
+        0, ge=0, description="steps with cross-entropy in the place of all other terms on laws"
+    )
+
+    @model_validator(mode="after")
+    def _everything_acts(self) -> Self:
+        if self.detach_confidence and not self.confidence:
+            raise ValueError("detach_confidence says nothing where confidence is 0; remove it")
+        if self.ce_first_steps and not any(v for k, v in self._terms().items() if k != "ce"):
+            raise ValueError(
+                f"ce_first_steps ({self.ce_first_steps}) says nothing beside ce alone; remove it"
+            )
+        return self
+
+    def weights(self, step: int) -> LossWeights:
+        """The weights of a step."""
+        laws = self._law_weights()
+        if step < self.ce_first_steps:
+            laws = {"ce": sum(self._terms().values()), "tv": 0.0}
+        own = LossWeights(
+            confidence=self.confidence,
+            decay=self.decay,
+            detach_confidence=self.detach_confidence,
+        )
+        return replace(own, **laws)
+
+
+class DFlashLossSettings(BlockLossSettings):
+    """DFlash's: cross-entropy alone, unless another term is asked for."""
+
+    ce: float = Field(1.0, ge=0, description="cross-entropy against the true tokens")
+
+    def weights(self, step: int) -> LossWeights:  # noqa: ARG002
+        """The weights of a step."""
+        return replace(LossWeights(confidence=0.0, decay=self.decay), **self._law_weights())
+
+
+class ChainLossSettings(LawLossSettings):
+    """Weights of an autoregressive drafter's losses."""
+
+    soft_ce: float = Field(1.0, ge=0, description="cross-entropy against the target's laws")
+
+    def _terms(self) -> dict[str, float]:
+        return {"soft_ce": self.soft_ce, **super()._terms()}
+
+    def weights(self) -> LawWeights:
+        """The weights of a pass."""
+        return LawWeights(**self._law_weights())
+
+
+class Eagle3LossSettings(ChainLossSettings):
+    """Eagle3's: cross-entropy against the target's laws, pass by pass."""
 
     step_loss_decay: float = Field(0.8, gt=0, le=1, description="a pass's weight over the last's")
+
+
+def check_confidence(drafter: DSparkSettings, loss: DSparkLossSettings) -> None:
+    """Refuse a confidence head that nothing trains, and a weight for one that is not there.
+
+    Raises:
+        ValueError: as said.
+    """
+    if drafter.confidence_head and not loss.confidence:
+        raise ValueError(
+            "loss.confidence is 0, which would leave the confidence head untrained; give it a "
+            "weight or set drafter.confidence_head to false"
+        )
+    given = {"confidence", "detach_confidence"} & loss.model_fields_set
+    if not drafter.confidence_head and given and loss.confidence:
+        raise ValueError(
+            f"loss.{min(given)} says nothing where drafter.confidence_head is false; remove it"
+        )

@@ -7,28 +7,29 @@ and predicts token i + 2 + t: its label is the target's law at position i + 1 + 
 cross-entropy against that law, times decay ** t. With a reduced vocabulary it is the law given
 that the token is a known one: more a drafter cannot learn.
 
-All rows that predict the same token share the target's law, so supervision is by teacher position
-s = i + 1 + t, and only a chunk of these positions meets the vocabulary at once: its loss and exact
-gradient are computed together, and no [rows, V] tensor lives whole.
-Letters: B sequences, S tokens, P passes, M teacher positions; the others as elsewhere.
+All rows that predict the same token share the target's law (`laws.LawRows`).
+Letters: T rows of packed samples, P passes, N supervised rows of all passes; the others as
+elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.training.chain_attention import chain_attention
-from dspark.training.losses import suitable_rows
+from dspark.training.law_terms import LawWeights
+from dspark.training.laws import LawInputs, LawRows, law_loss, suitable_rows
 
 Supervision = Literal["predicted", "reference"]
+SOFT_CE = LawWeights(soft_ce=1.0)
 
 
 @dataclass(frozen=True)
@@ -51,187 +52,155 @@ class TTTReport:
     supervised: int
 
 
-def ttt_passes(
-    drafter: Eagle3Drafter, features_BSF: Tensor, input_ids_BS: Tensor, passes: int
-) -> Tensor:
-    """Hidden states [P, B, S, H] of every pass, before the final norm.
+@dataclass(frozen=True)
+class ChainRows:
+    """What each pass reads and which of its rows are supervised, for packed samples.
 
-    The last rows of a pass, whose token lies beyond the sequence, read token 0.
+    Attributes:
+        tokens_PT: the token whose embedding each row reads; 0 behind the sample's end.
+        positions_T: rows' positions at pass 0.
+        lengths: rows of each sample.
+        rows: the supervised rows, as t T + i, by the row whose law teaches them.
+        counts_P: what each pass's sum is divided by.
+    """
+
+    tokens_PT: Tensor
+    positions_T: Tensor
+    lengths: tuple[int, ...]
+    rows: LawRows
+    counts_P: Tensor
+
+    @classmethod
+    def build(
+        cls, batch: SampleBatch, passes: int, supervision: Supervision = "predicted"
+    ) -> ChainRows:
+        """Of packed samples, on the CPU.
+
+        Args:
+            batch: the samples.
+            passes: P.
+            supervision: `predicted` counts the rows whose predicted token is an answer's, and each
+                pass's cross-entropy is the mean over them. `reference` repeats the published
+                training run, to compare with it: the mask of the token two places before the
+                predicted one, and sums divided by all T rows.
+        """
+        rows_T, ends_T = torch.arange(batch.positions_T.numel()), batch.ends_T
+        read_PT = rows_T + 1 + torch.arange(passes).unsqueeze(1)
+        last, real_PT = rows_T.numel() - 1, read_PT < ends_T
+        tokens_PT = batch.input_ids_T[read_PT.clamp(max=last)] * real_PT
+        # The law at row i + 1 + t is the label; it is of the token behind that row.
+        if supervision == "predicted":
+            tested_PT = read_PT + 1
+            supervised_PT = tested_PT < ends_T
+        else:
+            tested_PT, supervised_PT = read_PT - 1, real_PT
+        supervised_PT = supervised_PT & batch.loss_mask_T[tested_PT.clamp(max=last)]
+        counts_P = supervised_PT.sum(dim=1)
+        if supervision == "reference":
+            counts_P = torch.full_like(counts_P, rows_T.numel())
+        rows = LawRows.build(read_PT, supervised_PT)
+        return cls(tokens_PT, batch.positions_T, batch.lengths, rows, counts_P)
+
+    def to(self, device: torch.device) -> ChainRows:
+        """The same on a device."""
+        names = ("tokens_PT", "positions_T", "rows", "counts_P")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def ttt_passes(drafter: Eagle3Drafter, features_TF: Tensor, chains: ChainRows) -> Tensor:
+    """Hidden states [P, T, H] of every pass, before the final norm.
 
     Args:
         drafter: bound.
-        features_BSF: the target's captured features.
-        input_ids_BS: tokens.
-        passes: P.
+        features_TF: the target's captured features.
+        chains: what the passes read, on the features' device.
     """
     weights = Eagle3Weights.of(drafter)
     config, dtype = weights.config, weights.fc.dtype
-    rows_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
-    hidden_BSH = weights.project(features_BSF.to(dtype))
-    tokens_BS, keys, values, outputs = input_ids_BS, list[Tensor](), list[Tensor](), list[Tensor]()
+    hidden_TH = weights.project(features_TF.to(dtype))
+    keys, values, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         keys.append(key)
         values.append(value)
-        return chain_attention(query, keys, values, scale=config.attention_scale).transpose(1, 2)
+        mixed = chain_attention(
+            query, keys, values, lengths=chains.lengths, scale=config.attention_scale
+        )
+        return mixed.transpose(0, 1)
 
-    for t in range(passes):
-        tokens_BS = F.pad(tokens_BS[:, 1:], (0, 1))
-        embedded_BSH = drafter.borrowed.embed(tokens_BS).to(dtype)
-        hidden_BSH = weights.step(embedded_BSH, hidden_BSH, rotary(rows_S + t, config, dtype), mix)
-        outputs.append(hidden_BSH)
+    for t, tokens_T in enumerate(chains.tokens_PT):
+        embedded_TH = drafter.borrowed.embed(tokens_T).to(dtype)
+        table = rotary(chains.positions_T + t, config, dtype)
+        hidden_TH = weights.step(embedded_TH, hidden_TH, table, mix)
+        outputs.append(hidden_TH)
     return torch.stack(outputs)
 
 
 def ttt_loss(
     drafter: Eagle3Drafter,
-    hidden_PBSH: Tensor,
-    teacher_BSH: Tensor,
-    loss_mask_BS: Tensor,
+    hidden_PTH: Tensor,
+    teacher_TH: Tensor,
+    chains: ChainRows,
     *,
     decay: float = 0.8,
-    supervision: Supervision = "predicted",
+    weights: LawWeights = SOFT_CE,
+    total_counts_P: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> TTTReport:
     """Loss of the passes over a batch.
 
     Args:
         drafter: whose norm and head turn hidden states into laws.
-        hidden_PBSH: what `ttt_passes` gave.
-        teacher_BSH: the target's states after its final norm.
-        loss_mask_BS: nonzero where a token is an answer's.
+        hidden_PTH: what `ttt_passes` gave.
+        teacher_TH: the target's states after its final norm.
+        chains: which rows are supervised, on the states' device.
         decay: factor from one pass's weight to the next's.
-        supervision: `predicted` counts the rows whose predicted token is an answer's, and each
-            pass's cross-entropy is the mean over them. `reference` repeats the published training
-            run, to compare with it: the mask of the token two places before the predicted one,
-            without the sequence's last token, and sums divided by all B S rows.
+        weights: of the terms on laws; none may need the true token.
+        total_counts_P: what to divide each pass's sum by; None for the batch's own counts. Give
+            the sum over all parts of a step where several share it.
         chunk_rows: rows that meet the vocabulary at once; None for as many as suit the device.
     """
-    passes, batch, length, _ = hidden_PBSH.shape
-    chosen_BS = _teacher_positions(loss_mask_BS, supervision)
-    sequence_M, position_M = chosen_BS.nonzero(as_tuple=True)
-    passes_P1 = torch.arange(passes, device=position_M.device).unsqueeze(1)
-    row_PM = position_M - 1 - passes_P1
-    real_PM = row_PM >= 0
-    dtype = torch.promote_types(hidden_PBSH.dtype, torch.float32)
-    counts_P = real_PM.sum(dim=1).clamp(min=1).to(dtype)
-    if supervision == "reference":
-        counts_P = torch.full_like(counts_P, batch * length)
-    weight_PM = real_PM * (decay ** passes_P1.to(dtype)) / counts_P.unsqueeze(1)
-    hidden_PMH = hidden_PBSH[passes_P1, sequence_M, row_PM.clamp(min=0)]
-    chunk_rows = chunk_rows or suitable_rows(position_M.device, drafter.config.vocab_size)
-    rows = _Rows(
-        drafter=drafter,
-        teacher_MH=teacher_BSH[sequence_M, position_M],
-        weight_PM=weight_PM,
-        chunk=max(1, chunk_rows // passes),
-        with_gradient=torch.is_grad_enabled() and hidden_PMH.requires_grad,
-    )
-    normed_PMH = torch.rms_norm(
-        hidden_PMH,
-        (hidden_PMH.shape[-1],),
+    passes, length, _ = hidden_PTH.shape
+    slots_N, device = chains.rows.slots_N, hidden_PTH.device
+    dtype = torch.promote_types(hidden_PTH.dtype, torch.float32)
+    counts_P = chains.counts_P if total_counts_P is None else total_counts_P
+    decays_P = decay ** torch.arange(passes, device=device, dtype=dtype)
+    pass_N = slots_N // length
+    normed_NH = torch.rms_norm(
+        hidden_PTH.flatten(0, 1)[slots_N],
+        (hidden_PTH.shape[-1],),
         drafter.norm.weight,
         drafter.config.backbone.rms_norm_eps,
     )
-    loss, ce_PM, accept_PM = _LawLoss.apply(normed_PMH, rows)  # type: ignore[no-untyped-call]
+    inputs = LawInputs(
+        head=drafter,
+        hidden_NH=normed_NH,
+        feature_Nr=None,
+        bias_Vr=None,
+        teacher_UH=teacher_TH[chains.rows.teacher_U],
+        labels_N=None,
+        weight_N=(decays_P / counts_P.clamp(min=1))[pass_N],
+    )
+    chunk_rows = chunk_rows or suitable_rows(device, drafter.config.vocab_size)
+    loss, terms = law_loss(inputs, chains.rows, weights, chunk_rows=chunk_rows)
+
+    def by_pass(values_N: Tensor) -> Tensor:
+        return values_N.new_zeros(passes).index_add_(0, pass_N, values_N)
+
     return TTTReport(
         loss=loss,
-        ce_P=(real_PM * ce_PM).sum(dim=1) / counts_P,
-        accept_rate_P=(real_PM * accept_PM).sum(dim=1) / real_PM.sum(dim=1).clamp(min=1),
-        accepted_length=_accepted_length(accept_PM, sequence_M, row_PM, (batch, length)),
-        supervised=int(real_PM.sum()),
+        ce_P=by_pass(terms.soft_ce) / counts_P.clamp(min=1),
+        accept_rate_P=by_pass(terms.accept) / by_pass(torch.ones_like(terms.accept)).clamp(min=1),
+        accepted_length=_accepted_length(terms.accept, slots_N, (passes, length)),
+        supervised=slots_N.numel(),
     )
 
 
-def _teacher_positions(loss_mask_BS: Tensor, supervision: Supervision) -> Tensor:
-    """True [B, S] where the target's law at a position is a label."""
-    mask_BS = loss_mask_BS != 0
-    if supervision == "predicted":
-        return F.pad(mask_BS[:, 1:], (0, 1))
-    mask_BS = mask_BS.clone()
-    mask_BS[:, -1] = False
-    return F.pad(mask_BS[:, :-1], (1, 0))
-
-
-def _accepted_length(
-    accept_PM: Tensor, sequence_M: Tensor, row_PM: Tensor, shape: tuple[int, int]
-) -> Tensor:
-    """Mean over chains: the rows of one chain lie on a diagonal of [P, M]."""
-    passes = accept_PM.shape[0]
-    table_PBS = accept_PM.new_zeros(passes, *shape)
-    real_PM = row_PM >= 0
-    pass_PM = torch.arange(passes, device=row_PM.device).unsqueeze(1).expand_as(row_PM)
-    sequence_PM = sequence_M.expand_as(row_PM)
-    table_PBS[pass_PM[real_PM], sequence_PM[real_PM], row_PM[real_PM]] = accept_PM[real_PM]
-    starts_BS = torch.zeros(shape, dtype=torch.bool, device=row_PM.device)
-    starts_BS[sequence_M[real_PM[0]], row_PM[0][real_PM[0]]] = True
-    gained_BS = 1 + table_PBS.cumprod(dim=0).sum(dim=0)
-    return gained_BS[starts_BS].sum() / starts_BS.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The constants of the supervised rows."""
-
-    drafter: Eagle3Drafter
-    teacher_MH: Tensor
-    weight_PM: Tensor
-    chunk: int
-    with_gradient: bool
-
-
-def _labels(drafter: Eagle3Drafter, teacher_MH: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The target's laws [M, V], and with a reduced vocabulary what they give to other tokens.
-
-    With a reduced vocabulary they are laws [M, Vd], given that the token is a known one: more a
-    drafter cannot learn. The chance [M, 1] of the others is none otherwise.
-    """
-    logits_MV = drafter.target_logits(teacher_MH)
-    known_MV = drafter.over_drafts(logits_MV)
-    unknown_M1 = None
-    if drafter.t2d is not None:
-        shares = known_MV.logsumexp(-1, keepdim=True) - logits_MV.logsumexp(-1, keepdim=True)
-        unknown_M1 = 1 - shares.exp()
-    return F.softmax(known_MV, dim=-1), unknown_M1
-
-
-class _LawLoss(torch.autograd.Function):
-    """sum w_tm CE(p_t, p_d), positions chunk by chunk, and its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, normed_PMH: Tensor, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-        weight_PM = rows.weight_PM
-        grad_PMH = torch.zeros_like(normed_PMH) if rows.with_gradient else None
-        ce_PM, accept_PM = torch.zeros_like(weight_PM), torch.zeros_like(weight_PM)
-        for start in range(0, weight_PM.shape[1], rows.chunk):
-            part = slice(start, start + rows.chunk)
-            teacher_MV, unknown_M1 = _labels(rows.drafter, rows.teacher_MH[part])
-            with torch.set_grad_enabled(rows.with_gradient):
-                # Rows of one matrix: as a stack the head would be copied once per pass.
-                normed_NH = normed_PMH[:, part].detach().flatten(0, 1)
-                logits_NV = rows.drafter.base_logits(normed_NH.requires_grad_(rows.with_gradient))
-            shape = (weight_PM.shape[0], -1)
-            log_law_PMV = torch.unflatten(F.log_softmax(logits_NV.detach(), dim=-1), 0, shape)
-            ce_PM[:, part] = -(log_law_PMV * teacher_MV).sum(dim=-1)
-            law_PMV = log_law_PMV.exp_()
-            if unknown_M1 is None:
-                gap_PMV = law_PMV.sub_(teacher_MV)  # the cross-entropy's gradient
-                distance_PM = gap_PMV.abs().sum(dim=-1)
-            else:
-                distance_PM = (law_PMV - (1 - unknown_M1) * teacher_MV).abs().sum(dim=-1)
-                distance_PM += unknown_M1.squeeze(-1)
-                gap_PMV = law_PMV.sub_(teacher_MV)
-            accept_PM[:, part] = (1 - 0.5 * distance_PM).clamp(0, 1)
-            if grad_PMH is not None:
-                [grad_NH] = torch.autograd.grad(logits_NV, [normed_NH], [gap_PMV.flatten(0, 1)])
-                grad_part_PMH = torch.unflatten(grad_NH, 0, shape)
-                grad_PMH[:, part] = grad_part_PMH * weight_PM[:, part].unsqueeze(-1)
-        ctx.save_for_backward(*(() if grad_PMH is None else (grad_PMH,)))
-        ctx.mark_non_differentiable(ce_PM, accept_PM)
-        return (weight_PM * ce_PM).sum(), ce_PM, accept_PM
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        [grad_PMH] = ctx.saved_tensors
-        return grad_PMH * grad_loss, None
+def _accepted_length(accept_N: Tensor, slots_N: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Mean over chains: each is a column of [P, T], which unsupervised rows end."""
+    table_PT = accept_N.new_zeros(shape[0] * shape[1]).index_copy_(0, slots_N, accept_N).view(shape)
+    starts_T = torch.zeros_like(table_PT, dtype=torch.bool)
+    starts_T = starts_T.flatten().index_fill_(0, slots_N, True).view(shape)[0]
+    gained_T = 1 + table_PT.cumprod(dim=0).sum(dim=0)
+    return (gained_T * starts_T).sum() / starts_T.sum().clamp(min=1)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
-from dspark.training.eagle import ttt_loss, ttt_passes
+from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
 from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
 from dspark.training.recipe import ChainRecipe, Eagle3Recipe
 
@@ -36,6 +35,7 @@ def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
             num_layers=1,
             num_taps=len(taps),
             intermediate_size=recipe.drafter.intermediate_size,
+            layers=recipe.drafter.layers,
         ),
         vocab_size=target.vocab_size,
         target_layer_ids=taps,
@@ -69,24 +69,29 @@ class Eagle3Objective:
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
+        self._counts = (-1, torch.zeros(0))
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one part of the step's samples."""
+        """Loss of one part of the step's samples.
+
+        The mean over all parts is the loss of the whole step, however it is divided.
+        """
         config = self.drafter.config
         samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
-        batch = SampleBatch.of(samples, features_TF.device)
-        features_BSF, hidden_BSH = (
-            pad_sequence(list(torch.split(rows, list(batch.lengths))), batch_first=True)
-            for rows in (features_TF, hidden_TH)
-        )
+        batch = SampleBatch.of(samples)
         self.tokens_seen += sum(batch.lengths)
-        passes_PBSH = ttt_passes(self.drafter, features_BSF, batch.input_ids_BS, config.ttt_length)
+        chains = ChainRows.build(batch, config.ttt_length).to(features_TF.device)
+        share_P = None
+        if parts > 1:
+            share_P = self._step_counts_P(step).to(features_TF.device) / parts
         report = ttt_loss(
             self.drafter,
-            passes_PBSH,
-            hidden_BSH,
-            batch.loss_mask_BS,
+            ttt_passes(self.drafter, features_TF, chains),
+            hidden_TH,
+            chains,
             decay=config.step_loss_decay,
+            weights=self.recipe.loss.weights(),
+            total_counts_P=share_P,
         )
         metrics = {
             "accepted_length": float(report.accepted_length),
@@ -96,6 +101,14 @@ class Eagle3Objective:
         for k, (ce, rate) in enumerate(rates, 1):
             metrics |= {f"ce_{k}": ce, f"accept_rate_{k}": rate}
         return report.loss, metrics
+
+    def _step_counts_P(self, step: int) -> Tensor:
+        """Supervised rows of each pass, of all parts."""
+        if self._counts[0] != step:
+            batch = SampleBatch.of(self.samples.batch(step))
+            chains = ChainRows.build(batch, self.drafter.config.ttt_length)
+            self._counts = (step, chains.counts_P)
+        return self._counts[1]
 
     def export(self, directory: Path) -> None:
         """Write the drafter; see `online.export`."""

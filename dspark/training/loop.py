@@ -1,188 +1,300 @@
-"""The training loop: any objective, exact resume, atomic checkpoints, a log and a progress bar.
+"""The training loop: any objective, exact resume, a gradient of the whole step.
 
-Everything random in a step is a function of (seed, step, rank), and a batch is a function of its
-step, so a run that is cut and resumed computes what the uncut run would have.
+Everything random in a part of a step is a function of (seed, step, part), and a batch is a
+function of its step, so a run that is cut and resumed computes what the uncut run would have.
+
+A step is divided into parts, `accumulate` of them one after the other on each rank. Its gradient is
+the mean of theirs; an objective sees to it that the mean of the parts' losses is the loss of the
+whole step, however unevenly its supervised tokens lie (FORMAT_FACTS.md B.2).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from dspark.errors import TrainingError
+from dspark.training.checkpoints import (
+    Position,
+    check_same_run,
+    load,
+    path_of,
+    read_position,
+    save,
+    saved_steps,
+    tidy,
+)
+from dspark.training.logs import Journal
+from dspark.training.objective import DataOrder, Evaluation, Objective, TrainingResult, World
 from dspark.training.optim import MasterOptimiser
-from dspark.training.parallel import average_over_ranks, barrier
-from dspark.training.recipe import OptimiserSettings, RunSettings
-
-LATEST = "latest"
-
-
-class Objective(Protocol):
-    """What is trained: a module, and the loss of a step's batch.
-
-    Attributes:
-        module: whose parameters the optimiser steps.
-        tokens_seen: tokens of the sequences that this rank's steps have read so far.
-    """
-
-    module: nn.Module
-    tokens_seen: int
-
-    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one of the `parts` of the step's batch, and numbers worth logging."""
-        ...
-
-    def export(self, directory: Path) -> None:
-        """Write the trained weights as a checkpoint that the rest of the project loads."""
-        ...
+from dspark.training.parallel import (
+    barrier,
+    gather,
+    reduce_after_this_part,
+    shard,
+    showing,
+    sum_numbers,
+    sum_over_ranks,
+)
+from dspark.training.run_settings import OptimiserSettings, RunSettings
+from dspark.training.stopping import StopSignals
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run ended.
+class Training:
+    """A run: an objective, its optimiser, and where both stand.
+
+    Args:
+        objective: what is trained.
+        run: how long, and what is kept.
+        settings: of the optimiser.
+        data: how much there is, and what it is called.
+        world: the processes that share the run.
 
     Attributes:
-        steps: steps done in all, earlier sittings included.
-        loss: mean loss of the last logged steps.
-        metrics: the last logged metrics.
-        tokens_per_s: tokens of sequences per second of this sitting, over all ranks.
-        peak_memory_bytes: the largest resident memory (CPU) or allocation (CUDA).
-        output_dir: where the exported weights lie.
+        steps: of the whole run.
+        position: where the run stands.
+        optimiser: what is stepped and saved.
     """
 
-    steps: int
-    loss: float
-    metrics: dict[str, float]
-    tokens_per_s: float
-    peak_memory_bytes: int
-    output_dir: Path
+    def __init__(
+        self,
+        objective: Objective,
+        run: RunSettings,
+        settings: OptimiserSettings,
+        data: DataOrder,
+        world: World,
+    ) -> None:
+        self.objective, self.run, self.data, self.world = objective, run, data, world
+        self.steps = total_steps(run, data.steps_per_epoch)
+        self.output = Path(run.output_dir)
+        self._step = _PartOfStep(objective)
+        if self.world.sharded:
+            shard(self._step, next(objective.module.parameters()).dtype)
+        named = objective.module.named_parameters()
+        self.optimiser = MasterOptimiser(named, settings, self.steps)
+        self._fixed: dict[str, Any] = {
+            "run.steps": self.steps,
+            "run.rows": run.rows,
+            "run.seed": run.seed,
+            "optimiser.name": settings.name,
+            "optimiser.ema": settings.ema,
+        }
+        self.position = Position(0, self._fixed)
 
+    def start(self, resume: bool) -> None:
+        """Take the place of the newest checkpoint, if there is one.
 
-def train(
-    objective: Objective,
-    run: RunSettings,
-    optimiser_settings: OptimiserSettings,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    resume: bool = False,
-    console: Console | None = None,
-) -> TrainingResult:
-    """Run the steps that are left and export the weights.
+        Args:
+            resume: whether there may be one.
 
-    Raises:
-        TrainingError: the loss is not finite, or the output directory holds another run's
-            checkpoint and `resume` is off.
-    """
-    output = Path(run.output_dir)
-    optimiser = MasterOptimiser(objective.module.named_parameters(), optimiser_settings, run.steps)
-    first = _resume_step(output, optimiser, run, resume)
-    started = time.perf_counter()
-    metrics: dict[str, float] = {}
-    with _progress(run, first, console, rank) as (report, log):
-        for step in range(first, run.steps):
-            metrics = _gradients(objective, optimiser, run.accumulate, step, rank, ranks)
-            average_over_ranks(optimiser.gradients())
-            norm, rate = optimiser.step(step)
-            _check_finite(metrics["loss"], norm, step, output)
-            metrics |= {"learning_rate": rate, "gradient_norm": norm}
-            report(step + 1, metrics)
-            if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
-                log(step + 1, metrics)
-            if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
-                _save(output, optimiser, step + 1, run, rank)
-        seconds = time.perf_counter() - started
-        _save(output, optimiser, run.steps, run, rank)
-    if rank == 0:
-        objective.export(output)
-    barrier()
-    done = objective.tokens_seen * ranks  # the ranks' shares are alike
-    return TrainingResult(
-        steps=run.steps,
-        loss=metrics.get("loss", math.nan),
-        metrics=metrics,
-        tokens_per_s=done / seconds if done else 0.0,
-        peak_memory_bytes=_peak_memory_bytes(),
-        output_dir=output,
-    )
+        Raises:
+            TrainingError: the output directory holds a run's checkpoint that is not to be resumed,
+                or that of a run with other settings.
+            CheckpointError: the checkpoint is damaged.
+        """
+        if not saved_steps(self.output):
+            return
+        if not resume:
+            raise TrainingError(
+                f"{self.output} already holds a run; give --resume to go on with it, or another "
+                "output_dir."
+            )
+        position = read_position(self.output)
+        check_same_run(self.output, position, self._fixed)
+        load(self.output, self.optimiser)
+        if self.world.rank == 0:
+            tidy(self.output, self.run.keep_last)
+        barrier()
+        self.position = position
 
+    def go(
+        self, *, console: Console | None = None, evaluation: Evaluation | None = None
+    ) -> TrainingResult:
+        """Take the steps that are left and export the weights.
 
-def _gradients(
-    objective: Objective,
-    optimiser: MasterOptimiser,
-    accumulate: int,
-    step: int,
-    rank: int,
-    ranks: int,
-) -> dict[str, float]:
-    """Collect the mean gradient of this rank's parts of a step; the means of their metrics."""
-    total: dict[str, float] = {}
-    for part in range(rank * accumulate, (rank + 1) * accumulate):
-        loss, metrics = objective.loss(step, part, ranks * accumulate)
-        (loss / accumulate).backward()  # type: ignore[no-untyped-call]
-        optimiser.collect()
-        for name, value in {"loss": float(loss.detach()), **metrics}.items():
-            total[name] = total.get(name, 0.0) + value / accumulate
-    return total
+        Args:
+            console: where the progress display goes; standard error by default.
+            evaluation: what is measured on the way.
 
+        Raises:
+            TrainingError: the loss is not finite; a checkpoint cannot be written; or SIGTERM or
+                SIGINT came.
+        """
+        journal = Journal(
+            self.output,
+            self.position.step,
+            self.steps,
+            console or Console(stderr=True),
+            active=self.world.rank == 0,
+            tensorboard=self.run.tensorboard,
+        )
+        started = time.perf_counter()
+        self.objective.tokens_seen = 0
+        with StopSignals() as signals, journal:
+            while self.position.step < self.steps:
+                stopping = self._advance(signals, evaluation)
+                step, metrics = self.position.step, self.position.metrics
+                journal.show(step, metrics, self._tokens_per_s(started))
+                measured = "real_accepted_length" in metrics
+                if measured or stopping or self._is_due(step, self.run.log_every):
+                    journal.write(step, metrics)
+                if stopping or self._is_due(step, self.run.save_every):
+                    self._save()
+                if stopping and step < self.steps:
+                    raise TrainingError(self._stopped(step, signals.received))
+            speed = self._tokens_per_s(started)
+        with self.shown():
+            if self.world.rank == 0:
+                self.objective.export(self.output)
+        barrier()
+        return TrainingResult(
+            steps=self.steps,
+            loss=self.position.metrics.get("loss", math.nan),
+            metrics=dict(self.position.metrics),
+            tokens_per_s=speed,
+            peak_memory_bytes=peak_memory_bytes(),
+            output_dir=self.output,
+        )
 
-def _check_finite(loss: float, norm: float, step: int, output: Path) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"Step {step} gave a loss of {loss} and a gradient norm of {norm}; the checkpoint "
-            f"before it is in {output / LATEST}: lower the learning rate and resume from there."
+    def gradients(self, step: int) -> tuple[dict[str, float], list[tuple[int, float]]]:
+        """Collect the mean gradient of this rank's parts of a step.
+
+        Returns:
+            The means of the parts' metrics, the loss among them, and each part's number and loss.
+        """
+        accumulate = self.run.accumulate
+        parts = self.world.ranks * accumulate
+        own = range(self.world.rank * accumulate, (self.world.rank + 1) * accumulate)
+        means: dict[str, float] = {}
+        losses = list[tuple[int, float]]()
+        for part in own:
+            reduce_after_this_part(self._step, part == own[-1])
+            torch.manual_seed(_part_seed(self.run.seed, step, part))
+            loss, metrics = self._step(step, part, parts)
+            (loss / accumulate).backward()
+            self.optimiser.collect()
+            losses.append((part, float(loss.detach())))
+            for name, number in {"loss": losses[-1][1], **metrics}.items():
+                means[name] = means.get(name, 0.0) + number / accumulate
+        return means, losses
+
+    def shown(self) -> AbstractContextManager[None]:
+        """The module with the weights that are evaluated and exported; for all ranks at once."""
+        if self.world.sharded or self.optimiser.averages is not None:
+            return showing(self.objective.module, self.optimiser.shown())
+        return nullcontext()
+
+    def _advance(self, signals: StopSignals, evaluation: Evaluation | None) -> bool:
+        """One step, and what is measured after it; whether any rank is asked to stop."""
+        metrics, stopping = self._take_step(self.position.step, signals)
+        self.position = replace(self.position, step=self.position.step + 1, metrics=metrics)
+        if evaluation is not None and self._is_due(self.position.step, evaluation.every):
+            self._evaluate(evaluation)
+        return stopping
+
+    def _take_step(self, step: int, signals: StopSignals) -> tuple[dict[str, float], bool]:
+        """One step of the optimiser; its metrics, and whether any rank is asked to stop."""
+        ranks = self.world.ranks
+        means, losses = self.gradients(step)
+        sums = sum_numbers({**means, "stopping": float(signals.received is not None)})
+        stopping = sums.pop("stopping") > 0
+        metrics = {name: value / ranks for name, value in sums.items()}
+        if not math.isfinite(metrics["loss"]):
+            raise TrainingError(self._not_finite(step, losses))
+        if not self.world.sharded:  # FSDP has taken the ranks' mean already
+            sum_over_ranks(self.optimiser.gradients())
+        norm = self.optimiser.clip(1.0 if self.world.sharded else 1 / ranks)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"Step {step} gave a gradient norm of {norm} at a loss of {metrics['loss']:.4g}; "
+                f"{self._remedy()}"
+            )
+        rate = self.optimiser.step(step)
+        return metrics | {"learning_rate": rate, "gradient_norm": norm}, stopping
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        best = self.position.best_accepted_length
+        with self.shown():
+            measured = dict(evaluation.measure())
+            length = measured["real_accepted_length"]
+            better = best is None or length > best
+            if better and self.world.rank == 0:
+                evaluation.keep()
+        barrier()
+        metrics = {**self.position.metrics, **measured}
+        self.position = replace(self.position, metrics=metrics)
+        if better:
+            self.position = replace(
+                self.position, best_step=self.position.step, best_accepted_length=length
+            )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.steps
+
+    def _save(self) -> None:
+        keep, rank = self.run.keep_last, self.world.rank
+        save(self.output, self.optimiser, self.position, keep_last=keep, rank=rank)
+
+    def _tokens_per_s(self, started: float) -> float:
+        # The ranks' shares are alike.
+        return self.objective.tokens_seen * self.world.ranks / (time.perf_counter() - started)
+
+    def _not_finite(self, step: int, losses: list[tuple[int, float]]) -> str:
+        parts = self.world.ranks * self.run.accumulate
+        bad = [
+            f"rank {self.world.rank}, part {part} ({self.data.names(step, part, parts)}): {loss}"
+            for part, loss in losses
+            if not math.isfinite(loss)
+        ]
+        found = "; ".join(each for of_rank in gather(bad) for each in of_rank)
+        return f"Step {step} gave a loss that is no number, in {found}; {self._remedy()}"
+
+    def _remedy(self) -> str:
+        saved = saved_steps(self.output)
+        if not saved:
+            return "there is no checkpoint before it: lower the learning rate and start again."
+        return (
+            f"the checkpoint before it is {path_of(self.output, saved[-1])}: lower the learning "
+            "rate, or leave these data out, and go on from there with --resume."
+        )
+
+    def _stopped(self, step: int, signal: str | None) -> str:
+        return (
+            f"Stopped by {signal or 'a signal to another rank'} after step {step} of {self.steps}, "
+            f"which is saved in {path_of(self.output, step)}; go on with --resume."
         )
 
 
-def _resume_step(output: Path, optimiser: MasterOptimiser, run: RunSettings, resume: bool) -> int:
-    path = output / LATEST / "state.pt"
-    if not path.is_file():
-        return 0
-    if not resume:
-        raise TrainingError(
-            f"{output} already holds a run; give --resume to go on with it, or another output_dir."
-        )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state["steps"] != run.steps:
-        raise TrainingError(
-            f"The run in {output} was started for {state['steps']} steps, not {run.steps}; its "
-            "learning-rate schedule depends on that, so resume it with the same number."
-        )
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
+class _PartOfStep(nn.Module):
+    """A part of a training step as a module's forward: what FSDP needs to see as one."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.trained = objective.module
+        self._objective = objective
+
+    def forward(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        return self._objective.loss(step, part, parts)
 
 
-def _save(output: Path, optimiser: MasterOptimiser, step: int, run: RunSettings, rank: int) -> None:
-    """Write the checkpoint beside the last one, then swap: a crash leaves one of them whole."""
-    if rank == 0:
-        fresh, old = output / f"{LATEST}.new", output / f"{LATEST}.old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        torch.save(
-            {"step": step, "steps": run.steps, "optimiser": optimiser.state_dict()},
-            fresh / "state.pt",
-        )
-        shutil.rmtree(old, ignore_errors=True)
-        if (output / LATEST).exists():
-            os.replace(output / LATEST, old)
-        os.replace(fresh, output / LATEST)
-        shutil.rmtree(old, ignore_errors=True)
-    barrier()
+def total_steps(run: RunSettings, steps_per_epoch: float) -> int:
+    """Steps of a whole run."""
+    if run.steps is not None:
+        return run.steps
+    assert run.epochs is not None
+    return max(1, int(run.epochs * steps_per_epoch))
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """The largest resident memory (CPU) or allocation (CUDA) of this process so far."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -190,41 +302,6 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-Report = Callable[[int, dict[str, float]], None]
-
-
-class _progress:
-    """A progress bar with the time left, and a JSON-lines log beside the checkpoint."""
-
-    def __init__(self, run: RunSettings, first: int, console: Console | None, rank: int) -> None:
-        self._rank = rank
-        self._path = Path(run.output_dir) / "log.jsonl"
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console or Console(stderr=True),
-            disable=rank != 0,
-        )
-        self._task = self._bar.add_task("", total=run.steps, completed=first, note="")
-
-    def __enter__(self) -> tuple[Report, Report]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._bar.start()
-        return self._report, self._log
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def _report(self, step: int, metrics: dict[str, float]) -> None:
-        note = f"loss {metrics['loss']:.3f}"
-        if "accepted_length" in metrics:
-            note += f"  accepted length {metrics['accepted_length']:.2f}"
-        self._bar.update(self._task, completed=step, note=note)
-
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._rank == 0:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+def _part_seed(seed: int, step: int, part: int) -> int:
+    """Names what a part of a step draws from torch's own generator, should it do so."""
+    return hash((seed, step, part)) % (1 << 63)

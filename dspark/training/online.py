@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.stored import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import BackboneConfig
+from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
+from dspark.training.drafter_settings import LayerFamily
 from dspark.training.feature_opening import open_features, open_store
+from dspark.training.held_out import without_held_out
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,14 +35,16 @@ class OnlineSamples:
 
     Attributes:
         draft_tokens: token ids [Vd] of the recipe's reduced vocabulary, ascending; None for all.
+        held_out: samples that are not trained on, for `evaluation.heldout`.
     """
 
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
         self.target = target
         self.rows = recipe.run.rows
         store = open_store(recipe)
-        samples = load_samples(recipe, target, store)
-        self.source = open_features(recipe, target, samples, store)
+        loaded = load_samples(recipe, target, store)
+        samples, self.held_out = without_held_out(loaded, recipe.evaluation)
+        self.source = open_features(recipe, target, loaded, store)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
         known = recipe.drafter.draft_vocab_size
         self.draft_tokens = None if known is None else commonest_tokens(samples, known)
@@ -68,9 +72,18 @@ class OnlineSamples:
 
 
 def backbone_shapes(
-    target: Target, *, num_layers: int, num_taps: int, intermediate_size: int | None
+    target: Target,
+    *,
+    num_layers: int,
+    num_taps: int,
+    intermediate_size: int | None,
+    layers: LayerFamily = "qwen3",
 ) -> BackboneConfig:
-    """Shapes of a new drafter's layers: the target's, where not given."""
+    """Shapes of a new drafter's layers: the target's, where not given.
+
+    Raises:
+        CompatibilityError: Gemma4's layers are asked for another target.
+    """
     config = layer_config(target)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
@@ -86,7 +99,26 @@ def backbone_shapes(
         num_taps=num_taps,
         rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
+        **(gemma4_parts(target, rope) if layers == "gemma4" else {}),
     )
+
+
+def gemma4_parts(target: Target, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets Gemma4's global attention layers apart from Qwen3's (FORMAT_FACTS.md A.3).
+
+    Raises:
+        CompatibilityError: the target has no such layers.
+    """
+    kind = str(getattr(target.config, "model_type", None))
+    if not kind.startswith("gemma4"):
+        raise CompatibilityError(
+            f"drafter.layers is gemma4, but the target is a {kind} model; set it to qwen3."
+        )
+    return {
+        **GEMMA4_PARTS,
+        "value_from_key": bool(getattr(target.config, "attention_k_eq_v", False)),
+        "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),
+    }
 
 
 def layer_config(target: Target) -> Any:
@@ -172,7 +204,10 @@ def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
 
 
 def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:
-    """Load the recipe's target; without its layers where features are read from a cache."""
-    if recipe.features.source == "cache":
+    """Load the recipe's target; without its layers where none of the run needs them.
+
+    They are needed unless all features are read from a cache and no drafter is measured.
+    """
+    if recipe.features.source == "cache" and recipe.evaluation is None:
         return load_without_layers(recipe.target, device=device, dtype=dtype)
     return Target.load(recipe.target, device=device, dtype=dtype)

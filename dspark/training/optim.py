@@ -1,33 +1,30 @@
-"""Optimisers over fp32 master weights, and the learning-rate schedule."""
+"""Optimisers over fp32 master weights, and their moving average."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from dspark.training.recipe import OptimiserSettings
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up to 1 over `warmup_steps`, then a cosine to 0 at `steps`.
-
-    Step 0 already moves: its factor is 1 / warmup_steps.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+from dspark.training.run_settings import OptimiserSettings
+from dspark.training.schedules import learning_rate_factor
 
 
 class MasterOptimiser:
     """Steps fp32 masters of the trainable parameters and copies them back to the model's dtype.
 
     `adamw` uses AdamW for all. `muon` uses Muon (Jordan et al. 2024, `torch.optim.Muon`) for the
-    matrices inside the layers, and AdamW for embeddings, heads, norms and biases.
+    matrices inside the layers, and AdamW for embeddings, heads, norms and biases. Parameters that
+    FSDP has sharded are fp32 shards, and their own masters.
+
+    Args:
+        named_parameters: of the module; those without gradient are left out.
+        settings: rates, schedule, clipping, moving average.
+        steps: of the whole run, which the schedule depends on.
     """
 
     def __init__(
@@ -38,7 +35,6 @@ class MasterOptimiser:
     ) -> None:
         self.settings = settings
         self.steps = steps
-        self.warmup_steps = max(1, int(settings.warmup_fraction * steps))
         named = [(n, p) for n, p in named_parameters if p.requires_grad]
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
@@ -46,36 +42,24 @@ class MasterOptimiser:
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone())
             for p in self.parameters
         ]
+        self.averages = None if settings.ema is None else [m.detach().clone() for m in self.masters]
         self._optimisers = self._build()
 
-    def _build(self) -> list[torch.optim.Optimizer]:
+    def _build(self) -> dict[str, torch.optim.Optimizer]:
         s = self.settings
-        is_hidden = [
-            s.name == "muon" and p.ndim == 2 and ".layers." in f".{n}"
-            for n, p in zip(self.names, self.masters, strict=True)
-        ]
-        rest = [p for p, hidden in zip(self.masters, is_hidden, strict=True) if not hidden]
-        hidden = [p for p, hidden in zip(self.masters, is_hidden, strict=True) if hidden]
-        found: list[torch.optim.Optimizer] = []
+        named = list(zip(self.names, self.masters, strict=True))
+        hidden = [(n, p) for n, p in named if s.name == "muon" and _in_layers(n, p)]
+        chosen = {n for n, _ in hidden}
+        rest = [(n, p) for n, p in named if n not in chosen]
+        found: dict[str, torch.optim.Optimizer] = {}
         if rest:
-            found.append(
-                torch.optim.AdamW(
-                    rest,
-                    lr=s.learning_rate,
-                    betas=s.betas,
-                    eps=s.eps,
-                    weight_decay=s.weight_decay,
-                    foreach=True,
-                )
-            )
+            found["adamw"] = _adamw([p for _, p in rest], s)
         if hidden:
-            found.append(
-                torch.optim.Muon(
-                    hidden,
-                    lr=s.matrix_learning_rate,
-                    weight_decay=s.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+            found["muon"] = torch.optim.Muon(
+                [p for _, p in hidden],
+                lr=s.matrix_learning_rate,
+                weight_decay=s.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
             )
         return found
 
@@ -90,55 +74,130 @@ class MasterOptimiser:
                 master.grad += parameter.grad
             parameter.grad = None
 
-    def step(self, step: int) -> tuple[float, float]:
-        """Clip, step and clear the collected gradients.
+    def gradients(self) -> list[Tensor]:
+        """The collected gradients that exist."""
+        return [m.grad for m in self.masters if m.grad is not None]
+
+    def clear(self) -> None:
+        """Forget the collected gradients."""
+        for master in self.masters:
+            master.grad = None
+
+    def clip(self, scale: float) -> float:
+        """Multiply the collected gradients and clip them.
+
+        Args:
+            scale: what the gradients are multiplied by first.
+
+        Returns:
+            Their norm before clipping, over all ranks' shards.
+        """
+        torch._foreach_mul_(self.gradients(), scale)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """Step with the collected gradients, and forget them.
 
         Args:
             step: the index of this step from 0, which sets the learning rate.
 
         Returns:
-            (gradient norm before clipping, learning rate of the AdamW part).
+            The learning rate of the AdamW part.
         """
-        norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
-        factor = learning_rate_factor(step, self.steps, self.warmup_steps)
-        for optimiser, base in zip(self._optimisers, self._base_rates(), strict=True):
+        factor = learning_rate_factor(self.settings, step, self.steps)
+        for name, optimiser in self._optimisers.items():
+            peak = self.settings
+            base = peak.matrix_learning_rate if name == "muon" else peak.learning_rate
             for group in optimiser.param_groups:
                 group["lr"] = base * factor
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
-        return float(norm), self.settings.learning_rate * factor
+        self.clear()
+        self._write_back()
+        if self.averages is not None and self.settings.ema is not None:
+            # Early on, a mean over few steps: else the initial weights would stay for long.
+            share = 1.0 - min(self.settings.ema, (1.0 + step) / (10.0 + step))
+            torch._foreach_lerp_(self.averages, [m.detach() for m in self.masters], share)
+        return self.settings.learning_rate * factor
 
-    def _base_rates(self) -> list[float]:
-        return [
-            self.settings.matrix_learning_rate
-            if isinstance(optimiser, torch.optim.Muon)
-            else self.settings.learning_rate
-            for optimiser in self._optimisers
-        ]
-
-    def gradients(self) -> list[Tensor]:
-        """The collected gradients that exist, for averaging over ranks."""
-        return [m.grad for m in self.masters if m.grad is not None]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masters and optimiser states: what an exact resume needs beside the step."""
-        return {
-            "masters": dict(zip(self.names, [m.detach() for m in self.masters], strict=True)),
-            "optimisers": [o.state_dict() for o in self._optimisers],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        with torch.no_grad():
-            for name, master, parameter in zip(
-                self.names, self.masters, self.parameters, strict=True
-            ):
-                master.copy_(state["masters"][name])
+    def _write_back(self) -> None:
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if master is not parameter:
                 parameter.copy_(master)
-        states: Sequence[dict[str, Any]] = state["optimisers"]
-        for optimiser, saved in zip(self._optimisers, states, strict=True):
-            optimiser.load_state_dict(saved)
+
+    def shown(self) -> dict[str, Tensor]:
+        """What is evaluated and exported: the moving average, if there is one, else the masters."""
+        tensors = self.averages or [m.detach() for m in self.masters]
+        return dict(zip(self.names, tensors, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters, moving average and the optimisers' states, by flat names.
+
+        With the number of the step this is all that an exact resume needs.
+        """
+        state = {f"master/{n}": m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+        if self.averages is not None:
+            state |= {f"ema/{n}": a for n, a in zip(self.names, self.averages, strict=True)}
+        for key, optimiser in self._optimisers.items():
+            for name, own in self._states(optimiser):
+                state |= {f"{key}/{name}/{field}": value for field, value in own.items()}
+        return state
+
+    def blank_state(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors like those that `state_dict` has of these names, for a checkpoint to fill."""
+        masters = dict(zip(self.names, self.masters, strict=True))
+        blank: dict[str, Tensor] = {}
+        for name in names:
+            kind, _, rest = name.partition("/")
+            parameter, _, field = rest.partition("/")
+            like = masters[parameter].detach()
+            whole = kind in ("master", "ema") or field != "step"
+            blank[name] = torch.zeros_like(like) if whole else torch.zeros(())
+        return blank
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.copy_(state[f"master/{name}"])
+        self._write_back()
+        for name, average in zip(self.names, self.averages or (), strict=False):
+            average.copy_(state[f"ema/{name}"])
+        for key, optimiser in self._optimisers.items():
+            saved: dict[int, dict[str, Tensor]] = {}
+            for index, (name, _) in enumerate(self._states(optimiser)):
+                start = f"{key}/{name}/"
+                own = {n.removeprefix(start): x for n, x in state.items() if n.startswith(start)}
+                if own:
+                    saved[index] = own
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": saved, "param_groups": groups})
+
+    def _states(self, optimiser: torch.optim.Optimizer) -> list[tuple[str, dict[str, Tensor]]]:
+        names = {id(m): n for n, m in zip(self.names, self.masters, strict=True)}
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        return [(names[id(p)], optimiser.state.get(p, {})) for p in parameters]
+
+
+def _in_layers(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and ".layers." in f".{name}"
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
+    """AdamW, in one kernel where the device has it."""
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    try:
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    except RuntimeError:  # says that this device has none
+        return torch.optim.AdamW(parameters, foreach=True, **options)
+
+
+def number_of(parameters: Iterable[Tensor]) -> int:
+    """Numbers in all of some parameters together, whatever share of them lies here."""
+    return sum(math.prod(p.shape) for p in parameters)

@@ -1,13 +1,24 @@
-"""Data parallelism by torch.distributed: who am I, and the mean of gradients over ranks."""
+"""Several processes by torch.distributed: who am I, what is summed, what is sharded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dspark.errors import RecipeError
+
+_BUCKET_NUMBERS = 1 << 24  # of one message: 64 MiB in fp32
+_PATIENCE = timedelta(hours=1)  # the first rank may read data that the others wait for
 
 
 def start_parallel(device: str) -> tuple[int, int]:
@@ -19,21 +30,53 @@ def start_parallel(device: str) -> tuple[int, int]:
     if "RANK" not in os.environ or not dist.is_available():
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            torch.cuda.set_device(device)
+        # Objects and small sums travel on the CPU, by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
 
 
-def average_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over ranks, summed in fp32, in one message."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def is_parallel() -> bool:
+    """Whether there are several processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, summed in fp32, in few messages."""
+    if not is_parallel():
         return
-    flat = torch.cat([t.detach().float().reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    start = 0
-    for tensor in tensors:
-        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-        start += tensor.numel()
+    bucket: list[Tensor] = []
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        sizes = [t.numel() for t in bucket]
+        if i + 1 < len(tensors) and sum(sizes) < _BUCKET_NUMBERS:
+            continue
+        flat = torch.cat([t.detach().float().reshape(-1) for t in bucket])
+        dist.all_reduce(flat)
+        for own, summed in zip(bucket, torch.split(flat, sizes), strict=True):
+            own.copy_(summed.view_as(own))
+        bucket = []
+
+
+def sum_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The sums over ranks of numbers that all of them have under the same names, in fp64."""
+    if not is_parallel():
+        return dict(numbers)
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def gather(thing: Any) -> list[Any]:
+    """What every rank has, in their order."""
+    if not is_parallel():
+        return [thing]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, thing)
+    return found
 
 
 def barrier() -> None:
@@ -47,3 +90,76 @@ def pick_device(device: str) -> str:
     if device != "auto":
         return device
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def wants_sharding(parallel: str, device: str, ranks: int) -> bool:
+    """Whether a run is to be sharded.
+
+    Raises:
+        RecipeError: fsdp is asked of a process that torchrun has not started.
+    """
+    if parallel == "fsdp" and not dist.is_initialized():
+        raise RecipeError(
+            "run.parallel is fsdp, but there is one process only; start it by "
+            "torchrun --nproc-per-node N -m dspark train, or set run.parallel to auto."
+        )
+    return parallel == "fsdp" or (parallel == "auto" and ranks > 1 and device.startswith("cuda"))
+
+
+def shard(step: nn.Module, dtype: torch.dtype) -> None:
+    """Shard the parameters of a module whose forward is a whole part of a training step (FSDP2).
+
+    They become fp32 shards, which are stepped; the forward sees them whole and in `dtype`, and
+    gradients are summed in fp32. They are one unit: a drafter's arithmetic reads its layers'
+    weights across modules, so they are gathered at once.
+
+    Args:
+        step: the module; what it uses beside parameters (a target's embedding and head) stays.
+        dtype: of the forward and backward pass.
+    """
+    for parameter in step.parameters():
+        parameter.data = parameter.data.float()
+    parameter = next(step.parameters())
+    mesh = init_device_mesh(parameter.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    fully_shard(step, mesh=mesh, mp_policy=policy)
+
+
+def reduce_after_this_part(step: nn.Module, last: bool) -> None:
+    """Let a sharded module sum gradients over ranks, and drop whole weights, in the last part."""
+    if isinstance(step, FSDPModule):
+        step.set_requires_gradient_sync(last)
+        step.set_reshard_after_backward(last)
+
+
+@contextmanager
+def showing(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with other weights for a while, whole ones in place of shards.
+
+    All ranks must enter, for shards are gathered.
+
+    Args:
+        module: whose parameters are replaced.
+        weights: by parameters' names; they take the dtype that the replaced ones have, or, where
+            those are shards, keep their own.
+    """
+    named = dict(module.named_parameters())
+    new = {id(named[name]): _plain(named[name], weight) for name, weight in weights.items()}
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for owner in module.modules():
+        for name, old in list(owner._parameters.items()):
+            if old is not None and id(old) in new:  # tied tables are replaced in both places
+                kept.append((owner, name, old))
+                owner._parameters[name] = new[id(old)]
+    try:
+        yield
+    finally:
+        for owner, name, old in kept:
+            owner._parameters[name] = old
+
+
+def _plain(old: nn.Parameter, weight: Tensor) -> nn.Parameter:
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.to(old.dtype)
+    return nn.Parameter(whole, requires_grad=False)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
 from dspark.training.drafter_settings import (
     BlockSettings,
+    ChainLossSettings,
     DFlashLossSettings,
     DSparkLossSettings,
     DSparkSettings,
@@ -20,8 +21,15 @@ from dspark.training.drafter_settings import (
     Eagle3Settings,
     NewDrafterSettings,
     Settings,
+    check_confidence,
 )
 from dspark.training.feature_settings import FeatureSettings
+from dspark.training.run_settings import (
+    DrafterRunSettings,
+    EvaluationSettings,
+    OptimiserSettings,
+    TargetRunSettings,
+)
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -49,42 +57,6 @@ class CorpusSettings(Settings):
     heldout: dict[str, Source] = Field(
         default_factory=dict, description="domain -> source, for held-out bits per byte"
     )
-
-
-class OptimiserSettings(Settings):
-    """AdamW, or Muon for the layers' matrices with AdamW for the rest."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(6e-4, gt=0, description="AdamW's peak rate")
-    matrix_learning_rate: float = Field(2e-3, gt=0, description="Muon's peak rate")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_fraction: float = Field(0.04, ge=0, lt=1, description="share of the steps")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-
-
-class RunSettings(Settings):
-    """How long, on what, and what is kept."""
-
-    output_dir: str
-    steps: int = Field(ge=1)
-    rows: int = Field(8, ge=1, description="sequences per step, over all ranks")
-    accumulate: int = Field(
-        1, ge=1, description="parts of a rank's rows that are computed one after the other"
-    )
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    log_every: int = Field(10, ge=1, description="steps between log lines")
-    save_every: int = Field(200, ge=1, description="steps between checkpoints")
-
-
-class TargetRunSettings(RunSettings):
-    """A run over a token stream, whose rows are all of one length."""
-
-    row_tokens: int = Field(512, ge=8, description="tokens per sequence")
-    compile: bool = Field(False, description="torch.compile the loss")
 
 
 class ArchitectureSettings(Settings):
@@ -138,12 +110,27 @@ class DrafterRecipe(Settings):
 
     kind: Literal["drafter"]
     target: str = Field(description="directory or hub id of the target")
+    initial: str | None = Field(
+        None, description="drafter to start from, its weights only: a directory or hub id"
+    )
     layout: Literal["published", "attached"] = Field(
         "published", description="attached writes it into the target's directory"
     )
     features: FeatureSettings = FeatureSettings()
+    evaluation: EvaluationSettings | None = Field(
+        None, description="how the real accepted length is measured, every run.evaluate_every steps"
+    )
     optimiser: OptimiserSettings = OptimiserSettings()
-    run: RunSettings
+    run: DrafterRunSettings
+
+    @model_validator(mode="after")
+    def _evaluated_on_something(self) -> Self:
+        if (self.evaluation is None) != (self.run.evaluate_every is None):
+            given, missing = ("evaluation", "run.evaluate_every")
+            if self.evaluation is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} says nothing without {missing}; give both or neither")
+        return self
 
 
 class DSparkRecipe(DrafterRecipe):
@@ -153,6 +140,11 @@ class DSparkRecipe(DrafterRecipe):
     drafter: DSparkSettings = DSparkSettings()
     loss: DSparkLossSettings = DSparkLossSettings()
     samples: AnchorSampleSettings
+
+    @model_validator(mode="after")
+    def _the_confidence_head_is_trained(self) -> Self:
+        check_confidence(self.drafter, self.loss)
+        return self
 
 
 class DFlashRecipe(DrafterRecipe):
@@ -164,7 +156,20 @@ class DFlashRecipe(DrafterRecipe):
     samples: AnchorSampleSettings
 
 
-class Eagle3Recipe(DrafterRecipe):
+class ChainDrafterRecipe(DrafterRecipe):
+    """A drafter that runs once per token."""
+
+    @model_validator(mode="after")
+    def _is_not_compiled(self) -> Self:
+        if self.run.compile:
+            raise ValueError(
+                "run.compile is for dspark and dflash, whose blocks are one forward pass; set it "
+                "to false"
+            )
+        return self
+
+
+class Eagle3Recipe(ChainDrafterRecipe):
     """Eagle3: one layer that runs once per token, trained by the training-time test."""
 
     algorithm: Literal["eagle3"]
@@ -173,11 +178,12 @@ class Eagle3Recipe(DrafterRecipe):
     samples: SampleSettings
 
 
-class MTPRecipe(DrafterRecipe):
+class MTPRecipe(ChainDrafterRecipe):
     """MTP-1: Eagle3's layer on the target's last layer, for one extra token."""
 
     algorithm: Literal["mtp"]
     drafter: NewDrafterSettings = NewDrafterSettings()
+    loss: ChainLossSettings = ChainLossSettings()
     samples: SampleSettings
 
 
@@ -209,6 +215,9 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
+    A recipe may say `extends: NAME`: it then has that one's keys (a file beside it, or a bundled
+    recipe), except for those that it gives itself.
+
     Args:
         name: a YAML file or the name of a bundled recipe.
         overrides: `key.subkey=value` strings; the value is read as YAML.
@@ -218,12 +227,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             does not fit.
     """
     path = find_recipe(name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}.") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no mapping of keys to values.")
+    data = _read(path)
     for override in overrides:
         _apply_override(data, override)
     model, what = _model(path, data)
@@ -231,6 +235,35 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         return model.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_sentence(path, what, error)) from error
+
+
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file, laid over that of the recipe that it `extends`."""
+    if path in extended:
+        raise RecipeError(f"{path} extends itself, by way of {extended[-1]}; remove one `extends`.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no mapping of keys to values.")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    found = beside if beside.is_file() else find_recipe(str(base))
+    return _laid_over(_read(found, (*extended, path)), data)
+
+
+def _laid_over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of both, mappings key by key; where both have one, `data` says what it is."""
+    merged = dict(base)
+    for key, value in data.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _laid_over(old, value)  # noqa: PLW2901
+        merged[key] = value
+    return merged
 
 
 def _model(path: Path, data: dict[str, Any]) -> tuple[type[Recipe], str]:
@@ -254,7 +287,8 @@ def _sentence(path: Path, what: str, error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{path}: {what} has no key {key!r}; remove it or correct its name."
     if first["type"] == "value_error":  # of our own validators
-        return f"{path}: {key}: {first['ctx']['error']}."
+        reason = first["ctx"]["error"]
+        return f"{path}: {key}: {reason}." if key else f"{path}: {reason}."
     return f"{path}: {key} is {first['input']!r}: {first['msg']}."
 
 

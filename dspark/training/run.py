@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
+from dspark.data.conversations import read_prompts
 from dspark.errors import RecipeError
+from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
+from dspark.training.checkpoints import BEST
+from dspark.training.compiling import compile_forward
 from dspark.training.drafter import DrafterObjective
 from dspark.training.eagle_drafter import Eagle3Objective
+from dspark.training.held_out import (
+    Decode,
+    Encode,
+    HeldOut,
+    prompts_of,
+    put_best,
+    requests_of,
+)
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
-from dspark.training.loop import Objective, TrainingResult, train
-from dspark.training.online import load_frozen_target
-from dspark.training.parallel import barrier, pick_device, start_parallel
+from dspark.training.laws import suitable_rows
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
+from dspark.training.online import export, load_frozen_target
+from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.recipe import (
+    BlockRecipe,
+    ChainRecipe,
+    DrafterRecipe,
     Eagle3Recipe,
     MTPRecipe,
     Recipe,
     TargetRecipe,
     load_recipe,
 )
+from dspark.training.warm_start import start_from
+
+DrafterTraining = DrafterObjective | Eagle3Objective
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a drafter's real accepted length is measured, by the rooms that know.
+
+    Attributes:
+        decode: decodes requests with a drafter and counts.
+        encode: makes token ids of prompts.
+    """
+
+    decode: Decode
+    encode: Encode
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that may start."""
+
+    training: Training
+    evaluation: Evaluation | None
+    budget: Callable[[bool], Budget]  # (whether to probe whatever the number of steps)
+    say: Callable[[str], None]
 
 
 def run_recipe(
@@ -29,6 +76,7 @@ def run_recipe(
     resume: bool = False,
     device: str = "auto",
     console: Console | None = None,
+    judge: Judge | None = None,
 ) -> TrainingResult:
     """Train what a recipe describes.
 
@@ -39,40 +87,161 @@ def run_recipe(
         overrides: `key.subkey=value` strings.
         resume: go on from the last checkpoint in the output directory, if there is one.
         device: overrides the recipe's device unless `auto`.
-        console: where the progress bar goes; standard error by default.
+        console: where budget and progress bar go; standard error by default.
+        judge: measures real accepted lengths, for recipes that ask for them.
 
     Raises:
         RecipeError: the recipe cannot be used.
         DataError, CheckpointError, CompatibilityError: as its parts raise.
         TrainingError: the run cannot go on.
     """
-    recipe = load_recipe(name, overrides)
-    place = pick_device(recipe.run.device if device == "auto" else device)
+    console = console or Console(stderr=True)
+    prepared = _prepare(load_recipe(name, overrides), device, console, judge)
+    training = prepared.training
+    training.start(resume)
+    budget = prepared.budget(False)
+    prepared.say(budget.line())
+    refuse_small_disk(budget, training.output)
+    return training.go(console=console, evaluation=prepared.evaluation)
+
+
+def plan_recipe(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    console: Console | None = None,
+    judge: Judge | None = None,
+) -> Budget:
+    """Prepare a run as `run_recipe` does, and say what it will cost instead of starting it.
+
+    Args, Raises: as `run_recipe`.
+    """
+    console = console or Console(stderr=True)
+    prepared = _prepare(load_recipe(name, overrides), device, console, judge)
+    budget = prepared.budget(True)
+    prepared.say(budget.line())
+    return budget
+
+
+def _prepare(recipe: Recipe, device: str, console: Console, judge: Judge | None) -> _Prepared:
+    run = recipe.run
+    place = pick_device(run.device if device == "auto" else device)
     rank, ranks = start_parallel(place)
+    world = World(rank, ranks, wants_sharding(run.parallel, place, ranks))
+
+    def say(line: str) -> None:
+        if rank == 0:
+            console.print(Text(line), soft_wrap=True)
+
+    _check_division(recipe, ranks)
+    if isinstance(recipe, TargetRecipe):
+        if rank == 0:
+            prepare_tokenizer(recipe)  # the other ranks read what this one writes
+        barrier()
+        model = LanguageModelObjective(recipe, place)
+        order = _stream_order(recipe, model)
+        training = Training(model, run, recipe.optimiser, order, world)
+        return _Prepared(training, None, partial(_budget, training, None), say)
+    objective = _drafter_objective(recipe, place)
+    if recipe.initial is not None:
+        new = start_from(objective.drafter, recipe.initial)
+        say(f"Starts from the weights of {recipe.initial}; new are {', '.join(new) or 'none'}.")
+    if run.compile:
+        compile_forward(objective.drafter, say)
+    evaluation = _evaluation(recipe, objective, world, judge)
+    order = _sample_order(recipe, objective)
+    training = Training(objective, run, recipe.optimiser, order, world)
+    return _Prepared(training, evaluation, partial(_budget, training, objective), say)
+
+
+def _check_division(recipe: Recipe, ranks: int) -> None:
     parts = ranks * recipe.run.accumulate
     if recipe.run.rows % parts:
         raise RecipeError(
             f"run.rows is {recipe.run.rows}, but must be a multiple of the {parts} parts that a "
             f"step has ({ranks} processes, run.accumulate {recipe.run.accumulate})."
         )
-    if isinstance(recipe, TargetRecipe) and rank == 0:
-        prepare_tokenizer(recipe)  # the other ranks read what this one writes
-    barrier()
-    return train(
-        _objective(recipe, place),
-        recipe.run,
-        recipe.optimiser,
-        rank=rank,
-        ranks=ranks,
-        resume=resume,
-        console=console,
-    )
 
 
-def _objective(recipe: Recipe, device: str) -> Objective:
-    if isinstance(recipe, TargetRecipe):
-        return LanguageModelObjective(recipe, device)
+def _drafter_objective(recipe: BlockRecipe | ChainRecipe, device: str) -> DrafterTraining:
     target = load_frozen_target(recipe, device, recipe.run.dtype)
     if isinstance(recipe, Eagle3Recipe | MTPRecipe):
         return Eagle3Objective(recipe, target)
     return DrafterObjective(recipe, target)
+
+
+def _stream_order(recipe: TargetRecipe, objective: LanguageModelObjective) -> DataOrder:
+    run = recipe.run
+
+    def names(step: int, part: int, parts: int) -> str:
+        share = run.rows // parts
+        first = step * run.rows + part * share
+        return f"rows {first} to {first + share - 1} of the token stream"
+
+    per_epoch = objective.stream.rows_per_epoch / run.rows
+    return DataOrder(per_epoch, run.rows * run.row_tokens, names)
+
+
+def _sample_order(recipe: DrafterRecipe, objective: DrafterTraining) -> DataOrder:
+    stream, rows = objective.samples.stream, recipe.run.rows
+
+    def names(step: int, part: int, parts: int) -> str:
+        share = rows // parts
+        mine = stream.indices(step)[part * share : (part + 1) * share]
+        return f"samples {', '.join(map(str, mine))}, counted from 0 among the usable ones"
+
+    tokens = sum(len(sample.input_ids) for sample in stream.samples) / len(stream.samples)
+    return DataOrder(stream.batches_per_epoch, tokens * rows, names)
+
+
+def _evaluation(
+    recipe: DrafterRecipe, objective: DrafterTraining, world: World, judge: Judge | None
+) -> Evaluation | None:
+    settings, every, samples = recipe.evaluation, recipe.run.evaluate_every, objective.samples
+    if settings is None or every is None:
+        return None
+    if judge is None:
+        raise RecipeError(
+            "run.evaluate_every is set, but nothing was given to measure with; start the run by "
+            "dspark train, or hand run_recipe a judge."
+        )
+    if settings.prompts is None:
+        prompts: Sequence[Sequence[int]] = prompts_of(samples.held_out)
+    else:
+        prompts = judge.encode(samples.target, read_prompts(settings.prompts, settings.limit))
+    held_out = HeldOut(
+        target=samples.target,
+        drafter=objective.drafter,
+        requests=requests_of(prompts, settings),
+        temperatures=settings.temperatures,
+        decode=judge.decode,
+        rank=world.rank,
+        ranks=world.ranks,
+    )
+    beside = recipe.model_copy(update={"layout": "published"})
+
+    def keep() -> None:
+        put_best(partial(export, objective.drafter, beside), Path(recipe.run.output_dir) / BEST)
+
+    return Evaluation(every, held_out.measure, keep)
+
+
+def _budget(training: Training, objective: DrafterTraining | None, always: bool) -> Budget:
+    done = training.position.step
+    features = vocabulary = 0
+    if objective is not None:
+        target = objective.samples.target
+        parts = training.world.ranks * training.run.accumulate
+        width = (len(objective.drafter.taps) + 1) * target.hidden_size
+        features = round(training.data.tokens_per_step / parts * width * target.dtype.itemsize)
+        rows = suitable_rows(target.device, target.vocab_size)
+        vocabulary = 3 * rows * target.vocab_size * 4  # draft and target laws, and the gradient
+    due = always or training.steps - done >= PROBED_FROM
+    return budget_of(
+        training,
+        features_bytes=features,
+        vocabulary_bytes=vocabulary,
+        probed=probe(training, done) if due and done < training.steps else None,
+        steps_done=done,
+    )

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from dspark.data.conversations import Dialogue
 from dspark.data.samples import (
@@ -107,12 +106,12 @@ def test_usable_cuts_then_counts():
     assert usable([sample], 7, 2) == []
 
 
-def test_padding_is_unsupervised():
-    batch = SampleBatch.of(
-        [Sample((1, 2, 3), (False, True, True)), Sample((4,), (True,))], torch.device("cpu")
-    )
-    assert batch.input_ids_BS.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert batch.loss_mask_BS.tolist() == [[False, True, True], [True, False, False]]
+def test_samples_are_packed_without_padding():
+    batch = SampleBatch.of([Sample((1, 2, 3), (False, True, True)), Sample((4,), (True,))])
+    assert batch.input_ids_T.tolist() == [1, 2, 3, 4]
+    assert batch.loss_mask_T.tolist() == [False, True, True, True]
+    assert batch.positions_T.tolist() == [0, 1, 2, 0]
+    assert batch.ends_T.tolist() == [3, 3, 3, 4]
     assert batch.lengths == (3, 1)
 
 

@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.packed import BlockLayout
 from dspark.attention.pages import BlockTable, PagedCache
+from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.training.anchors import AnchorBlocks, sample_anchors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
 
@@ -47,6 +50,43 @@ class Greedy:
             tokens_R = torch.full_like(tokens_R, self.forced[step])
         self.tokens.append(tokens_R)
         return self.tokens[-1]
+
+
+@pytest.fixture
+def one_block():
+    """The layout of one block that sees all rows of its context."""
+
+    def make(context: int, slots: int) -> BlockLayout:
+        return BlockLayout(torch.tensor([0]), torch.tensor([context]), slots)
+
+    return make
+
+
+@pytest.fixture
+def run_training():
+    """Hidden states [M, K, H] of sampled blocks over a context each, and the blocks."""
+
+    def run(drafter, features_TF, ids, lengths=(), anchors=6, seed=3):
+        samples, first = [], 0
+        for length in lengths or (len(ids),):
+            own = tuple(ids[first : first + length])
+            samples.append(Sample(own, (True,) * length))
+            first += length
+        batch = SampleBatch.of(samples)
+        sources = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
+        blocks = AnchorBlocks.build(
+            batch, sample_anchors(batch, anchors, sources), drafter.block_size
+        )
+        hidden = drafter(
+            features_TF,
+            batch.positions_T,
+            blocks.tokens_M,
+            blocks.positions_MK,
+            blocks.layout(drafter.config.block_size),
+        )
+        return hidden, blocks
+
+    return run
 
 
 @pytest.fixture

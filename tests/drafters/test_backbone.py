@@ -5,26 +5,17 @@ import torch
 from safetensors.torch import load_file
 
 from dspark.attention.layout import RaggedBatch
+from dspark.attention.packed import BlockLayout
 from dspark.attention.pages import BlockTable, PagedCache
-from dspark.drafters.backbone import AttentionTile
 from dspark.drafters.layers import rotary, rotate
 
 
-def dense_tile(anchors, context, block):
-    """One tile over all blocks of one sequence, written out cell by cell."""
-    slots = [(n, a) for n, a in enumerate(anchors) for _ in range(block)]
-    mask = torch.zeros(1, len(slots), context + len(slots), dtype=torch.bool)
-    for row, (own, anchor) in enumerate(slots):
-        mask[0, row, :anchor] = True
-        for column, (other, _) in enumerate(slots):
-            mask[0, row, context + column] = own == other
-    return [AttentionTile(0, len(slots), context, mask)]
-
-
 def train_pass(drafter, features, anchors, tokens):
-    positions = torch.tensor(anchors)[None, :, None] + torch.arange(drafter.block_size)
-    tiles = dense_tile(anchors, features.shape[0], drafter.block_size)
-    return drafter(features[None], torch.tensor(tokens)[None], positions, tiles)[0]
+    rows = torch.tensor(anchors)
+    positions = rows[:, None] + torch.arange(drafter.block_size)
+    layout = BlockLayout(torch.zeros_like(rows), rows, drafter.config.block_size)
+    context = torch.arange(features.shape[0])
+    return drafter(features, context, torch.tensor(tokens), positions, layout)
 
 
 def test_state_dict_is_the_published_one(golden, golden_drafter):

@@ -27,30 +27,25 @@ def test_a_batch_drafts_what_each_request_drafts_alone(make_drafter, draft, kind
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_drafting_equals_the_teacher_forced_training_path(make_drafter, draft, kind):
+def test_drafting_equals_the_teacher_forced_training_path(make_drafter, draft, one_block, kind):
     drafter = make_drafter(markov_head_type=kind)
     (features,), anchor, block = contexts(8), 5, drafter.block_size
     draw, proposal = draft(drafter, [features], [anchor])
     previous = torch.tensor([[anchor, *(int(t) for t in draw.tokens[:-1])]])
+    inputs = torch.tensor([anchor, *[36] * (block - 1)])
     hidden = drafter.run_blocks(
-        features[None],
-        torch.cat((drafter.borrowed.embed(torch.tensor([[anchor]])),
-                   drafter.borrowed.embed(torch.tensor([[36] * (block - 1)]))), 1),
-        torch.arange(8, 8 + block)[None],
-        [_open_tile(8, block)],
-    )  # fmt: skip
+        features,
+        torch.arange(8),
+        drafter.borrowed.embed(inputs),
+        torch.arange(8, 8 + block),
+        one_block(8, block),
+    )[None]
     head = drafter.markov_head
     logits = drafter.base_logits(hidden) + head.bias(head.block(previous, hidden))
     torch.testing.assert_close(torch.stack(draw.logits, 1), logits, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
         proposal.confidence_logits_RK, drafter.confidence_logits(hidden, previous)
     )
-
-
-def _open_tile(context, block):
-    from dspark.drafters.backbone import AttentionTile
-
-    return AttentionTile(0, block, context, torch.ones(1, block, context + block).bool())
 
 
 def test_fewer_drafts_are_a_prefix_of_all(make_drafter, draft):
@@ -251,12 +246,12 @@ def test_fused_weights_follow_the_parameters(make_drafter, draft):
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(before.logits))
 
 
-def test_drafting_in_inference_mode_does_not_spoil_training(make_drafter, draft):
+def test_drafting_in_inference_mode_does_not_spoil_training(make_drafter, draft, one_block):
     drafter = make_drafter()
     with torch.inference_mode():
         draft(drafter, contexts(7), [1])
     hidden = drafter.run_blocks(
-        contexts(7)[0][None], torch.randn(1, 5, 16), torch.arange(5)[None], [_open_tile(7, 5)]
+        contexts(7)[0], torch.arange(7), torch.randn(5, 16), torch.arange(5), one_block(7, 5)
     )
     drafter.base_logits(hidden).sum().backward()
     assert drafter.fc.weight.grad.abs().sum() > 0

@@ -18,12 +18,10 @@ from transformers.models.gemma4.modeling_gemma4 import (
     apply_rotary_pos_emb,
 )
 
-from dspark.drafters.backbone import AttentionTile
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.layers import rotary
 from dspark.errors import CheckpointError, CompatibilityError
-from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 
 WIDTH, HEAD, LAYERS, BLOCK, MASK, FULL = 16, 8, 2, 5, 36, "full_attention"
 
@@ -156,25 +154,21 @@ def test_decoding_equals_transformers_layers(make_gemma4, draft, shared):
 
 @torch.no_grad()
 @pytest.mark.parametrize("from_anchor", [True, False])
-def test_training_equals_transformers_layers(make_gemma4, shared, from_anchor):
+def test_training_equals_transformers_layers(make_gemma4, run_training, shared, from_anchor):
     drafter = make_gemma4(shared, sample_from_anchor=from_anchor)
-    random = torch.Generator().manual_seed(3)
-    ids = torch.randint(36, (1, 20), generator=random)
-    mask = torch.ones_like(ids)
-    blocks = AnchorBlocks.build(ids, mask, *sample_anchors(mask, 5, random), drafter.block_size)
-    tiles = attention_tiles(blocks, 20, block_slots=BLOCK, anchors_per_tile=2)
-    hidden = drafter(features(20)[None], blocks.tokens_BN, blocks.positions_BNK, tiles)
-    for n, anchor in enumerate(blocks.anchors_BN[0].tolist()):
-        alone = reference(drafter, features(20)[:anchor], int(ids[0, anchor]), anchor)
+    ids = torch.randint(36, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+    hidden, blocks = run_training(drafter, features(20), ids, anchors=5)
+    for n, anchor in enumerate(blocks.anchors_M.tolist()):
+        alone = reference(drafter, features(20)[:anchor], ids[anchor], anchor)
         wanted = alone if from_anchor else alone[1:]
-        torch.testing.assert_close(hidden[0, n], wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(hidden[n], wanted, atol=1e-5, rtol=0)
 
 
-def test_gradients_reach_every_parameter(make_gemma4, shared):
+def test_gradients_reach_every_parameter(make_gemma4, one_block, shared):
     drafter = make_gemma4(shared, markov_rank=0, confidence_head=False).train()
-    everything = AttentionTile(0, BLOCK, 9, torch.ones(1, BLOCK, 9 + BLOCK).bool())
-    positions = torch.arange(9, 9 + BLOCK)[None, None]
-    hidden = drafter(features()[None], torch.tensor([[4]]), positions, [everything])
+    positions = torch.arange(9, 9 + BLOCK)[None]
+    context, token = torch.arange(len(features())), torch.tensor([4])
+    hidden = drafter(features(), context, token, positions, one_block(9, BLOCK))
     drafter.base_logits(hidden).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in drafter.parameters())
     assert not any("layer_scalar" in name for name, _ in drafter.named_parameters())

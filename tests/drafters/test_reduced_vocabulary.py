@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
 from dspark.errors import CheckpointError, CompatibilityError
-from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 from dspark.training.losses import LossWeights, block_loss
 
 TOKENS = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
@@ -72,37 +71,31 @@ def test_only_the_known_rows_of_the_head_are_held(make_reduced, make_parts):
     torch.testing.assert_close(drafter.target_logits(hidden), hidden @ (parts.head_VH + 1).T)
 
 
-def test_the_loss_equals_the_loss_over_all_tokens(make_reduced):
+def test_the_loss_equals_the_loss_over_all_tokens(make_reduced, run_training):
     drafter = make_reduced().double()
     random = torch.Generator().manual_seed(3)
-    ids = TOKENS[torch.randint(8, (1, 16), generator=random)]
-    ids[0, 9] = UNKNOWN[0]
-    mask = torch.ones_like(ids)
-    blocks = AnchorBlocks.build(ids, mask, *sample_anchors(mask, 6, random), drafter.block_size)
-    hidden = drafter(
-        torch.randn(1, 16, 48, generator=random, dtype=torch.float64),
-        blocks.tokens_BN,
-        blocks.positions_BNK,
-        attention_tiles(blocks, 16),
-    )
-    teacher = torch.randn(1, 16, 16, generator=random, dtype=torch.float64)
+    ids = TOKENS[torch.randint(8, (16,), generator=random)]
+    ids[9] = UNKNOWN[0]
+    features = torch.randn(16, 48, generator=random, dtype=torch.float64)
+    hidden, blocks = run_training(drafter, features, ids.tolist())
+    teacher = torch.randn(16, 16, generator=random, dtype=torch.float64)
     weights = LossWeights(ce=0.5, tv=0.7, confidence=0.0)
     report = block_loss(drafter, hidden, teacher, blocks, weights, chunk_rows=5)
 
     head = drafter.markov_head
-    b, n, k = blocks.labels_BNK.shape
-    feature = head.block(blocks.previous_BNK.flatten(0, 1), hidden.flatten(0, 1)).view(b, n, k, -1)
+    m, k = blocks.labels_MK.shape
+    feature = head.block(blocks.previous_MK, hidden)
     law = (drafter.base_logits(hidden) + head.bias(feature)).softmax(-1)
-    whole = torch.zeros(b, n, k, 37, dtype=law.dtype).index_copy(-1, TOKENS, law)
-    rows = blocks.positions_BNK.clamp(max=15)
-    target = drafter.target_logits(teacher[0, rows]).softmax(-1)
+    whole = torch.zeros(m, k, 37, dtype=law.dtype).index_copy(-1, TOKENS, law)
+    rows = blocks.positions_MK.clamp(max=15)
+    target = drafter.target_logits(teacher[rows]).softmax(-1)
     tv = (whole - target).abs().sum(-1)
-    known = (blocks.labels_BNK[..., None] == TOKENS).any(-1)
-    chance = whole.gather(-1, blocks.labels_BNK[..., None])[..., 0]
+    known = (blocks.labels_MK[..., None] == TOKENS).any(-1)
+    chance = whole.gather(-1, blocks.labels_MK[..., None])[..., 0]
     ce = -chance.where(known, 1.0).log()
-    w = blocks.supervised_BNK * torch.exp(-torch.arange(k) / weights.decay).double()
+    w = blocks.supervised_MK * torch.exp(-torch.arange(k) / weights.decay).double()
     expected = (w * (0.5 * ce + 0.7 * tv)).sum() / (w.sum() + 1e-6)
-    assert not known[blocks.supervised_BNK].all()
+    assert not known[blocks.supervised_MK].all()
     torch.testing.assert_close(report.loss, expected, check_dtype=False, atol=1e-6, rtol=1e-6)
     wanted = torch.autograd.grad(expected, drafter.fc.weight, retain_graph=True)[0]
     found = torch.autograd.grad(report.loss, drafter.fc.weight)[0]

@@ -5,10 +5,8 @@ import json
 import pytest
 import torch
 
-from dspark.drafters.backbone import AttentionTile
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
 from dspark.errors import CheckpointError, CompatibilityError
-from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 from dspark.training.losses import LossWeights, block_loss
 
 LENGTH = 24
@@ -18,52 +16,51 @@ def features(width=48):
     return torch.randn(LENGTH, width, generator=torch.Generator().manual_seed(9))
 
 
-def training_pass(drafter, **tiling):
-    """Hidden states [1, N, K, H] of a sequence's blocks, and the blocks."""
-    random = torch.Generator().manual_seed(3)
-    ids = torch.randint(36, (1, LENGTH), generator=random)
-    mask = torch.ones_like(ids)
-    anchors = sample_anchors(mask, 6, random)
-    blocks = AnchorBlocks.build(ids, mask, *anchors, drafter.block_size)
-    tiles = attention_tiles(blocks, LENGTH, block_slots=drafter.config.block_size, **tiling)
-    hidden = drafter(features()[None], blocks.tokens_BN, blocks.positions_BNK, tiles)
-    return hidden, blocks
+@pytest.fixture
+def training_pass(run_training):
+    def run(drafter):
+        ids = torch.randint(36, (LENGTH,), generator=torch.Generator().manual_seed(3))
+        return run_training(drafter, features(), ids.tolist())
+
+    return run
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
-def test_the_slots_that_predict_are_those_of_the_layout(make_drafter, from_anchor):
+def test_the_slots_that_predict_are_those_of_the_layout(
+    make_drafter, training_pass, one_block, from_anchor
+):
     drafter = make_drafter(sample_from_anchor=from_anchor)
     slots = drafter.config.block_size
     assert drafter.block_size == (slots if from_anchor else slots - 1)
     hidden, blocks = training_pass(drafter)
     embed = drafter.borrowed.embed
-    for n, anchor in enumerate(blocks.anchors_BN[0].tolist()):
-        tokens = [int(blocks.tokens_BN[0, n]), *[36] * (slots - 1)]
-        everything = AttentionTile(0, slots, anchor, torch.ones(1, slots, anchor + slots).bool())
+    for n, anchor in enumerate(blocks.anchors_M.tolist()):
+        tokens = [int(blocks.tokens_M[n]), *[36] * (slots - 1)]
         alone = drafter.run_blocks(
-            features()[None, :anchor],
-            embed(torch.tensor([tokens])),
-            torch.arange(anchor, anchor + slots)[None],
-            [everything],
+            features()[:anchor],
+            torch.arange(anchor),
+            embed(torch.tensor(tokens)),
+            torch.arange(anchor, anchor + slots),
+            one_block(anchor, slots),
         )
-        wanted = alone[0] if from_anchor else alone[0, 1:]
-        torch.testing.assert_close(hidden[0, n], wanted, atol=1e-5, rtol=1e-4)
+        wanted = alone if from_anchor else alone[1:]
+        torch.testing.assert_close(hidden[n], wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 @pytest.mark.parametrize("from_anchor", [True, False])
-def test_decoding_equals_training(make_drafter, draft, from_anchor, kind):
+def test_decoding_equals_training(make_drafter, draft, training_pass, from_anchor, kind):
     drafter = make_drafter(sample_from_anchor=from_anchor, markov_head_type=kind)
-    hidden, blocks = training_pass(drafter, anchors_per_tile=4)
+    hidden, blocks = training_pass(drafter)
     head = drafter.markov_head
-    for n, anchor in enumerate(blocks.anchors_BN[0].tolist()):
-        previous, own = blocks.previous_BNK[:, n], hidden[:, n]
+    for n, anchor in enumerate(blocks.anchors_M.tolist()):
+        previous, own = blocks.previous_MK[n : n + 1], hidden[n : n + 1]
         logits = drafter.base_logits(own) + head.bias(head.block(previous, own))
         draw, proposal = draft(
             drafter,
             [features()[:anchor]],
-            [int(blocks.tokens_BN[0, n])],
-            forced=blocks.labels_BNK[0, n].tolist(),
+            [int(blocks.tokens_M[n])],
+            forced=blocks.labels_MK[n].tolist(),
         )
         assert len(draw.logits) == drafter.block_size
         torch.testing.assert_close(torch.stack(draw.logits, 1), logits, atol=1e-4, rtol=1e-4)
@@ -80,28 +77,22 @@ def test_fewer_drafts_are_a_prefix_of_all_without_the_anchors_slot(make_drafter,
     torch.testing.assert_close(torch.stack(some.logits), torch.stack(full.logits[:2]))
 
 
-def test_the_loss_teaches_slot_j_the_token_at_its_own_position(make_drafter):
+def test_the_loss_teaches_slot_j_the_token_at_its_own_position(make_drafter, training_pass):
     drafter = make_drafter(sample_from_anchor=False).train()
     hidden, blocks = training_pass(drafter)
-    assert hidden.shape[2] == blocks.labels_BNK.shape[2] == 4
-    teacher = torch.randn(1, LENGTH, 16, generator=torch.Generator().manual_seed(4))
+    assert hidden.shape[1] == blocks.labels_MK.shape[1] == 4
+    teacher = torch.randn(LENGTH, 16, generator=torch.Generator().manual_seed(4))
     report = block_loss(drafter, hidden, teacher, blocks, LossWeights())
     report.loss.backward()
     assert all(p.grad is not None for p in drafter.parameters())
 
 
-def test_tiles_of_the_other_layout_are_not_taken_for_ours(make_drafter):
+def test_the_other_layout_is_not_taken_for_ours(make_drafter, one_block):
     drafter = make_drafter(sample_from_anchor=False)
-    ids = torch.randint(36, (1, LENGTH))
-    mask = torch.ones_like(ids)
-    anchors = sample_anchors(mask, 6, torch.Generator())
-    blocks = AnchorBlocks.build(ids, mask, *anchors, drafter.block_size)
-    with pytest.raises(CompatibilityError, match=r"24 slots, but .* 6 blocks of 5"):
+    positions = torch.arange(5, 9)[None]
+    with pytest.raises(CompatibilityError, match="blocks of 4 slots, but the drafter runs 5"):
         drafter(
-            features()[None],
-            blocks.tokens_BN,
-            blocks.positions_BNK,
-            attention_tiles(blocks, LENGTH),
+            features(), torch.arange(LENGTH), torch.tensor([1]), positions, one_block(5, slots=4)
         )
 
 

@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dspark.drafters.backbone import layer_masks
 from dspark.errors import CompatibilityError
-from dspark.training.anchors import AnchorBlocks, attention_tiles, sample_anchors
 
 LENGTH, WINDOW = 24, 4
 
@@ -30,50 +28,21 @@ def make_windowed(make_drafter, tiny_config):
     return make
 
 
-def sampled_blocks(drafter):
-    random = torch.Generator().manual_seed(3)
-    ids = torch.randint(36, (2, LENGTH), generator=random)
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0  # fewer anchors, so that some blocks are dummies
-    blocks = AnchorBlocks.build(ids, mask, *sample_anchors(mask, 12, random), drafter.block_size)
-    slots = drafter.config.block_size
-    return blocks, attention_tiles(blocks, LENGTH, block_slots=slots, anchors_per_tile=5)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_masks_cell_by_cell(make_windowed, causal):
-    drafter = make_windowed((1,), causal)
-    blocks, tiles = sampled_blocks(drafter)
-    assert not blocks.keep_BN.all()
-    whole, narrowed = layer_masks(tiles, drafter.backbone_config)
-    size = drafter.config.block_size
-    for tile, full, narrow in zip(tiles, whole, narrowed, strict=True):
-        assert full is tile.mask_BQP
-        for b in range(2):
-            for row in range(tile.stop - tile.start):
-                block, slot = divmod(tile.start + row, size)
-                anchor = int(blocks.anchors_BN[b, block]) * int(blocks.keep_BN[b, block])
-                context = [max(0, anchor - WINDOW) <= s < anchor for s in range(tile.context)]
-                others = [divmod(o, size) for o in range(tile.start, tile.stop)]
-                own = [n == block and (not causal or k <= slot) for n, k in others]
-                assert narrow[b, row].tolist() == context + own
-
-
 @pytest.mark.parametrize("from_anchor", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
-def test_decoding_equals_training(make_windowed, draft, layers, causal, from_anchor):
+def test_decoding_equals_training(make_windowed, draft, run_training, layers, causal, from_anchor):
     drafter = make_windowed(layers, causal, sample_from_anchor=from_anchor)
-    blocks, tiles = sampled_blocks(drafter)
-    both = torch.stack((features(), features()))
-    hidden = drafter(both, blocks.tokens_BN, blocks.positions_BNK, tiles)
+    both, lengths = torch.cat((features(), features()[:9])), (LENGTH, 9)
+    ids = torch.randint(36, (LENGTH + 9,), generator=torch.Generator().manual_seed(3))
+    hidden, blocks = run_training(drafter, both, ids.tolist(), lengths, anchors=12)
+    assert blocks.first_M.unique().tolist() == [0, LENGTH]
     head = drafter.markov_head
-    for n, anchor in enumerate(blocks.anchors_BN[0].tolist()):
-        own, previous = hidden[:1, n], blocks.previous_BNK[:1, n]
+    for n, (first, anchor) in enumerate(zip(blocks.first_M, blocks.anchors_M, strict=True)):
+        own, previous = hidden[n : n + 1], blocks.previous_MK[n : n + 1]
         logits = drafter.base_logits(own) + head.bias(head.block(previous, own))
-        forced = blocks.labels_BNK[0, n].tolist()
-        token = int(blocks.tokens_BN[0, n])
-        draw, _ = draft(drafter, [features()[:anchor]], [token], forced=forced)
+        forced, token = blocks.labels_MK[n].tolist(), int(blocks.tokens_M[n])
+        draw, _ = draft(drafter, [features()[: anchor - first]], [token], forced=forced)
         torch.testing.assert_close(torch.stack(draw.logits, 1), logits, atol=1e-4, rtol=1e-4)
 
 

@@ -170,15 +170,87 @@ def test_resumed_drafter_training_is_exact(recipe, tmp_path, monkeypatch, algori
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_parts_see_all_samples_of_a_step_once(recipe, tmp_path):
+def objective_of(recipe, algorithm, *overrides):
+    settings = load_recipe(str(recipe), [*overrides_of(algorithm), *overrides])
+    kind = DrafterObjective if algorithm in ("dspark", "dflash") else Eagle3Objective
+    return kind(settings, load_frozen_target(settings, "cpu", "float32"))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_is_the_same_however_it_is_divided(recipe, algorithm):
+    objective = objective_of(recipe, algorithm)
+    names = [name for name, _ in objective.module.named_parameters()]
+    found = []
+    for parts in (1, 2, 4):
+        objective.tokens_seen = 0
+        objective.module.zero_grad()
+        losses = []
+        for part in range(parts):
+            loss, _ = objective.loss(7, part, parts)
+            (loss / parts).backward()
+            losses.append(loss.item())
+        grads = {n: p.grad.clone() for n, p in objective.module.named_parameters()}
+        found.append((sum(losses) / parts, objective.tokens_seen, grads))
+    for loss, tokens, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert tokens == found[0][1] > 0
+        for name in names:
+            torch.testing.assert_close(grads[name], found[0][2][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weights", "total"),
+    [
+        ("dspark", "{ce: 0, tv: 0, kl: 0.5, lk: 0.2}", {"kl": 0.5, "lk": 0.2, "confidence": 1}),
+        ("dflash", "{ce: 0.1, tv: 0.3}", {"ce": 0.1, "tv": 0.3}),
+        ("dspark", "{ce: 0, tv: 0, lk_hybrid: 1, lk_eta: 0.001}", {"kl": 1, "confidence": 1}),
+        ("dspark", "{ce: 0, tv: 0, lk_hybrid: 1, lk_eta: 900}", {"tv": 0.5, "confidence": 1}),
+    ],
+)
+def test_other_losses_are_what_a_recipe_says(recipe, algorithm, weights, total):
+    loss, metrics = objective_of(recipe, algorithm, f"loss={weights}").loss(3, 0, 1)
+    assert loss.item() == pytest.approx(sum(w * metrics[n] for n, w in total.items()), rel=2e-3)
+
+
+def test_an_autoregressive_drafter_may_learn_from_other_terms(recipe):
     for algorithm in ("eagle3", "mtp"):
-        settings = load_recipe(str(recipe), overrides_of(algorithm))
-        objective = Eagle3Objective(settings, load_frozen_target(settings, "cpu", "float32"))
-        objective.loss(0, 0, 1)
-        whole, objective.tokens_seen = objective.tokens_seen, 0
-        for part in range(4):
-            objective.loss(0, part, 4)
-        assert objective.tokens_seen == whole > 0
+        objective = objective_of(recipe, algorithm, "loss={soft_ce: 0, tv: 0.5, lk: 0.1}")
+        loss, metrics = objective.loss(3, 0, 1)
+        assert metrics["ce_1"] == 0
+        assert 0 < loss.item() < 6
+        loss.backward()
+        assert all(p.grad.any() for p in objective.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "override", "said"),
+    [
+        ("dspark", "loss={ce: 0, tv: 0}", "all 0, which trains nothing"),
+        ("dflash", "loss={ce: 0}", "all 0, which trains nothing"),
+        ("mtp", "loss={soft_ce: 0}", "all 0, which trains nothing"),
+        ("dspark", "loss.lk_eta=2", "lk_eta .* says nothing where lk_hybrid is 0"),
+        ("dspark", "loss={confidence: 0}", "untrained"),
+        (
+            "dspark",
+            "loss={confidence: 0, detach_confidence: true}",
+            "detach_confidence says nothing",
+        ),
+        ("dspark", "loss={ce: 1, tv: 0, ce_first_steps: 5}", "ce_first_steps .* beside ce alone"),
+        ("dflash", "loss.confidence=1", "no key 'loss.confidence'"),
+        ("eagle3", "loss.ce=1", "no key 'loss.ce'"),
+        ("mtp", "loss.step_loss_decay=1", "no key 'loss.step_loss_decay'"),
+    ],
+)
+def test_losses_that_mean_nothing_are_refused(recipe, algorithm, override, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(str(recipe), [f"algorithm={algorithm}", override])
+
+
+def test_a_confidence_weight_needs_the_head(recipe):
+    off = "drafter.confidence_head=false"
+    assert load_recipe(str(recipe), [off]).drafter.confidence_head is False
+    with pytest.raises(RecipeError, match=r"loss\.confidence says nothing where"):
+        load_recipe(str(recipe), [off, "loss.confidence=1"])
 
 
 def test_an_eagle3_drafter_can_be_attached(recipe, tmp_path):
@@ -198,8 +270,8 @@ def test_features_are_the_models_own_layer_outputs():
     target = Target.from_model(model)
     features, hidden = target_features(target, samples, (-1, 0, 2))
     own = [torch.cat([states[0], states[1], states[3]], dim=-1)[0] for states in wanted]
-    torch.testing.assert_close(features, torch.cat(own), atol=1e-5, rtol=0)
     last = [states[-1][0] for states in wanted]
+    torch.testing.assert_close(features, torch.cat(own), atol=1e-5, rtol=0)
     torch.testing.assert_close(hidden, torch.cat(last), atol=1e-5, rtol=0)
 
 

@@ -1,6 +1,6 @@
 """The training-time test against its plain form, and against the reference's own numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
@@ -15,10 +16,12 @@ from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention
-from dspark.training.eagle import ttt_loss, ttt_passes
+from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
+from dspark.training.law_terms import LawWeights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB, WIDTH, PASSES = 13, 8, 4
+LENGTHS = (9, 12)
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,14 @@ class Parts:
     final_norm_H: Tensor | None = None
 
 
+def packed(ids, mask):
+    """Sequences of ids and masks, packed."""
+    rows = zip(ids, mask, strict=True)
+    return SampleBatch.of([Sample(tuple(i.tolist()), tuple(m.tolist())) for i, m in rows])
+
+
 def made_up(dtype=torch.float64, softcap=None, known=None):
-    """A drafter, and features, tokens, mask and teacher states of two sequences."""
+    """A drafter, two packed sequences, and their features and teacher states."""
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape):
@@ -48,14 +57,30 @@ def made_up(dtype=torch.float64, softcap=None, known=None):
     drafter = Eagle3Drafter.from_target(
         parts, config, generator=generator, init_std=0.4, draft_tokens=known and torch.tensor(known)
     )
-    ids = torch.randint(0, VOCAB, (2, 11), generator=generator)
-    mask = torch.zeros(2, 11, dtype=torch.bool)
-    mask[0, 4:] = True
-    mask[1, 1:3] = mask[1, 7:9] = True
-    return drafter.to(dtype), randn(2, 11, 2 * WIDTH), ids, mask, randn(2, 11, WIDTH)
+    ids = [torch.randint(0, VOCAB, (length,), generator=generator) for length in LENGTHS]
+    mask = [torch.zeros(length, dtype=torch.bool) for length in LENGTHS]
+    mask[0][4:] = True
+    mask[1][1:3] = mask[1][7:9] = True
+    batch = packed(ids, mask)
+    return drafter.to(dtype), batch, randn(sum(LENGTHS), 2 * WIDTH), randn(sum(LENGTHS), WIDTH)
 
 
-def plain_passes(drafter, features, ids, passes):
+def one_by_one(batch, *rows):
+    """Of each sequence its tokens, its mask and its own of some rows."""
+    parts = (torch.split(x, batch.lengths) for x in (batch.input_ids_T, batch.loss_mask_T, *rows))
+    return zip(*parts, strict=True)
+
+
+def plain_passes(drafter, features, batch, passes):
+    """Every sequence by itself."""
+    alone = [
+        dense_passes(drafter, own[None], ids[None], passes)[:, 0]
+        for ids, _, own in one_by_one(batch, features)
+    ]
+    return torch.cat(alone, dim=1)
+
+
+def dense_passes(drafter, features, ids, passes):
     """Every pass over an explicit mask and all keys repeated head by head."""
     weights, config = Eagle3Weights.of(drafter), drafter.config.backbone
     length, repeat = ids.shape[1], config.num_heads // config.num_kv_heads
@@ -83,27 +108,27 @@ def normed(drafter, hidden):
     return hidden / mean.sqrt() * drafter.norm.weight
 
 
-def plain_loss(drafter, hidden, teacher, mask, decay, supervision):
+def plain_loss(drafter, hidden, teacher, batch, decay, supervision):
     """Row by row; the loss, each pass's cross-entropy and rate, and the chains' mean length."""
-    passes, batch, length, _ = hidden.shape
-    laws = drafter.target_logits(teacher).softmax(-1)
+    passes = hidden.shape[0]
     known = torch.arange(VOCAB) if drafter.t2d is None else drafter.t2d.nonzero().flatten()
-    logits = drafter.base_logits(normed(drafter, hidden))
     ces, rates = [[] for _ in range(passes)], [[] for _ in range(passes)]
     gained = []
-    for b in range(batch):
+    for _, mask, states, own in one_by_one(batch, teacher, hidden.transpose(0, 1)):
+        laws, length = drafter.target_logits(states).softmax(-1), len(mask)
+        logits = drafter.base_logits(normed(drafter, own))
         for i in range(length):
             survival, chain = 1.0, []
             for t in range(passes):
                 if supervision == "predicted":
-                    counts = i + 2 + t < length and bool(mask[b, i + 2 + t])
+                    counts = i + 2 + t < length and bool(mask[i + 2 + t])
                 else:  # the token two places before, but for the sequence's last
-                    counts = i + t < length - 1 and bool(mask[b, i + t])
+                    counts = i + t < length - 1 and bool(mask[i + t])
                 if not counts:
                     survival = 0.0
                     continue
-                law = laws[b, i + 1 + t]
-                log_draft = logits[t, b, i].log_softmax(-1)
+                law = laws[i + 1 + t]
+                log_draft = logits[i, t].log_softmax(-1)
                 learnt = law[known] / law[known].sum()
                 ces[t].append(-(learnt * log_draft).sum())
                 drafted = torch.zeros_like(law).index_copy(0, known, log_draft.exp())
@@ -113,7 +138,8 @@ def plain_loss(drafter, hidden, teacher, mask, decay, supervision):
                     chain.append(survival)
             if chain:
                 gained.append(1 + sum(chain))
-    shares = [batch * length if supervision == "reference" else max(len(ce), 1) for ce in ces]
+    rows = sum(batch.lengths)
+    shares = [rows if supervision == "reference" else max(len(ce), 1) for ce in ces]
     ce = torch.stack([sum(ce) / share for ce, share in zip(ces, shares, strict=True)])
     loss = sum(decay**t * ce[t] for t in range(passes))
     rate = torch.stack([sum(r) / len(r) for r in rates])
@@ -133,19 +159,12 @@ def test_loss_and_gradients_equal_the_plain_form(
     supervision, chunk_rows, softcap, known, monkeypatch
 ):
     monkeypatch.setattr(room, "_TILE_ROWS", 4)
-    drafter, features, ids, mask, teacher = made_up(softcap=softcap, known=known)
-    hidden = ttt_passes(drafter, features, ids, PASSES)
-    report = ttt_loss(
-        drafter,
-        hidden,
-        teacher,
-        mask,
-        decay=0.7,
-        supervision=supervision,
-        chunk_rows=chunk_rows,
-    )
-    slow = plain_passes(drafter, features, ids, PASSES)
-    loss, ce, rate, length, count = plain_loss(drafter, slow, teacher, mask, 0.7, supervision)
+    drafter, batch, features, teacher = made_up(softcap=softcap, known=known)
+    chains = ChainRows.build(batch, PASSES, supervision)
+    hidden = ttt_passes(drafter, features, chains)
+    report = ttt_loss(drafter, hidden, teacher, chains, decay=0.7, chunk_rows=chunk_rows)
+    slow = plain_passes(drafter, features, batch, PASSES)
+    loss, ce, rate, length, count = plain_loss(drafter, slow, teacher, batch, 0.7, supervision)
     torch.testing.assert_close(hidden, slow)
     torch.testing.assert_close(report.loss, loss)
     torch.testing.assert_close(report.ce_P, ce.detach())
@@ -164,13 +183,14 @@ def test_attention_has_exact_gradients(extra, monkeypatch):
     generator = torch.Generator().manual_seed(4)
 
     def leaf(heads):
-        x = torch.randn(1, heads, 5, 4, generator=generator, dtype=torch.float64)
+        x = torch.randn(heads, 7, 4, generator=generator, dtype=torch.float64)
         return x.requires_grad_()
 
     query, pairs = leaf(4), [leaf(2) for _ in range(2 * (extra + 1))]
 
     def attend(query, *pairs):
-        return chain_attention(query, pairs[: extra + 1], pairs[extra + 1 :], scale=0.6)
+        past = pairs[: extra + 1], pairs[extra + 1 :]
+        return chain_attention(query, *past, lengths=(5, 2), scale=0.6)
 
     assert torch.autograd.gradcheck(attend, (query, *pairs))
 
@@ -182,47 +202,72 @@ def test_passes_equal_the_references():
     drafter = load_drafter(GOLDEN / "eagle3" / "draft")
     drafter.bind(Parts(embedding, head, *embedding.shape))
     data = load_file(GOLDEN / "eagle3" / "train.safetensors")
-    hidden = ttt_passes(drafter, data["context_features"], data["input_ids"], 4)
+    ids = data["input_ids"]
+    chains = ChainRows.build(packed(ids, torch.ones_like(ids, dtype=torch.bool)), 4)
+    hidden = ttt_passes(drafter, data["context_features"].flatten(0, 1), chains)
     logits = drafter.base_logits(normed(drafter, hidden))
     for t in range(4):
         real = slice(0, 39 - t)  # the rows behind read a token that is not there
         for mine, name in ((hidden, "hidden"), (logits, "logits")):
             theirs = data[f"ttt{t}_{name}"]
-            torch.testing.assert_close(mine[t][:, real], theirs[:, real], atol=1e-5, rtol=0)
+            own = mine[t].view_as(theirs)
+            torch.testing.assert_close(own[:, real], theirs[:, real], atol=1e-5, rtol=0)
+
+
+def loss_of(drafter, batch, features, teacher, **options):
+    chains = ChainRows.build(batch, PASSES)
+    return ttt_loss(drafter, ttt_passes(drafter, features, chains), teacher, chains, **options)
 
 
 def test_what_is_not_supervised_changes_nothing():
-    """Neither the padding's tokens and features nor the teacher's states elsewhere."""
-    drafter, features, ids, mask, teacher = made_up()
-    mask[:, 9:] = False
+    """Neither the tokens and features of unsupervised ends nor the teacher's states elsewhere."""
+    drafter, batch, features, teacher = made_up()
+    before = loss_of(drafter, batch, features, teacher).loss
+    ids, others = batch.input_ids_T.clone(), [x.clone() for x in (features, teacher)]
+    for x in (ids, *others):
+        x[-3:] = 1  # behind the second sequence's last answer
+    others[1][[0, 9]] = 5  # a law at position 0 is no pass's label
+    assert torch.equal(loss_of(drafter, replace(batch, input_ids_T=ids), *others).loss, before)
+    teacher[7] += 1  # the law of token 8
+    assert not torch.equal(loss_of(drafter, batch, features, teacher).loss, before)
 
-    def loss(features, ids, teacher):
-        return ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask).loss
 
-    before = loss(features, ids, teacher)
-    others = [x.clone() for x in (features, ids, teacher)]
-    for x in others:
-        x[:, 9:] = 1
-    others[2][:, 0] = 5  # a law at position 0 is no pass's label
-    assert torch.equal(loss(*others), before)
-    teacher[0, 7] += 1  # the law of token 8
-    assert not torch.equal(loss(features, ids, teacher), before)
+def test_a_batch_is_its_sequences_one_at_a_time():
+    drafter, batch, features, teacher = made_up()
+    whole = loss_of(drafter, batch, features, teacher)
+    counts = ChainRows.build(batch, PASSES).counts_P
+    parts = [
+        loss_of(drafter, packed([ids], [mask]), own, states, total_counts_P=counts)
+        for ids, mask, own, states in one_by_one(batch, features, teacher)
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    torch.testing.assert_close(sum(part.ce_P for part in parts), whole.ce_P)
+    assert sum(part.supervised for part in parts) == whole.supervised
+
+
+def test_other_terms_than_cross_entropy():
+    """Total variation against its definition; the rest is the core's, see test_losses.py."""
+    drafter, batch, features, teacher = made_up()
+    report = loss_of(drafter, batch, features, teacher, weights=LawWeights(tv=1.0), decay=0.5)
+    rates = report.accept_rate_P
+    expected = sum(0.5**t * 2 * (1 - rates[t]) for t in range(PASSES))
+    torch.testing.assert_close(report.loss.detach(), expected)
+    assert all(g.any() for g in gradients(report.loss, drafter))
 
 
 def test_a_batch_without_supervision_gives_zero_and_finite_gradients():
-    drafter, features, ids, mask, teacher = made_up()
-    report = ttt_loss(
-        drafter, ttt_passes(drafter, features, ids, PASSES), teacher, torch.zeros_like(mask)
-    )
+    drafter, batch, features, teacher = made_up()
+    batch = replace(batch, loss_mask_T=torch.zeros_like(batch.loss_mask_T))
+    report = loss_of(drafter, batch, features, teacher)
     assert (report.loss.item(), report.supervised) == (0.0, 0)
     assert all(not g.any() for g in gradients(report.loss, drafter))
 
 
 def test_metrics_alone_need_no_gradient():
-    drafter, features, ids, mask, teacher = made_up()
-    wanted = ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask)
+    drafter, batch, features, teacher = made_up()
+    wanted = loss_of(drafter, batch, features, teacher)
     with torch.no_grad():
-        report = ttt_loss(drafter, ttt_passes(drafter, features, ids, PASSES), teacher, mask)
+        report = loss_of(drafter, batch, features, teacher)
     assert torch.equal(report.loss, wanted.loss.detach())
     assert not report.loss.requires_grad
     assert torch.equal(report.accept_rate_P, wanted.accept_rate_P)
@@ -230,10 +275,7 @@ def test_metrics_alone_need_no_gradient():
 
 def test_bfloat16_is_close_and_its_loss_is_fp32():
     exact, rounded = made_up(torch.float32), made_up(torch.bfloat16)
-    reports = []
-    for drafter, features, ids, mask, teacher in (exact, rounded):
-        passes = ttt_passes(drafter, features, ids, PASSES)
-        reports.append(ttt_loss(drafter, passes, teacher, mask))
+    reports = [loss_of(*made) for made in (exact, rounded)]
     assert reports[1].loss.dtype == torch.float32
     assert reports[1].loss.item() == pytest.approx(reports[0].loss.item(), rel=0.03)
     names = [name for name, _ in exact[0].named_parameters()]

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoint import load_drafter
-from dspark.training.anchors import AnchorBlocks, attention_tiles
-from dspark.training.eagle import ttt_loss, ttt_passes
+from dspark.training.anchors import AnchorBlocks
+from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "replay"
@@ -58,16 +59,25 @@ class Replay:
 
     def loss(self, input_ids: Tensor, prompt_len: Tensor, anchors: Tensor) -> tuple[Tensor, dict]:
         """Loss of a step, and what its log names beside it."""
-        features, teacher = self.features(input_ids)
-        loss_mask = torch.arange(input_ids.shape[1]) >= prompt_len.unsqueeze(1)
+        features, teacher = (x.flatten(0, 1) for x in self.features(input_ids))
+        length = input_ids.shape[1]
+        batch = SampleBatch.of(
+            [
+                Sample(tuple(ids), tuple(i >= start for i in range(length)))
+                for ids, start in zip(input_ids.tolist(), prompt_len.tolist(), strict=True)
+            ]
+        )
         if self.algorithm == "eagle3":
-            hidden = ttt_passes(self.drafter, features, input_ids, self.drafter.config.ttt_length)
-            report = ttt_loss(self.drafter, hidden, teacher, loss_mask, supervision="reference")
+            chains = ChainRows.build(batch, self.drafter.config.ttt_length, "reference")
+            hidden = ttt_passes(self.drafter, features, chains)
+            report = ttt_loss(self.drafter, hidden, teacher, chains)
             return report.loss, {"tau_probabilistic": report.accepted_length.item()}
-        keep = torch.ones_like(anchors, dtype=torch.bool)
-        blocks = AnchorBlocks.build(input_ids, loss_mask, anchors, keep, self.drafter.block_size)
-        tiles = attention_tiles(blocks, input_ids.shape[1])
-        hidden = self.drafter(features, blocks.tokens_BN, blocks.positions_BNK, tiles)
+        rows = anchors + length * torch.arange(len(anchors)).unsqueeze(1)
+        blocks = AnchorBlocks.build(batch, rows.flatten(), self.drafter.block_size)
+        layout = blocks.layout(self.drafter.config.block_size)
+        hidden = self.drafter(
+            features, batch.positions_T, blocks.tokens_M, blocks.positions_MK, layout
+        )
         weights = LossWeights() if self.algorithm == "dspark" else DFLASH_WEIGHTS
         report = block_loss(self.drafter, hidden, teacher, blocks, weights)
         named = {"tau_probabilistic": report.accepted_length.item(), "ce_loss": report.ce.item()}

@@ -1,0 +1,235 @@
+"""The chunked core of every loss: drafter's laws against target's laws, and exact gradients.
+
+Only supervised slots meet the vocabulary, and only a chunk of them at a time: a chunk's losses and
+their gradient are computed together, the gradient in the storage of the laws, so that no [N, V]
+tensor lives whole. Slots are ordered by the row of the target whose law teaches them, and that law
+is computed once, however many slots of neighbouring anchors (or passes of a chain) look at it.
+Letters: N supervised slots, U distinct rows of the target, V vocabulary (or the known part of it),
+r Markov rank; n, u a chunk's. What the terms are: `law_terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.training.law_terms import Head, LawWeights, compare, gradient, teacher_laws
+
+_ROWS_AT_LEAST = 32
+_PRODUCT_ROWS = 2**14
+
+
+@dataclass(frozen=True)
+class LawRows:
+    """The supervised slots, ordered by the row of the target that teaches them.
+
+    Attributes:
+        slots_N: where each stands among all slots.
+        teacher_U: the distinct rows of the target, ascending.
+        owner_N: index into `teacher_U` of each slot, ascending.
+        counts: slots of each row of the target.
+    """
+
+    slots_N: Tensor
+    teacher_U: Tensor
+    owner_N: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def build(cls, rows: Tensor, supervised: Tensor) -> LawRows:
+        """Of every slot the row of the target, and whether it counts; both on the CPU."""
+        slots = supervised.flatten().nonzero().flatten()
+        ordered, order = rows.flatten()[slots].sort(stable=True)
+        teacher, owner, counts = torch.unique_consecutive(
+            ordered, return_inverse=True, return_counts=True
+        )
+        return cls(slots[order], teacher, owner, tuple(counts.tolist()))
+
+    def to(self, device: torch.device) -> LawRows:
+        """The same on a device."""
+        return replace(
+            self,
+            slots_N=self.slots_N.to(device),
+            teacher_U=self.teacher_U.to(device),
+            owner_N=self.owner_N.to(device),
+        )
+
+    def chunks(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """Neighbouring rows of the target and their slots, at most `rows` slots (or one row's)."""
+        first = start = stop = 0
+        for u, count in enumerate(self.counts):
+            if stop + count - start > rows and u > first:
+                yield slice(first, u), slice(start, stop)
+                first, start = u, stop
+            stop += count
+        if stop > start:
+            yield slice(first, len(self.counts)), slice(start, stop)
+
+
+@dataclass(frozen=True)
+class LawTerms:
+    """Terms of every row [N], without their weights and without gradient.
+
+    Attributes:
+        ce, tv, kl, soft_ce, lk: as in `LawWeights`; what has no weight and costs a pass is 0.
+        accept: c* = 1 - tv / 2 within 0 and 1, the chance that the draft is kept (eq. 8).
+    """
+
+    ce: Tensor
+    tv: Tensor
+    kl: Tensor
+    soft_ce: Tensor
+    lk: Tensor
+    accept: Tensor
+
+
+@dataclass(frozen=True)
+class LawInputs:
+    """What the laws are made of, and compared with.
+
+    Attributes:
+        head: makes logits of states.
+        hidden_NH: the drafter's states as its head reads them.
+        feature_Nr: the sequential head's features; None for none.
+        bias_Vr: its output matrix.
+        teacher_UH: the target's states after its final norm.
+        labels_N: the true tokens, as the drafter numbers those that it knows, -1 for others; None
+            where no term needs them.
+        weight_N: each row's weight.
+    """
+
+    head: Head
+    hidden_NH: Tensor
+    feature_Nr: Tensor | None
+    bias_Vr: Tensor | None
+    teacher_UH: Tensor
+    labels_N: Tensor | None
+    weight_N: Tensor
+
+
+def law_loss(
+    inputs: LawInputs, rows: LawRows, weights: LawWeights, *, chunk_rows: int
+) -> tuple[Tensor, LawTerms]:
+    """The weighted sum of all rows' terms, and the terms.
+
+    Gradients reach `hidden_NH`, `feature_Nr` and `bias_Vr`.
+
+    Args:
+        inputs: rows in the order of `rows`.
+        rows: which row of the target teaches which.
+        weights: of the terms.
+        chunk_rows: slots that meet the vocabulary at once.
+    """
+    chunked = _Chunked(inputs, rows, weights, chunk_rows, torch.is_grad_enabled())
+    loss, *terms = _LawLoss.apply(  # type: ignore[no-untyped-call]
+        inputs.hidden_NH, inputs.feature_Nr, inputs.bias_Vr, chunked
+    )
+    return loss, LawTerms(*terms)
+
+
+def suitable_rows(device: torch.device, vocab_size: int) -> int:
+    """How many rows should meet the vocabulary at once."""
+    # A CPU's passes over the logits are fastest while those stay in its cache (1 MiB here); an
+    # accelerator wants few, large chunks (256 MiB).
+    numbers = 2**18 if device.type == "cpu" else 2**26
+    return max(numbers // vocab_size, _ROWS_AT_LEAST)
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    inputs: LawInputs
+    rows: LawRows
+    weights: LawWeights
+    chunk_rows: int
+    with_gradient: bool
+
+
+class _LawLoss(torch.autograd.Function):
+    """Loss and gradient, chunk by chunk; backward only scales what forward found."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        feature_Nr: Tensor | None,
+        bias_Vr: Tensor | None,
+        chunked: _Chunked,
+    ) -> tuple[Tensor, ...]:
+        inputs, weights = chunked.inputs, chunked.weights
+        tensors = (hidden_NH, feature_Nr, bias_Vr)
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        grads = [
+            torch.zeros_like(x, dtype=wide)
+            if x is not None and chunked.with_gradient and n
+            else None
+            for x, n in zip(tensors, ctx.needs_input_grad, strict=False)
+        ]
+        terms = LawTerms(*(torch.zeros_like(inputs.weight_N) for _ in fields(LawTerms)))
+        for teacher, part in chunked.rows.chunks(chunked.chunk_rows):
+            law = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
+            owner_n = chunked.rows.owner_N[part] - teacher.start
+            hidden_nH = hidden_NH[part].detach().requires_grad_(grads[0] is not None)
+            with torch.enable_grad():
+                base_nV = inputs.head.base_logits(hidden_nH)
+            logits_nV = base_nV.detach()
+            if feature_Nr is not None and bias_Vr is not None:
+                _add_product(logits_nV, feature_Nr[part].detach(), bias_Vr.detach().mT)
+            labels_n = None if inputs.labels_N is None else inputs.labels_N[part]
+            found, law_nV, gap_nV = compare(logits_nV, law, owner_n, labels_n, weights)
+            for name, value in found.items():
+                getattr(terms, name)[part] = value
+            if not any(grad is not None for grad in grads):
+                continue
+            known_n = None if law.known_u is None else law.known_u[owner_n]
+            grad_nV = gradient(
+                law_nV, gap_nV, found, known_n, labels_n, inputs.weight_N[part], weights
+            )
+            if grads[0] is not None:
+                [grad_nH] = torch.autograd.grad(base_nV, [hidden_nH], [grad_nV])
+                grads[0][part] = grad_nH
+            if feature_Nr is not None and bias_Vr is not None:
+                narrow_nV = grad_nV.to(bias_Vr.dtype)
+                if grads[1] is not None:
+                    grads[1][part] = narrow_nV @ bias_Vr.detach()
+                if grads[2] is not None:
+                    _add_product(grads[2], narrow_nV.mT, feature_Nr[part].detach())
+        ctx.found = list(zip(grads, (None if x is None else x.dtype for x in tensors), strict=True))
+        values = [getattr(terms, field.name) for field in fields(LawTerms)]
+        ctx.mark_non_differentiable(*values)
+        return (inputs.weight_N * _weighted(terms, weights)).sum(), *values
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if ctx.found is None:
+            raise RuntimeError("This loss's gradient was taken already; compute the loss again.")
+        # Scaled in place and let go, since that of the bias is as large as the vocabulary.
+        found, ctx.found = ctx.found, None
+        hidden, feature, bias = (
+            None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in found
+        )
+        return hidden, feature, bias, None
+
+
+def _weighted(terms: LawTerms, weights: LawWeights) -> Tensor:
+    total = weights.ce * terms.ce + weights.tv * terms.tv + weights.lk * terms.lk
+    total = total + weights.kl * terms.kl + weights.soft_ce * terms.soft_ce
+    if weights.lk_hybrid:
+        share = torch.exp(-weights.lk_eta * terms.accept)
+        total = total + weights.lk_hybrid * (share * terms.kl + (1 - share) * 0.5 * terms.tv)
+    return total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to the total, which may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for part in range(0, total.shape[0], _PRODUCT_ROWS):
+        rows = slice(part, part + _PRODUCT_ROWS)
+        total[rows] += left[rows] @ right

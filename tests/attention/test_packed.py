@@ -1,0 +1,124 @@
+"""Attention of packed blocks: every way of computing it equals one dense mask."""
+
+import pytest
+import torch
+
+from dspark.attention import packed as room
+from dspark.attention.packed import (
+    BlockLayout,
+    PackedRows,
+    flex_blocks,
+    packed_attention,
+    tiled_blocks,
+)
+
+SLOTS, HEADS, GROUPS, WIDTH, SCALE = 3, 4, 2, 16, 0.3
+LENGTHS = (9, 17, 4, 12)
+ANCHORS = ([0, 3, 8], [1, 2, 5, 6, 9, 11, 16], [], [4, 5])
+
+
+def layout(lengths=LENGTHS, anchors=ANCHORS):
+    first, firsts, reach = 0, [], []
+    for length, own in zip(lengths, anchors, strict=True):
+        firsts += [first] * len(own)
+        reach += [first + a for a in own]
+        first += length
+    return BlockLayout(torch.tensor(firsts), torch.tensor(reach), SLOTS)
+
+
+def rows_of(context, blocks, dtype=torch.float64, trained=True):
+    source = torch.Generator().manual_seed(0)
+
+    def draw(rows, heads):
+        x = torch.randn(rows, heads, WIDTH, generator=source, dtype=torch.float64)
+        return x.to(dtype).requires_grad_(trained)
+
+    q = blocks * SLOTS
+    return PackedRows(
+        draw(q, HEADS), draw(context, GROUPS), draw(context, GROUPS), draw(q, GROUPS),
+        draw(q, GROUPS),
+    )  # fmt: skip
+
+
+def dense(rows, layout, *, scale, window, causal):
+    """One mask over all contexts and all blocks, cell by cell."""
+    context, q = rows.context_key_TGD.shape[0], rows.query_QAD.shape[0]
+    seen = torch.zeros(q, context + q, dtype=torch.bool)
+    for i in range(q):
+        block, slot = divmod(i, SLOTS)
+        first, reach = int(layout.first_M[block]), int(layout.reach_M[block])
+        for c in range(first, reach):
+            seen[i, c] = window is None or c >= reach - window
+        for other in range(SLOTS):
+            seen[i, context + block * SLOTS + other] = not causal or other <= slot
+    repeat = HEADS // GROUPS
+    key = torch.cat((rows.context_key_TGD, rows.key_QGD)).repeat_interleave(repeat, 1)
+    value = torch.cat((rows.context_value_TGD, rows.value_QGD)).repeat_interleave(repeat, 1)
+    scores = torch.einsum("qad,kad->aqk", rows.query_QAD, key) * scale
+    return torch.einsum("aqk,kad->qad", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (4, False), (2, True), (None, True)])
+@pytest.mark.parametrize("tile", [1, 2, 16])
+def test_tiles_equal_a_dense_mask(window, causal, tile, monkeypatch):
+    monkeypatch.setattr(room, "_TILE_BLOCKS", tile)
+    blocks = layout()
+    rows = rows_of(sum(LENGTHS), blocks.reach_M.numel())
+    found, wanted = (
+        attend(rows, blocks, scale=SCALE, window=window, causal=causal)
+        for attend in (tiled_blocks, dense)
+    )
+    torch.testing.assert_close(found, wanted)
+    leaves = [getattr(rows, name) for name in PackedRows.__dataclass_fields__]
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
+    grads = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, wanted)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (4, False), (2, True)])
+def test_flex_equals_a_dense_mask(window, causal):
+    """More rows than a stretch of flex holds, so that whole stretches are left out."""
+    lengths, source = (150, 200, 33), torch.Generator().manual_seed(4)
+    anchors = [sorted(torch.randperm(n, generator=source)[:40].tolist()) for n in lengths]
+    blocks = layout(lengths, anchors)
+    rows = rows_of(sum(lengths), blocks.reach_M.numel(), torch.float32, trained=False)
+    with torch.no_grad():
+        found = flex_blocks(rows, blocks, scale=SCALE, window=window, causal=causal)
+        wanted = dense(rows, blocks, scale=SCALE, window=window, causal=causal)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_is_its_sequences_one_at_a_time():
+    blocks = layout()
+    rows = rows_of(sum(LENGTHS), blocks.reach_M.numel())
+    whole = packed_attention(rows, blocks, scale=SCALE)
+    first, start = 0, 0
+    for length, own in zip(LENGTHS, ANCHORS, strict=True):
+        context, q = slice(first, first + length), slice(start, start + len(own) * SLOTS)
+        first, start = context.stop, q.stop
+        if not own:
+            continue
+        alone = PackedRows(
+            rows.query_QAD[q], rows.context_key_TGD[context], rows.context_value_TGD[context],
+            rows.key_QGD[q], rows.value_QGD[q],
+        )  # fmt: skip
+        single = packed_attention(alone, layout((length,), (own,)), scale=SCALE)
+        torch.testing.assert_close(whole[q], single)
+
+
+def test_no_scores_are_computed_for_what_does_not_exist():
+    """The work of a short sequence beside a long one is what it is alone."""
+    anchors = ([5], list(range(10, 90)))
+    tiles = room._tiles(layout((10, 100), anchors), None, False, torch.zeros(1))
+    own = (SLOTS, 5 + SLOTS)
+    others = [(16 * SLOTS, 10 + i + 15 + 16 * SLOTS) for i in range(0, 80, 16)]
+    assert [tuple(tile.mask_qp.shape) for tile in tiles] == [own, *others]
+
+
+def test_without_blocks_everything_has_a_gradient_of_zero():
+    rows = rows_of(9, 0)
+    out = packed_attention(rows, layout((9,), ([],)), scale=SCALE)
+    assert out.shape == (0, HEADS, WIDTH)
+    leaves = [getattr(rows, name) for name in PackedRows.__dataclass_fields__]
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
