@@ -119,18 +119,29 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         return hidden.view(blocks, slots, -1)[:, unused:]
 
     def confidence_logits(
-        self, hidden_NH: Tensor, previous_N: Tensor, *, detach_inputs: bool = False
+        self,
+        hidden_NH: Tensor,
+        previous_N: Tensor,
+        *,
+        embedded_Nr: Tensor | None = None,
+        detach_inputs: bool = False,
     ) -> Tensor | None:
         """Confidence logits [..], at least fp32, or None without such a head.
 
         Args:
             hidden_NH: hidden states of slots.
             previous_N: the token before each slot's draft.
+            embedded_Nr: their Markov embeddings, where they have been looked up already.
             detach_inputs: let gradients reach the confidence head only.
         """
         hidden = hidden_NH.detach() if detach_inputs else hidden_NH
         return _confidence(
-            self.confidence_head, self.markov_head, hidden, previous_N, detach=detach_inputs
+            self.confidence_head,
+            self.markov_head,
+            hidden,
+            previous_N,
+            embedded=embedded_Nr,
+            detach=detach_inputs,
         )
 
     def _mask_slots(self, count: int) -> Tensor:
@@ -232,13 +243,14 @@ def _confidence(
     hidden: Tensor,
     previous: Tensor,
     *,
+    embedded: Tensor | None = None,
     detach: bool = False,
 ) -> Tensor | None:
     if head is None:
         return None
-    embedded = None
-    if head.with_markov and markov is not None:
-        table = markov.markov_w1.weight
-        embedded = F.embedding(previous, table.detach() if detach else table)
+    if head.with_markov and markov is not None and embedded is None:
+        embedded = F.embedding(previous, markov.markov_w1.weight)
+    if embedded is not None and detach:
+        embedded = embedded.detach()
     logits: Tensor = head(hidden, embedded)
     return logits

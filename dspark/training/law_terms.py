@@ -127,8 +127,12 @@ def gradient(
     labels_n: Tensor | None,
     weight_n: Tensor,
     weights: LawWeights,
-) -> Tensor:
-    """Rows of q (A + C (r - 1[q < p])) + B (q - p) - a 1[label], in the gaps' storage if it can."""
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of q (A + C (r - 1[q < p])) + B (q - p) - a 1[label], in the gaps' storage if it can.
+
+    Beside them what each row is yet to be multiplied by, None for 1: where the gaps themselves are
+    the gradient, that is cheaper done behind the head.
+    """
     weight_n = weight_n.to(gap_nV.dtype)
     label_n = weight_n * weights.ce
     if labels_n is not None:
@@ -151,13 +155,15 @@ def gradient(
         grad_nV = below_nV.mul_(-apart_n.unsqueeze(-1)).add_(offset_n.unsqueeze(-1)).mul_(law_nV)
         if softly:
             grad_nV.addcmul_(gap_nV, gap_n.unsqueeze(-1))
+    elif known_n is None and not weights.ce:
+        return gap_nV, soft_n
     else:
         grad_nV = gap_nV.mul_(gap_n.unsqueeze(-1))
         if weights.ce or known_n is not None:
             grad_nV.addcmul_(law_nV, law_n.unsqueeze(-1))
     if labels_n is not None and weights.ce:
         grad_nV.scatter_add_(-1, labels_n.clamp(min=0).unsqueeze(-1), -label_n.unsqueeze(-1))
-    return grad_nV
+    return grad_nV, None
 
 
 def _softmax_(logits: Tensor) -> None:

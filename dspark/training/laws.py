@@ -10,7 +10,7 @@ r Markov rank; n, u a chunk's. What the terms are: `law_terms`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dspark.training.law_terms import Head, LawWeights, compare, gradient, teacher_laws
 
-_ROWS_AT_LEAST = 32
+# Below this the head is read more often than its products take.
+_ROWS_AT_LEAST = 64
 _PRODUCT_ROWS = 2**14
 
 
@@ -170,33 +171,8 @@ class _LawLoss(torch.autograd.Function):
         ]
         terms = LawTerms(*(torch.zeros_like(inputs.weight_N) for _ in fields(LawTerms)))
         for teacher, part in chunked.rows.chunks(chunked.chunk_rows):
-            law = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
-            owner_n = chunked.rows.owner_N[part] - teacher.start
-            hidden_nH = hidden_NH[part].detach().requires_grad_(grads[0] is not None)
-            with torch.enable_grad():
-                base_nV = inputs.head.base_logits(hidden_nH)
-            logits_nV = base_nV.detach()
-            if feature_Nr is not None and bias_Vr is not None:
-                _add_product(logits_nV, feature_Nr[part].detach(), bias_Vr.detach().mT)
-            labels_n = None if inputs.labels_N is None else inputs.labels_N[part]
-            found, law_nV, gap_nV = compare(logits_nV, law, owner_n, labels_n, weights)
-            for name, value in found.items():
-                getattr(terms, name)[part] = value
-            if not any(grad is not None for grad in grads):
-                continue
-            known_n = None if law.known_u is None else law.known_u[owner_n]
-            grad_nV = gradient(
-                law_nV, gap_nV, found, known_n, labels_n, inputs.weight_N[part], weights
-            )
-            if grads[0] is not None:
-                [grad_nH] = torch.autograd.grad(base_nV, [hidden_nH], [grad_nV])
-                grads[0][part] = grad_nH
-            if feature_Nr is not None and bias_Vr is not None:
-                narrow_nV = grad_nV.to(bias_Vr.dtype)
-                if grads[1] is not None:
-                    grads[1][part] = narrow_nV @ bias_Vr.detach()
-                if grads[2] is not None:
-                    _add_product(grads[2], narrow_nV.mT, feature_Nr[part].detach())
+            # In a function of its own, so that its tensors are gone before the next are made.
+            _chunk(chunked, tensors, grads, terms, teacher, part)
         ctx.found = list(zip(grads, (None if x is None else x.dtype for x in tensors), strict=True))
         values = [getattr(terms, field.name) for field in fields(LawTerms)]
         ctx.mark_non_differentiable(*values)
@@ -214,6 +190,51 @@ class _LawLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in found
         )
         return hidden, feature, bias, None
+
+
+def _chunk(
+    chunked: _Chunked,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    grads: Sequence[Tensor | None],
+    terms: LawTerms,
+    teacher: slice,
+    part: slice,
+) -> None:
+    """Fill in the terms of some rows and add their gradients."""
+    inputs, weights = chunked.inputs, chunked.weights
+    hidden_NH, feature_Nr, bias_Vr = tensors
+    d_hidden, d_feature, d_bias = grads
+    law = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
+    owner_n = chunked.rows.owner_N[part] - teacher.start
+    labels_n = None if inputs.labels_N is None else inputs.labels_N[part]
+    hidden_nH = hidden_NH[part].detach().requires_grad_(d_hidden is not None)
+    with torch.enable_grad():
+        base_nV = inputs.head.base_logits(hidden_nH)
+    logits_nV = base_nV.detach()
+    if feature_Nr is not None and bias_Vr is not None:
+        _add_product(logits_nV, feature_Nr[part], bias_Vr.mT)
+    known_n = None if law.known_u is None else law.known_u[owner_n]
+    found, law_nV, gap_nV = compare(logits_nV, law, owner_n, labels_n, weights)
+    del law
+    for name, value in found.items():
+        getattr(terms, name)[part] = value
+    if all(grad is None for grad in grads):
+        return
+    weight_n = inputs.weight_N[part]
+    grad_nV, scale_n = gradient(law_nV, gap_nV, found, known_n, labels_n, weight_n, weights)
+    scale_n1 = None if scale_n is None else scale_n.unsqueeze(-1)
+    if d_hidden is not None:
+        [grad_nH] = torch.autograd.grad(base_nV, [hidden_nH], [grad_nV])
+        d_hidden[part] = grad_nH if scale_n1 is None else grad_nH * scale_n1
+    if feature_Nr is None or bias_Vr is None:
+        return
+    narrow_nV, feature_nr = grad_nV.to(bias_Vr.dtype), feature_Nr[part]
+    if d_feature is not None:
+        grad_nr = narrow_nV @ bias_Vr
+        d_feature[part] = grad_nr if scale_n1 is None else grad_nr * scale_n1
+    if d_bias is not None:
+        scaled_nr = feature_nr if scale_n1 is None else (feature_nr * scale_n1).to(feature_nr)
+        _add_product(d_bias, narrow_nV.mT, scaled_nr)
 
 
 def _weighted(terms: LawTerms, weights: LawWeights) -> Tensor:

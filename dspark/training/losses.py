@@ -125,8 +125,14 @@ def block_loss(
     )
     rows_at_once = chunk_rows or suitable_rows(hidden_MKH.device, drafter.config.vocab_size)
     loss, terms = law_loss(inputs, blocks.rows, weights, chunk_rows=rows_at_once)
+    # A vanilla head's features are the embeddings that the confidence head reads: looked up once,
+    # they have one gradient as large as the vocabulary, not two.
+    vanilla = drafter.config.markov_head_type == "vanilla"
     logits_N = drafter.confidence_logits(
-        hidden_NH, previous_N, detach_inputs=weights.detach_confidence
+        hidden_NH,
+        previous_N,
+        embedded_Nr=feature_Nr if vanilla else None,
+        detach_inputs=weights.detach_confidence,
     )
     confidence = weight_N.new_zeros(())
     if logits_N is not None:
