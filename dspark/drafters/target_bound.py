@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dspark.drafters.base import BorrowedParts
 from dspark.drafters.borrowed import Borrowed, own_table

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from dspark.data.formats import SourceFormat
 from dspark.errors import RecipeError
