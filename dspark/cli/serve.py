@@ -235,8 +235,10 @@ def _drafters(options: argparse.Namespace, model: Model) -> dict[str, Model]:
     """What the live page offers, the model's own drafter first."""
     from dspark.engine.loading import BUNDLED_DRAFTERS, load_draft
 
-    found = {} if model.drafter is None else {model.name: model}
-    further = BUNDLED_DRAFTERS if options.target == "bundled" else ()
+    bundled = options.target == "bundled"
+    own = "bundled" if bundled and options.draft is None else model.name
+    found = {} if model.drafter is None else {own: model}
+    further = BUNDLED_DRAFTERS if bundled else ()
     for name in (*options.page_draft, *further, "ngram"):
         if name == "none":
             raise UsageError("--page-draft is none, which the live page offers by itself.")
