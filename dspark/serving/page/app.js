@@ -158,14 +158,12 @@ const handlers = {
 function conclude({ identical, speedup, load_changed: changed }) {
   if (changed) remark("The load was changed during the run: the two speeds had different loads.");
   const [first] = run.ended;
-  let told = `Done: ${count(first.tokens, "token")}, ${number(first.tokens_per_s)} tokens/s.`;
   if (speedup !== null) {
     const times = `${number(speedup, 2)} times the speed of plain decoding`;
     const text = identical === null
       ? "sampled from the same law with other draws, so the words differ"
       : identical ? "the same text, token by token" : "but the two texts differ";
     $("verdict").textContent = `${times}; ${text}.`;
-    told += ` ${times}; ${text}.`;
     if (identical === false) {
       remark(
         "At temperature 0 the texts can differ where the model's numbers hang on the batch, as " +
@@ -173,7 +171,7 @@ function conclude({ identical, speedup, load_changed: changed }) {
       );
     }
   }
-  say(told);
+  say(`Done: ${count(first.tokens, "token")} in ${number(first.seconds, 2)} seconds.`);
 }
 
 async function start() {
@@ -183,6 +181,7 @@ async function start() {
   $("go").textContent = "Stop";
   clear(wish);
   say("Asking the server.");
+  if ($("status").getBoundingClientRect().top > innerHeight - 80) $("status").scrollIntoView();
   try {
     const options = { method: "POST", body: wish, signal: run.control.signal };
     for await (const [name, body] of stream("/v1/dspark/live", options)) handlers[name]?.(body);

@@ -81,7 +81,7 @@ export function drawBudget(rounds, shown) {
   const middle = plot.height * 0.6;
   const upper = plot.frame(22, middle - 12, span, most);
   const lower = plot.frame(middle + 18, plot.height - 34, span, Math.max(2, ...drafted.map((r) => r.requests)));
-  plot.text(2, 13, "guesses checked per request", "start", "strong");
+  plot.text(2, 13, "guesses per request", "start", "strong");
   plot.axes(upper, { xTicks: false, wanted: 4 });
   plot.text(2, middle + 10, "requests in the round", "start", "strong");
   plot.axes(lower, { wanted: 2 });
@@ -117,11 +117,17 @@ export function describeBudget(rounds) {
   );
 }
 
+// Tokens of prompts that were read in a round, by requests that began in it.
+export const promptTokens = (round) => (round.rows ?? 0) - round.requests - round.verified;
+
+// The table is of rounds that read no prompt.
+const isComparable = (round) => round.rows !== null && promptTokens(round) === 0;
+
 const spent = (round) => round.draft_ms + round.schedule_ms + round.verify_ms;
 
 export function drawCost(cost, rounds, shown) {
   const plot = new Plot($("cost"));
-  const steps = rounds.filter((round) => round.rows !== null && round.round > 0);
+  const steps = rounds.filter(isComparable);
   const requests = shown?.requests ?? 1;
   const line = nearest(cost, requests);
   const points = cost?.points ?? [];
@@ -130,7 +136,7 @@ export function drawCost(cost, rounds, shown) {
   // One slow step of a busy machine must not flatten all others.
   const times = steps.map(spent).sort((a, b) => a - b);
   const usual = times.length ? times[Math.floor(times.length * 0.95)] * 1.2 : 0;
-  const now = shown && shown.round > 0 ? spent(shown) : 0;
+  const now = shown && isComparable(shown) ? spent(shown) : 0;
   const yMost = Math.max(1, usual, now, ...points.map((p) => p.step_ms), ...(line?.step_ms ?? [])) * 1.08;
   const frame = plot.frame(22, plot.height - 34, xMost, yMost);
   plot.text(2, 13, "ms per step", "start", "strong");
@@ -145,7 +151,7 @@ export function drawCost(cost, rounds, shown) {
     plot.path("curve", curve(path));
     plot.text(plot.width - RIGHT, 13, `━ measured, ${count(line.requests, "request")}`, "end");
   }
-  if (now && shown.rows !== null) plot.dot("here", frame.x(shown.rows), frame.y(now), 6);
+  if (now) plot.dot("here", frame.x(shown.rows), frame.y(now), 6);
 }
 
 function nearest(cost, requests) {
@@ -154,9 +160,9 @@ function nearest(cost, requests) {
 }
 
 export function describeCost(cost, shown) {
-  const here = shown && shown.rows !== null
+  const here = shown && isComparable(shown)
     ? `this round sent ${count(shown.rows, "token")} and took ${number(spent(shown), 1)} ms`
-    : "no round yet";
+    : "no round without prompts is shown";
   const line = nearest(cost, shown?.requests ?? 1);
   if (!line) return `Cost curve: not measured on this machine; ${here}`;
   const first = number(line.step_ms[0], 1);

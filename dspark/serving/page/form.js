@@ -3,11 +3,11 @@
 import { $, count, element } from "./dom.js";
 
 const SCHEDULES = {
-  fixed: "fixed: check every guess",
-  threshold: "threshold: check the sure ones",
-  prefix: "prefix: weigh gain against cost",
-  lagged: "lagged: a budget from earlier rounds",
-  lookahead: "lookahead: that, and the first guesses",
+  fixed: "fixed: check all",
+  threshold: "threshold: check the sure",
+  prefix: "prefix: gain against cost",
+  lagged: "lagged: by earlier rounds",
+  lookahead: "lookahead: lagged, refined",
   off: "off: guess nothing",
 };
 const VERIFIERS = {
@@ -33,7 +33,7 @@ export function fill(given) {
   if (first) {
     fillSchedules(given.model.dspark.schedule);
     $("examples").replaceChildren(...Object.keys(given.examples).map(exampleButton));
-    if (!$("prompt").value) pick("code" in given.examples ? "code" : Object.keys(given.examples)[0]);
+    if (!$("prompt").value) pick(Object.keys(given.examples)[0]);
   } else {
     fillSchedules($("schedule").value);
   }

@@ -1,6 +1,7 @@
 // One round as a row of tokens: the anchor, the guesses with their confidences and fates, and the
 // token that the model wrote itself.
 
+import { promptTokens } from "./charts.js";
 import { $, count, element, number, percent, visible } from "./dom.js";
 
 const SIGNS = { kept: "✓", refused: "✗", unsent: "–", own: "◆" };
@@ -70,17 +71,19 @@ function sentence(round, total) {
   const ms = round.draft_ms + round.schedule_ms + round.verify_ms;
   const took = `${number(ms, 1)} ms (${number(round.draft_ms, 1)} to guess, ${number(round.verify_ms, 1)} to check)`;
   const others = round.requests > 1 ? `, shared by ${count(round.requests, "request")}` : "";
+  const read = round.round > 0 ? promptTokens(round) : 0;
+  const more = read > 0 ? `, ${count(read, "token")} of new prompts read beside` : "";
   if (!round.drafts.length) {
     const why = round.round === 0
       ? "the prompt was read, which gives the first token"
       : "nothing was guessed, for no gain was expected";
-    return `${place}: ${why}. ${took}${others}.`;
+    return `${place}: ${why}. ${took}${others}${more}.`;
   }
   const sent = round.drafts.filter((draft) => draft.sent).length;
   const kept = round.drafts.filter((draft) => draft.accepted).length;
   const gained = kept + (round.next_token ? 1 : 0);
   return (
     `${place}: ${round.drafts.length} guessed, ${sent} sent, ${kept} kept, so ` +
-    `${count(gained, "token")} in one step. ${took}${others}.`
+    `${count(gained, "token")} in one step. ${took}${others}${more}.`
   );
 }
