@@ -18,7 +18,7 @@ from dspark.errors import DSparkError
 from dspark.request import Output, Request
 from dspark.serving.faults import as_api_error, error_body
 from dspark.serving.load import BackgroundLoad
-from dspark.serving.stages import PLAIN, Choice, Stage, Stages
+from dspark.serving.stages import Choice, Stage, Stages
 from dspark.serving.stream import Subscription, Update
 
 Event = tuple[str, dict[str, Any]]
@@ -137,7 +137,7 @@ class Run:
     async def _run(self) -> AsyncGenerator[Event, None]:
         sides = dict[str, _Side]()
         plan = [(PLAINLY if self._choice.plain else SPECULATIVE, self._choice)]
-        plan += [(PLAINLY, PLAIN)] if self._compare else []
+        plan += [(PLAINLY, self._choice.plainly)] if self._compare else []
         for name, choice in plan:
             yield "phase", {"phase": "preparing", "side": name}
             stage = await self._stages.open(choice)

@@ -77,8 +77,10 @@ class Choice:
         """Whether nothing is drafted."""
         return self.drafter == NONE or self.schedule == "off"
 
-
-PLAIN = Choice(NONE, "block", "off")
+    @property
+    def plainly(self) -> Choice:
+        """What it is compared with: nothing drafted, the draws of `coupled` where those are its."""
+        return Choice(NONE, "coupled" if self.verifier == "coupled" else "block", "off")
 
 
 @dataclass(frozen=True)
@@ -217,16 +219,17 @@ class Stages:
             raise UsageError(f"schedule is {choice.schedule!r}. {self._unmeasured(choice.drafter)}")
 
     async def open(self, choice: Choice) -> Stage:
-        """An engine that does what was chosen; of others, only the plain one stays open.
+        """An engine that does what was chosen; of others, only plain ones stay open.
 
         Raises:
             UsageError: as `check`.
             UnavailableError: the server is stopping.
         """
-        choice = PLAIN if choice.plain else choice
+        choice = choice.plainly if choice.plain else choice
         self.check(choice)
-        for other in [each for each in self._open if each not in (choice, PLAIN)]:
-            await self._open.pop(other).service.stop()
+        for other in [each for each in self._open if not (choice.plain or each.plain)]:
+            if other != choice:
+                await self._open.pop(other).service.stop()
         if choice not in self._open:
             stage = await asyncio.to_thread(self._build, choice)
             if self._closed:
