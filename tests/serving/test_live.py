@@ -445,7 +445,7 @@ def test_turns_go_round_and_never_overlap():
     for thread in threads:
         thread.join()
     # While all three want turns, nobody has a third before each of the others has had one.
-    counts = {name: 0 for name in "abc"}
+    counts = dict.fromkeys("abc", 0)
     for name in order[:120]:
         counts[name] += 1
         assert max(counts.values()) - min(counts.values()) <= 2

@@ -12,12 +12,16 @@ export function fate(draft) {
   return draft.sent ? "refused" : "unsent";
 }
 
+let drawn = null; // the round that the block shows
+
 export function drawRound(round, total) {
+  $("round-text").textContent = round ? sentence(round, total) : "No round yet.";
+  if (drawn === round) return;
+  drawn = round;
   const block = $("block");
   if (!round) {
     const text = "The guesses of each round appear here.";
     block.replaceChildren(element("li", { className: "empty", text }));
-    $("round-text").textContent = "No round yet.";
     return;
   }
   const cells = [];
@@ -28,7 +32,6 @@ export function drawRound(round, total) {
     cells.push(markCell("own", SIGNS.own, round.next_token, what));
   }
   block.replaceChildren(...cells);
-  $("round-text").textContent = sentence(round, total);
 }
 
 function draftCell(draft, index) {
