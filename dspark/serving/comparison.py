@@ -24,6 +24,7 @@ from dspark.serving.stream import Subscription, Update
 Event = tuple[str, dict[str, Any]]
 """(name, JSON object)"""
 SPECULATIVE, PLAINLY = "speculative", "plain"
+_LOAD_TOKENS = 256
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Run:
         """One side under its load."""
         for note in stage.notes:
             yield "note", {"side": name, "message": note}
-        params = replace(self._request.params, max_new_tokens=256)
+        params = replace(self._request.params, max_new_tokens=_LOAD_TOKENS, ignore_eos=False)
         load = BackgroundLoad(stage.service, self._load_prompts, params)
         async with load:
             self._background = load

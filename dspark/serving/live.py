@@ -105,6 +105,7 @@ class RunFields(Strict):
         threshold: of the schedule `threshold`, 0 to 1.
         temperature: 0 takes the best token.
         max_tokens: new tokens at most.
+        ignore_eos: write on past the model's own end, up to `max_tokens`.
         load: background requests, up to `max_load`.
         seed: names the randomness of both sides.
         compare: decode plainly afterwards.
@@ -117,6 +118,7 @@ class RunFields(Strict):
     threshold: Annotated[Number, Field(ge=0, le=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=10)] = 0.0
     max_tokens: Count = 128
+    ignore_eos: bool = False
     load: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     compare: bool = True
@@ -144,6 +146,7 @@ async def start(fields: RunFields, context: Its) -> Response:
         min(fields.max_tokens, stages.max_length - len(prompt)),
         temperature=fields.temperature,
         seed=fields.seed,
+        ignore_eos=fields.ignore_eos,
     )
     run = Run(
         stages,

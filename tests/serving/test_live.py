@@ -191,7 +191,7 @@ def engines():
 
 
 def test_background_requests_are_real_and_end_when_nobody_watches(shown):
-    with run(shown, load=3, max_tokens=200, compare=False) as events:
+    with run(shown, load=3, max_tokens=200, ignore_eos=True, compare=False) as events:
         events.until("round")
         seen = [events.until("round")["requests"] for _ in range(3)]
         assert max(seen) == 4
@@ -206,7 +206,7 @@ def test_background_requests_are_real_and_end_when_nobody_watches(shown):
 
 
 def test_the_load_changes_while_a_run_goes_on(shown):
-    with run(shown, load=0, max_tokens=200, compare=True) as events:
+    with run(shown, load=0, max_tokens=200, ignore_eos=True, compare=True) as events:
         run_id = events.until("start")["run_id"]
         assert events.until("round")["requests"] == 1
         path = f"{RUN}/{run_id}/load"
@@ -233,7 +233,9 @@ def test_the_budget_shrinks_as_the_load_grows(measured, kit):
     )
 
     def checked(server, load):
-        found, _ = whole(server, schedule="lagged", load=load, max_tokens=48, compare=False)
+        found, _ = whole(
+            server, schedule="lagged", load=load, max_tokens=48, compare=False, ignore_eos=True
+        )
         alike = [r for r in found["round"] if r["requests"] == load + 1]
         return sum(r["verified"] for r in alike) / sum(r["requests"] for r in alike)
 
@@ -242,7 +244,7 @@ def test_the_budget_shrinks_as_the_load_grows(measured, kit):
 
 
 def test_runs_take_turns(shown):
-    with run(shown, max_tokens=120) as first:
+    with run(shown, max_tokens=120, ignore_eos=True) as first:
         first.until("round")
         with run(shown, max_tokens=4, compare=False) as second:
             assert second.until("phase") == {"phase": "waiting", "ahead": 1}
@@ -252,7 +254,7 @@ def test_runs_take_turns(shown):
 
 def test_a_visitor_too_many_is_sent_away(shown, monkeypatch):
     monkeypatch.setattr("dspark.serving.stages.MOST_WAITING", 0)
-    with run(shown, max_tokens=120) as first:
+    with run(shown, max_tokens=120, ignore_eos=True) as first:
         first.until("round")
         with run(shown) as second:
             error = second.until("error")["error"]
@@ -363,7 +365,7 @@ def test_a_page_that_only_looks_costs_the_engine_nothing(shown):
 def test_a_server_that_stops_ends_streams_and_runs(measured, kit):
     with kit.serve(measured, drafters={"dspark": measured}, schedule="fixed") as server:
         feed = Events(server, "GET", "/v1/dspark/events")
-        with run(server, load=2, max_tokens=200) as events:
+        with run(server, load=2, max_tokens=200, ignore_eos=True) as events:
             events.until("round")
             server.server.should_exit = True
             assert events.until("error")["error"]["type"] == "service_unavailable_error"

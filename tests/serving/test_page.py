@@ -33,8 +33,9 @@ pytestmark = [
         not CHROMIUM.is_file(), reason=f"{CHROMIUM} is missing; install Debian's chromium"
     ),
 ]
-SECONDS = 60_000  # Playwright's unit is the millisecond
-PROMPT = "Hi, I want to book a table for two."
+SECONDS = 30_000  # Playwright's unit is the millisecond
+PROMPT = "Hi, I want to book a table for two at an Italian restaurant in San Jose."
+STRING = r'"(?:[^"\\]|\\.)*"'
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,9 @@ class Visit:
         self.page.wait_for_selector("#connection[data-state=connected]")
         return self
 
-    def ask(self, prompt=PROMPT, tokens=16, **fields):
+    def ask(self, prompt=PROMPT, tokens=16, *, past_end=False, **fields):
         self.page.fill("#prompt", prompt)
+        self.page.set_checked("#past-end", past_end)
         self.page.fill("#max-tokens", str(tokens))
         for name, value in fields.items():
             if name in ("drafter", "verifier", "schedule"):
@@ -278,20 +280,22 @@ def test_every_text_stands_out_from_its_background(server, visit, scheme):
 
 UNNAMED = """() => {
   const name = (node) => {
-    const by = (node.getAttribute("aria-labelledby") ?? "").split(" ").filter(Boolean);
-    if (by.some((id) => !document.getElementById(id))) return "";
-    return node.getAttribute("aria-label") || by.map((id) => document.getElementById(id).textContent)
-      .join(" ").trim() || [...(node.labels ?? [])].map((label) => label.textContent).join(" ").trim()
-      || (node.matches("button, summary, a") ? node.textContent.trim() : "");
+    const by = (node.getAttribute("aria-labelledby") ?? "").split(" ").filter(Boolean)
+      .map((id) => document.getElementById(id));
+    const text = (nodes) => nodes.map((each) => each?.textContent ?? "").join(" ").trim();
+    return node.getAttribute("aria-label") || text(by) || text([...(node.labels ?? [])])
+      || (node.matches("button, summary, a") ? text([node]) : "");
   };
-  const wanted = "button, a, input, select, textarea, summary, [role=region], [role=img], [role=group]";
+  const wanted = "button, a, input, select, textarea, summary, " +
+    "[role=region], [role=img], [role=group]";
   const unnamed = [...document.querySelectorAll(wanted)].filter((node) => !name(node));
   const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
   const twice = ids.filter((id, i) => ids.indexOf(id) !== i);
-  const lost = [...document.querySelectorAll("[aria-describedby], label[for], output[for]")]
-    .flatMap((node) => (node.getAttribute("aria-describedby") ?? node.getAttribute("for")).split(" "))
+  const lost = [...document.querySelectorAll("[aria-describedby], [aria-labelledby], [for]")]
+    .flatMap((node) => ["aria-describedby", "aria-labelledby", "for"]
+      .flatMap((name) => (node.getAttribute(name) ?? "").split(" ").filter(Boolean)))
     .filter((id) => !document.getElementById(id));
-  const levels = [...document.querySelectorAll("h1, h2, h3")].map((node) => Number(node.tagName[1]));
+  const levels = [...document.querySelectorAll("h1, h2, h3")].map((h) => Number(h.tagName[1]));
   const jumps = levels.filter((level, i) => i && level > levels[i - 1] + 1);
   return [...unnamed.map((node) => node.outerHTML.slice(0, 80)), ...twice, ...lost, ...jumps];
 }"""
@@ -313,7 +317,7 @@ def test_everything_has_a_name_and_the_live_region_does_not_flood(server, visit)
           }
         }"""
     )
-    visitor.ask(tokens=48, load=1).ended()
+    visitor.ask(tokens=48, load=1, past_end=True).ended()
     assert page.evaluate("window.said.length") <= 10
     rounds = int(page.input_value("#cursor")) + 1
     assert rounds > 10
@@ -334,8 +338,8 @@ def test_what_looks_like_markup_stays_text(server, visit):
     def poison(route):
         """Put markup wherever the server sends text of the model's."""
         reply = route.fetch()
-        body = re.sub(r'"text":"[^"]*"', f'"text":{json.dumps(evil)}', reply.text())
-        body = re.sub(r'\["[^"]*",(\d+),', lambda m: f"[{json.dumps(evil)},{m[1]},", body)
+        body = re.sub(f'"text":{STRING}', f'"text":{json.dumps(evil)}', reply.text())
+        body = re.sub(rf"\[{STRING},(\d+),", lambda m: f"[{json.dumps(evil)},{m[1]},", body)
         route.fulfill(response=reply, body=body)
 
     visitor.page.route(
@@ -358,7 +362,7 @@ def test_a_server_that_stops_shows_as_disconnected_and_one_that_returns_as_conne
 ):
     with kit.serve(measured, drafters={"dspark": measured}, schedule="fixed") as server:
         visitor = visit().open(server).connected()
-        visitor.ask(tokens=200, load=2)
+        visitor.ask(tokens=200, load=2, past_end=True)
         visitor.page.wait_for_selector("#speculative .drafted")
         port = server.port
     page = visitor.page
@@ -373,7 +377,7 @@ def test_a_server_that_stops_shows_as_disconnected_and_one_that_returns_as_conne
 
 def test_stop_ends_a_run(server, visit):
     visitor = visit().open(server).connected()
-    visitor.ask(tokens=200, load=2)
+    visitor.ask(tokens=200, load=2, past_end=True)
     visitor.page.wait_for_selector("#speculative .drafted")
     visitor.page.click('#go:text-is("Stop")')
     visitor.ended()
@@ -383,7 +387,7 @@ def test_stop_ends_a_run(server, visit):
 
 def test_the_load_slider_acts_while_a_run_goes_on(server, visit):
     visitor = visit().open(server).connected()
-    visitor.ask(tokens=200)
+    visitor.ask(tokens=200, past_end=True)
     visitor.page.wait_for_selector("#speculative .drafted")
     visitor.page.fill("#load", "3")
     visitor.page.wait_for_selector("#round-text:has-text('shared by 4 requests')")
@@ -435,7 +439,7 @@ def test_rounds_come_two_a_second_where_that_is_wanted(server, visit, wish):
             .observe(document.getElementById("block"), { childList: true });
         }"""
     )
-    visitor.ask(tokens=48).ended()
+    visitor.ask(tokens=100, past_end=True).ended()
     page.wait_for_selector("#round-text:has-text('Round 3 of')" if wish == "select" else "#block")
     times = page.evaluate("window.drawn")[1:]  # the first one clears the block
     assert len(times) > 1

@@ -133,6 +133,7 @@ export function wishes() {
     threshold: schedule === "threshold" ? Number($("threshold").value) : null,
     temperature,
     max_tokens: tokens,
+    ignore_eos: $("past-end").checked,
     load: Number($("load").value),
     seed: temperature === 0 ? 0 : Math.floor(Math.random() * 2 ** 31),
     compare: $("compare").checked,
