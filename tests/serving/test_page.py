@@ -1,7 +1,6 @@
 """The live page in a real browser: Debian's Chromium, driven by Playwright."""
 
 import contextlib
-import itertools
 import json
 import re
 import tempfile
@@ -218,7 +217,7 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(server, visit, scheme):
     visitor.ask("supercalifragilistic" * 30, temperature=1.5, load=2).ended()
     assert visitor.overflow == 0
     visitor.page.click("summary")
-    assert visitor.page.locator("#rows tr").count() > 0
+    visitor.page.wait_for_selector("#rows tr")
     assert visitor.overflow == 0
 
 
@@ -439,8 +438,8 @@ def test_rounds_come_two_a_second_where_that_is_wanted(server, visit, wish):
             .observe(document.getElementById("block"), { childList: true });
         }"""
     )
-    visitor.ask(tokens=100, past_end=True).ended()
-    page.wait_for_selector("#round-text:has-text('Round 3 of')" if wish == "select" else "#block")
-    times = page.evaluate("window.drawn")[1:]  # the first one clears the block
-    assert len(times) > 1
-    assert all(later - earlier > 350 for earlier, later in itertools.pairwise(times))
+    visitor.ask(tokens=150, load=1, past_end=True).ended()
+    times = page.evaluate("window.drawn")
+    assert len(times) > 2
+    # One frame may come late; half a second lies between any two that are on time.
+    assert times[-1] - times[0] > 500 * (len(times) - 1) - 400

@@ -42,16 +42,24 @@ function move(to) {
 
 // Rounds are shown as they come, or two a second; a visitor who has gone back is left there.
 let follows = true;
-setInterval(() => {
-  if (follows && cursor < rounds.length - 1 && ($("pace").value === "slow" || calm.matches)) {
-    move($("pace").value === "slow" ? cursor + 1 : rounds.length - 1);
-  }
-}, SLOW_MS);
+let paceTimer = 0;
+const isPaced = () => $("pace").value === "slow" || calm.matches;
+
+function keepPace() {
+  clearTimeout(paceTimer);
+  paceTimer = setTimeout(() => {
+    if (follows && cursor < rounds.length - 1 && isPaced()) {
+      move($("pace").value === "slow" ? cursor + 1 : rounds.length - 1);
+    }
+    keepPace();
+  }, SLOW_MS);
+}
 
 function addRound(round) {
   round.group = sides.speculative.groups.at(-1);
   rounds.push(round);
-  if (follows && $("pace").value === "live" && !calm.matches) cursor = rounds.length - 1;
+  if (rounds.length === 1) keepPace();
+  if (follows && !isPaced()) cursor = rounds.length - 1;
   draw();
   if ($("table-box").open) addRow(round);
 }
@@ -300,8 +308,9 @@ $("cursor").addEventListener("input", () => {
 });
 $("pace").addEventListener("change", () => {
   follows = true;
-  if ($("pace").value === "slow" && !run) move(0);
-  else if ($("pace").value === "live") move(rounds.length - 1);
+  if ($("pace").value === "live") move(rounds.length - 1);
+  else if (!run) move(0);
+  keepPace();
 });
 $("drafter").addEventListener("change", showCost);
 $("table-box").addEventListener("toggle", () => {
