@@ -194,7 +194,11 @@ class Run:
                 listener.close()
 
     def _verdict(self, sides: dict[str, _Side]) -> dict[str, Any]:
-        """How the sides compare: `identical` is None where other draws are to be expected."""
+        """How the sides compare.
+
+        `identical` is None where other draws are to be expected, and `speedup` where the sides
+        had different loads, or there is only one.
+        """
         ours, plain = sides.get(SPECULATIVE), sides.get(PLAINLY)
         if ours is None or plain is None or ours.output is None or plain.output is None:
             return {"identical": None, "speedup": None, "load_changed": self._changed}
@@ -202,7 +206,7 @@ class Run:
         identical = ours.output.token_ids == plain.output.token_ids if same_draws else None
         return {
             "identical": identical,
-            "speedup": ours.tokens_per_s / plain.tokens_per_s,
+            "speedup": None if self._changed else ours.tokens_per_s / plain.tokens_per_s,
             "load_changed": self._changed,
         }
 

@@ -216,7 +216,8 @@ def test_the_load_changes_while_a_run_goes_on(shown):
             if name == "round" and body["requests"] == 3:
                 break
         assert shown.ask("PUT", path, {"load": 99}).status == 422
-        assert events.until("done")["load_changed"] is True
+        done = events.until("done")
+        assert (done["load_changed"], done["speedup"]) == (True, None)
     assert shown.ask("PUT", path, {"load": 1}).status == 404
 
 

@@ -391,7 +391,8 @@ def test_the_load_slider_acts_while_a_run_goes_on(server, visit):
     visitor.page.fill("#load", "3")
     visitor.page.wait_for_selector("#round-text:has-text('shared by 4 requests')")
     visitor.ended()
-    assert "The load was changed" in visitor.text("#notes")
+    assert "The load was changed" in visitor.text("#verdict")
+    assert "times" not in visitor.text("#verdict")
 
 
 def test_a_key_is_asked_for_and_kept_nowhere(measured, kit, visit):

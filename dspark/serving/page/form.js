@@ -29,6 +29,7 @@ export function fill(given) {
   refill($("verifier"), given.verifiers.map((name) => [name, VERIFIERS[name]]),
     first ? given.model.dspark.verifier : $("verifier").value);
   $("load").max = given.max_load;
+  $("load").disabled = given.max_load === 0;
   $("max-tokens").max = given.max_length - 1;
   if (first) {
     fillSchedules(given.model.dspark.schedule);

@@ -73,6 +73,10 @@ export class Side {
     if (this.shown === group) return;
     this.shown?.classList.remove("current");
     this.shown = group ?? null;
-    group?.classList.add("current");
+    if (!group) return;
+    group.classList.add("current");
+    const { scrollTop, clientHeight } = this.text;
+    const below = group.offsetTop + group.offsetHeight > scrollTop + clientHeight;
+    if (below || group.offsetTop < scrollTop) this.text.scrollTop = group.offsetTop - 40;
   }
 }
