@@ -101,9 +101,7 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def start(
-    engine: Any, settings: Settings, drafters: dict[str, Model] | None, port: int
-) -> Live:
+def start(engine: Any, settings: Settings, drafters: dict[str, Model] | None, port: int) -> Live:
     server = Server(EngineService(engine), settings, drafters)
     address = bind("127.0.0.1", port)
     port = address.getsockname()[1]

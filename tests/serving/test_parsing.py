@@ -45,7 +45,9 @@ def parse(pieces, **options):
     return joined(parts + parser.finish())
 
 
-@pytest.mark.parametrize(("text", "wanted"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("text", "wanted"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
 def test_any_cut_gives_the_same(text, wanted):
     assert parse([text]) == wanted
     assert parse(list(text)) == wanted
