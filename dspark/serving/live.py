@@ -136,7 +136,9 @@ async def start(fields: RunFields, context: Its) -> Response:
     stages = context.stages
     _check_load(fields.load, context)
     choice = Choice(fields.drafter, fields.verifier, fields.schedule, fields.threshold)
-    prompt, load_prompts = await context.prepare(lambda: _prompts(fields.prompt, context))
+    prompt, load_prompts = await context.prepare(
+        lambda: _prompts(fields.prompt, context), len(fields.prompt)
+    )
     if len(prompt) >= stages.max_length:
         raise RequestError(
             f"The prompt has {len(prompt)} tokens, but the live page takes {stages.max_length - 1} "
