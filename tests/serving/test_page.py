@@ -386,7 +386,7 @@ def test_stop_ends_a_run(server, visit):
 
 def test_the_load_slider_acts_while_a_run_goes_on(server, visit):
     visitor = visit().open(server).connected()
-    visitor.ask(tokens=200, past_end=True)
+    visitor.ask(tokens=100, past_end=True)
     visitor.page.wait_for_selector("#speculative .drafted")
     visitor.page.fill("#load", "3")
     visitor.page.wait_for_selector("#round-text:has-text('shared by 4 requests')")
@@ -439,7 +439,7 @@ def test_rounds_come_two_a_second_where_that_is_wanted(server, visit, wish):
             .observe(document.getElementById("block"), { childList: true });
         }"""
     )
-    visitor.ask(tokens=150, load=1, past_end=True).ended()
+    visitor.ask(tokens=60, load=1, past_end=True).ended()
     times = page.evaluate("window.drawn")
     assert len(times) > 2
     # One frame may come late; half a second lies between any two that are on time.
