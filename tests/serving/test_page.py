@@ -194,12 +194,16 @@ def test_the_keyboard_alone_is_enough(server, visit):
         if focused == "max-tokens":
             page.keyboard.press("Control+a")
             page.keyboard.type("12")
-        if focused == "go":
+        if focused == "compare":
             break
-    order = ["prompt", "drafter", "verifier", "schedule", "temperature", "load", "compare", "go"]
+    order = ["prompt", "go", "drafter", "verifier", "schedule", "temperature", "load", "compare"]
     assert [each for each in reached if each in order] == order
     prompt = page.input_value("#prompt")
     assert "table for two" in prompt
+    for _ in range(30):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.id") == "go":
+            break
     page.keyboard.press("Enter")
     visitor.ended()
     assert page.evaluate("document.activeElement.id") == "go", "focus has moved"

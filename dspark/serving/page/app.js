@@ -190,7 +190,8 @@ async function start() {
   $("go").textContent = "Stop";
   clear(wish);
   say("Asking the server.");
-  if ($("status").getBoundingClientRect().top > innerHeight - 80) $("status").scrollIntoView();
+  const { top } = $("status").getBoundingClientRect();
+  if (top < 0 || top > innerHeight - 80) $("status").scrollIntoView();
   try {
     const options = { method: "POST", body: wish, signal: run.control.signal };
     for await (const [name, body] of stream("/v1/dspark/live", options)) handlers[name]?.(body);

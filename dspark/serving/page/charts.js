@@ -132,7 +132,8 @@ export function drawCost(cost, rounds, shown) {
   const line = nearest(cost, requests);
   const points = cost?.points ?? [];
   const ends = line ? [line.first_tokens + line.step_ms.length - 1] : [];
-  const xMost = Math.max(8, ...ends, ...points.map((p) => p.tokens), ...steps.map((r) => r.rows));
+  const rows = [...ends, ...points.map((p) => p.tokens), ...steps.map((r) => r.rows)];
+  const xMost = Math.max(8, ...rows) * 1.03;
   // One slow step of a busy machine must not flatten all others.
   const times = steps.map(spent).sort((a, b) => a - b);
   const usual = times.length ? times[Math.floor(times.length * 0.95)] * 1.2 : 0;

@@ -24,6 +24,7 @@ export const drafterNow = () => options?.drafters.find((each) => each.name === $
 export function fill(given) {
   const first = options === null;
   options = given;
+  $("ask").hidden = false;
   const drafter = $("drafter").value;
   refill($("drafter"), given.drafters.map((each) => [each.name, each.label]), drafter);
   refill($("verifier"), given.verifiers.map((name) => [name, VERIFIERS[name]]),
@@ -64,8 +65,10 @@ function fillSchedules(chosen) {
     chosen,
   );
   for (const id of ["schedule", "verifier", "compare"]) $(id).disabled = !drafts;
-  const reasons = names.map((name) => drafter.schedules[name]).filter(Boolean);
-  $("schedule-hint").textContent = reasons.length ? reasons[0] : "";
+  const refused = names.filter((name) => drafter.schedules[name] !== null);
+  $("schedule-hint").textContent = refused.length
+    ? `Not to be had: ${refused.join(", ")}. ${drafter.schedules[refused[0]]}`
+    : "";
 }
 
 function exampleButton(domain) {
