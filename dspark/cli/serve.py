@@ -21,6 +21,7 @@ from dspark.request import VERIFIERS
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
+    from dspark.engine.model import Model
     from dspark.serving.settings import Settings
 
 EXAMPLE = """\
@@ -70,6 +71,14 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="URL",
         help="a web origin whose pages may read the answers; repeatable (default: none)",
+    )
+    group.add_argument(
+        "--page-draft",
+        action="append",
+        default=[],
+        metavar="D",
+        help="a further drafter that the live page offers; repeatable (ngram, and the bundled "
+        "model's, are there by themselves)",
     )
     group.add_argument(
         "--log-level",
@@ -183,9 +192,11 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     settings = _settings(options)
     with bind(options.host, options.port) as address:
-        engine = _engine(options, screen)
+        model = load_model(options, options.draft, screen)
+        service = EngineService(_engine(options, model, screen))
+        drafters = _drafters(options, model)
         start_logging(options.log_level)
-        server = Server(EngineService(engine), settings)
+        server = Server(service, settings, drafters)
         screen.log.print(
             f"Serving {settings.model_name} on http://{options.host}:{address.getsockname()[1]}; "
             "Ctrl-C stops.",
@@ -220,8 +231,23 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _engine(options: argparse.Namespace, screen: Screen) -> Engine:
-    model = load_model(options, options.draft, screen)
+def _drafters(options: argparse.Namespace, model: Model) -> dict[str, Model]:
+    """What the live page offers, the model's own drafter first."""
+    from dspark.engine.loading import BUNDLED_DRAFTERS, load_draft
+
+    bundled = options.target == "bundled"
+    own = "bundled" if bundled and options.draft is None else model.name
+    found = {} if model.drafter is None else {own: model}
+    further = BUNDLED_DRAFTERS if bundled else ()
+    for name in (*options.page_draft, *further, "ngram"):
+        if name == "none":
+            raise UsageError("--page-draft is none, which the live page offers by itself.")
+        if name not in found:
+            found[name] = load_draft(model.target, name, offline=options.offline)
+    return found
+
+
+def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine:
     if model.drafter is None and options.schedule not in (None, "off"):
         raise UsageError(
             f"--schedule is {options.schedule}, but nothing is drafted here; give a drafter with "

@@ -201,6 +201,7 @@ class Model:
         block_size: int | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
+        prefix_reuse: bool = True,
     ) -> Engine:
         """An engine for requests that are yet to come, of any temperature: a server's.
 
@@ -214,6 +215,7 @@ class Model:
             block_size: drafts per round, at most the drafter's own, which is the default.
             step_tokens: rows of one step, as `Engine`.
             cache_tokens: rows of the cache, as `Engine`.
+            prefix_reuse: whether prompts share the pages of equal beginnings.
 
         Raises:
             UsageError: an option has a value that cannot be used.
@@ -232,6 +234,7 @@ class Model:
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
             max_queue=max_queue,
+            prefix_reuse=prefix_reuse,
         )
 
     def _scheduler(

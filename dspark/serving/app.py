@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import dspark
-from dspark.serving import chat, completions, health, metrics, models
+from dspark.engine.model import Model
+from dspark.serving import chat, completions, health, live, metrics, models
 from dspark.serving.context import Context, Seeds
 from dspark.serving.faults import Reply, add_handlers
 from dspark.serving.grammar import Grammars
@@ -18,18 +19,23 @@ from dspark.serving.guard import Guard
 from dspark.serving.metrics import Metrics
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
+from dspark.serving.stages import Stages, offered
 from dspark.serving.template import ChatTemplate
 from dspark.serving.tokens import TokenTexts
 
 SUMMARY = "OpenAI-compatible server with speculative decoding that changes no output."
 
 
-def create_app(service: EngineService, settings: Settings) -> FastAPI:
+def create_app(
+    service: EngineService, settings: Settings, drafters: Mapping[str, Model] | None = None
+) -> FastAPI:
     """The application; it starts the service with itself, and stops it.
 
     Args:
         service: not yet started.
         settings: how the server behaves.
+        drafters: what the live page offers, by name, the server's own first; by default that and
+            prompt lookup.
     """
     target = service.engine.target
     context = Context(
@@ -40,6 +46,7 @@ def create_app(service: EngineService, settings: Settings) -> FastAPI:
         tokens=TokenTexts(target.tokenizer),
         grammars=Grammars(target),
         seeds=Seeds(settings.seed),
+        stages=Stages(service, offered(service.engine) if drafters is None else drafters),
         created_s=int(time.time()),
     )
 
@@ -47,6 +54,7 @@ def create_app(service: EngineService, settings: Settings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
+        await context.stages.close()
         await service.stop(settings.drain_s)
         context.cook.shutdown(wait=False)
 
@@ -60,7 +68,7 @@ def create_app(service: EngineService, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = context
-    for routes in (chat, completions, models, health, metrics):
+    for routes in (chat, completions, models, health, metrics, live):
         app.include_router(routes.router)
     add_handlers(app)
     app.add_middleware(Guard, settings=settings)

@@ -16,6 +16,7 @@ from dspark.serving.grammar import Grammars
 from dspark.serving.metrics import Metrics
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
+from dspark.serving.stages import Stages
 from dspark.serving.template import ChatTemplate
 from dspark.serving.tokens import TokenTexts
 
@@ -55,6 +56,7 @@ class Context:
         tokens: texts of single tokens.
         grammars: masks for constrained answers.
         seeds: of requests without one.
+        stages: engines of the live page.
         created_s: when the server started, seconds since 1970.
         cook: the one thread in which prompts become tokens: long ones must not hold the loop up.
     """
@@ -66,6 +68,7 @@ class Context:
     tokens: TokenTexts
     grammars: Grammars
     seeds: Seeds
+    stages: Stages
     created_s: int
     cook: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="dspark-prompts")

@@ -62,6 +62,7 @@ class RoundEvent:
             token where all that were sent stayed; None where the output ended within the drafts.
         is_bonus: whether every draft that was sent was accepted.
         requests: answers that took part in the round.
+        verified: drafts sent to the target, of all requests together.
         rows: rows of the target's forward, of all requests, parts of prompts included; None under
             plain decoding.
         budget: drafts that earlier rounds were worth verifying, of all requests together; None
@@ -80,6 +81,7 @@ class RoundEvent:
     next_token: Token | None
     is_bonus: bool
     requests: int
+    verified: int
     rows: int | None
     budget: int | None
     draft_ms: float
@@ -147,6 +149,7 @@ def _event(
         next_token=None if last is None else Token(last, text(last)),
         is_bonus=last is not None and kept == length,
         requests=len(record.request_ids),
+        verified=sum(record.lengths),
         rows=record.rows,
         budget=record.budget,
         draft_ms=record.draft_ms,
@@ -192,6 +195,7 @@ def plain_event(
         next_token=Token(piece.token_id, piece.text),
         is_bonus=False,
         requests=requests,
+        verified=0,
         rows=None,
         budget=None,
         draft_ms=0.0,

@@ -15,14 +15,14 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("")
 async def list_models(context: Annotated[Context, Depends(context_of)]) -> Reply:
     """The models that can be asked."""
-    return Reply({"object": "list", "data": [_card(context)]})
+    return Reply({"object": "list", "data": [card(context)]})
 
 
 @router.get("/{name:path}", responses={404: {"description": "there is no such model"}})
 async def get_model(name: str, context: Annotated[Context, Depends(context_of)]) -> Reply:
     """One model."""
     check_model(name, context)
-    return Reply(_card(context))
+    return Reply(card(context))
 
 
 def check_model(name: str | None, context: Context) -> None:
@@ -37,7 +37,8 @@ def check_model(name: str | None, context: Context) -> None:
         raise ApiError(404, sentence, param="model", code="model_not_found")
 
 
-def _card(context: Context) -> dict[str, Any]:
+def card(context: Context) -> dict[str, Any]:
+    """What there is to know of the model that is served."""
     engine = context.service.engine
     return {
         "id": context.settings.model_name,

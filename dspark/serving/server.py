@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import uvicorn
@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from h11 import Data, EndOfMessage, Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.serving.app import create_app
 from dspark.serving.faults import error_body
@@ -46,12 +47,18 @@ class Server(uvicorn.Server):
     Args:
         service: what it serves; the application stops it too, by when it has stopped.
         settings: how the server behaves.
+        drafters: what the live page offers, as `create_app`.
     """
 
-    def __init__(self, service: EngineService, settings: Settings) -> None:
+    def __init__(
+        self,
+        service: EngineService,
+        settings: Settings,
+        drafters: Mapping[str, Model] | None = None,
+    ) -> None:
         self.service = service
         self.settings = settings
-        self.app: FastAPI = create_app(service, settings)
+        self.app: FastAPI = create_app(service, settings, drafters)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -74,6 +81,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers end or end them, then close the connections."""
+        await self.app.state.context.stages.close()
         stopping = asyncio.ensure_future(self.service.stop(self.settings.drain_s))
         while not stopping.done():
             await asyncio.wait((stopping,), timeout=0.1)

@@ -27,6 +27,7 @@ from dspark.serving.events import Owner, RoundEvent, plain_event, round_events
 from dspark.serving.snapshot import Snapshot
 from dspark.serving.stream import Subscription, Ticket, Update
 from dspark.serving.tally import Tally
+from dspark.serving.turns import Turns
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -56,15 +57,18 @@ class EngineService:
 
     Args:
         engine: has nothing to do yet. It may be watched by the service alone.
+        turns: of the services whose engines share a target; by default there is no other.
 
     Attributes:
         engine: for what never changes: its target, sizes and schedule.
+        turns: whose turn it is to step.
         tally: counts of all rounds and steps, for metrics.
         fault: what ended the engine's thread, if that was an error.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, turns: Turns | None = None) -> None:
         self.engine = engine
+        self.turns = turns or Turns()
         self.tally = Tally(engine.num_drafts, whole_blocks=engine.verifier == "block")
         self.fault: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -266,9 +270,10 @@ class EngineService:
 
     def _step(self) -> None:
         self._record = None
-        started = time.perf_counter()
-        events = self.engine.step()
-        step_ms = (time.perf_counter() - started) * 1e3
+        with self.turns.mine():
+            started = time.perf_counter()
+            events = self.engine.step()
+            step_ms = (time.perf_counter() - started) * 1e3
         self.tally.add_step(step_ms, self._record)
         updates, owners = list[tuple[Ticket, Update]](), dict[int, Owner]()
         for event in events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,20 @@ class Subscription:
             self._ready.clear()
             await self._ready.wait()
         return self._events.popleft()
+
+    async def wait(self, seconds: float) -> list[RoundEvent]:
+        """All that wait, once there are any; none where none came in time, or ever will."""
+        if not self._events and self._on_close is not None:
+            self._ready.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), max(seconds, 0.0))
+        return self.take()
+
+    def take(self) -> list[RoundEvent]:
+        """All that wait, at once."""
+        taken = list(self._events)
+        self._events.clear()
+        return taken
 
     def put(self, event: RoundEvent) -> None:
         """Take an event, in place of the oldest where the buffer is full."""

@@ -101,8 +101,9 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def start(engine: Any, settings: Settings) -> Live:
-    server, address = Server(EngineService(engine), settings), bind("127.0.0.1", 0)
+def start(engine: Any, settings: Settings, drafters: dict[str, Model] | None, port: int) -> Live:
+    server = Server(EngineService(engine), settings, drafters)
+    address = bind("127.0.0.1", port)
     port = address.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([address],), daemon=True)
     thread.start()
@@ -115,10 +116,17 @@ def start(engine: Any, settings: Settings) -> Live:
 
 
 @contextlib.contextmanager
-def running(model: Model, settings: Settings | None = None, **options: Any) -> Iterator[Live]:
+def running(
+    model: Model,
+    settings: Settings | None = None,
+    drafters: dict[str, Model] | None = None,
+    port: int = 0,
+    **options: Any,
+) -> Iterator[Live]:
     """A server of its own."""
     options = {"max_requests": 4, "max_length": 256, "max_queue": 16, **options}
-    live = start(model.open_engine(**options), settings or Settings("bundled", drain_s=5.0))
+    settings = settings or Settings("bundled", drain_s=5.0)
+    live = start(model.open_engine(**options), settings, drafters, port)
     try:
         yield live
     finally:

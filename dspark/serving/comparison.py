@@ -1,0 +1,232 @@
+"""A run of the live page: one prompt with the chosen drafter, then decoded plainly.
+
+One after the other, for beside each other each would take the other's time. Both have the same
+prompt, parameters, seed and load, and engines with nothing else to do; what the server's own engine
+does meanwhile is counted and told. A side's time is that of the server, from the submission of the
+request to its last token, reading the prompt included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dspark.errors import DSparkError
+from dspark.request import Output, Request
+from dspark.serving.faults import as_api_error, error_body
+from dspark.serving.load import BackgroundLoad
+from dspark.serving.stages import Choice, Stage, Stages
+from dspark.serving.stream import Subscription, Update
+
+Event = tuple[str, dict[str, Any]]
+"""(name, JSON object)"""
+SPECULATIVE, PLAINLY = "speculative", "plain"
+_LOAD_TOKENS = 256
+
+
+@dataclass
+class _Side:
+    """What is known of one side.
+
+    Attributes:
+        started_s: when its request was submitted.
+        tokens: tokens so far.
+        first_s: seconds to the first of them.
+        seconds: seconds to the last so far.
+        output: its end.
+        other_steps: steps that the server's own engine took meanwhile.
+    """
+
+    started_s: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    first_s: float = 0.0
+    seconds: float = 0.0
+    output: Output | None = None
+    other_steps: int = 0
+
+    def note(self, updates: Sequence[Update]) -> list[list[Any]]:
+        """Take note of what came; its pieces, [text, token id, whether drafted] each."""
+        self.seconds = time.perf_counter() - self.started_s
+        pieces = [piece for update in updates for piece in update.pieces]
+        if pieces and not self.tokens:
+            self.first_s = self.seconds
+        self.tokens += len(pieces)
+        for update in updates:
+            if update.output is not None:
+                self.output = update.output.checked()
+        return [[piece.text, piece.token_id, piece.drafted] for piece in pieces]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Run:
+    """One run, which ends when nobody reads its events any more.
+
+    Args:
+        stages: the engines.
+        choice: what the visitor wants to see.
+        request: the prompt.
+        load_prompts: what background requests ask.
+        load: how many of these there are at first.
+        run_id: names it, in round events too.
+        compare: whether plain decoding follows.
+
+    Raises:
+        UsageError: the choice is not possible here.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        choice: Choice,
+        request: Request,
+        load_prompts: Sequence[tuple[int, ...]],
+        *,
+        load: int,
+        run_id: str,
+        compare: bool,
+    ) -> None:
+        stages.check(choice)
+        self.run_id = run_id
+        self._stages = stages
+        self._choice = choice
+        self._request = request
+        self._load_prompts = load_prompts
+        self._wanted = load
+        self._changed = False
+        self._compare = compare and not choice.plain
+        self._background: BackgroundLoad | None = None
+
+    def set_load(self, load: int) -> None:
+        """Have so many background requests from now on."""
+        self._changed |= load != self._wanted
+        self._wanted = load
+        if self._background is not None:
+            self._background.set_level(load)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """What happens, as it happens; the last event is `done` or `error`."""
+        params = self._request.params
+        yield (
+            "start",
+            {
+                "run_id": self.run_id,
+                "choice": asdict(self._choice),
+                "prompt_tokens": len(self._request.prompt_ids),
+                "max_tokens": params.max_new_tokens,
+                "temperature": params.temperature,
+                "seed": params.seed,
+                "load": self._wanted,
+                "compare": self._compare,
+            },
+        )
+        try:
+            if self._stages.in_line:
+                yield "phase", {"phase": "waiting", "ahead": self._stages.in_line}
+            async with self._stages.turn(), aclosing(self._run()) as found:
+                async for event in found:
+                    yield event
+        except DSparkError as error:
+            told = as_api_error(error)
+            yield "error", error_body(told.status, str(told), told.param, told.code)
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        sides = dict[str, _Side]()
+        plan = [(PLAINLY if self._choice.plain else SPECULATIVE, self._choice)]
+        plan += [(PLAINLY, self._choice.plainly)] if self._compare else []
+        for name, choice in plan:
+            yield "phase", {"phase": "preparing", "side": name}
+            stage = await self._stages.open(choice)
+            sides[name] = _Side()
+            async with aclosing(self._play(name, stage, sides[name])) as found:
+                async for event in found:
+                    yield event
+        yield "done", self._verdict(sides)
+
+    async def _play(self, name: str, stage: Stage, side: _Side) -> AsyncGenerator[Event, None]:
+        """One side under its load."""
+        for note in stage.notes:
+            yield "note", {"side": name, "message": note}
+        params = replace(self._request.params, max_new_tokens=_LOAD_TOKENS, ignore_eos=False)
+        load = BackgroundLoad(stage.service, self._load_prompts, params)
+        async with load:
+            self._background = load
+            load.set_level(self._wanted)
+            try:
+                if load.level:
+                    yield "phase", {"phase": "loading", "side": name, "load": load.level}
+                    await load.settled()
+                yield "phase", {"phase": "decoding", "side": name, "load": load.level}
+                tally = self._stages.main.tally
+                before = tally.steps
+                async with aclosing(self._decode(name, stage, side)) as found:
+                    async for event in found:
+                        yield event
+                side.other_steps = tally.steps - before
+            finally:
+                self._background = None
+        yield "end", _summary(name, side)
+
+    async def _decode(self, name: str, stage: Stage, side: _Side) -> AsyncGenerator[Event, None]:
+        listener: Subscription | None = None
+        if name == SPECULATIVE:
+            listener = stage.service.subscribe(self.run_id)
+        side.started_s = time.perf_counter()
+        ticket = await stage.service.submit([self._request], name=self.run_id)
+        try:
+            async for updates in ticket:
+                pieces = side.note(updates)
+                if pieces:
+                    figures = {"tokens": side.tokens, "seconds": round(side.seconds, 6)}
+                    yield "text", {"side": name, "pieces": pieces, **figures}
+                # The service gives a step's tokens and its rounds in one go.
+                for event in listener.take() if listener is not None else ():
+                    self._stages.publish(event)
+                    yield "round", event.to_json()
+        finally:
+            ticket.cancel()
+            if listener is not None:
+                listener.close()
+
+    def _verdict(self, sides: dict[str, _Side]) -> dict[str, Any]:
+        """How the sides compare.
+
+        `identical` is None where other draws are to be expected, and `speedup` where the sides
+        had different loads, or there is only one.
+        """
+        ours, plain = sides.get(SPECULATIVE), sides.get(PLAINLY)
+        if ours is None or plain is None or ours.output is None or plain.output is None:
+            return {"identical": None, "speedup": None, "load_changed": self._changed}
+        same_draws = self._request.params.temperature == 0 or self._choice.verifier == "coupled"
+        identical = ours.output.token_ids == plain.output.token_ids if same_draws else None
+        return {
+            "identical": identical,
+            "speedup": None if self._changed else ours.tokens_per_s / plain.tokens_per_s,
+            "load_changed": self._changed,
+        }
+
+
+def _summary(name: str, side: _Side) -> dict[str, Any]:
+    output = side.output
+    assert output is not None, "a ticket ends with its output, or raises"
+    stats = output.stats
+    return {
+        "side": name,
+        "finish_reason": output.finish_reason,
+        "text": output.text,
+        "tokens": side.tokens,
+        "seconds": round(side.seconds, 6),
+        "first_token_ms": round(side.first_s * 1e3, 3),
+        "tokens_per_s": side.tokens_per_s,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "verified": stats.verified,
+        "accepted": stats.accepted,
+        "accepted_length": stats.accepted_length,
+        "other_steps": side.other_steps,
+    }

@@ -1,0 +1,335 @@
+// The page: one connection that says how the server stands, and runs with what they show.
+
+import { ApiError, ask, stream, useKey } from "./api.js";
+import { describeBudget, describeCost, drawBudget, drawCost } from "./charts.js";
+import { $, count, eachFrame, element, number, visible } from "./dom.js";
+import { complain, drafterNow, fill, watchForm, wishes } from "./form.js";
+import { drawRound } from "./round.js";
+import { Side } from "./side.js";
+
+const SLOW_MS = 500;
+const LONGEST_WAIT_S = 8;
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+const sides = { speculative: new Side("speculative"), plain: new Side("plain") };
+let rounds = [];
+let cursor = 0;
+let cost = null;
+let run = null; // { id, control } while one takes place
+
+// ---- what is shown -------------------------------------------------------------------------
+
+const draw = eachFrame(() => {
+  const shown = rounds[cursor];
+  drawRound(shown, rounds.length);
+  sides.speculative.mark(shown?.group);
+  $("cursor").max = Math.max(rounds.length - 1, 0);
+  $("cursor").value = cursor;
+  $("cursor").setAttribute("aria-valuetext", `Round ${cursor + 1} of ${rounds.length}`);
+  $("cursor").disabled = rounds.length < 2;
+  $("previous").disabled = cursor === 0;
+  $("next").disabled = cursor >= rounds.length - 1;
+  drawBudget(rounds, shown);
+  drawCost(cost, rounds, shown);
+  const most = Math.max(sides.speculative.tokensPerS, sides.plain.tokensPerS);
+  for (const side of Object.values(sides)) side.showRate(most);
+});
+
+function move(to) {
+  cursor = Math.min(Math.max(to, 0), Math.max(rounds.length - 1, 0));
+  draw();
+}
+
+// Rounds are shown as they come, or two a second; a visitor who has gone back is left there.
+let follows = true;
+let paceTimer = 0;
+const isPaced = () => $("pace").value === "slow" || calm.matches;
+
+function keepPace() {
+  clearTimeout(paceTimer);
+  paceTimer = setTimeout(() => {
+    if (follows && cursor < rounds.length - 1 && isPaced()) {
+      move($("pace").value === "slow" ? cursor + 1 : rounds.length - 1);
+    }
+    keepPace();
+  }, SLOW_MS);
+}
+
+function addRound(round) {
+  round.group = sides.speculative.groups.at(-1);
+  rounds.push(round);
+  if (rounds.length === 1) keepPace();
+  if (follows && !isPaced()) cursor = rounds.length - 1;
+  draw();
+  if ($("table-box").open) addRow(round);
+}
+
+function addRow(round) {
+  const kept = round.drafts.filter((draft) => draft.accepted);
+  const tokens = [...kept, ...(round.next_token ? [round.next_token] : [])];
+  const ms = round.draft_ms + round.schedule_ms + round.verify_ms;
+  const cells = [
+    round.round + 1,
+    round.drafts.length,
+    round.drafts.filter((draft) => draft.sent).length,
+    kept.length,
+    tokens.map((token) => visible(token.text)).join(" "),
+    round.requests,
+    number(ms, 1),
+  ];
+  $("rows").append(element("tr", {}, ...cells.map((text) => element("td", { text: String(text) }))));
+}
+
+function say(text, state = "") {
+  $("status").textContent = text;
+  $("status").dataset.state = state;
+}
+
+function remark(text) {
+  $("notes").append(element("li", { text }));
+}
+
+function describe() {
+  $("budget").setAttribute("aria-label", describeBudget(rounds));
+  $("cost").setAttribute("aria-label", describeCost(cost, rounds[cursor]));
+}
+
+function showCost() {
+  cost = drafterNow()?.cost ?? null;
+  const drafts = (drafterNow()?.drafts ?? 0) > 0;
+  $("cost-hint").textContent =
+    cost || !drafts ? "" : "Nobody has measured this machine with this drafter yet: dspark profile does.";
+  draw();
+  describe();
+}
+
+// ---- a run ---------------------------------------------------------------------------------
+
+const SAYS = {
+  waiting: ({ ahead }) => `Another visitor's run goes first (${ahead} ahead of yours).`,
+  preparing: () => "Preparing the engine.",
+  loading: ({ load }) => `Starting ${count(load, "background request")}.`,
+  decoding: ({ side }) =>
+    side === "plain" ? "Decoding the same prompt plainly." : "Decoding with the drafter.",
+};
+
+function clear(wish) {
+  rounds = [];
+  follows = true;
+  $("rows").replaceChildren();
+  $("notes").replaceChildren();
+  $("verdict").textContent = "";
+  const drafts = (drafterNow()?.drafts ?? 0) > 0 && wish.schedule !== "off";
+  const name = drafterNow()?.label;
+  sides.speculative.clear(
+    drafts ? `With ${name}, schedule ${wish.schedule}` : "With a drafter",
+    drafts ? "" : "No drafter was chosen.",
+  );
+  sides.plain.clear("Plain decoding", drafts ? (wish.compare ? "Comes second." : "Not asked for.") : "");
+  showCost();
+  move(0);
+  describe();
+}
+
+const handlers = {
+  start: ({ run_id }) => {
+    run.id = run_id;
+  },
+  phase: (body) => say(SAYS[body.phase](body)),
+  note: ({ message }) => remark(message),
+  text: (body) => {
+    sides[body.side].add(body);
+    draw();
+  },
+  round: addRound,
+  end: (summary) => {
+    sides[summary.side].end(summary);
+    run.ended.push(summary);
+    if (summary.other_steps) {
+      remark(
+        `Other requests took ${count(summary.other_steps, "step")} of this server meanwhile: ` +
+          `the speed of the ${summary.side} side is too low.`,
+      );
+    }
+    draw();
+    describe();
+  },
+  done: (body) => {
+    run.isDone = true;
+    conclude(body);
+  },
+  error: ({ error }) => {
+    throw new ApiError(0, error.message);
+  },
+};
+
+function conclude({ identical, speedup, load_changed: changed }) {
+  const [first] = run.ended;
+  if (run.ended.length === 2) {
+    const times = changed
+      ? "The load was changed on the way, so the speeds do not compare"
+      : `${number(speedup, 2)} times the speed of plain decoding`;
+    const text = identical === null
+      ? "sampled from the same law with other draws, so the words differ"
+      : identical ? "the same text, token by token" : "but the two texts differ";
+    $("verdict").textContent = `${times}; ${text}.`;
+    if (identical === false) {
+      remark(
+        "At temperature 0 the texts can differ where the model's numbers hang on the batch, as " +
+          "in bfloat16; batch-invariant mode excludes that.",
+      );
+    }
+  }
+  say(`Done: ${count(first.tokens, "token")} in ${number(first.seconds, 2)} seconds.`);
+}
+
+async function start() {
+  const wish = wishes();
+  if (!wish) return;
+  run = { id: null, control: new AbortController(), ended: [], isDone: false };
+  $("go").textContent = "Stop";
+  clear(wish);
+  say("Asking the server.");
+  const { top } = $("status").getBoundingClientRect();
+  if (top < 0 || top > innerHeight - 80) $("status").scrollIntoView();
+  try {
+    const options = { method: "POST", body: wish, signal: run.control.signal };
+    for await (const [name, body] of stream("/v1/dspark/live", options)) handlers[name]?.(body);
+    if (!run.isDone) throw new ApiError(0, "The server broke the run off.");
+  } catch (error) {
+    if (run.control.signal.aborted) say("Stopped.");
+    else if (error instanceof ApiError && error.status === 401) wantKey("The key is missing or wrong.");
+    else if (error instanceof ApiError) say(error.message, "error");
+    else if (error instanceof TypeError) say("The connection to the server was lost.", "error");
+    else throw error;
+  } finally {
+    run = null;
+    $("go").textContent = "Run";
+    $("go").disabled = !connected;
+    draw();
+    describe();
+  }
+}
+
+let loadTimer = 0;
+function changeLoad(load) {
+  clearTimeout(loadTimer);
+  loadTimer = setTimeout(async () => {
+    if (!run?.id) return;
+    try {
+      await ask(`/v1/dspark/live/${run.id}/load`, { method: "PUT", body: { load } });
+    } catch {
+      // The run has just ended; the next one takes the new load.
+    }
+  }, 120);
+}
+
+// ---- the connection ------------------------------------------------------------------------
+
+let connected = false;
+let keyGiven = () => {};
+
+function showConnection(state, text) {
+  connected = state === "connected";
+  $("connection").dataset.state = state;
+  if ($("connection").textContent !== text) $("connection").textContent = text;
+  if (!run) $("go").disabled = !connected;
+}
+
+function showState(state) {
+  const others = state.running + state.queued;
+  showConnection("connected", others ? `Connected, ${count(others, "other request")}` : "Connected");
+}
+
+function showModel({ model, device, dtype }) {
+  const own = model.dspark;
+  $("model").textContent =
+    `${model.id} on ${device}, ${dtype}; context of ${number(model.max_model_len)} tokens, ` +
+    `${count(own.max_requests, "request")} at once`;
+}
+
+function wantKey(message) {
+  $("key-form").hidden = false;
+  $("key-error").textContent = message;
+  $("key").focus();
+}
+
+async function connect() {
+  const options = await ask("/v1/dspark/live");
+  $("key-form").hidden = true;
+  showModel(options);
+  fill(options);
+  showCost();
+  for await (const [name, body] of stream("/v1/dspark/events?rounds=false")) {
+    if (name === "state") showState(body);
+  }
+}
+
+async function stayConnected() {
+  for (let wait = 1; ; ) {
+    try {
+      await connect();
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 401) {
+        showConnection("disconnected", "Key wanted");
+        const given = new Promise((resolve) => (keyGiven = resolve));
+        wantKey($("key").value ? "The server does not know this key." : "");
+        await given;
+        continue;
+      }
+      if (!(error instanceof TypeError || error instanceof ApiError)) throw error;
+    }
+    wait = connected ? 1 : Math.min(wait * 2, LONGEST_WAIT_S);
+    showConnection("disconnected", "Disconnected, trying again");
+    await new Promise((resolve) => setTimeout(resolve, wait * 1000));
+  }
+}
+
+// ---- what a visitor does -------------------------------------------------------------------
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (run) run.control.abort();
+  else start();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+});
+$("prompt").addEventListener("input", () => complain(""));
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey($("key").value);
+  keyGiven();
+});
+$("previous").addEventListener("click", () => step(-1));
+$("next").addEventListener("click", () => step(1));
+$("cursor").addEventListener("input", () => {
+  follows = Number($("cursor").value) === rounds.length - 1;
+  move(Number($("cursor").value));
+  describe();
+});
+$("pace").addEventListener("change", () => {
+  follows = true;
+  if ($("pace").value === "live") move(rounds.length - 1);
+  else if (!run) move(0);
+  keepPace();
+});
+$("drafter").addEventListener("change", showCost);
+$("table-box").addEventListener("toggle", () => {
+  $("rows").replaceChildren();
+  if ($("table-box").open) rounds.forEach(addRow);
+});
+
+function step(by) {
+  move(cursor + by);
+  follows = cursor === rounds.length - 1;
+  describe();
+}
+
+$("origin").textContent = location.origin;
+watchForm(changeLoad);
+clear({ schedule: "off", compare: false });
+sides.speculative.clear("With a drafter", "Its text appears here.");
+sides.plain.clear("Plain decoding", "The same prompt, without a drafter.");
+new ResizeObserver(draw).observe($("budget"));
+stayConnected();
