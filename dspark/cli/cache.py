@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
-from dspark.cli.train import recipe_overrides
+from dspark.cli.options import add_recipe_options, recipe_overrides
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,19 +26,9 @@ def add_parser(commands: Commands) -> None:
     parser = new_parser(
         commands, "cache", "compute the target's features of a recipe's samples to disk", EXAMPLE
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/"
-    )
+    add_recipe_options(parser, "features.max_bytes=2000000000")
     parser.add_argument(
         "--out", metavar="DIR", help="the cache (default: the recipe's features.path)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="change a key of the recipe, as in features.max_bytes=2000000000; repeatable",
     )
     parser.add_argument(
         "--check",

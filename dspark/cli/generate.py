@@ -14,10 +14,10 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
+from dspark.cli.options import add_drafting_options
 from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
-from dspark.engine.schedule import SCHEDULES
 from dspark.errors import UsageError
-from dspark.request import VERIFIERS, Output, Request, SamplingParams
+from dspark.request import Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.cli.comparison import Difference
@@ -85,25 +85,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("speculation")
-    group.add_argument(
-        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
-    )
-    group.add_argument(
-        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--schedule",
-        choices=SCHEDULES,
-        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
-        "machine profiled, else fixed)",
-    )
-    group.add_argument(
-        "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
-    )
-    group.add_argument(
-        "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
-    )
+    group = add_drafting_options(parser)
     group.add_argument(
         "--batch-size", type=int, default=8, metavar="R", help="requests at once (default: 8)"
     )

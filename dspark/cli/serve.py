@@ -15,9 +15,8 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
-from dspark.engine.schedule import SCHEDULES
+from dspark.cli.options import add_drafting_options
 from dspark.errors import UsageError
-from dspark.request import VERIFIERS
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
@@ -139,25 +138,7 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("speculation")
-    group.add_argument(
-        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
-    )
-    group.add_argument(
-        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--schedule",
-        choices=SCHEDULES,
-        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
-        "machine profiled, else fixed)",
-    )
-    group.add_argument(
-        "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
-    )
-    group.add_argument(
-        "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
-    )
+    group = add_drafting_options(parser)
     group.add_argument(
         "--step-tokens",
         type=int,

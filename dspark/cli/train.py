@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
+from dspark.cli.options import add_recipe_options, recipe_overrides
 
 if TYPE_CHECKING:
     from dspark.training.budget import Budget
@@ -22,17 +23,7 @@ EXAMPLE = """\
 def add_parser(commands: Commands) -> None:
     """Add `train`."""
     parser = new_parser(commands, "train", "train a drafter by a recipe", EXAMPLE)
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="change a key of the recipe, as in run.steps=100; repeatable",
-    )
+    add_recipe_options(parser, "run.steps=100")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of output_dir"
     )
@@ -104,13 +95,3 @@ def _judge() -> Judge:
         decode=lambda target, drafter, requests: accepted(Model(target), drafter, requests),
         encode=lambda target, prompts: render(Model(target), prompts),
     )
-
-
-def recipe_overrides(options: argparse.Namespace) -> list[str]:
-    """`--seed` and `--dtype` stand for keys of the recipe, which rules where they are not given."""
-    overrides = list(options.overrides)
-    if options.seed is not None:
-        overrides.append(f"run.seed={options.seed}")
-    if options.dtype != "auto":
-        overrides.append(f"run.dtype={options.dtype}")
-    return overrides

@@ -1,0 +1,57 @@
+"""Blocks of options that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+
+from dspark.engine.schedule import SCHEDULES
+from dspark.request import VERIFIERS
+
+
+def add_drafting_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add how a drafter is used: block, verifier, schedule; the group, for what else belongs."""
+    group = parser.add_argument_group("speculation")
+    group.add_argument(
+        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
+    )
+    group.add_argument(
+        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
+        "machine profiled, else fixed)",
+    )
+    group.add_argument(
+        "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
+    )
+    group.add_argument(
+        "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
+    )
+    return group
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add what names a recipe and changes keys of it, `example` being one such change."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help=f"change a key of the recipe, as in {example}; repeatable",
+    )
+
+
+def recipe_overrides(options: argparse.Namespace) -> list[str]:
+    """`--seed` and `--dtype` stand for keys of the recipe, which rules where they are not given."""
+    overrides = list(options.overrides)
+    if options.seed is not None:
+        overrides.append(f"run.seed={options.seed}")
+    if options.dtype != "auto":
+        overrides.append(f"run.dtype={options.dtype}")
+    return overrides
