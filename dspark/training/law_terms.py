@@ -11,11 +11,16 @@ Letters: n slots and u rows of the target in a chunk, V vocabulary (or the known
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# Chances below exp of this are 0 to every reader, but as denormal numbers they take 5 times longer.
+_LOWEST = -87.0
+_COLUMNS = 2**15
 
 
 class Head(Protocol):
@@ -100,7 +105,7 @@ def compare(
         picked_n = logits_nV.gather(-1, labels_n.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     if weights.kl or weights.lk_hybrid or weights.soft_ce:
         mean_n = _dot(target_nV, logits_nV)
-    law_nV = logits_nV.exp_()
+    law_nV = logits_nV.clamp_(min=_LOWEST).exp_()
     total_n = law_nV.sum(-1)
     law_nV.div_(total_n.unsqueeze(-1))
     if labels_n is not None and picked_n is not None:  # an unknown token teaches nothing
@@ -113,7 +118,7 @@ def compare(
         kept_n = torch.minimum(law_nV, target_nV).sum(-1)
         found["lk"] = -kept_n.clamp(min=torch.finfo(kept_n.dtype).tiny).log()
     gap_nV = torch.sub(law_nV, target_nV, out=target_nV)
-    distance_n = torch.linalg.vector_norm(gap_nV, ord=1, dim=-1)
+    distance_n = _total(torch.abs, gap_nV)
     found["tv"] = distance_n if known_n is None else distance_n + (1 - known_n)
     found["accept"] = (1 - 0.5 * found["tv"]).clamp(0, 1)
     return found, law_nV, gap_nV
@@ -167,9 +172,18 @@ def gradient(
 
 
 def _softmax_(logits: Tensor) -> None:
-    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=_LOWEST).exp_()
     logits.div_(logits.sum(-1, keepdim=True))
 
 
 def _dot(one_nV: Tensor, other_nV: Tensor) -> Tensor:
-    return (one_nV.unsqueeze(1) @ other_nV.unsqueeze(2)).flatten()
+    return _total(torch.mul, one_nV, other_nV)
+
+
+def _total(function: Callable[..., Tensor], *rows_nV: Tensor) -> Tensor:
+    """Sum over the vocabulary of a function of its numbers, which never lies there whole.
+
+    A product's rows or a norm would say the same, 4 times slower on a CPU.
+    """
+    parts = zip(*(torch.split(x, _COLUMNS, dim=-1) for x in rows_nV), strict=True)
+    return torch.stack([function(*part).sum(-1) for part in parts]).sum(0)
