@@ -1,5 +1,6 @@
 """A small tokenizer, and the chat templates of real families, as minimal equivalents."""
 
+import contextlib
 import copy
 import json
 import resource
@@ -146,13 +147,20 @@ def fake_server(monkeypatch):
         server.close()
 
 
-@pytest.fixture
-def small_disk():
-    """Lets files grow to so many bytes and no further, as a full disk would."""
+@contextlib.contextmanager
+def small_disk(size):
+    """Lets files grow to so many bytes and no further, as a full disk would; no longer than needed.
+
+    The limit holds for the whole process, the file that a test run's own output may go to included.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@pytest.fixture(name="small_disk")
+def _small_disk():
+    return small_disk

@@ -284,12 +284,11 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
     fake_server, prompts, tmp_path, small_disk
 ):
     out, fake = tmp_path / "o.jsonl", fake_server(echo)
-    small_disk(2000)
-    with pytest.raises(DataError, match=r"journal cannot be written \(File too large\); what was"):
+    refused = r"journal cannot be written \(File too large\); what was"
+    with pytest.raises(DataError, match=refused), small_disk(2000):
         regenerate(responder(fake), prompts, out)
     noted = len(lines(journal_path(out))) - 1  # every line of it is whole
     assert 5 < noted < 40
-    small_disk(journal_path(out).stat().st_size + 40 * 200)
     other = fake_server(echo)
     report = regenerate(responder(other), prompts, out)
     assert (report.records, report.resumed) == (40, noted)

@@ -56,8 +56,8 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, name, small_disk):
     path = tmp_path / name
     with write_json_lines(path) as write:
         write({"old": 1})
-    small_disk(4096)
-    with pytest.raises(DataError, match=rf"{name} cannot be written \(File too large\)"):
+    refused = pytest.raises(DataError, match=rf"{name} cannot be written \(File too large\)")
+    with refused, small_disk(4096):
         write_many(path)
     assert [record for _, record in read_json_lines(path)] == [{"old": 1}]
     assert list(tmp_path.iterdir()) == [path]
@@ -137,11 +137,9 @@ def test_a_journal_on_a_full_disk_keeps_what_it_has(tmp_path, small_disk):
     journal = Journal(path, {})
     journal.append({"line": 1})
     size = path.stat().st_size
-    small_disk(size + 20)
-    with pytest.raises(DataError, match="j cannot be written"):
+    with pytest.raises(DataError, match="j cannot be written"), small_disk(size + 20):
         journal.append({"line": 2, "text": "x" * 100})
     assert path.stat().st_size == size
-    small_disk(1 << 20)
     journal.append({"line": 2})
     assert entries(journal) == [{"line": 1}, {"line": 2}]
     journal.close()
