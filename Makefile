@@ -2,13 +2,14 @@
 # make test   the same set-up, then the whole CPU test suite
 # make lint   ruff and mypy
 # make bench  the README's figures; DATA names the folder with eval/ and corpus/
+# make bench-training  those of training: losses, feature cache, beside the reference stack
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-training clean
 
 # Stamps make both set-ups idempotent: they run again only when what they install from changes.
 $(VENV)/.run: constraints.txt pyproject.toml
@@ -41,6 +42,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.scheduling --recorded --data $(DATA)
 	$(BIN)/python -m benchmarks.plain_batch --data $(DATA)
 	$(BIN)/python -m benchmarks.load --data $(DATA) --out bench
+
+bench-training: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.loss_step --threads 1 --anchors 64
+	$(BIN)/python -m benchmarks.feature_cache --threads 1 --data $(DATA)
+	$(BIN)/python -m benchmarks.stories --threads 1 --target $(DATA)/../models/stories260K \
+	  --replay $(DATA)/../golden/replay
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
