@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE_ROWS = 128
+_TILE_ROWS = 256
 
 
 def chain_attention(
@@ -65,21 +65,23 @@ class _ChainAttention(torch.autograd.Function):
         lengths: tuple[int, ...],
         scale: float,
     ) -> Tensor:
-        scaled = query * scale
+        scaled, later = query * scale, _later(query.device)
         mixed = torch.empty_like(query)
-        log_sum = query.new_empty((*query.shape[:-1], 1), dtype=_wide(query.dtype))
+        peak = query.new_empty((*query.shape[:-1], 1), dtype=_wide(query.dtype))
+        total = torch.empty_like(peak)
         for rows, past in _tiles(lengths):
-            weights = _scores(scaled, key, rows, past)
-            peak = weights.amax(-1, keepdim=True)
-            total = weights.sub_(peak).exp_().sum(-1, keepdim=True)
-            log_sum[..., rows, :] = peak + total.log()
-            out = _over_context(weights.to(value.dtype), value[:, past])
-            mixed[..., rows, :] = out / total
+            weights = _scores(scaled, key, rows, past, later)
+            tile_peak = weights.amax(-1, keepdim=True)
+            weights.sub_(tile_peak).exp_()
+            peak[..., rows, :] = tile_peak
+            total[..., rows, :] = weights.sum(-1, keepdim=True)
+            mixed[..., rows, :] = _over_context(weights.to(value.dtype), value[:, past])
+        log_sum = peak + total.log()
         if own_key.shape[0]:
             own = _own_scores(scaled, own_key)
-            context = log_sum
-            log_sum = torch.logaddexp(context, own.logsumexp(0))
-            mixed *= (context - log_sum).exp().to(mixed.dtype)
+            log_sum = torch.logaddexp(log_sum, own.logsumexp(0))
+        mixed *= (peak - log_sum).exp().to(mixed.dtype)
+        if own_key.shape[0]:
             for weight, row in zip(own.sub_(log_sum).exp_(), own_value, strict=True):
                 mixed += weight.to(mixed.dtype) * row.unsqueeze(1)
         ctx.save_for_backward(query, key, value, own_key, own_value, mixed, log_sum)
@@ -91,11 +93,11 @@ class _ChainAttention(torch.autograd.Function):
         query, key, value, own_key, own_value, mixed, log_sum = ctx.saved_tensors
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
         d_own_key, d_own_value = torch.empty_like(own_key), torch.empty_like(own_value)
-        scaled = query * ctx.scale
+        scaled, later = query * ctx.scale, _later(query.device)
         lost = (grad * mixed).sum(-1, keepdim=True)
         for rows, past in _tiles(ctx.lengths):
             d_out = grad[..., rows, :]
-            weights = _scores(scaled, key, rows, past).sub_(log_sum[..., rows, :]).exp_()
+            weights = _scores(scaled, key, rows, past, later).sub_(log_sum[..., rows, :]).exp_()
             d_value[:, past] += _into_context(weights.to(grad.dtype), d_out)
             d_weights = _over_context(d_out, value[:, past].mT)
             d_scores = weights.mul_(d_weights.sub_(lost[..., rows, :])).to(grad.dtype)
@@ -127,13 +129,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scores(scaled: Tensor, key: Tensor, rows: slice, past: slice) -> Tensor:
+def _later(device: torch.device) -> Tensor:
+    """True where a row of a tile may not look at another."""
+    return torch.ones(_TILE_ROWS, _TILE_ROWS, dtype=torch.bool, device=device).triu_(1)
+
+
+def _scores(scaled: Tensor, key: Tensor, rows: slice, past: slice, later: Tensor) -> Tensor:
     """Scores [G, N, L, P] over the context, minus infinity where a row may not look."""
     scores = _over_context(scaled[..., rows, :], key[:, past].mT)
     scores = scores.to(_wide(scores.dtype))
     size = rows.stop - rows.start
-    later = torch.ones(size, size, dtype=torch.bool, device=scaled.device).triu_(1)
-    scores[..., -size:].masked_fill_(later, float("-inf"))
+    scores[..., -size:].masked_fill_(later[:size, :size], float("-inf"))
     return scores
 
 

@@ -20,7 +20,13 @@ from torch import Tensor
 
 # Chances below exp of this are 0 to every reader, but as denormal numbers they take 5 times longer.
 _LOWEST = -87.0
-_COLUMNS = 2**15
+
+
+def fitting_numbers(device: torch.device) -> int:
+    """How many numbers should be worked on at once."""
+    # A CPU's passes are fastest while their tensors stay in its cache (2 MiB here); an accelerator
+    # wants few, large ones (256 MiB).
+    return 2**19 if device.type == "cpu" else 2**26
 
 
 class Head(Protocol):
@@ -60,45 +66,47 @@ class LawWeights:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's laws of a chunk.
+    """The target's law of every slot of a chunk.
 
     Attributes:
-        law_uV: over the tokens that the drafter knows.
-        known_u: their sum; None for 1.
-        entropy_u: of the law given that the token is a known one; None where no term needs it.
+        law_nV: over the tokens that the drafter knows; used up by `compare`.
+        known_n: their sum; None for 1.
+        entropy_n: of the law given that the token is a known one; None where no term needs it.
     """
 
-    law_uV: Tensor
-    known_u: Tensor | None
-    entropy_u: Tensor | None
+    law_nV: Tensor
+    known_n: Tensor | None
+    entropy_n: Tensor | None
 
 
-def teacher_laws(head: Head, states_uH: Tensor, weights: LawWeights) -> Teacher:
-    """The target's laws of a chunk, from its states after its final norm."""
+def teacher_laws(head: Head, states_uH: Tensor, owner_n: Tensor, weights: LawWeights) -> Teacher:
+    """The target's laws of a chunk.
+
+    Args:
+        head: whose target it is.
+        states_uH: the target's distinct states after its final norm.
+        owner_n: which of them teaches each slot.
+        weights: say what is needed.
+    """
     law_uV = head.target_logits(states_uH.detach())
     _softmax_(law_uV)
-    known_u = entropy_u = None
+    known_n = entropy_n = None
     if head.t2d is not None:
         law_uV = head.over_drafts(law_uV)
-        known_u = law_uV.sum(-1)
+        known_n = law_uV.sum(-1)[owner_n]
     if weights.kl or weights.lk_hybrid:
-        entropy_u = torch.special.entr(law_uV).sum(-1)
-        if known_u is not None:  # of p / s: H(p) / s + log s
-            entropy_u = entropy_u / known_u + known_u.log()
-    return Teacher(law_uV, known_u, entropy_u)
+        entropy_n = _total(torch.special.entr, law_uV)[owner_n]
+        if known_n is not None:  # of p / s: H(p) / s + log s
+            entropy_n = entropy_n / known_n + known_n.log()
+    return Teacher(law_uV[owner_n], known_n, entropy_n)
 
 
 def compare(
-    logits_nV: Tensor,
-    teacher: Teacher,
-    owner_n: Tensor,
-    labels_n: Tensor | None,
-    weights: LawWeights,
+    logits_nV: Tensor, teacher: Teacher, labels_n: Tensor | None, weights: LawWeights
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Terms of a chunk, and in the storage of logits and a copy the laws q and the gaps q - p."""
+    """Terms of a chunk; and in the storage of the logits the laws q, in the teacher's q - p."""
     found = dict[str, Tensor]()
-    known_n = None if teacher.known_u is None else teacher.known_u[owner_n]
-    target_nV = teacher.law_uV[owner_n]
+    known_n, target_nV = teacher.known_n, teacher.law_nV
     logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
     picked_n = mean_n = None
     if labels_n is not None:
@@ -112,8 +120,8 @@ def compare(
         found["ce"] = (total_n.log() - picked_n).where(labels_n >= 0, 0.0)
     if mean_n is not None:
         found["soft_ce"] = total_n.log() - (mean_n if known_n is None else mean_n / known_n)
-        if teacher.entropy_u is not None:
-            found["kl"] = found["soft_ce"] - teacher.entropy_u[owner_n]
+        if teacher.entropy_n is not None:
+            found["kl"] = found["soft_ce"] - teacher.entropy_n
     if weights.lk:  # not from the distance, which is 2 to within rounding where little is kept
         kept_n = torch.minimum(law_nV, target_nV).sum(-1)
         found["lk"] = -kept_n.clamp(min=torch.finfo(kept_n.dtype).tiny).log()
@@ -185,5 +193,6 @@ def _total(function: Callable[..., Tensor], *rows_nV: Tensor) -> Tensor:
 
     A product's rows or a norm would say the same, 4 times slower on a CPU.
     """
-    parts = zip(*(torch.split(x, _COLUMNS, dim=-1) for x in rows_nV), strict=True)
+    columns = max(fitting_numbers(rows_nV[0].device) // rows_nV[0].shape[0], 1)
+    parts = zip(*(torch.split(x, columns, dim=-1) for x in rows_nV), strict=True)
     return torch.stack([function(*part).sum(-1) for part in parts]).sum(0)

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.training.law_terms import Head, LawWeights, compare, gradient, teacher_laws
+from dspark.training.law_terms import (
+    Head,
+    LawWeights,
+    compare,
+    fitting_numbers,
+    gradient,
+    teacher_laws,
+)
 
 # Below this the head is read more often than its products take.
 _ROWS_AT_LEAST = 64
@@ -134,10 +141,7 @@ def law_loss(
 
 def suitable_rows(device: torch.device, vocab_size: int) -> int:
     """How many rows should meet the vocabulary at once."""
-    # A CPU's passes over the logits are fastest while those stay in its cache (1 MiB here); an
-    # accelerator wants few, large chunks (256 MiB).
-    numbers = 2**18 if device.type == "cpu" else 2**26
-    return max(numbers // vocab_size, _ROWS_AT_LEAST)
+    return max(fitting_numbers(device) // vocab_size, _ROWS_AT_LEAST)
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,8 @@ def _chunk(
     inputs, weights = chunked.inputs, chunked.weights
     hidden_NH, feature_Nr, bias_Vr = tensors
     d_hidden, d_feature, d_bias = grads
-    law = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
     owner_n = chunked.rows.owner_N[part] - teacher.start
+    taught = teacher_laws(inputs.head, inputs.teacher_UH[teacher], owner_n, weights)
     labels_n = None if inputs.labels_N is None else inputs.labels_N[part]
     hidden_nH = hidden_NH[part].detach().requires_grad_(d_hidden is not None)
     with torch.enable_grad():
@@ -213,15 +217,13 @@ def _chunk(
     logits_nV = base_nV.detach()
     if feature_Nr is not None and bias_Vr is not None:
         _add_product(logits_nV, feature_Nr[part], bias_Vr.mT)
-    known_n = None if law.known_u is None else law.known_u[owner_n]
-    found, law_nV, gap_nV = compare(logits_nV, law, owner_n, labels_n, weights)
-    del law
+    found, law_nV, gap_nV = compare(logits_nV, taught, labels_n, weights)
     for name, value in found.items():
         getattr(terms, name)[part] = value
     if all(grad is None for grad in grads):
         return
     weight_n = inputs.weight_N[part]
-    grad_nV, scale_n = gradient(law_nV, gap_nV, found, known_n, labels_n, weight_n, weights)
+    grad_nV, scale_n = gradient(law_nV, gap_nV, found, taught.known_n, labels_n, weight_n, weights)
     scale_n1 = None if scale_n is None else scale_n.unsqueeze(-1)
     if d_hidden is not None:
         [grad_nH] = torch.autograd.grad(base_nV, [hidden_nH], [grad_nV])
