@@ -2,17 +2,22 @@
 
 Clients in a process of their own keep streams of a real server busy: prompts and answers of mixed
 lengths at temperature 0, a part of the clients leaving at a random moment. Before, the bare engine
-decodes the very same requests in a closed loop of as many users, those that will leave cut where
-they leave; every answer over HTTP must be, text for text, what it gave. Then:
+decodes the very same requests in a closed loop of as many users; every answer over HTTP must be,
+text for text, what it gave. Where one is not, `differing` tells how far apart the two likeliest
+tokens were at the first difference: rounding in another batch decides near-ties otherwise, which
+`--batch-invariant` rules out. Then:
 
 * overhead: the server's seconds, over HTTP, against the bare engine's, for the same tokens. The
   generator's own CPU time is told, and subtracted from the server's time for the second figure:
   with fewer cores than busy threads it takes that from the server. Both are repeated in turn, and
-  medians count.
+  medians count. A part of the streams always waits in the engine's queue (`--running`), on both
+  sides, so that batches stay full; else the time between an answer and the client's next question
+  would count as the server's.
   `cpu_overhead` holds the CPU time of the process with the server against that of the bare
   engine, which other work on the machine disturbs less; steps tell whether batches were as full.
 * memory of the server's process after each tenth of the requests; growth counts from the second
-  to the last.
+  to the last. The cache's own memory is written to before, since the system gives it page by page
+  at the first write, which is no growth of the server's.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ import torch
 from benchmarks.common import add_options, emit, environment, load_pair, say
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.request import Request, SamplingParams
+from dspark.request import Output, Request, SamplingParams
 from dspark.serving.server import Server, bind
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
@@ -104,7 +109,7 @@ def request_of(ask: Ask) -> Request:
 def open_engine(model: Model, args: argparse.Namespace) -> Engine:
     """An engine for the load."""
     return model.open_engine(
-        max_requests=args.users,
+        max_requests=args.running,
         max_queue=args.users,
         max_length=512,
         schedule=args.schedule,
@@ -112,10 +117,17 @@ def open_engine(model: Model, args: argparse.Namespace) -> Engine:
     )
 
 
-def bare(engine: Engine, asks: Sequence[Ask], users: int) -> tuple[list[str], list[int], float]:
-    """The same closed loop without a server: texts, tokens and seconds."""
+def write_to_cache(engine: Engine) -> None:
+    """Have the system give an idle engine's cache all its memory."""
+    memory = engine.memory
+    for cache in (memory.cache, *([memory.context.cache] if memory.context else [])):
+        cache.clear(torch.arange(cache.rows))
+
+
+def bare(engine: Engine, asks: Sequence[Ask], users: int) -> tuple[list[Output], float]:
+    """The same closed loop without a server: answers and seconds."""
     waiting, alive = deque(range(len(asks))), dict[int, int]()
-    texts, tokens = [""] * len(asks), [0] * len(asks)
+    outputs = dict[int, Output]()
     started = time.perf_counter()
     while waiting or alive:
         while waiting and len(alive) < users:
@@ -123,9 +135,8 @@ def bare(engine: Engine, asks: Sequence[Ask], users: int) -> tuple[list[str], li
             alive[engine.add(request_of(asks[index]), live=True)] = index
         for event in engine.step():
             if event.output is not None:
-                index = alive.pop(event.request_id)
-                texts[index], tokens[index] = event.output.text, len(event.output.token_ids)
-    return texts, tokens, time.perf_counter() - started
+                outputs[alive.pop(event.request_id)] = event.output
+    return [outputs[index] for index in range(len(asks))], time.perf_counter() - started
 
 
 async def one(port: int, ask: Ask) -> Heard:
@@ -242,12 +253,45 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def judge(asks: Sequence[Ask], heard: Sequence[Heard], texts: Sequence[str]) -> dict[str, Any]:
-    """What became of the requests."""
+def gap_at(engine: Engine, ask: Ask, output: Output, heard: str) -> dict[str, Any]:
+    """How far apart the two likeliest tokens are where a text leaves the bare engine's.
+
+    Args:
+        engine: idle.
+        ask: the question.
+        output: the bare engine's answer.
+        heard: another answer to it.
+
+    Returns:
+        The place of the first differing token and the difference of log-probabilities there.
+    """
+    tokenizer, ids = engine.target.tokenizer, output.token_ids
+    place = 0
+    while place < len(ids) and heard.startswith(tokenizer.decode(ids[: place + 1])):
+        place += 1
+    prompt = (*ask.prompt, *ids[:place])
+    number = engine.add(Request(prompt, SamplingParams(1, logprobs=2)))
+    found = None
+    while found is None:
+        found = next((e.output for e in engine.step() if e.request_id == number), None)
+    assert found.logprobs is not None
+    (_, best), (_, second) = found.logprobs[0].top
+    return {"token": place, "gap": best - second}
+
+
+def judge(
+    engine: Engine, asks: Sequence[Ask], heard: Sequence[Heard], outputs: Sequence[Output]
+) -> dict[str, Any]:
+    """What became of the requests; the engine, an idle one, looks into what differs."""
+    texts = [output.text for output in outputs]
     stayed = [i for i, each in enumerate(heard) if not each.left]
     first = [h.first_s for h in heard if h.first_s is not None]
     prefix = sum(h.left and not texts[i].startswith(h.text) for i, h in enumerate(heard))
+    differing = [i for i in stayed if heard[i].finished and heard[i].text != texts[i]]
     return {
+        "differing": [
+            {"request": i, **gap_at(engine, asks[i], outputs[i], heard[i].text)} for i in differing
+        ],
         "requests": len(asks),
         "left": len(asks) - len(stayed),
         "complete": sum(heard[i].finished for i in stayed),
@@ -274,11 +318,12 @@ def overhead(
     )
     ways: dict[str, list[float]] = {name: [] for name in names}
     engine, tokens = open_engine(model, args), 0
+    write_to_cache(engine)
     for repeat in range(args.repeats):
         engine.memory.pool.evict_all()
         before = time.process_time(), _steps(engine)
-        _, counts, seconds = bare(engine, staying, args.users)
-        tokens = sum(counts)
+        outputs, seconds = bare(engine, staying, args.users)
+        tokens = sum(len(output.token_ids) for output in outputs)
         ways["bare"].append(seconds)
         ways["bare_cpu"].append(time.process_time() - before[0])
         ways["bare_steps"].append(_steps(engine) - before[1])
@@ -320,11 +365,13 @@ def parse_args() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--users", type=int, default=64, help="streams at once")
+    parser.add_argument("--running", type=int, default=48, help="of them in the engine's batch")
     parser.add_argument("--leaving", type=float, default=0.1, help="share of clients that leave")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of the longest answers")
     parser.add_argument("--schedule", default="fixed", help="fixed needs no profile")
-    parser.add_argument("--overhead-requests", type=int, default=256, help="of each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="of server and bare engine in turn")
+    parser.add_argument("--batch-invariant", action="store_true", help="no near-ties")
+    parser.add_argument("--overhead-requests", type=int, default=512, help="of each repeat")
+    parser.add_argument("--repeats", type=int, default=5, help="of server and bare engine in turn")
     return parser.parse_args()
 
 
@@ -332,15 +379,17 @@ def main() -> None:
     """Run it."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    model = load_pair(args.model, args.dtype or "float32")
+    model = load_pair(args.model, args.dtype or "float32", batch_invariant=args.batch_invariant)
     asks = asks_of(model, args)
     say(f"decoding {len(asks)} requests without a server")
-    texts, _, seconds = bare(open_engine(model, args), asks, args.users)
+    alone = open_engine(model, args)
+    outputs, seconds = bare(alone, asks, args.users)
     say(f"that took {seconds:.0f} s; now over HTTP")
     load = Load(open_engine(model, args), args.users)
+    write_to_cache(load.engine)
     try:
         heard, seconds, cpu_s, memory = load.run(asks)
-        result = judge(asks, heard, texts)
+        result = judge(alone, asks, heard, outputs)
         idle = load.server.service.snapshot()
         result |= {"seconds": seconds, "generator_cpu_s": cpu_s}
         result |= {"held_pages_when_idle": idle.pages_held, "running_when_idle": idle.running}

@@ -22,7 +22,8 @@ from dspark.serving.stream import Ticket
 
 _T = TypeVar("_T")
 Choice = dict[str, Any]
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
+_write_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Voice(Protocol):
@@ -183,11 +184,11 @@ async def _collect(ticket: Ticket, account: _Account) -> None:
 
 async def _events(ticket: Ticket, account: _Account) -> AsyncGenerator[bytes, None]:
     """The stream, which always ends: with its last answer, or with an error."""
-    job, frame = account.job, _frame(account.job, account.context, chunk=True)
-    nothing = {"usage": None} if job.usage else {}
+    job, rest = account.job, list[str]()
+    chunks = _Chunks(_frame(job, account.context, chunk=True), usage=job.usage)
     try:
         async for updates in ticket:
-            sent, fault = list[bytes](), None
+            fault = None
             for update in updates:
                 account.note(update.answer, update.pieces, update.output)
                 voice = job.voices[update.answer]
@@ -196,17 +197,39 @@ async def _events(ticket: Ticket, account: _Account) -> AsyncGenerator[bytes, No
                     fault = update.output.fault
                 elif update.output is not None:
                     choices += voice.close(update.output)
-                sent += [_event(frame | {"choices": [choice]} | nothing) for choice in choices]
-            if sent:
-                yield b"".join(sent)
+                rest += map(chunks.event, choices)
             if fault is not None:
                 raise fault
+            if rest and not ticket.is_over:  # what comes last goes out with the end
+                yield "".join(rest).encode("ascii")
+                rest.clear()
         if job.usage:
-            yield _event(frame | {"choices": [], "usage": account.usage()})
+            rest.append(chunks.last(account.usage()))
     except DSparkError as error:
         told = as_api_error(error)
-        yield _event(error_body(told.status, str(told), told.param, told.code))
-    yield DONE
+        rest.append(_event(error_body(told.status, str(told), told.param, told.code)))
+    yield "".join([*rest, DONE]).encode("ascii")
+
+
+class _Chunks:
+    """Writes the events of one stream, which differ in their choices alone.
+
+    Args:
+        frame: what all have in common.
+        usage: whether the last one holds the usage; all others then say that they do not.
+    """
+
+    def __init__(self, frame: Mapping[str, Any], *, usage: bool) -> None:
+        self._head = "data: " + _write_json(frame)[:-1] + ',"choices":['
+        self._tail = '],"usage":null}\n\n' if usage else "]}\n\n"
+
+    def event(self, choice: Choice) -> str:
+        """The event of one choice."""
+        return self._head + _write_json(choice) + self._tail
+
+    def last(self, usage: Mapping[str, Any]) -> str:
+        """The event with the usage."""
+        return self._head + '],"usage":' + _write_json(usage) + "}\n\n"
 
 
 def _frame(job: Job, context: Context, *, chunk: bool) -> dict[str, Any]:
@@ -218,8 +241,8 @@ def _frame(job: Job, context: Context, *, chunk: bool) -> dict[str, Any]:
     }
 
 
-def _event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n\n"
+def _event(body: Mapping[str, Any]) -> str:
+    return "data: " + _write_json(body) + "\n\n"
 
 
 class ClientGone(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,12 @@ class Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; until the end, what is loaded now is not searched for garbage again."""
+        gc.collect()
+        gc.freeze()
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers end or end them, then close the connections."""
         await self.app.state.context.stages.close()
@@ -88,6 +95,7 @@ class Server(uvicorn.Server):
             if self.force_exit:
                 await self.service.stop(0.0)
         await super().shutdown(sockets)
+        gc.unfreeze()
 
 
 def bind(host: str, port: int) -> socket.socket:

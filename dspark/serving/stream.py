@@ -51,6 +51,11 @@ class Ticket:
         self._error: DSparkError | None = None
         self._ready = asyncio.Event()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return not self._open and not self._updates
+
     def __aiter__(self) -> Ticket:
         return self
 
