@@ -13,17 +13,18 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from dspark.engine.engine import Engine
 from dspark.engine.record import RoundRecord
-from dspark.engine.sequence import Event, Piece
+from dspark.engine.sequence import Piece
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
-from dspark.serving.events import Owner, RoundEvent, plain_event, round_events
+from dspark.serving.events import Owner
+from dspark.serving.listeners import Listeners, Step
 from dspark.serving.snapshot import Snapshot
 from dspark.serving.stream import Subscription, Ticket, Update
 from dspark.serving.tally import Tally
@@ -39,17 +40,6 @@ class _Job:
 
     owner: Owner
     ticket: Ticket
-
-
-@dataclass
-class _Step:
-    """What a step did, for listeners."""
-
-    record: RoundRecord | None
-    events: Sequence[Event]
-    owners: dict[int, Owner]
-    ms: float
-    time_s: float = field(default_factory=time.time)
 
 
 class EngineService:
@@ -76,7 +66,7 @@ class EngineService:
         self._ended: asyncio.Event | None = None
         self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[int, _Job] = {}  # of the thread alone
-        self._listeners: list[Subscription] = []  # of the loop alone
+        self._listeners = Listeners(self.token_text, self._hear)  # of the loop alone
         self._heard = False
         self._record: RoundRecord | None = None
         self._deadline: float | None = None
@@ -114,8 +104,7 @@ class EngineService:
         self._orders.put(close)
         await self._ended.wait()
         self._thread.join()
-        for listener in list(self._listeners):
-            listener.close()
+        self._listeners.close()
 
     async def submit(
         self, requests: Sequence[Request], *, name: str = "", live: bool = True
@@ -182,13 +171,8 @@ class EngineService:
         Returns:
             An async iterator, which ends when it is closed or the service stops. Close it.
         """
-        listener = Subscription(request_id, size, self._unsubscribe)
-        if self._closing or self.fault is not None:
-            listener.close()
-            return listener
-        self._listeners.append(listener)
-        self._hear(True)
-        return listener
+        ended = self._closing or self.fault is not None
+        return self._listeners.add(request_id, size, ended=ended)
 
     async def call(self, act: Callable[[Engine], _T]) -> _T:
         """Run something in the engine's thread, between two steps.
@@ -211,6 +195,13 @@ class EngineService:
         self._orders.put(order)
         return await result
 
+    def token_text(self, token_id: int) -> str:
+        """The text of a token alone; its number where there is no tokenizer."""
+        tokenizer = self.engine.target.tokenizer
+        if tokenizer is None:
+            return str(token_id)
+        return str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
     def snapshot(self) -> Snapshot:
         """How things stood after the last step or order."""
         return self._snapshot
@@ -221,11 +212,6 @@ class EngineService:
         if self._loop is None or self._closing:
             raise UnavailableError("The server is stopping; ask again once it is back.")
         return self._loop
-
-    def _unsubscribe(self, listener: Subscription) -> None:
-        if listener in self._listeners:
-            self._listeners.remove(listener)
-        self._hear(bool(self._listeners))
 
     def _hear(self, wanted: bool) -> None:
         """Have drafters asked for confidences only while someone listens."""
@@ -285,7 +271,9 @@ class EngineService:
             if event.output is not None:
                 del self._jobs[event.request_id]
         self._snapshot = Snapshot.of(self.engine, self._record, step_ms)
-        step = _Step(self._record, events, owners, step_ms) if self._heard else None
+        step = None
+        if self._heard:
+            step = Step(self.tally.steps, self._record, events, owners, step_ms)
         if updates:
             self._tell(partial(self._deliver, updates, step))
 
@@ -348,50 +336,18 @@ class EngineService:
 
     # Called on the loop by the engine's thread.
 
-    def _deliver(self, updates: Sequence[tuple[Ticket, Update]], step: _Step | None) -> None:
+    def _deliver(self, updates: Sequence[tuple[Ticket, Update]], step: Step | None) -> None:
         for ticket, update in updates:
             ticket.put(update)
-        if step is not None and self._listeners:
-            self._publish(step)
-
-    def _publish(self, step: _Step) -> None:
-        wanted = {listener.request_id for listener in self._listeners}
-        owners = {n: o for n, o in step.owners.items() if None in wanted or o[0] in wanted}
-        if not owners:
-            return
-        for event in self._events(step, owners):
-            for listener in self._listeners:
-                if listener.request_id in (None, event.request_id):
-                    listener.put(event)
-
-    def _events(self, step: _Step, owners: dict[int, Owner]) -> list[RoundEvent]:
-        if step.record is not None:
-            pieces = {event.request_id: event.pieces for event in step.events}
-            return round_events(step.record, pieces, owners, self.token_text, step.time_s)
-        found = []
-        for event in step.events:
-            if event.request_id in owners and event.pieces:
-                owner, piece = owners[event.request_id], event.pieces[0]
-                number = self.tally.steps
-                found.append(
-                    plain_event(owner, number, piece, len(step.events), step.ms, step.time_s)
-                )
-        return found
-
-    def token_text(self, token_id: int) -> str:
-        """The text of a token alone; its number where there is no tokenizer."""
-        tokenizer = self.engine.target.tokenizer
-        if tokenizer is None:
-            return str(token_id)
-        return str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        if step is not None:
+            self._listeners.publish(step)
 
     def _finish(self, tickets: Sequence[Ticket], error: UnavailableError) -> None:
         self._closing = True
         self._take_rest()  # what was ordered while the thread ended
         for ticket in tickets:
             ticket.fail(error)
-        for listener in list(self._listeners):
-            listener.close()
+        self._listeners.close()
         assert self._ended is not None
         self._ended.set()
 
