@@ -61,7 +61,15 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--split", default="train", help="of data sets (default: %(default)s)")
     parser.add_argument("--config", metavar="NAME", help="of data sets that have several")
     parser.add_argument("--revision", help="branch, tag or commit of a data set on the hub")
-    parser.add_argument("--limit", type=int, metavar="N", help="read at most so many lines")
+    parser.add_argument(
+        "--offline", action="store_true", help="of data sets read what is on this machine only"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="read at most so many lines; of data sets no more is fetched than that needs",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
     add_common_options(parser)
     parser.set_defaults(run=run)
@@ -72,11 +80,18 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     _check(options)
     from dspark.data.collect import Split, collect_prompts
     from dspark.data.contamination import evaluation_texts
+    from dspark.data.hub import DataSet
+    from dspark.data.records import RECORD_KEYS
     from dspark.data.sources import read_rows
 
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(
-        read_rows(source, split=options.split, config=options.config, revision=options.revision)
+        read_rows(
+            DataSet(source, options.config, options.split, options.revision),
+            RECORD_KEYS,
+            offline=options.offline,
+            stream=options.limit is not None,
+        )
         for source in options.sources
     )
     out = Path(options.out)

@@ -15,7 +15,7 @@ from typing import Any
 from dspark.data.contamination import EvaluationTexts
 from dspark.data.json_lines import beside, write_json_lines, write_list
 from dspark.data.records import Found, read_record
-from dspark.data.sources import Row
+from dspark.data.rows import Row
 from dspark.data.texts import digest, near_text
 from dspark.errors import DataError
 
@@ -142,9 +142,7 @@ def collect_prompts(
 
 
 def _read(row: Row) -> Found:
-    if row.record is None:
-        raise DataError(row.fault)
-    return read_record(row.record, row.where)
+    return read_record(row.whole(), row.where)
 
 
 def _is_duplicate(found: Found, exact: set[int], near: set[int], report: CollectReport) -> bool:

@@ -114,7 +114,6 @@ def evaluation_texts(paths: Sequence[str | Path], ngram: int = 13) -> Evaluation
 
 def _texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
     for file in (file for path in paths for file in json_lines_files(Path(path))):
-        for number, record in read_json_lines(file):
-            where = f"{file}, line {number}"
+        for where, record in read_json_lines(file):
             for text in read_record(record, where).user_turns:
                 yield where, text

@@ -181,8 +181,8 @@ def read_conversations(path: str | Path) -> Iterator[tuple[Message, ...]]:
     Raises:
         DataError: the file or a line is malformed.
     """
-    for number, record in read_json_lines(path):
-        yield check_messages(record.get("messages"), f"{path}, line {number}")
+    for where, record in read_json_lines(path):
+        yield check_messages(record.get("messages"), where)
 
 
 def as_prompt(record: dict[str, Any], where: str) -> Prompt:
@@ -228,10 +228,10 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         DataError: the file or a line is malformed, or there is no prompt in it.
     """
     prompts: list[Prompt] = []
-    for number, record in read_json_lines(path):
+    for where, record in read_json_lines(path):
         if limit is not None and len(prompts) >= limit:
             break
-        prompts.append(as_prompt(record, f"{path}, line {number}"))
+        prompts.append(as_prompt(record, where))
     if not prompts:
         raise DataError(f"{path} holds no prompt.")
     return prompts

@@ -43,8 +43,8 @@ def read_source(kind: SourceFormat, path: Path | None) -> Iterator[Conversation]
         return
     if path is None:
         raise DataError(f"The corpus source of format {kind!r} needs a path.")
-    for number, record in read_json_lines(path):
-        messages = check_messages(record.get("messages"), f"{path}, line {number}")
+    for where, record in read_json_lines(path):
+        messages = check_messages(record.get("messages"), where)
         yield from _FORMATS[kind](messages, record)
 
 

@@ -1,57 +1,187 @@
-"""Sets of the hub, through the optional library `datasets`."""
+"""Data sets: of the hub, or in a folder, in whatever files they come.
+
+The library `datasets` reads tables of every kind. JSON-lines files of the hub are fetched as they
+are and read as local ones, since the library wants all their lines to have the same columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from dspark.data.hub_errors import hub_errors, table_errors
+from dspark.data.json_lines import scan_json_lines
+from dspark.data.rows import Row
 from dspark.errors import DataError
 
 
 @dataclass(frozen=True)
-class HubSet:
-    """Where a set lies on the hub.
+class DataSet:
+    """A data set, and which of its rows are meant.
 
     Attributes:
-        repository: its id.
+        name: its id on the hub (owner/name), or a folder.
         config: its configuration; None for the only one.
-        split: of these rows.
-        files: JSON-lines files in the repository, read in place of a configuration.
+        split: of these rows, in the library's notation: test, train[:1000], train+test.
+        revision: branch, tag or commit on the hub; None for the newest.
+        files: JSON-lines files on the hub, a pattern, read in place of configuration and split.
     """
 
-    repository: str
+    name: str
     config: str | None = None
-    split: str = "test"
+    split: str = "train"
+    revision: str | None = None
     files: str | None = None
 
 
-def hub_rows(where: HubSet, *, offline: bool = False) -> list[Mapping[str, Any]]:
-    """All rows of a set.
+def data_set_rows(
+    data_set: DataSet,
+    columns: Sequence[str] = (),
+    *,
+    offline: bool = False,
+    stream: bool = False,
+) -> Iterator[Row]:
+    """Yield the rows of a data set.
+
+    Args:
+        data_set: which.
+        columns: it must have one of these; none are needed by default.
+        offline: read what is on this machine alone.
+        stream: fetch rows as they are read, for when only the first ones are wanted, in place of
+            all files of the configuration first.
 
     Raises:
-        DataError: `datasets` is not installed, or the set cannot be had.
+        DataError: there is no such data set, configuration, split, revision or column; it is gated
+            or damaged; the hub cannot be reached; or the library `datasets` is needed and not
+            installed.
     """
-    if find_spec("datasets") is None:
-        raise DataError(
-            f"Reading {where.repository} from the hub needs the library datasets; install it with "
-            "pip install 'dspark[data]', or name a folder of JSON lines with --data."
+    if data_set.files is not None:
+        yield from _rows_of_files(data_set, data_set.files, offline)
+        return
+    with hub_errors(data_set, offline), table_errors(data_set):
+        for number, record in enumerate(_table(data_set, offline, stream), 1):
+            if number == 1 and columns and not set(columns) & set(record):
+                raise _no_column(data_set, columns, record)
+            where = f"{data_set.name}, {data_set.split}, row {number}"
+            yield Row(where, _with_lists_of_objects(record), number=number)
+
+
+def _rows_of_files(data_set: DataSet, pattern: str, offline: bool) -> Iterator[Row]:
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(data_set, offline):
+        folder = Path(
+            snapshot_download(
+                data_set.name,
+                repo_type="dataset",
+                revision=data_set.revision,
+                allow_patterns=pattern,
+                local_files_only=offline,
+            )
         )
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise DataError(
+            f"The data set {data_set.name} has no file {pattern}; give JSON lines in its place."
+        )
+    for file in files:
+        yield from scan_json_lines(file)
+
+
+def _table(data_set: DataSet, offline: bool, stream: bool) -> Any:
+    """What the library makes of a data set: an iterable of rows."""
+    builder = _builder(data_set, offline)
+    splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
+    parts = {part.split("[")[0].strip() for part in data_set.split.split("+")}
+    if splits and not parts <= {*splits, "all"}:
+        raise _no_split(data_set, splits)
+    if stream and "[" not in data_set.split:  # the library cuts no streams
+        return builder.as_streaming_dataset(split=data_set.split)
+    builder.download_and_prepare()
+    try:
+        return builder.as_dataset(split=data_set.split)
+    except ValueError as error:
+        raise _no_split(data_set, [str(name) for name in builder.info.splits]) from error
+
+
+def _builder(data_set: DataSet, offline: bool) -> Any:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        with _offline(offline):
+            builder = datasets.load_dataset_builder(
+                data_set.name, data_set.config, revision=data_set.revision
+            )
+    except HFValidationError:
+        raise
+    except ValueError as error:
+        raise _no_config(data_set, offline) from error
+    # Where the hub is not reached, the library takes whatever revision it has met before.
+    if data_set.revision is not None and isinstance(builder, Cache):
+        raise DataError(
+            f"Without the hub nobody knows whether the {data_set.name} on this machine is revision "
+            f"{data_set.revision}; read it online, or without a revision."
+        )
+    return builder
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Turn the library's own switch, for which none of its functions has an argument."""
     import datasets
 
-    options: dict[str, Any] = {
-        "download_config": datasets.DownloadConfig(local_files_only=offline),
-    }
-    if where.files is None:
-        name, options["name"], options["split"] = where.repository, where.config, where.split
-    else:
-        name, options["split"] = "json", "train"
-        options["data_files"] = f"hf://datasets/{where.repository}/{where.files}"
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = wanted or before
     try:
-        return list(datasets.load_dataset(name, **options))
-    except Exception as error:  # whatever the library or the network came up with
-        raise DataError(
-            f"{where.repository} cannot be read from the hub ({error}); name a folder of JSON "
-            "lines with --data."
-        ) from error
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _no_config(data_set: DataSet, offline: bool) -> DataError:
+    import datasets
+
+    name, config = data_set.name, data_set.config
+    if offline:
+        which = "the only configuration" if config is None else f"configuration {config!r}"
+        return DataError(
+            f"The data set {name} is not on this machine with {which}; name another one with "
+            "--config, or read it once without --offline."
+        )
+    known = ", ".join(datasets.get_dataset_config_names(name, revision=data_set.revision))
+    if config is None:
+        return DataError(f"The data set {name} has several configurations; name one of {known}.")
+    return DataError(f"The data set {name} has no configuration {config!r}; it has {known}.")
+
+
+def _no_split(data_set: DataSet, known: Sequence[str]) -> DataError:
+    return DataError(
+        f"The data set {data_set.name} has no split {data_set.split!r}; it has {', '.join(known)}."
+    )
+
+
+def _no_column(data_set: DataSet, columns: Sequence[str], record: Mapping[str, Any]) -> DataError:
+    wanted = " or ".join(repr(column) for column in columns)
+    return DataError(
+        f"The data set {data_set.name}, split {data_set.split!r}, has no column {wanted}, but "
+        f"{', '.join(map(repr, record))}; name another configuration, or give JSON lines that "
+        "have one."
+    )
+
+
+def _with_lists_of_objects(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Older data sets hold a list of objects as an object of lists."""
+    return {key: _as_list_of_objects(value) for key, value in record.items()}
+
+
+def _as_list_of_objects(value: object) -> object:
+    if not isinstance(value, dict) or not value:
+        return value
+    if not all(isinstance(column, list) for column in value.values()):
+        return value
+    return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]

@@ -9,36 +9,21 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dspark.data.rows import Row
 from dspark.errors import DataError
 
+JSON_LINES = (".jsonl", ".jsonl.gz")
+"""How the names of JSON-lines files end."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a file that is not blank.
+def scan_json_lines(path: str | Path) -> Iterator[Row]:
+    """Yield every line of a .jsonl or .jsonl.gz file that is not blank, the damaged ones included.
 
-    Attributes:
-        number: counted from 1, blank lines included.
-        raw: its bytes; empty where the file cannot be read on.
-        record: the object that it holds; None where it holds none.
-        fault: what is wrong with it, to be read after "line 7"; empty where nothing is.
-    """
-
-    number: int
-    raw: bytes
-    record: dict[str, Any] | None
-    fault: str = ""
-
-
-def scan_json_lines(path: str | Path) -> Iterator[Line]:
-    """Yield every line of a .jsonl or .jsonl.gz file, those that are damaged included.
-
-    What cannot be read at its end, such as a gzip file that was cut, is one last line with a fault.
+    What cannot be read at its end, such as a gzip file that was cut, is one last row with a fault.
 
     Raises:
         DataError: the file is missing.
@@ -51,36 +36,41 @@ def scan_json_lines(path: str | Path) -> Iterator[Line]:
         try:
             for number, raw in enumerate(file, 1):
                 if raw.strip():
-                    yield _line(number, raw)
+                    record, fault = _record(number, raw)
+                    yield _row(path, number, raw, record, fault)
         except (OSError, EOFError, zlib.error) as error:
-            yield Line(number + 1, b"", None, f"cannot be read to its end: {error}")
+            yield _row(path, number + 1, b"", None, f"cannot be read to its end: {error}")
 
 
-def _line(number: int, raw: bytes) -> Line:
+def _row(path: Path, number: int, raw: bytes, record: dict[str, Any] | None, fault: str) -> Row:
+    where = f"{path}, line {number}"
+    return Row(where, record, f"{where} {fault}." if fault else "", number, raw)
+
+
+def _record(number: int, raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object of a line, or None and what is wrong with it."""
     text = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
     try:
         record = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Line(number, raw, None, f"is not UTF-8: {error.reason} at byte {error.start}")
+        return None, f"is not UTF-8: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
-        return Line(number, raw, None, f"is not valid JSON: {error.msg}")
+        return None, f"is not valid JSON: {error.msg}"
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        return Line(number, raw, None, f"is not valid JSON: {error}")
+        return None, f"is not valid JSON: {error}"
     if not isinstance(record, dict):
-        return Line(number, raw, None, "is not a JSON object")
-    return Line(number, raw, record)
+        return None, "is not a JSON object"
+    return record, ""
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file.
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line, object) of a .jsonl or .jsonl.gz file.
 
     Raises:
         DataError: the file is missing, or a line is not a JSON object.
     """
-    for line in scan_json_lines(path):
-        if line.record is None:
-            raise DataError(f"{path}, line {line.number} {line.fault}.")
-        yield line.number, line.record
+    for row in scan_json_lines(path):
+        yield row.where, row.whole()
 
 
 def json_lines_files(path: Path) -> list[Path]:
@@ -93,7 +83,7 @@ def json_lines_files(path: Path) -> list[Path]:
         if not path.is_file():
             raise DataError(f"{path} does not exist; give a JSON-lines file or a folder of them.")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+    found = sorted(p for p in path.rglob("*") if p.name.endswith(JSON_LINES))
     if not found:
         raise DataError(f"The folder {path} holds no .jsonl and no .jsonl.gz file.")
     return found

@@ -22,6 +22,8 @@ ROLE_NAMES = {
     "tool": "tool",
 }
 """What data sets call the roles of a conversation; turns of other roles are dropped."""
+RECORD_KEYS = ("messages", "conversations", "turns", "prompt", "instruction")
+"""Where a record may hold its turns, in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,8 @@ def read_record(record: Mapping[str, Any], where: str) -> Found:
             text += "\n\nInput:\n" + record["input"]
         found = Found(Dialogue.of({"messages": list(_asked_and_answered(text))}, where))
     else:
-        raise DataError(
-            f"{where}: needs 'messages', 'conversations', 'turns', 'prompt' or 'instruction'."
-        )
+        *others, last = map(repr, RECORD_KEYS)
+        raise DataError(f"{where}: needs {', '.join(others)} or {last}.")
     if not any(text.strip() for text in found.user_turns):
         raise DataError(f"{where}: there is no user turn with any text.")
     return found

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from dspark.data.journal import Journal
 from dspark.data.json_lines import (
-    Line,
     beside,
     read_json_lines,
     scan_json_lines,
     write_json_lines,
     write_list,
 )
+from dspark.data.rows import Row
 from dspark.data.script import Script
 from dspark.errors import DataError
 
@@ -128,7 +128,7 @@ def regenerate(
         noted = _noted(journal, numbers[-1])
         note = _note(journal, len(noted), len(numbers), progress)
         lines = islice(scan_json_lines(prompts), limit)
-        scripts = _open_scripts(lines, prompts, responder, noted, strict)
+        scripts = _open_scripts(lines, responder, noted, strict)
         responder.answer(scripts, note)
         report = _assemble(journal, out, numbers, len(noted))
     except BaseException:
@@ -167,28 +167,25 @@ def _note(journal: Journal, done: int, total: int, progress: Progress | None) ->
 
 
 def _open_scripts(
-    lines: Iterator[Line],
-    path: Path,
+    lines: Iterator[Row],
     responder: Responder,
     noted: Mapping[int, int],
     strict: bool,
 ) -> Iterator[Script]:
     """The lines that are not done yet; those that hold nothing to answer have failed already."""
     for line in lines:
-        checksum, where = zlib.crc32(line.raw), f"{path}, line {line.number}"
+        checksum = zlib.crc32(line.raw)
         known = noted.get(line.number)
         if known is not None:
             if known != checksum:
                 raise DataError(
-                    f"{where} is not what it was when the run began; give the same prompts to go "
-                    "on, or name another --out."
+                    f"{line.where} is not what it was when the run began; give the same prompts to "
+                    "go on, or name another --out."
                 )
             continue
         try:
-            if line.record is None:
-                raise DataError(f"{where} {line.fault}.")
             options = responder.template_options
-            script = Script.of(line.number, checksum, line.record, where, options)
+            script = Script.of(line.number, checksum, line.whole(), line.where, options)
         except DataError as error:
             if strict:
                 raise

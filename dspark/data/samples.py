@@ -133,11 +133,9 @@ def read_samples(path: Path, tokenizer: Any) -> Iterator[Sample]:
         DataError: the file is missing, or no line of it can be used.
     """
     used, left_out, first = 0, 0, ""
-    for line in scan_json_lines(path):
+    for row in scan_json_lines(path):
         try:
-            if line.record is None:
-                raise DataError(f"{path}, line {line.number} {line.fault}.")
-            found = record_samples(line.record, tokenizer, f"{path}, line {line.number}")
+            found = record_samples(row.whole(), tokenizer, row.where)
         except DataError as error:
             left_out += 1
             first = first or str(error)

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Prompt, as_prompt
-from dspark.data.hub import HubSet, hub_rows
-from dspark.data.json_lines import read_json_lines
+from dspark.data.hub import DataSet
+from dspark.data.json_lines import JSON_LINES, read_json_lines
+from dspark.data.rows import Row
+from dspark.data.sources import read_rows
 from dspark.errors import DataError
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 DOMAINS = ("math", "code", "chat")
+_PROMPT_COLUMNS = ("turns", "messages")
 _REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _LIVECODEBENCH = (
     "You are an expert Python programmer. You will be given a question (problem specification) and "
@@ -103,59 +106,59 @@ class Benchmark:
         domain: math, code or chat.
         most: questions that the reference asks.
         hub: where it lies on the hub.
-        wording: the user turns made of one row.
+        column: what holds the question, a text; of mt-bench, the turns.
+        wording: the user's turn made of the question and its row; by default the question alone.
     """
 
     domain: str
     most: int
-    hub: HubSet
-    wording: Callable[[Row], list[str]]
+    hub: DataSet
+    column: str
+    wording: Callable[[str, Record], str] = lambda question, _: question
 
 
-def _reasoned(field: str) -> Callable[[Row], list[str]]:
-    return lambda row: [row[field] + _REASON]
+def _reasoned(question: str, _: Record) -> str:
+    return question + _REASON
 
 
-def _plain(field: str) -> Callable[[Row], list[str]]:
-    return lambda row: list(row[field]) if isinstance(row[field], list) else [row[field]]
-
-
-def _humaneval(row: Row) -> list[str]:
+def _humaneval(question: str, _: Record) -> str:
     task = "Write a solution to the following problem and make sure that it passes the tests:"
-    return [f"{task}\n```python\n{row['prompt']}\n```"]
+    return f"{task}\n```python\n{question}\n```"
 
 
-def _livecodebench(row: Row) -> list[str]:
+def _livecodebench(question: str, row: Record) -> str:
     starter = row.get("starter_code")
     shape = f"{_STARTER}{starter}" if starter else f"{_CODE_FORMAT}# YOUR CODE HERE"
-    return [f"{_LIVECODEBENCH}{row['question_content']}\n\n{shape}{_ANSWER}"]
+    return f"{_LIVECODEBENCH}{question}\n\n{shape}{_ANSWER}"
 
 
-def _alpaca(row: Row) -> list[str]:
+def _alpaca(question: str, row: Record) -> str:
     extra = row.get("input")
-    return [f"{row['instruction']}\n\nInput:\n{extra}" if extra else row["instruction"]]
+    return f"{question}\n\nInput:\n{extra}" if extra else question
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "gsm8k": Benchmark("math", 500, HubSet("openai/gsm8k", "main"), _reasoned("question")),
-    "math500": Benchmark("math", 500, HubSet("HuggingFaceH4/MATH-500"), _reasoned("problem")),
-    "aime25": Benchmark("math", 30, HubSet("math-ai/aime25"), _reasoned("problem")),
+    "gsm8k": Benchmark("math", 500, DataSet("openai/gsm8k", "main", "test"), "question", _reasoned),
+    "math500": Benchmark(
+        "math", 500, DataSet("HuggingFaceH4/MATH-500", split="test"), "problem", _reasoned
+    ),
+    "aime25": Benchmark("math", 30, DataSet("math-ai/aime25", split="test"), "problem", _reasoned),
     "mbpp": Benchmark(
-        "code", 256, HubSet("google-research-datasets/mbpp", "sanitized"), _plain("prompt")
+        "code", 256, DataSet("google-research-datasets/mbpp", "sanitized", "test"), "prompt"
     ),
-    "humaneval": Benchmark("code", 164, HubSet("openai/openai_humaneval"), _humaneval),
+    "humaneval": Benchmark(
+        "code", 164, DataSet("openai/openai_humaneval", split="test"), "prompt", _humaneval
+    ),
     "livecodebench": Benchmark(
-        "code", 500, HubSet("livecodebench/code_generation_lite", files="test*.jsonl"),
-        _livecodebench,
+        "code", 500, DataSet("livecodebench/code_generation_lite", files="test*.jsonl"),
+        "question_content", _livecodebench,
     ),
-    "mt-bench": Benchmark(
-        "chat", 80, HubSet("HuggingFaceH4/mt_bench_prompts", split="train"), _plain("prompt")
-    ),
-    "alpaca": Benchmark("chat", 500, HubSet("tatsu-lab/alpaca", split="train"), _alpaca),
+    "mt-bench": Benchmark("chat", 80, DataSet("HuggingFaceH4/mt_bench_prompts"), "prompt"),
+    "alpaca": Benchmark("chat", 500, DataSet("tatsu-lab/alpaca"), "instruction", _alpaca),
     "arena-hard-v2": Benchmark(
         "chat", 500,
-        HubSet("lmarena-ai/arena-hard-auto", files="data/arena-hard-v2.0/question.jsonl"),
-        _plain("prompt"),
+        DataSet("lmarena-ai/arena-hard-auto", files="data/arena-hard-v2.0/question.jsonl"),
+        "prompt",
     ),
 }  # fmt: skip
 
@@ -188,23 +191,18 @@ def load_benchmark(
             "prompts are read with --prompts FILE."
         )
     benchmark = BENCHMARKS[name]
-    if data is None:
-        source = f"hub: {benchmark.hub.repository}"
-        numbered = [
-            (f"{source}, row {i}", row)
-            for i, row in enumerate(hub_rows(benchmark.hub, offline=offline))
-        ]
-    else:
+    origin, source = benchmark.hub, f"hub: {benchmark.hub.name}"
+    if data is not None:
         path = local_file(name, data)
         if path is None:
             raise DataError(
                 f"The task {name} is not in {data}: it has neither {name}.jsonl nor "
                 f"{name}.jsonl.gz; put one there, or leave --data out to take it from the hub "
-                f"({benchmark.hub.repository})."
+                f"({benchmark.hub.name})."
             )
-        source = str(path)
-        numbered = [(f"{path}, line {number}", row) for number, row in read_json_lines(path)]
-    prompts = [_prompt(benchmark, row, where) for where, row in numbered]
+        origin, source = DataSet(str(path)), str(path)
+    columns = (*_PROMPT_COLUMNS, benchmark.column)
+    prompts = [_prompt(benchmark, row) for row in read_rows(origin, columns, offline=offline)]
     if not prompts:
         raise DataError(f"{source} holds no prompt.")
     task = Task.of(name, benchmark.domain, prompts, source)
@@ -219,7 +217,7 @@ def local_file(name: str, data: Path) -> Path | None:
     """
     if not data.is_dir():
         raise DataError(f"The folder {data} does not exist; name one with --data.")
-    paths = (data / f"{name}{suffix}" for suffix in (".jsonl", ".jsonl.gz"))
+    paths = (data / f"{name}{suffix}" for suffix in JSON_LINES)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -237,8 +235,7 @@ def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Ta
         DataError: the file is missing, malformed or empty, or has a category on some lines only.
     """
     groups: dict[str | None, list[Prompt]] = {}
-    for number, record in read_json_lines(path):
-        where = f"{path}, line {number}"
+    for where, record in read_json_lines(path):
         category = record.get("category")
         if category is not None and (not isinstance(category, str) or not category):
             raise DataError(f"{where}: 'category' must be a non-empty string.")
@@ -254,17 +251,19 @@ def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Ta
     ]
 
 
-def _prompt(benchmark: Benchmark, row: Row, where: str) -> Prompt:
+def _prompt(benchmark: Benchmark, row: Row) -> Prompt:
     """A row that is a prompt already, or one of the set's own in the reference's wording."""
-    if "turns" in row or "messages" in row:
-        return as_prompt(dict(row), where)
-    try:
-        turns = benchmark.wording(row)
-    except (KeyError, TypeError) as error:
+    record = row.whole()
+    if any(column in record for column in _PROMPT_COLUMNS):
+        return as_prompt(record, row.where)
+    question = record.get(benchmark.column)
+    turns: list[Any] = question if isinstance(question, list) else [question]
+    if not turns or not all(isinstance(turn, str) for turn in turns):
         raise DataError(
-            f"{where}: needs 'turns', 'messages', or the fields of {benchmark.hub.repository}."
-        ) from error
-    return as_prompt({"turns": turns}, where)
+            f"{row.where}: needs 'turns', 'messages', or {benchmark.column!r} with the text of a "
+            f"question, as {benchmark.hub.name} has it."
+        )
+    return as_prompt({"turns": [benchmark.wording(turn, record) for turn in turns]}, row.where)
 
 
 def _digest(prompt: Prompt) -> str:

@@ -165,6 +165,33 @@ def test_prompts_are_collected_split_and_accounted_for(dspark, tmp_path):
     assert dspark(*words, "--strict").status == 1
 
 
+def test_prompts_are_collected_from_a_data_set(dspark, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "blend"
+    folder.mkdir()
+    asked = [("Add", "1 and 2"), ("Name a colour", None), ("Wait", "")]
+    table = [{"instruction": text, "input": given} for text, given in asked]
+    datasets.Dataset.from_list(table).to_parquet(folder / "test.parquet")
+    words = ["data", "prompts", folder, "--out", tmp_path / "o.jsonl", "--split", "test", "--json"]
+    assert dspark(*words, "--offline").json["records"] == 3
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    shutil.rmtree(tmp_path / "cache")
+    assert dspark(*words, "--limit", 2).json["records"] == 2
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # a stream leaves no table behind
+    written = [
+        json.loads(line)["turns"] for line in (tmp_path / "o.jsonl").read_text().splitlines()
+    ]
+    assert written == [["Add\n\nInput:\n1 and 2"], ["Name a colour"]]
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).to_parquet(
+        folder / "test.parquet"
+    )
+    result = dspark(*words)
+    assert (result.status, result.out) == (1, "")
+    assert "has no column 'messages' or" in result.err
+    assert "but 'question', 'answer'; name another configuration" in result.err
+
+
 @pytest.mark.parametrize(
     ("bad", "status", "sentence"),
     [

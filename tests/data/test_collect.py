@@ -1,15 +1,17 @@
 import gzip
 import json
 import random
-import sys
+import re
 
 import pytest
 
 from dspark.data.collect import Split, collect_prompts
 from dspark.data.contamination import EvaluationTexts, evaluation_texts
 from dspark.data.conversations import read_prompts
+from dspark.data.hub import DataSet
 from dspark.data.records import read_record
-from dspark.data.sources import Row, read_rows
+from dspark.data.rows import Row
+from dspark.data.sources import read_rows
 from dspark.data.texts import digest, near_text, words_of
 from dspark.errors import DataError
 
@@ -110,7 +112,9 @@ def test_every_line_is_accounted_for(tmp_path):
         file.write('{"turns": ["cut o')
     against = write(tmp_path / "eval.jsonl", {"turns": ["a secret TEST question!"]})
     out = tmp_path / "out.jsonl"
-    report = collect_prompts(read_rows(str(source)), out, against=evaluation_texts([against]))
+    report = collect_prompts(
+        read_rows(DataSet(str(source))), out, against=evaluation_texts([against])
+    )
     assert (report.input, report.records) == (7, 2)
     assert (report.duplicates, report.near_duplicates) == (1, 1)
     assert (report.contaminated, report.malformed) == (1, 2)
@@ -123,7 +127,7 @@ def test_every_line_is_accounted_for(tmp_path):
     assert [f["where"].rpartition(" ")[2] for f in faults] == ["6", "7"]
     assert "not valid JSON" in faults[1]["error"]
     with pytest.raises(DataError, match="line 6: 'turns'"):
-        collect_prompts(read_rows(str(source)), out, strict=True)
+        collect_prompts(read_rows(DataSet(str(source))), out, strict=True)
     # A later run without faults leaves no list of them.
     collect_prompts(rows(whole[0]), out)
     assert not (tmp_path / "out_malformed.jsonl").exists()
@@ -135,7 +139,7 @@ def test_a_cut_gzip_file_gives_what_it_holds(tmp_path):
     packed = gzip.compress(text.encode())
     source = tmp_path / "in.jsonl.gz"
     source.write_bytes(packed[: len(packed) // 2])
-    report = collect_prompts(read_rows(str(source)), tmp_path / "o.jsonl")
+    report = collect_prompts(read_rows(DataSet(str(source))), tmp_path / "o.jsonl")
     assert 500 < report.records < 1500
     assert (report.malformed, report.input) == (1, report.records + 1)
     (fault,) = lines(tmp_path / "o_malformed.jsonl")
@@ -221,35 +225,15 @@ def test_a_folder_of_files_is_a_source(tmp_path):
     folder.mkdir()
     write(folder / "a.jsonl", {"turns": ["a"]})
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["b"]}\n'))
-    assert [row.record["turns"] for row in read_rows(str(folder))] == [["a"], ["b"]]
+    assert [row.record["turns"] for row in read_rows(DataSet(str(folder)))] == [["a"], ["b"]]
     assert len(evaluation_texts([folder])) == 2
 
 
-def test_a_data_set_is_read_by_the_library(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "blend" / "data"
-    folder.mkdir(parents=True)
-    records = [shared(("human", f"q{i}"), ("gpt", "a")) for i in range(3)]
-    datasets.Dataset.from_list(records).to_parquet(folder / "train-00000-of-00001.parquet")
-    found = list(read_rows(str(folder.parent)))
-    assert [read_record(row.record, row.where).user_turns for row in found] == [
-        ["q0"],
-        ["q1"],
-        ["q2"],
-    ]
-    assert found[1].where.endswith("train, row 2")
-    with pytest.raises(DataError, match="cannot be read, split 'absent'"):
-        list(read_rows(str(folder.parent), split="absent"))
-
-
-def test_what_is_no_source_is_named(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"absent\.jsonl does not exist"):
-        list(read_rows("./absent.jsonl"))
+def test_what_is_no_source_is_named(tmp_path):
+    for name in ("./absent.jsonl", "absent/also.jsonl", "a/b/c", str(tmp_path / "none")):
+        with pytest.raises(DataError, match=f"^{re.escape(name)} does not exist; give a JSON"):
+            list(read_rows(DataSet(name)))
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         evaluation_texts([tmp_path])
     with pytest.raises(DataError, match="nowhere does not exist"):
         evaluation_texts(["nowhere"])
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"install dspark\[data\]"):
-        list(read_rows("owner/name"))

@@ -28,7 +28,7 @@ def test_damaged_lines_are_told_from_good_ones(tmp_path):
     ]
     faults = {line.number: line.fault for line in found if line.fault}
     assert faults.keys() == {3, 4, 5, 6, 8}
-    assert faults[3] == "is not a JSON object"
+    assert faults[3] == f"{path}, line 3 is not a JSON object."
     assert "is not UTF-8" in faults[4]
     assert "is not valid JSON" in faults[8]
     with pytest.raises(DataError, match=r"a\.jsonl, line 3 is not a JSON object"):

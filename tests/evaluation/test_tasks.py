@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -81,41 +79,53 @@ WORDED = {
 }
 
 
-class Hub:
-    """Stands in for the library `datasets`."""
-
-    def __init__(self):
-        self.asked = []
-
-    def DownloadConfig(self, *, local_files_only):
-        return local_files_only
-
-    def load_dataset(self, path, name=None, **options):
-        self.asked.append((path, name, options))
-        repository = options.get("data_files", path)
-        for key, benchmark in BENCHMARKS.items():
-            if benchmark.hub.repository in repository:
-                return [ROWS[key]]
-        raise AssertionError(path)
-
-
 @pytest.fixture
-def hub(monkeypatch):
-    hub = Hub()
-    module = SimpleNamespace(
-        load_dataset=hub.load_dataset, DownloadConfig=hub.DownloadConfig, __spec__=object()
-    )
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return hub
+def hub(tmp_path, monkeypatch):
+    """A hub with one row of each set: a folder for each, in place of its repository."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    names = {benchmark.hub.name: name for name, benchmark in BENCHMARKS.items()}
+    build, asked = datasets.load_dataset_builder, []
+
+    def load_dataset_builder(name, config=None, **options):
+        asked.append((name, config))
+        task = names[name]
+        folder = tmp_path / task
+        folder.mkdir(exist_ok=True)
+        split = BENCHMARKS[task].hub.split
+        datasets.Dataset.from_list([ROWS[task]]).to_parquet(folder / f"{split}.parquet")
+        return build(str(folder), **options)
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["allow_patterns"]))
+        place = tmp_path / options["allow_patterns"].replace("*", "6")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write(place, ROWS[names[name]])
+        return str(tmp_path)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
 
 
 @pytest.mark.parametrize("name", WORDED)
 def test_rows_of_the_hub_are_worded_as_the_reference_does(name, hub):
-    (question,) = load_benchmark(name, offline=True).questions
+    task = load_benchmark(name)
+    (question,) = task.questions
     assert [question.prompt.text, *question.prompt.later] == WORDED[name]
-    ((path, config, options),) = hub.asked
-    assert (path == "json") or config == BENCHMARKS[name].hub.config
-    assert options["download_config"] is True
+    where = BENCHMARKS[name].hub
+    assert hub == [(where.name, where.files or where.config)]
+    assert task.source == f"hub: {where.name}"
+
+
+def test_a_set_of_the_hub_that_has_changed_its_columns_is_refused(hub, monkeypatch):
+    monkeypatch.setitem(ROWS, "gsm8k", {"query": "1+1?", "response": "2"})
+    said = "openai/gsm8k.*has no column 'turns' or 'messages' or 'question', but 'query', 'resp"
+    with pytest.raises(DataError, match=said):
+        load_benchmark("gsm8k")
+    monkeypatch.setitem(ROWS, "arena-hard-v2", {"question": "Write."})
+    with pytest.raises(DataError, match=r"question\.jsonl, line 1: needs .* or 'prompt' with the"):
+        load_benchmark("arena-hard-v2")
 
 
 def test_a_users_own_file_may_hold_rows_of_the_set(tmp_path):
@@ -124,11 +134,12 @@ def test_a_users_own_file_may_hold_rows_of_the_set(tmp_path):
 
 
 @needs_shared
-def test_livecodebench_is_worded_as_the_local_file(hub):
+def test_livecodebench_is_worded_as_the_local_file(hub, monkeypatch):
     local = json.loads((SHARED / "livecodebench.jsonl").read_text().splitlines()[0])["turns"][0]
     begin = local.index("### Question:\n") + len("### Question:\n")
     end = local.index("\n\n### Format:")
-    ROWS["livecodebench"] = {"question_content": local[begin:end], "starter_code": ""}
+    row = {"question_content": local[begin:end], "starter_code": ""}
+    monkeypatch.setitem(ROWS, "livecodebench", row)
     (question,) = load_benchmark("livecodebench").questions
     assert question.prompt.text.rstrip("\n") == local.rstrip("\n")
 
@@ -168,7 +179,7 @@ def test_malformed_files_are_named(tmp_path, lines, said):
         load_file(write(tmp_path / "p.jsonl", *lines))
 
 
-def test_what_is_not_there_is_named_with_a_remedy(tmp_path, monkeypatch):
+def test_what_is_not_there_is_named_with_a_remedy(tmp_path):
     with pytest.raises(DataError, match="no task 'gsm9k'; the tasks are gsm8k, math500"):
         load_benchmark("gsm9k", tmp_path)
     with pytest.raises(DataError, match=r"alpaca is not in .*tatsu-lab/alpaca"):
@@ -178,6 +189,6 @@ def test_what_is_not_there_is_named_with_a_remedy(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k.jsonl", {"problem": "Not of this set."})
     with pytest.raises(DataError, match=r"line 1: needs 'turns'.*openai/gsm8k"):
         load_benchmark("gsm8k", tmp_path)
-    monkeypatch.setattr("dspark.data.hub.find_spec", lambda _name: None)
-    with pytest.raises(DataError, match="needs the library datasets"):
-        load_benchmark("gsm8k")
+    write(tmp_path / "mbpp.jsonl", {"prompt": None})
+    with pytest.raises(DataError, match="line 1: needs 'turns', 'messages', or 'prompt' with the"):
+        load_benchmark("mbpp", tmp_path)
