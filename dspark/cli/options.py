@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import NoReturn
 
 from dspark.engine.schedule import SCHEDULES
 from dspark.request import VERIFIERS
@@ -35,7 +37,10 @@ def add_drafting_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 def add_recipe_options(parser: argparse.ArgumentParser, example: str) -> None:
     """Add what names a recipe and changes keys of it, `example` being one such change."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/"
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of a bundled recipe"
+    )
+    parser.add_argument(
+        "--list", action=_ListRecipes, help="print the names of the bundled recipes and stop"
     )
     parser.add_argument(
         "--set",
@@ -45,6 +50,27 @@ def add_recipe_options(parser: argparse.ArgumentParser, example: str) -> None:
         metavar="KEY=VALUE",
         help=f"change a key of the recipe, as in {example}; repeatable",
     )
+
+
+class _ListRecipes(argparse.Action):
+    """Like --help: prints, stops, and needs no RECIPE beside it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from dspark.training.recipe import load_recipe, recipe_names
+
+        for name in recipe_names():
+            recipe = load_recipe(name)
+            if recipe.kind == "drafter":
+                what = f"{recipe.algorithm} for {recipe.target}"
+            elif recipe.initial is None:
+                what = "a target from scratch"
+            else:
+                what = f"a target that goes on from {recipe.initial}"
+            print(f"{name:<24}{what}")
+        parser.exit()
 
 
 def recipe_overrides(options: argparse.Namespace) -> list[str]:

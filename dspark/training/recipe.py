@@ -32,7 +32,8 @@ from dspark.training.run_settings import (
     TargetRunSettings,
 )
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""The folder of the bundled recipes; what several of them extend lies in a folder of its own."""
 
 
 class Source(Settings):
@@ -209,8 +210,13 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml"))) or "none"
+    known = ", ".join(recipe_names())
     raise RecipeError(f"There is no recipe {name!r}; give a YAML file or one of: {known}.")
+
+
+def recipe_names() -> list[str]:
+    """The names of the bundled recipes, in alphabetical order."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspark.data.conversations import read_conversations
+from dspark.data.json_lines import read_json_lines
 from dspark.data.samples import read_samples
 
 WORDS = ("--max-new-tokens", 5, "--json")
@@ -179,9 +180,7 @@ def test_prompts_are_collected_from_a_data_set(dspark, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
     assert dspark(*words, "--limit", 2).json["records"] == 2
     assert not list((tmp_path / "cache").rglob("*.arrow"))  # a stream leaves no table behind
-    written = [
-        json.loads(line)["turns"] for line in (tmp_path / "o.jsonl").read_text().splitlines()
-    ]
+    written = [record["turns"] for _, record in read_json_lines(tmp_path / "o.jsonl")]
     assert written == [["Add\n\nInput:\n1 and 2"], ["Name a colour"]]
     datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).to_parquet(
         folder / "test.parquet"

@@ -88,6 +88,14 @@ def test_a_recipe_that_cannot_be_used_is_status_2(dspark, recipe, words, sentenc
     assert result.err.startswith("dspark: ")
 
 
+@pytest.mark.parametrize("command", [["train"], ["data", "cache"]])
+def test_the_names_of_bundled_recipes_are_listed(dspark, command):
+    result = dspark(*command, "--list")
+    assert result.status == 0
+    assert "bundled_target          a target from scratch\n" in result.out
+    assert "eagle3_qwen3_8b         eagle3 for Qwen/Qwen3-8B\n" in result.out
+
+
 RECIPE = """
 kind: target
 architecture: {vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
