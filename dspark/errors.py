@@ -63,3 +63,9 @@ class TrainingError(DSparkError):
 
 class DSparkWarning(UserWarning):
     """Something was left out because it cannot be used; decoding goes on without it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a sentence: no line but its first."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")

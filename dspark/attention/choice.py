@@ -15,7 +15,7 @@ from dspark.attention.invariant import invariant_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, BlockTable, CacheShape, PagedCache
 from dspark.attention.varlen import VarlenAttention, missing_from_torch
-from dspark.errors import UsageError
+from dspark.errors import UsageError, first_line
 
 Attend = Callable[[Tensor, PagedCache, int, RaggedBatch, Rule], Tensor]
 """(query [1, A, T, D], cache, layer, batch, rule) -> [1, A, T, value_dim]"""
@@ -102,8 +102,7 @@ def _reason_against(
     try:
         distances = [d for shape in set(shapes) for d in _trial(backend, shape, dtype, device)]
     except Exception as error:  # whatever a kernel raises, it does not run here
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        return f"a trial failed ({first.rstrip('.')})"
+        return f"a trial failed ({first_line(error)})"
     for distance in distances:
         if not distance <= _TOLERANCE:  # nor is it NaN
             return f"a trial differs from plain attention by {distance:.2g}"

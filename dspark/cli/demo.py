@@ -17,6 +17,7 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
+from dspark.data.formats import BOXED
 from dspark.errors import CheckpointError
 from dspark.request import Request, SamplingParams
 
@@ -29,8 +30,7 @@ EXAMPLE = """\
   dspark demo --only math --json"""
 PROMPTS = {
     "math": "Anna bakes 24 muffins every morning. She sells half of them at the market for $3 "
-    "each and gives the rest to her neighbors. How much money does she make in a week?\n"
-    "Please reason step by step, and put your final answer within \\boxed{}.",
+    "each and gives the rest to her neighbors. How much money does she make in a week?" + BOXED,
     "code": "What does the command `tar` do? Show me common usages.",
     "chat": "Hi, I want to book a table for two at an Italian restaurant in San Jose.",
 }

@@ -35,14 +35,14 @@ class EngineResponder:
         model: the target; a drafter, if it has one, makes it faster.
         params: how to sample; line i draws with seed + i - 1, its later turns with hashes of that.
         wanted: which answers are kept.
-        options: variables of the chat template.
+        template_options: variables of the chat template.
         batch_size: requests at once.
     """
 
     model: Model
     params: SamplingParams
     wanted: Wanted = field(default_factory=Wanted)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
 
     @property
@@ -53,14 +53,9 @@ class EngineResponder:
             "target": self.model.target.name,
             **{name: getattr(self.params, name) for name in drawn},
             "seed": self.params.seed,
-            "template": dict(self.options),
+            "template": dict(self.template_options),
             "wanted": repr(self.wanted),
         }
-
-    @property
-    def template_options(self) -> Mapping[str, Any]:
-        """Variables of the chat template."""
-        return self.options
 
     def answer(self, scripts: Iterator[Script], done: Done) -> None:
         """Answer every turn of every script."""

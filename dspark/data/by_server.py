@@ -36,7 +36,7 @@ class ServerResponder:
         max_new_tokens: per answer.
         seed: line i draws with seed + i - 1; None leaves that to the server.
         wanted: which answers are kept.
-        options: variables of the chat template.
+        template_options: variables of the chat template.
         concurrency: requests at once, per server.
     """
 
@@ -45,7 +45,7 @@ class ServerResponder:
     max_new_tokens: int = 256
     seed: int | None = None
     wanted: Wanted = field(default_factory=Wanted)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 32
 
     @property
@@ -56,14 +56,9 @@ class ServerResponder:
             **self.sampling.values,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
-            "template": dict(self.options),
+            "template": dict(self.template_options),
             "wanted": repr(self.wanted),
         }
-
-    @property
-    def template_options(self) -> Mapping[str, Any]:
-        """Variables of the chat template."""
-        return self.options
 
     def answer(self, scripts: Iterator[Script], done: Done) -> None:
         """Answer every turn of every script.

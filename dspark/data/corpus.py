@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Message, check_messages
-from dspark.data.formats import SourceFormat
+from dspark.data.formats import BOXED, SourceFormat
 from dspark.data.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
 Conversation = tuple[Message, ...]
-BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 MAX_FUNCTION_CHARACTERS = 900
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dspark.errors import DataError
+from dspark.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from dspark.data.hub import DataSet
@@ -50,8 +50,8 @@ def hub_errors(data_set: DataSet, offline: bool) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise DataError(
-            f"The hub does not hand out the data set {data_set.name} ({_reason(error)}); try again "
-            f"later, {_INSTEAD}."
+            f"The hub does not hand out the data set {data_set.name} ({first_line(error)}); try "
+            f"again later, {_INSTEAD}."
         ) from error
     except (LocalEntryNotFoundError, ConnectionError, HTTPError) as error:
         raise _unreachable(data_set, offline, error) from error
@@ -93,13 +93,13 @@ def table_errors(data_set: DataSet) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise DataError(
-            f"The data set {data_set.name} cannot be read ({_reason(error)}); try its revision "
+            f"The data set {data_set.name} cannot be read ({first_line(error)}); try its revision "
             f"refs/convert/parquet, {_INSTEAD}."
         ) from error
     except (DatasetGenerationError, ValueError) as error:
         raise DataError(
             f"The data set {data_set.name}, split {data_set.split!r}, is damaged or no table "
-            f"({_reason(error.__cause__ or error)}); fetch it again, {_INSTEAD}."
+            f"({first_line(error.__cause__ or error)}); fetch it again, {_INSTEAD}."
         ) from error
 
 
@@ -132,12 +132,6 @@ def _unreachable(data_set: DataSet, offline: bool, error: BaseException) -> Data
             f"{_INSTEAD}."
         )
     return DataError(
-        f"The hub cannot be reached for the data set {data_set.name} ({_reason(error)}); check the "
-        f"network, {_INSTEAD}."
+        f"The hub cannot be reached for the data set {data_set.name} ({first_line(error)}); check "
+        f"the network, {_INSTEAD}."
     )
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what a library says."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.data.json_lines import writing
+from dspark.data.durable import append_line, writing
 from dspark.errors import DataError
 
 _KEY = "dspark_journal"
@@ -85,17 +85,7 @@ class Journal:
         Raises:
             DataError: it cannot be written; the entries before it stay.
         """
-        data = json.dumps(dict(entry)).encode() + b"\n"
-        try:
-            with writing(self.path):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(self._fd, rest) :]
-        except DataError:
-            with contextlib.suppress(DataError):
-                self._cut()
-            raise
-        self._end += len(data)
+        append_line(self._fd, self.path, json.dumps(dict(entry)))
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (place in the file, entry) of all entries; `read` finds one again by its place."""

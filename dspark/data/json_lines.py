@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from dspark.data.durable import writing
 from dspark.data.rows import Row
 from dspark.errors import DataError
 
@@ -89,10 +90,14 @@ def json_lines_files(path: Path) -> list[Path]:
     return found
 
 
+def stem(path: Path) -> str:
+    """The name of a JSON-lines file without its endings: a.jsonl.gz -> a."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
 def beside(path: Path, what: str) -> Path:
     """The JSON-lines file for what a run lists beside its result: a.jsonl.gz -> a_what.jsonl."""
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return path.with_name(f"{stem}_{what}.jsonl")
+    return path.with_name(f"{stem(path)}_{what}.jsonl")
 
 
 def write_list(path: Path, records: Sequence[object]) -> None:
@@ -140,23 +145,6 @@ def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
             file.close()
         fresh.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say which file cannot be written, and that what was there before is still good.
-
-    Raises:
-        DataError: in place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(
-            f"{path} cannot be written ({reason}); what was written before is whole, so make room "
-            "or name another place and run the same command again."
-        ) from error
 
 
 def _open(path: Path, mode: str, at: Path | None = None) -> IO[bytes]:

@@ -76,9 +76,7 @@ def read_record(record: Mapping[str, Any], where: str) -> Found:
     elif isinstance(record.get("prompt"), str):
         found = Found(None, record["prompt"])
     elif isinstance(record.get("instruction"), str):
-        text = record["instruction"]
-        if isinstance(record.get("input"), str) and record["input"].strip():
-            text += "\n\nInput:\n" + record["input"]
+        text = with_input(record["instruction"], record.get("input"))
         found = Found(Dialogue.of({"messages": list(_asked_and_answered(text))}, where))
     else:
         *others, last = map(repr, RECORD_KEYS)
@@ -86,6 +84,13 @@ def read_record(record: Mapping[str, Any], where: str) -> Found:
     if not any(text.strip() for text in found.user_turns):
         raise DataError(f"{where}: there is no user turn with any text.")
     return found
+
+
+def with_input(instruction: str, given: object) -> str:
+    """What Alpaca's records ask: an instruction, and the text that it is about, if there is any."""
+    if not isinstance(given, str) or not given.strip():
+        return instruction
+    return f"{instruction}\n\nInput:\n{given}"
 
 
 def _asked_and_answered(text: str) -> tuple[Message, Message]:

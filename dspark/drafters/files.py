@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, first_line
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ATTACHED_FOLDER = "dspark"
@@ -83,9 +83,9 @@ def fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = "is not in the local hub cache" if offline else "cannot be fetched from the hub"
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name}{at} is no directory here and {reason} ({first}); check name and network."
+            f"{name}{at} is no directory here and {reason} ({first_line(error)}); check name and "
+            "network."
         ) from error
     return Path(path)
 

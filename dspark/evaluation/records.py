@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dspark.data.durable import append_line, writing
 from dspark.errors import DataError
 from dspark.request import Verifier
 
@@ -248,12 +249,20 @@ class RunRecords:
         return run
 
     def start(self, plan: Plan) -> None:
-        """Note what is to be asked from here on."""
+        """Note what is to be asked from here on.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         self.plans.append(plan)
         self._append({"plan": asdict(plan)})
 
     def add(self, record: Record) -> None:
-        """Keep a finished prompt."""
+        """Keep a finished prompt.
+
+        Raises:
+            DataError: it cannot be written; those before it are kept.
+        """
         self.records[record.task, record.key] = record
         self._append({"record": asdict(record)})
 
@@ -274,9 +283,14 @@ class RunRecords:
         return [self.records[task, key] for key in keys if (task, key) in self.records]
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.path is None:
+            return
+        with writing(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            append_line(descriptor, self.path, json.dumps(line, allow_nan=False))
+        finally:
+            os.close(descriptor)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Prompt, as_prompt
+from dspark.data.formats import BOXED
 from dspark.data.hub import DataSet
-from dspark.data.json_lines import JSON_LINES, read_json_lines
+from dspark.data.json_lines import JSON_LINES, read_json_lines, stem
+from dspark.data.records import with_input
 from dspark.data.rows import Row
 from dspark.data.sources import read_rows
 from dspark.errors import DataError
@@ -24,7 +26,6 @@ from dspark.errors import DataError
 Record = Mapping[str, Any]
 DOMAINS = ("math", "code", "chat")
 _PROMPT_COLUMNS = ("turns", "messages")
-_REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _LIVECODEBENCH = (
     "You are an expert Python programmer. You will be given a question (problem specification) and "
     "will generate a correct Python program that matches the specification and passes all tests. "
@@ -118,7 +119,7 @@ class Benchmark:
 
 
 def _reasoned(question: str, _: Record) -> str:
-    return question + _REASON
+    return question + BOXED
 
 
 def _humaneval(question: str, _: Record) -> str:
@@ -133,8 +134,7 @@ def _livecodebench(question: str, row: Record) -> str:
 
 
 def _alpaca(question: str, row: Record) -> str:
-    extra = row.get("input")
-    return f"{question}\n\nInput:\n{extra}" if extra else question
+    return with_input(question, row.get("input"))
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -244,9 +244,9 @@ def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Ta
         raise DataError(f"{path} holds no prompt.")
     if None in groups and len(groups) > 1:
         raise DataError(f"{path} has a 'category' on some lines only; give it on all, or on none.")
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    whole = stem(path)
     return [
-        Task.of(category or stem, category or stem, prompts, str(path)).chosen(limit, seed)
+        Task.of(category or whole, category or whole, prompts, str(path)).chosen(limit, seed)
         for category, prompts in groups.items()
     ]
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+from dspark.data.formats import BOXED
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "maths": (
         "Anna bakes 24 muffins every morning. She sells half of them at the market for $3 each "
-        "and gives the rest to her neighbors. How much money does she make in a week?" + _BOXED,
+        "and gives the rest to her neighbors. How much money does she make in a week?" + BOXED,
         "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils "
-        "does he have left?" + _BOXED,
+        "does he have left?" + BOXED,
         "A train travels 60 miles per hour for 3 hours, then 40 miles per hour for 2 hours. How "
-        "many miles does it travel in total?" + _BOXED,
+        "many miles does it travel in total?" + BOXED,
         "Maria saves $15 every week. How many weeks does she need to buy a bike that costs $180?"
-        + _BOXED,
+        + BOXED,
     ),
     "code": (
         "What does the command `tar` do? Show me common usages.",

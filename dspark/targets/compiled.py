@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, PagedCache
+from dspark.errors import first_line
 from dspark.targets.families import Anatomy
 from dspark.targets.forward import run_decoder
 from dspark.targets.interface import IMPLEMENTATION, RaggedCall, ragged_forward
@@ -48,8 +49,7 @@ def compile_layers(anatomy: Anatomy, layout: CacheLayout) -> bool:
             return True
         reason = f"a compiled step differs from the same step run eagerly by {distance:.2g}"
     except Exception as error:  # whatever a compiler raises, the layers can run eagerly
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        reason = first.rstrip(".")
+        reason = first_line(error)
     for layer, forward in zip(anatomy.layers, eager, strict=True):
         layer.forward = forward
     _logger.warning("%s runs without torch.compile: %s.", anatomy.architecture, reason)

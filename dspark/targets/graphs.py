@@ -26,7 +26,7 @@ from dspark.attention.backends import Rule
 from dspark.attention.choice import Attend, AttentionBackend
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, PagedCache
-from dspark.errors import CompatibilityError, UsageError
+from dspark.errors import CompatibilityError, UsageError, first_line
 from dspark.targets.families import Anatomy
 from dspark.targets.forward import run_tapped
 from dspark.targets.interface import RaggedCall
@@ -139,7 +139,7 @@ class Replayer:
             try:
                 recording = self._record(partial(run_tapped, anatomy, recorded, taps))
             except Exception as error:  # whatever a recording raises, the step can run eagerly
-                self.works, self.failure = False, _first_line(error)
+                self.works, self.failure = False, first_line(error)
                 self._homes.clear()
                 _logger.warning(
                     "%s runs without CUDA graphs: a step cannot be recorded (%s).",
@@ -254,8 +254,3 @@ def _on_device(attend: Attend) -> Attend:
         return attend(query_1ATD, cache, layer, batch, rule)
 
     return checked
-
-
-def _first_line(error: Exception) -> str:
-    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-    return first.rstrip(".")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dspark.errors import CheckpointError, CompatibilityError, UsageError
+from dspark.errors import CheckpointError, CompatibilityError, UsageError, first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -166,7 +166,7 @@ def load_tokenizer(source: Source) -> Any:
             return AutoTokenizer.from_pretrained(source.name, **source.options)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             raise CheckpointError(
-                f"The tokenizer of {source.name} cannot be read ({_first_line(error)}); "
+                f"The tokenizer of {source.name} cannot be read ({first_line(error)}); "
                 "fetch its files again."
             ) from error
 
@@ -200,7 +200,7 @@ def load_config(source: Source) -> Any:
     except (ValueError, ImportError) as error:
         raise CompatibilityError(
             f"The architecture of {source.name} is not known to transformers "
-            f"({_first_line(error)}); update transformers or use another target."
+            f"({first_line(error)}); update transformers or use another target."
         ) from error
 
 
@@ -227,7 +227,7 @@ def _check_directory(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} is truncated or damaged ({_first_line(error)}); fetch it again."
+                f"{file} is truncated or damaged ({first_line(error)}); fetch it again."
             ) from error
 
 
@@ -244,11 +244,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unreadable(source: Source, error: BaseException) -> CheckpointError:
     where = "" if source.is_directory else " (offline)" if source.offline else " from the hub"
     return CheckpointError(
-        f"{source.name} cannot be loaded{where}: {_first_line(error)} "
+        f"{source.name} cannot be loaded{where}: {first_line(error)}. "
         "Check the name, the revision and that its files are complete."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

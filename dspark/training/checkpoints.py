@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from dspark.errors import CheckpointError, TrainingError
+from dspark.data.durable import sync_directory
+from dspark.errors import CheckpointError, TrainingError, first_line
 from dspark.training.optim import MasterOptimiser
 from dspark.training.parallel import barrier, gather
 
@@ -183,7 +184,7 @@ def put_in_place(fresh: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, old)
     os.replace(fresh, final)
-    _sync(final.parent)
+    sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -192,16 +193,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
         json.dump(data, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def _on_first_rank(rank: int, action: Callable[[], None]) -> None:
@@ -234,7 +226,7 @@ def _cause(error: BaseException) -> str:
             return _cause(wrapped)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from dspark.errors import first_line
+
 
 def compile_forward(module: nn.Module, say: Callable[[str], None]) -> None:
     """Compile a module's forward; where that fails, it runs as it is from then on.
@@ -27,7 +29,7 @@ def compile_forward(module: nn.Module, say: Callable[[str], None]) -> None:
             if chosen[0] is plain:
                 raise
             chosen[0] = plain
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             say(f"run.compile is true, but torch.compile failed ({reason}); training runs plainly.")
             return plain(*args, **kwargs)
 

@@ -67,7 +67,9 @@ def test_many_conversations_at_once_equal_each_alone(model, tmp_path):
     greedy = SamplingParams(
         max_new_tokens=6, temperature=0.0, stop_token_ids=tuple(range(40, 300, 3))
     )
-    responder = EngineResponder(model, greedy, options={"enable_thinking": False}, batch_size=4)
+    responder = EngineResponder(
+        model, greedy, template_options={"enable_thinking": False}, batch_size=4
+    )
     report = regenerate(responder, source, tmp_path / "o.jsonl")
     assert report.records == 9
     rounds = 0
@@ -145,7 +147,7 @@ def test_what_cannot_be_answered_is_listed(model, tmp_path):
 def test_regenerated_answers_become_the_tokens_that_were_drawn(model, tmp_path):
     source = write(tmp_path / "p.jsonl", *({"turns": [f"{i}?"]} for i in range(8)))
     tokenizer = model.target.tokenizer
-    responder = EngineResponder(model, params(), options={"enable_thinking": False})
+    responder = EngineResponder(model, params(), template_options={"enable_thinking": False})
     regenerate(responder, source, tmp_path / "o.jsonl")
     for record, sample in zip(
         lines(tmp_path / "o.jsonl"), read_samples(tmp_path / "o.jsonl", tokenizer), strict=True
@@ -171,7 +173,7 @@ def answered(model, monkeypatch, tmp_path, record, texts, options=None):
         text, reason = next(replies)
         return wrapped(self, script, output(model, text, reason))
 
-    responder = EngineResponder(model, params(40), options=options or {})
+    responder = EngineResponder(model, params(40), template_options=options or {})
     with monkeypatch.context() as patch:
         patch.setattr(by_engine._Chunk, "_reply", reply)
         regenerate(responder, write(tmp_path / "p.jsonl", record), tmp_path / "o.jsonl")

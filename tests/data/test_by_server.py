@@ -96,7 +96,7 @@ def test_what_is_asked_is_sent(fake_server, tmp_path):
         sampling=sampling,
         seed=5,
         max_new_tokens=9,
-        options={"enable_thinking": False},
+        template_options={"enable_thinking": False},
         api_key="secret",
     )
     source = write(

@@ -1,6 +1,8 @@
 """Questions through the engine: the reference's trace, dialogues, interrupted runs."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,6 +173,26 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(model, tmp_path):
     (parts,) = load_runs([tmp_path / "parts"])
     assert len(parts.plans) == 2
     assert without_timings(report_of([parts])) == without_timings(report_of([whole]))
+
+
+def test_a_full_disk_leaves_the_records_whole(model, tmp_path, monkeypatch):
+    evaluate(model, settings(model), [task_of(*TEXTS[:2])], tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole, write = path.read_bytes(), os.write
+    room = iter([20])
+
+    def little_room(descriptor, data):
+        if (size := next(room, None)) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:size])
+
+    monkeypatch.setattr(os, "write", little_room)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
+        evaluate(model, settings(model), [task_of(*TEXTS)], tmp_path)
+    assert path.read_bytes() == whole
+    monkeypatch.setattr(os, "write", write)
+    evaluate(model, settings(model), [task_of(*TEXTS)], tmp_path)
+    assert len(load_runs([tmp_path])[0].of_task("task")) == len(TEXTS)
 
 
 def test_two_runs_of_one_seed_are_the_same_but_for_timings(model, tmp_path):

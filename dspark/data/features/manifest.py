@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.data.durable import sync_directory
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, RowCodec
 from dspark.errors import DataError
 
@@ -236,15 +237,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object; build the cache anew.")
     return content
-
-
-def sync_directory(directory: Path) -> None:
-    """Make new names in a directory safe from a crash."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_text(numbers: Tensor) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from dspark.data.durable import sync_directory
 from dspark.data.features.identity import sample_key
 from dspark.data.features.index import (
     RECORD_BYTES,
@@ -26,7 +27,6 @@ from dspark.data.features.index import (
     shard_path,
     shards_of,
 )
-from dspark.data.features.manifest import sync_directory
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 
