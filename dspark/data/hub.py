@@ -110,14 +110,14 @@ def _table(data_set: DataSet, offline: bool, stream: bool) -> Any:
 def _builder(data_set: DataSet, offline: bool) -> Any:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         with _offline(offline):
             builder = datasets.load_dataset_builder(
                 data_set.name, data_set.config, revision=data_set.revision
             )
-    except HFValidationError:
+    except (HfHubHTTPError, HFValidationError):  # a ValueError too, if the hub says 400
         raise
     except ValueError as error:
         raise _no_config(data_set, offline) from error

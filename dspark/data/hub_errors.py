@@ -72,6 +72,7 @@ def table_errors(data_set: DataSet) -> Iterator[None]:
             f"install it with pip install 'dspark[data]', {_INSTEAD}."
         ) from error
     from huggingface_hub.errors import (
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RevisionNotFoundError,
@@ -84,7 +85,7 @@ def table_errors(data_set: DataSet) -> Iterator[None]:
             raise _no_revision(data_set) from error
         # The library drops the hub's own error and keeps a sentence of it.
         raise (_gated if "gated" in str(error) else _absent)(data_set) from error
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):  # for hub_errors
         raise
     except FileNotFoundError as error:
         raise DataError(

@@ -142,6 +142,7 @@ REFUSALS = [
     (refused(errors.GatedRepoError, 403), "datasets/owner/blend, then log in with `hf auth login`"),
     (refused(errors.RevisionNotFoundError, 404), "^The data set owner/blend has no revision 'v2'"),
     (refused(errors.HfHubHTTPError, 503), r"does not hand out .*/blend \(said by the hub\); try"),
+    (refused(errors.BadRequestError, 400), r"does not hand out .*/blend \(said by the hub\); try"),
     (errors.OfflineModeIsEnabled("switched off"), r"^The hub cannot be reached .*owner/blend \("),
     (errors.HTTPError("cut off"), r"^The hub cannot be reached .*owner/blend \(cut off\); check"),
     (errors.HFValidationError("a space"), "^owner/blend is no name of a data set"),
