@@ -6,6 +6,7 @@ its end.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from starlette.responses import Response
 
 from dspark.request import Output
 from dspark.serving.service import EngineService
-from dspark.serving.tally import STEP_MS
+from dspark.serving.tally import Times
 
 router = APIRouter(tags=["metrics"])
 _SECONDS = (
@@ -211,20 +212,29 @@ class _EngineFigures(Collector):
 
     def _steps(self) -> Iterator[Metric]:
         tally = self._service.tally
-        buckets, total = list[tuple[str, float]](), 0
-        bounds = [str(ms / 1e3) for ms in STEP_MS] + ["+Inf"]
-        for bound, count in zip(bounds, list(tally.step_counts), strict=True):
-            total += count
-            buckets.append((bound, total))
-        family = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
-        family.add_metric([], buckets, tally.step_ms / 1e3)
-        yield family
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds",
+            "Time between an answer's outputs; one holds all tokens of a step.",
+            labels=["model_name"],
+        )
+        _add_times(gaps, self._model, tally.gaps)
+        yield gaps
+        steps = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
+        _add_times(steps, [], tally.step_times)
+        yield steps
         parts = CounterMetricFamily(
             "dspark_round_part_seconds", "Time of rounds with a drafter, by part.", labels=["part"]
         )
         for part in ("draft", "schedule", "verify"):
             parts.add_metric([part], getattr(tally, f"{part}_ms") / 1e3)
         yield parts
+
+
+def _add_times(family: HistogramMetricFamily, labels: list[str], times: Times) -> None:
+    """Add a histogram, whose buckets Prometheus wants summed up."""
+    bounds = [*map(str, times.bounds_s), "+Inf"]
+    sums = itertools.accumulate(list(times.counts))
+    family.add_metric(labels, list(zip(bounds, sums, strict=True)), times.total_s)
 
 
 async def _metrics_of(request: Request) -> Metrics:

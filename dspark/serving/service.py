@@ -34,12 +34,13 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """An answer that the engine is at: whose it is, and who waits for it."""
+    """An answer that the engine is at: whose it is, who waits for it, and its last output."""
 
     owner: Owner
     ticket: Ticket
+    last_s: float | None = None
 
 
 class EngineService:
@@ -259,13 +260,18 @@ class EngineService:
         with self.turns.mine():
             started = time.perf_counter()
             events = self.engine.step()
-            step_ms = (time.perf_counter() - started) * 1e3
+            ended = time.perf_counter()
+        step_ms = (ended - started) * 1e3
         self.tally.add_step(step_ms, self._record)
         updates, owners = list[tuple[Ticket, Update]](), dict[int, Owner]()
         for event in events:
             job = self._jobs.get(event.request_id)
             if job is None:
                 continue
+            if event.pieces:
+                if job.last_s is not None:
+                    self.tally.gaps.add(ended - job.last_s)
+                job.last_s = ended
             owners[event.request_id] = job.owner
             updates.append((job.ticket, Update(job.owner[1], event.pieces, event.output)))
             if event.output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,11 +12,38 @@ import numpy.typing as npt
 from dspark.engine.record import RoundRecord
 from dspark.scheduling.reliability import BINS
 
-STEP_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
-"""Upper bounds of the step-time histogram's buckets; one more holds what is above."""
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Upper bounds of the buckets of steps."""
+GAP_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+"""Of the times between outputs: vLLM's, and three below its first."""
 HALF_LIFE = 20_000
 """After so many observed drafts an older one counts half in the running calibration error."""
 Counts = npt.NDArray[np.int64]
+
+
+class Times:
+    """A histogram of seconds, written by the engine's thread at the cost of a search and two sums.
+
+    Args:
+        bounds_s: upper bounds of its buckets, rising; one more holds what is above.
+
+    Attributes:
+        counts: of the buckets.
+        total_s: sum of all.
+    """
+
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        self.bounds_s = tuple(bounds_s)
+        self.counts = [0] * (len(self.bounds_s) + 1)
+        self.total_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(self.bounds_s, seconds)] += 1
+        self.total_s += seconds
 
 
 @dataclass
@@ -59,8 +87,10 @@ class Tally:
         rounds: rounds of single answers in which drafts were verified.
         drafted_K, verified_K, accepted_K: drafts by position.
         steps: steps of the engine.
-        step_ms: milliseconds of all steps.
-        step_counts: steps by bucket of `STEP_MS`.
+        step_times: how long they took.
+        gaps: times between an answer's outputs: of each step that brought it tokens, after its
+            first, how long after the one before it ended. However many tokens a step brings, they
+            come at once and are one output.
         draft_ms, schedule_ms, verify_ms: milliseconds of the parts of rounds with a drafter.
         drift: of the drafter's calibrated confidences, where they were computed.
     """
@@ -72,16 +102,15 @@ class Tally:
         self.verified_K: Counts = np.zeros(num_drafts, dtype=np.int64)
         self.accepted_K: Counts = np.zeros(num_drafts, dtype=np.int64)
         self.steps = 0
-        self.step_ms = 0.0
-        self.step_counts = [0] * (len(STEP_MS) + 1)
+        self.step_times = Times(STEP_S)
+        self.gaps = Times(GAP_S)
         self.draft_ms = self.schedule_ms = self.verify_ms = 0.0
         self.drift = Drift()
 
     def add_step(self, step_ms: float, record: RoundRecord | None) -> None:
         """Count a step, and the round in it where a drafter took part."""
         self.steps += 1
-        self.step_ms += step_ms
-        self.step_counts[bisect.bisect_left(STEP_MS, step_ms)] += 1
+        self.step_times.add(step_ms / 1e3)
         if record is None:
             return
         self.draft_ms += record.draft_ms

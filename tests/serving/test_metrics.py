@@ -5,7 +5,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dspark.scheduling.reliability import expected_calibration_error
-from dspark.serving.tally import Drift, Tally
+from dspark.serving.tally import GAP_S, Drift, Tally, Times
 
 
 def figures(live):
@@ -24,6 +24,7 @@ def counted(model, kit):
     """Figures and usages of a server that was asked a few things."""
     with kit.serve(model, schedule="fixed") as live:
         usages = [live.chat(max_tokens=20 + i).json["usage"] for i in range(3)]
+        early = figures(live)
         assert live.post("/v1/completions", {"prompt": "x", "nonsense": 1}).status == 400
         with live.client() as client:
             stream = client.completions.create(
@@ -33,11 +34,11 @@ def counted(model, kit):
             next(iter(stream))
             stream.close()
         live.wait_until(lambda now: now.running == 0)
-        yield figures(live), usages, live.service
+        yield figures(live), usages, live.service, early
 
 
 def test_requests_and_tokens(counted):
-    found, usages, _ = counted
+    found, usages, *_ = counted
     ended = sum(v for key, v in found.items() if key[0] == "vllm:request_success_total")
     assert ended == 4
     assert found["vllm:request_success_total", "abort"] == 1
@@ -53,7 +54,7 @@ def test_requests_and_tokens(counted):
 
 
 def test_speculation(counted):
-    found, usages, service = counted
+    found, usages, service, _ = counted
     verified = sum(usage["dspark"]["verified"] for usage in usages)
     total = found["vllm:spec_decode_num_draft_tokens_total",]
     assert total >= verified > 0  # the one that left had drafts too
@@ -69,6 +70,28 @@ def test_speculation(counted):
     pages = {state: found["dspark_cache_pages", state] for state in ("held", "kept", "free")}
     assert pages["held"] == 0
     assert sum(pages.values()) == service.engine.memory.pool.pages
+
+
+def test_time_between_outputs(counted):
+    """One for each step after the first that brought an answer tokens, however many they were."""
+    *_, usages, _, found = counted
+    name = "vllm:inter_token_latency_seconds"
+    rounds = sum(usage["dspark"]["rounds"] for usage in usages)
+    tokens = sum(usage["completion_tokens"] for usage in usages)
+    assert found[f"{name}_count",] == found[f"{name}_bucket", "+Inf"] == rounds
+    assert rounds < tokens - len(usages)  # some steps brought several
+    assert 0 < found[f"{name}_sum",] < found["vllm:e2e_request_latency_seconds_sum",]
+    assert found[f"{name}_bucket", "0.01"] <= found[f"{name}_bucket", "80.0"] == rounds
+
+
+def test_buckets_are_those_of_prometheus():
+    values = np.concatenate([np.random.default_rng(0).lognormal(-3, 3, 500), GAP_S])
+    times = Times(GAP_S)
+    for value in values:
+        times.add(float(value))
+    below = [int((values <= bound).sum()) for bound in GAP_S]
+    assert np.cumsum(times.counts).tolist() == [*below, len(values)]
+    assert times.total_s == pytest.approx(values.sum())
 
 
 def test_drift_is_the_calibration_error():
