@@ -17,11 +17,12 @@ from dspark.serving.answers import Choice, Job, reply
 from dspark.serving.context import Context, context_of
 from dspark.serving.faults import ApiError
 from dspark.serving.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
-from dspark.serving.formats import mask_of
+from dspark.serving.formats import calls_mask_of, mask_of
 from dspark.serving.models import check_model
 from dspark.serving.parsing import AnswerParser, Content, Part, Reasoning, ToolCall
 from dspark.serving.template import CALL, THINK, ChatTemplate, call_arguments
 from dspark.serving.tokens import TokenTexts, chat_logprobs
+from dspark.serving.tools import Tool, tool_use
 
 router = APIRouter(tags=["completions"])
 
@@ -87,22 +88,6 @@ class Message(Strict):
         return found
 
 
-class Function(Strict):
-    """A function that the model may call."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: Function
-
-
 class ChatFields(SharedFields):
     """The body of a chat completion.
 
@@ -111,8 +96,8 @@ class ChatFields(SharedFields):
         max_completion_tokens: the newer name of `max_tokens`.
         logprobs, top_logprobs: report log-probabilities, and those of so many likely tokens.
         tools: functions that the chat template tells the model of.
-        tool_choice: `auto`, or `none` to leave the tools out.
-        parallel_tool_calls: true, which is what happens.
+        tool_choice: `auto`, `none` to leave the tools out, `required`, or a function by name.
+        parallel_tool_calls: whether an answer may have several calls.
         chat_template_kwargs: variables of the template, such as `enable_thinking` (not of OpenAI).
     """
 
@@ -148,22 +133,6 @@ class ChatFields(SharedFields):
             raise ApiError(400, sentence, param="top_logprobs", code="invalid_combination")
         return check_logprobs(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
 
-    def usable_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model is told of, as JSON schemas.
-
-        Raises:
-            ApiError: they are wanted in a way that is not supported.
-        """
-        if self.tool_choice not in (None, "auto", "none"):
-            sentence = "tool_choice must be 'auto' or 'none' here; no call can be forced."
-            raise ApiError(400, sentence, param="tool_choice", code="unsupported_value")
-        if self.parallel_tool_calls is False:
-            sentence = "parallel_tool_calls cannot be false here; leave it out."
-            raise ApiError(400, sentence, param="parallel_tool_calls", code="unsupported_value")
-        if not self.tools or self.tool_choice == "none":
-            return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
-
 
 @router.post("/v1/chat/completions")
 async def chat_completions(
@@ -174,7 +143,8 @@ async def chat_completions(
     template = context.template
     if template is None:
         raise ApiError(400, "This model has no chat template; use /v1/completions.")
-    tools, usage = fields.usable_tools(), fields.wants_usage()
+    use = tool_use(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    tools, usage = use.told, fields.wants_usage()
     messages = [message.for_template() for message in fields.messages]
     params = fields.params(
         context, logprobs=fields.wanted_logprobs(), max_tokens=fields.new_tokens()
@@ -183,18 +153,21 @@ async def chat_completions(
     rendered = await context.prepare(
         lambda: template.render(messages, tools, options), _size_of(messages, tools)
     )
-    mask = await mask_of(fields, context)
-    request = Request(rendered.token_ids, params, mask, fields.timeout(context))
+    format_mask = await mask_of(fields, context)
+    calls_mask = await calls_mask_of(fields, use, rendered, template, context)
+    request = Request(
+        rendered.token_ids, params, format_mask or calls_mask, fields.timeout(context)
+    )
     facts: dict[str, Any] = http.state.facts
     if context.settings.log_prompts:
         facts["messages"] = messages
-    reasons = mask is None and template.mentions(THINK)
+    free = format_mask is None  # a format's answer has no markup
     voices = tuple(
         ChatVoice(
             i,
             AnswerParser(
-                reasoning=reasons,
-                tools=tools is not None and template.mentions(CALL, tools),
+                reasoning=free and template.mentions(THINK),
+                tools=free and tools is not None and template.mentions(CALL, tools),
                 reasoning_open=rendered.reasoning_open,
             ),
             context.tokens,

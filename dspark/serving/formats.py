@@ -1,10 +1,11 @@
-"""Response formats to masks of the engine."""
+"""Response formats, and what is wanted of tools, to masks of the engine."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from dspark.request import TokenMask
+from dspark.serving.calls import Marks, call_form, calls_grammar
 from dspark.serving.context import Context
 from dspark.serving.faults import ApiError
 from dspark.serving.fields import (
@@ -13,8 +14,11 @@ from dspark.serving.fields import (
     JsonSchemaFormat,
     RegexFormat,
     SharedFields,
+    TextFormat,
 )
 from dspark.serving.grammar import ANY_OBJECT
+from dspark.serving.template import THINK, ChatTemplate, Rendered
+from dspark.serving.tools import ToolUse
 
 _ALWAYS_LONG = 1 << 20  # a grammar may take long to read, however short it is
 
@@ -40,5 +44,49 @@ async def mask_of(fields: SharedFields, context: Context) -> TokenMask | None:
     if fields.ignore_eos:
         sentence = "ignore_eos and response_format exclude each other; leave one out."
         raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
-    grammars.check_installed()
+    grammars.check_installed("response_format")
+    return await context.prepare(make, _ALWAYS_LONG)
+
+
+async def calls_mask_of(
+    fields: SharedFields, use: ToolUse, rendered: Rendered, template: ChatTemplate, context: Context
+) -> TokenMask | None:
+    """The mask that holds calls of tools to what is wanted; None where nothing is.
+
+    A response format leaves no room for calls: it rules alone.
+
+    Args:
+        fields: the request.
+        use: what it wants of tools.
+        rendered: its prompt.
+        template: that wrote it.
+        context: who makes masks.
+
+    Raises:
+        RequestError: the package for it is missing, a schema cannot be followed, or the template's
+            calls are none that are read here.
+        ApiError: the request also wants what excludes a call, or the answer could not end.
+    """
+    told, grammars = use.told, context.grammars
+    formatted = not isinstance(fields.response_format, TextFormat | None)
+    if use.forced and formatted:
+        sentence = "response_format and a forced tool_choice exclude each other; leave one out."
+        raise ApiError(400, sentence, param="response_format", code="invalid_combination")
+    if told is None or use.because is None or formatted:
+        return None
+    if fields.ignore_eos:
+        sentence = "ignore_eos excludes calls that are forced or checked; leave it out."
+        raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
+    grammars.check_installed(use.because)
+
+    def make() -> TokenMask:
+        grammar = calls_grammar(
+            call_form(template, told),
+            use,
+            Marks.of(template.tokenizer),
+            reasons=template.mentions(THINK),
+            reasoning_open=rendered.reasoning_open,
+        )
+        return grammars.lark(grammar, what="tools' schema")
+
     return await context.prepare(make, _ALWAYS_LONG)

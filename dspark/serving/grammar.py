@@ -19,11 +19,11 @@ from dspark.targets.target import Target
 
 MISSING = (
     "Constrained answers need the package llguidance, which is not installed here; install the "
-    "extra dspark[json], or leave response_format out."
+    "extra dspark[json], or leave {parameter} out."
 )
 ANY_OBJECT = {"type": "object"}
 # A model that may write white space for ever sometimes does.
-_WHITE_SPACE = r"[ \n]{0,2}"
+WHITE_SPACE = r"[ \n]{0,2}"
 
 
 class GrammarMask:
@@ -100,7 +100,7 @@ class Grammars:
 
         return self._mask(
             LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), defaults={"whitespace_pattern": _WHITE_SPACE}
+                json.dumps(schema), defaults={"whitespace_pattern": WHITE_SPACE}
             )
         )
 
@@ -114,35 +114,42 @@ class Grammars:
 
         return self._mask(LLMatcher.grammar_from_regex(pattern))
 
-    def lark(self, grammar: str) -> GrammarMask:
+    def lark(self, grammar: str, *, what: str = "response format") -> GrammarMask:
         """A mask for answers of a context-free grammar in Lark's notation.
+
+        Args:
+            grammar: in which `%json` introduces a JSON schema.
+            what: it was made from, for errors.
 
         Raises:
             RequestError: as `json_schema`.
         """
         from llguidance import LLMatcher
 
-        return self._mask(LLMatcher.grammar_from_lark(grammar))
+        return self._mask(LLMatcher.grammar_from_lark(grammar), what)
 
-    def check_installed(self) -> None:
+    def check_installed(self, parameter: str) -> None:
         """Refuse where the extra is missing.
+
+        Args:
+            parameter: what asks for it.
 
         Raises:
             RequestError: it is, or the model has no tokenizer.
         """
         if importlib.util.find_spec("llguidance") is None:
-            raise RequestError(MISSING)
+            raise RequestError(MISSING.format(parameter=parameter))
         if self._target.tokenizer is None:
             raise RequestError("Constrained answers need a tokenizer, and this model has none.")
 
-    def _mask(self, grammar: str) -> GrammarMask:
+    def _mask(self, grammar: str, what: str = "response format") -> GrammarMask:
         from llguidance import LLMatcher
 
         ends = self._target.eos_token_ids
         matcher = LLMatcher(self._tokens(ends), grammar, log_level=0)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())[:300].rstrip(".")
-            raise RequestError(f"The response format cannot be followed: {reason}.")
+            raise RequestError(f"The {what} cannot be followed: {reason}.")
         return GrammarMask(matcher, self._target.vocab_size, ends)
 
     def _tokens(self, ends: frozenset[int]) -> Any:

@@ -106,10 +106,12 @@ class AnswerParser:
         return [Reasoning(text)] if text else None
 
     def _take_call(self, last: bool) -> list[Part] | None:
-        text, mark, rest = self._held.partition(CALL_END)
+        text, mark, rest = _cut_call(self._held)
         if not mark and not last:
             return None
-        call = _read_call(text)
+        call = read_call(text)
+        if call is None and not mark:  # a string that never ends holds no marks
+            text, mark, rest = self._held.partition(CALL_END)
         self._held, self._inside, self._trims = rest, None, call is not None
         return [call] if call else [Content(CALL + text + mark)]
 
@@ -132,7 +134,26 @@ def _overlap(text: str, mark: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
 
 
-def _read_call(text: str) -> ToolCall | None:
+def _cut_call(text: str) -> tuple[str, str, str]:
+    """Cut as `str.partition` does, at the first end mark that is not within a JSON string."""
+    end = text.find(CALL_END)
+    while end >= 0 and _ends_within_string(text[:end]):
+        end = text.find(CALL_END, end + len(CALL_END))
+    return (text[:end], CALL_END, text[end + len(CALL_END) :]) if end >= 0 else (text, "", "")
+
+
+def _ends_within_string(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except RecursionError:
+        return False
+    return False
+
+
+def read_call(text: str) -> ToolCall | None:
+    """What is written between the marks of a call; None where that is no call."""
     try:
         call: Any = json.loads(text)
     except (ValueError, RecursionError):

@@ -71,6 +71,29 @@ class ChatTemplate:
             RequestError: the template has no place for the tools or an option, or refuses the
                 messages; or their text is no valid Unicode.
         """
+        text = self.write(messages, tools, options)
+        ids = encode(self.tokenizer, text, special=False)
+        return Rendered(ids, text.rstrip().endswith(THINK))
+
+    def write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        prompt: bool = True,
+    ) -> str:
+        """The messages as text.
+
+        Args:
+            messages: as `render`.
+            tools: as `render`.
+            options: as `render`.
+            prompt: whether an answer is to follow.
+
+        Raises:
+            RequestError: as `render`.
+        """
         if tools and not self.mentions("tools", tools):
             raise RequestError(
                 f"The chat template of {self.model} has no place for tools; leave tools out."
@@ -82,18 +105,17 @@ class ChatTemplate:
                     "chat_template_kwargs."
                 )
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=prompt,
                 **(options or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RequestError(f"The chat template refuses the messages: {reason}.") from error
-        ids = encode(self.tokenizer, text, special=False)
-        return Rendered(ids, text.rfind(THINK) > text.rfind(THINK_END))
+        return text
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ def chat(**fields):
     return {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, **fields}
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+FORCE = {"type": "function", "function": {"name": "f"}}
 DEEP = b'{"prompt":' + b"[" * 100_000
 RAW = [
     (b"", 422),
@@ -94,6 +96,11 @@ WRONG = [
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
     (CHAT, chat(max_completion_tokens=3), 400, "max_tokens"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
+    (CHAT, chat(tool_choice="perhaps", tools=TOOLS), 400, "tool_choice"),
+    (CHAT, chat(tool_choice={"type": "custom"}, tools=TOOLS), 400, "tool_choice"),
+    (CHAT, chat(tool_choice=1, tools=TOOLS), 422, "tool_choice"),
+    (CHAT, chat(tool_choice=FORCE | {"function": {"name": "g"}}, tools=TOOLS), 400, "tool_choice"),
+    (CHAT, chat(tool_choice=FORCE | {"mode": 1}, tools=TOOLS), 400, "tool_choice"),
     (CHAT, chat(parallel_tool_calls=False), 400, "parallel_tool_calls"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, None),
     (CHAT, chat(chat_template_kwargs={"enable_thinking": False}), 400, None),

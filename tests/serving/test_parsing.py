@@ -23,6 +23,12 @@ CASES = [
     ("cut call", "x<tool_call>{", [Content("x<tool_call>{")]),
     ("a mark and no more", "x<tool_call>", [Content("x<tool_call>")]),
     ("closing left out", '<tool_call>{"name": "f"}', [ToolCall("f", "{}")]),
+    ("a mark in a string", CALL.replace("</x>", "</tool_call>"), [
+        ToolCall("add", '{"a": 1, "b": [2, "</tool_call>"]}')
+    ]),
+    ("a string with no end", '<tool_call>{"a</tool_call> b', [
+        Content('<tool_call>{"a</tool_call> b')
+    ]),
     ("a beginning", "5 <thi", [Content("5 <thi")]),
     ("spaces at the end", "x  \n", [Content("x  \n")]),
 ]  # fmt: skip

@@ -67,6 +67,8 @@ def test_tools_options_and_calls_reach_the_template(template, tokenizer):
     assert rendered.reasoning_open
     assert not template.render(messages, None, {"enable_thinking": False}).reasoning_open
     assert not template.render(messages).reasoning_open
+    asked = [{"role": "user", "content": "What is <think>?"}]  # which opens nothing
+    assert not template.render(asked).reasoning_open
 
 
 def test_what_has_no_place_is_refused(model, template, kit):
