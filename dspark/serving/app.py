@@ -38,15 +38,16 @@ def create_app(
             prompt lookup.
     """
     target = service.engine.target
+    stages = Stages(service, offered(service.engine) if drafters is None else drafters)
     context = Context(
         service=service,
         settings=settings,
-        metrics=Metrics(service, settings.model_name),
+        metrics=Metrics(service, stages, settings.model_name),
         template=ChatTemplate.of(target.tokenizer, target.name),
         tokens=TokenTexts(target.tokenizer),
         grammars=Grammars(target),
         seeds=Seeds(settings.seed),
-        stages=Stages(service, offered(service.engine) if drafters is None else drafters),
+        stages=stages,
         created_s=int(time.time()),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -24,6 +25,7 @@ from starlette.responses import Response
 
 from dspark.request import Output
 from dspark.serving.service import EngineService
+from dspark.serving.stages import Stages
 from dspark.serving.tally import Times
 
 router = APIRouter(tags=["metrics"])
@@ -40,10 +42,11 @@ class Metrics:
 
     Args:
         service: whose engine is counted.
+        stages: the engines of the live page, which are counted apart.
         model_name: the label of the figures that vLLM has too.
     """
 
-    def __init__(self, service: EngineService, model_name: str) -> None:
+    def __init__(self, service: EngineService, stages: Stages, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
         labels = ("model_name",)
@@ -92,6 +95,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.registry.register(_EngineFigures(service, model_name))
+        self.registry.register(_PageFigures(stages))
 
     def note_reply(self, route: str, status: int) -> None:
         """Count an HTTP request."""
@@ -228,6 +232,31 @@ class _EngineFigures(Collector):
         for part in ("draft", "schedule", "verify"):
             parts.add_metric([part], getattr(tally, f"{part}_ms") / 1e3)
         yield parts
+
+
+class _PageFigures(Collector):
+    """The live page's engines: apart from those of the server, whose drafter may be another."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "dspark_page_engines", "Engines of the live page.", self._stages.engines
+        )
+        totals = self._stages.totals()
+        for name, text, value in (
+            ("steps", "Steps of the live page's engines.", attrgetter("steps")),
+            ("step_seconds", "Time of these steps.", attrgetter("step_s")),
+            ("rounds", "Verified blocks of the live page.", attrgetter("rounds")),
+            ("verified_tokens", "Drafts sent to the target.", attrgetter("verified")),
+            ("accepted_tokens", "Drafts that stayed.", attrgetter("accepted")),
+        ):
+            labels = ["drafter", "verifier", "schedule"]
+            family = CounterMetricFamily(f"dspark_page_{name}", text, labels=labels)
+            for kind, total in totals.items():
+                family.add_metric(list(kind), value(total))
+            yield family
 
 
 def _add_times(family: HistogramMetricFamily, labels: list[str], times: Times) -> None:

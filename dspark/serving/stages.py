@@ -11,7 +11,7 @@ import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from dspark.scheduling.cost import CostTable
 from dspark.serving.events import RoundEvent
 from dspark.serving.service import EngineService
 from dspark.serving.stream import Subscription
+from dspark.serving.tally import Totals
 
+Kind = tuple[str, str, str]
+"""(drafter, verifier, schedule)"""
 NONE = "none"
 MOST_TOKENS = 2048
 MOST_WAITING = 8
@@ -78,6 +81,11 @@ class Choice:
         return self.drafter == NONE or self.schedule == "off"
 
     @property
+    def kind(self) -> Kind:
+        """What its rounds are counted under: thresholds are too many to be told apart."""
+        return self.drafter, self.verifier, self.schedule
+
+    @property
     def plainly(self) -> Choice:
         """What it is compared with: nothing drafted, the draws of `coupled` where those are its."""
         return Choice(NONE, "coupled" if self.verifier == "coupled" else "block", "off")
@@ -118,6 +126,8 @@ class Stages:
         self.listeners: list[Subscription] = []
         self.loads: dict[str, Callable[[int], None]] = {}
         self._open: dict[Choice, Stage] = {}
+        self._working: list[Stage] = []  # those that are about to stop included
+        self._ended: dict[Kind, Totals] = {}
         self._line = asyncio.Lock()
         self._in_line = 0
         self._closed = False
@@ -136,6 +146,18 @@ class Stages:
     def in_line(self) -> int:
         """Runs that take place or wait."""
         return self._in_line
+
+    @property
+    def engines(self) -> int:
+        """Engines that hold memory now."""
+        return len(self._working)
+
+    def totals(self) -> dict[Kind, Totals]:
+        """What all engines so far have done, warming up included."""
+        found = {kind: replace(totals) for kind, totals in self._ended.items()}
+        for stage in self._working:
+            found.setdefault(stage.choice.kind, Totals()).add(stage.service.tally)
+        return found
 
     def publish(self, event: RoundEvent) -> None:
         """Let listeners hear of a round."""
@@ -229,13 +251,14 @@ class Stages:
         self.check(choice)
         for other in [each for each in self._open if not (choice.plain or each.plain)]:
             if other != choice:
-                await self._open.pop(other).service.stop()
+                await self._end(other)
         if choice not in self._open:
             stage = await asyncio.to_thread(self._build, choice)
             if self._closed:
                 raise UnavailableError("The server is stopping; ask again once it is back.")
             stage.service.start()
             self._open[choice] = stage
+            self._working.append(stage)
             await self._warm_up(stage.service)
         return self._open[choice]
 
@@ -267,7 +290,13 @@ class Stages:
         """End every engine, and whatever runs on it."""
         self._closed = True
         while self._open:
-            await self._open.popitem()[1].service.stop()
+            await self._end(next(iter(self._open)))
+
+    async def _end(self, choice: Choice) -> None:
+        stage = self._open.pop(choice)
+        await stage.service.stop()
+        self._working.remove(stage)
+        self._ended.setdefault(choice.kind, Totals()).add(stage.service.tally)
 
 
 def offered(engine: Engine) -> dict[str, Model]:

@@ -145,3 +145,30 @@ class Tally:
         if known_DK.any():
             stayed_DK = np.arange(width) < accepted_R[:count, None]
             self.drift.add(survival_DK[known_DK], stayed_DK[known_DK])
+
+
+@dataclass
+class Totals:
+    """What the tallies of engines that come and go add up to.
+
+    Attributes:
+        steps: steps.
+        step_s: seconds of them.
+        rounds: rounds of single answers in which drafts were verified.
+        verified: drafts sent to the target.
+        accepted: of these, those that stayed.
+    """
+
+    steps: int = 0
+    step_s: float = 0.0
+    rounds: int = 0
+    verified: int = 0
+    accepted: int = 0
+
+    def add(self, tally: Tally) -> None:
+        """Add what an engine has counted."""
+        self.steps += tally.steps
+        self.step_s += tally.step_times.total_s
+        self.rounds += tally.rounds
+        self.verified += int(tally.verified_K.sum())
+        self.accepted += int(tally.accepted_K.sum())

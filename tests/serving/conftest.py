@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import dspark
 from dspark.engine.model import Model
@@ -83,6 +84,17 @@ class Live:
         return openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0
         )
+
+    def figures(self) -> dict[tuple[str, ...], float]:
+        """What `/metrics` says, by name and labels (in the order of theirs, less the model)."""
+        text = self.ask("GET", "/metrics").body.decode()
+        return {
+            (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): (
+                sample.value
+            )
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
 
     def wait_until(self, holds: Any, seconds: float = 20.0) -> None:
         """Wait for something to become true of the engine's snapshot."""

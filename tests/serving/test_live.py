@@ -273,6 +273,40 @@ def test_only_the_engines_in_use_stay_open(shown):
         assert len(engines()) - before == 1 + len(plain)
 
 
+def page(found, name, *labels):
+    """A counter of the page, by drafter, schedule and verifier."""
+    return found[(f"dspark_page_{name}_total", *labels)]
+
+
+def test_the_page_s_rounds_are_counted_apart(measured, kit):
+    with kit.serve(measured, schedule="lagged") as server:
+        untouched = server.figures()
+        assert untouched["dspark_page_engines",] == 0
+        found, _ = whole(server, drafter="own", verifier="token")
+        ours, plain = found["end"]
+        first = server.figures()
+        assert first["dspark_page_engines",] == 2
+        rounds = page(first, "rounds", "own", "fixed", "token")
+        verified = page(first, "verified_tokens", "own", "fixed", "token")
+        assert rounds > ours["rounds"]  # the engine's warming up has some
+        assert verified > ours["verified"]
+        assert ours["accepted"] < page(first, "accepted_tokens", "own", "fixed", "token")
+        assert page(first, "verified_tokens", "none", "off", "block") == 0
+        assert page(first, "steps", "none", "off", "block") > plain["tokens"]
+        assert page(first, "step_seconds", "own", "fixed", "token") > 0
+        for name in ("vllm:spec_decode_num_drafts_total", "dspark_step_seconds_count"):
+            assert first[name,] == untouched[name,] == 0
+        whole(server, drafter="ngram", compare=False)  # whose engine takes the other's place
+        then = server.figures()
+        assert then["dspark_page_engines",] == 2
+        assert {key: then[key] for key in first if "own" in key} == {
+            key: first[key] for key in first if "own" in key
+        }
+        assert page(then, "steps", "ngram", "fixed", "block") > 0
+        whole(server, drafter="own", verifier="token", compare=False)
+        assert page(server.figures(), "rounds", "own", "fixed", "token") > rounds
+
+
 def test_options_say_what_can_be_chosen_and_why_not(shown, measured):
     found = shown.ask("GET", RUN).json
     own, lookup, none = found["drafters"]

@@ -2,21 +2,9 @@
 
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from dspark.scheduling.reliability import expected_calibration_error
 from dspark.serving.tally import GAP_S, Drift, Tally, Times
-
-
-def figures(live):
-    text = live.ask("GET", "/metrics").body.decode()
-    return {
-        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): (
-            sample.value
-        )
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +12,7 @@ def counted(model, kit):
     """Figures and usages of a server that was asked a few things."""
     with kit.serve(model, schedule="fixed") as live:
         usages = [live.chat(max_tokens=20 + i).json["usage"] for i in range(3)]
-        early = figures(live)
+        early = live.figures()
         assert live.post("/v1/completions", {"prompt": "x", "nonsense": 1}).status == 400
         with live.client() as client:
             stream = client.completions.create(
@@ -34,7 +22,7 @@ def counted(model, kit):
             next(iter(stream))
             stream.close()
         live.wait_until(lambda now: now.running == 0)
-        yield figures(live), usages, live.service, early
+        yield live.figures(), usages, live.service, early
 
 
 def test_requests_and_tokens(counted):
