@@ -1,5 +1,6 @@
 # make demo   from a fresh clone: creates .venv, installs the pinned dependencies, runs the demo
 # make test   the same set-up, then the whole CPU test suite
+# make browser  the live page's tests in a browser: the machine's Chromium or Chrome, or Playwright's
 # make lint   ruff and mypy
 # make bench  the README's figures; DATA names the folder with eval/ and corpus/
 # make bench-training  those of training: losses, feature cache, beside the reference stack
@@ -9,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 
-.PHONY: demo test lint bench bench-training clean
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+.PHONY: demo test browser lint bench bench-training clean
 
 # Stamps make both set-ups idempotent: they run again only when what they install from changes.
 $(VENV)/.run: constraints.txt pyproject.toml
@@ -23,11 +26,21 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+$(VENV)/.browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	@for name in $(BROWSERS); do command -v $$name && exit; done; \
+	  $(BIN)/python -m playwright install $$(test "$$(id -u)" != 0 || echo --with-deps) chromium || \
+	  { echo "There is no browser here and none can be had; install Chromium or Chrome."; exit 1; }
+	@touch $@
+
 demo: $(VENV)/.run
 	@$(BIN)/dspark demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser tests/serving/test_page.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""The live page in a real browser: Debian's Chromium, driven by Playwright."""
+"""The live page in a real browser: Chromium or Chrome, driven by Playwright."""
 
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,15 @@ from dspark.scheduling.cost import CostPoint, CostTable
 from dspark.serving.settings import Settings
 
 playwright_api = pytest.importorskip(
-    "playwright.sync_api", reason="the page's tests need the extra dspark[browser]"
+    "playwright.sync_api",
+    reason="the page's tests need Playwright: make browser, or pip install dspark[browser]",
 )
-CHROMIUM = Path("/usr/bin/chromium")
+# Those of the machine first, for Playwright's own is a download.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NO_BROWSER = (
+    "the page's tests need a browser: make browser, or install Chromium or Chrome, or run "
+    "python -m playwright install chromium"
+)
 ARGUMENTS = (
     "--headless",
     "--no-sandbox",
@@ -26,12 +33,7 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not CHROMIUM.is_file(), reason=f"{CHROMIUM} is missing; install Debian's chromium"
-    ),
-]
+pytestmark = pytest.mark.browser
 SECONDS = 30_000  # Playwright's unit is the millisecond
 PROMPT = "Hi, I want to book a table for two at an Italian restaurant in San Jose."
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -47,15 +49,20 @@ def measured(model):
 
 
 @pytest.fixture(scope="module")
-def server(measured, kit):
-    with kit.serve(measured, drafters={"dspark": measured}, schedule="lagged") as started:
-        yield started
+def chromium():
+    """Playwright's hold on browsers, and the one to start; first of all, for what it skips."""
+    with playwright_api.sync_playwright() as playwright:
+        found = next(filter(None, map(shutil.which, BROWSERS)), None)
+        path = found or playwright.chromium.executable_path
+        if not Path(path).is_file():
+            pytest.skip(NO_BROWSER)
+        yield playwright.chromium, path
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    with playwright_api.sync_playwright() as playwright:
-        yield playwright.chromium
+def server(chromium, measured, kit):
+    with kit.serve(measured, drafters={"dspark": measured}, schedule="lagged") as started:
+        yield started
 
 
 class Visit:
@@ -114,10 +121,11 @@ def visit(chromium):
         visits = []
 
         def new(width=1440, height=900, **options):
+            browser, path = chromium
             profile = stack.enter_context(tempfile.TemporaryDirectory())
-            context = chromium.launch_persistent_context(
+            context = browser.launch_persistent_context(
                 profile,
-                executable_path=str(CHROMIUM),
+                executable_path=path,
                 args=ARGUMENTS,
                 headless=True,
                 viewport={"width": width, "height": height},
