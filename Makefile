@@ -40,7 +40,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 browser: $(VENV)/.browser
-	$(BIN)/python -m pytest -m browser tests/serving/test_page.py
+	$(BIN)/python -m pytest -rs -m browser tests/serving/test_page.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
