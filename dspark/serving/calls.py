@@ -62,7 +62,7 @@ def call_form(template: ChatTemplate, told: list[dict[str, Any]]) -> CallForm:
         f"which does not write them as JSON objects with name and arguments in {CALL}; leave out "
         "tool_choice, parallel_tool_calls and strict."
     )
-    if CALL in template.tokenizer.all_special_tokens:  # which no text shows
+    if {CALL, CALL_END} & set(template.tokenizer.all_special_tokens):  # which no text shows
         raise refusal
     try:
         text = template.write(messages, told, prompt=False)
@@ -83,7 +83,7 @@ def call_form(template: ChatTemplate, told: list[dict[str, Any]]) -> CallForm:
 class Marks:
     """How marks are spelt in a grammar: as the tokens that they are, where they are any.
 
-    Args:
+    Attributes:
         ids: of the tokens that a tokenizer has besides those of its model, by their texts. Within
             any text of a grammar these do not occur.
     """
