@@ -272,19 +272,24 @@ def gap_at(engine: Engine, ask: Ask, output: Output, heard: str) -> dict[str, An
     return {"token": place, "gap": best - second}
 
 
-def judge(
+def differences(
     engine: Engine, asks: Sequence[Ask], heard: Sequence[Heard], outputs: Sequence[Output]
-) -> dict[str, Any]:
-    """What became of the requests; the engine, an idle one, looks into what differs."""
-    texts = [output.text for output in outputs]
+) -> list[dict[str, Any]]:
+    """The complete answers that are not the bare engine's; an idle engine looks into them."""
+    found = zip(asks, heard, outputs, strict=True)
+    return [
+        {"request": i, **gap_at(engine, ask, output, each.text)}
+        for i, (ask, each, output) in enumerate(found)
+        if each.finished and each.text != output.text
+    ]
+
+
+def judge(asks: Sequence[Ask], heard: Sequence[Heard], texts: Sequence[str]) -> dict[str, Any]:
+    """What became of the requests."""
     stayed = [i for i, each in enumerate(heard) if not each.left]
     first = [h.first_s for h in heard if h.first_s is not None]
     prefix = sum(h.left and not texts[i].startswith(h.text) for i, h in enumerate(heard))
-    differing = [i for i in stayed if heard[i].finished and heard[i].text != texts[i]]
     return {
-        "differing": [
-            {"request": i, **gap_at(engine, asks[i], outputs[i], heard[i].text)} for i in differing
-        ],
         "requests": len(asks),
         "left": len(asks) - len(stayed),
         "complete": sum(heard[i].finished for i in stayed),
@@ -380,7 +385,8 @@ def main() -> None:
     load = Load(open_engine(model, args), args.users)
     try:
         heard, seconds, cpu_s, memory = load.run(asks)
-        result = judge(alone, asks, heard, outputs)
+        result = judge(asks, heard, [output.text for output in outputs])
+        result["differing"] = differences(alone, asks, heard, outputs)
         idle = load.server.service.snapshot()
         result |= {"seconds": seconds, "generator_cpu_s": cpu_s}
         result |= {"held_pages_when_idle": idle.pages_held, "running_when_idle": idle.running}

@@ -1,7 +1,10 @@
 """The measurement of the server: every answer is compared, and what is wrong is told apart."""
 
+import pytest
+
 from benchmarks import serving
-from benchmarks.serving import Ask, Heard, judge
+from benchmarks.common import load_pair
+from benchmarks.serving import Ask, Heard, differences, judge
 
 
 def test_all_answers_over_http_are_the_engines(run, monkeypatch):
@@ -32,3 +35,16 @@ def test_lost_changed_and_abandoned_answers_are_told_apart():
     assert (found["complete"], found["identical"], found["lost"]) == (2, 1, 1)
     assert found["wrong_before_leaving"] == 1
     assert found["first_token_s"]["p50"] == 3.0
+
+
+def test_where_an_answer_leaves_the_engines_is_found_with_the_gap_between_its_tokens(pair):
+    model = load_pair(str(pair), "float32")
+    want, place = model.generate("What is 7?", max_new_tokens=8, logprobs=2, seed=0), 3
+    prompt, tokenizer = model.encode("What is 7?", raw=True), model.target.tokenizer
+    (_, best), (_, second), *_ = want.logprobs[place].top
+    engine, ask = model.open_engine(max_requests=1, max_length=64), Ask(prompt, 8, None)
+    other = tokenizer.decode(want.token_ids[:place]) + "?!"
+    answers = [Heard(want.text, finished=True), Heard(other, finished=True), Heard("half")]
+    (found,) = differences(engine, [ask] * 3, answers, [want] * 3)
+    assert (found["request"], found["token"]) == (1, place)
+    assert found["gap"] == pytest.approx(best - second, abs=1e-4)
