@@ -124,10 +124,12 @@ class SamplingParams:
 
     def with_seed(self, seed: int) -> SamplingParams:
         """The same parameters with another seed."""
-        return replace(self, seed=seed)
+        return self if seed == self.seed else replace(self, seed=seed)
 
     def sample(self, index: int) -> SamplingParams:
         """The parameters of answer `index` alone, with its own seed."""
+        if self.n == 1 and index == 0:
+            return self
         return replace(self, n=1, seed=sample_seed(self.seed, index))
 
     @property

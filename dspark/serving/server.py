@@ -8,11 +8,11 @@ import json
 import socket
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from h11 import Data, EndOfMessage, Response
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dspark.engine.model import Model
 from dspark.errors import UsageError
@@ -25,8 +25,48 @@ MOST_HEADER_BYTES = 32 << 10
 _GRACE_S = 5
 
 
-class JsonProtocol(H11Protocol):
-    """HTTP/1.1 whose refusal of what is no HTTP, or has too many headers, is JSON too."""
+class JsonProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose refusal of what is no HTTP, or has too large a head, is JSON too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = False
+        self._head_bytes = self._unread_bytes = 0
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = self._unread_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the address."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MOST_HEADER_BYTES:
+            raise ValueError("too large a head")  # the parser makes a refusal of it
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; a header that does not end is refused too."""
+        began = self._in_head
+        super().data_received(data)
+        if began and self._in_head and not self.transport.is_closing():
+            self._unread_bytes += len(data)
+            if self._unread_bytes > MOST_HEADER_BYTES:
+                self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came, and close the connection."""
@@ -35,10 +75,11 @@ class JsonProtocol(H11Protocol):
             f"The request is no valid HTTP, or has headers of over {MOST_HEADER_BYTES} bytes."
         )
         body = json.dumps(error_body(400, sentence, code="invalid_http")).encode()
-        headers = [("content-type", "application/json"), ("connection", "close")]
-        headers.append(("content-length", str(len(body))))
-        for event in (Response(status_code=400, headers=headers), Data(data=body), EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
 
@@ -68,7 +109,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 timeout_graceful_shutdown=_GRACE_S,
                 timeout_keep_alive=30,
             )

@@ -203,6 +203,28 @@ def test_a_flood_of_headers(live, name):
             assert json.loads(head.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
+@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nx: ", b"GET / HTTP/1.1\r\nx"])
+def test_a_head_that_does_not_end(live, start):
+    with connect(live) as connection:
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(start)
+            while sent < 16 << 20:
+                connection.sendall(b"y" * 4096)
+                sent += 4096
+        head = read_head(connection)
+        assert sent < 16 << 20
+        assert not head or status_of(head) == 400
+
+
+def test_a_head_within_the_limit(live):
+    with connect(live) as connection:
+        for part in (b"GET /health HTTP/1.1\r\nhost: x\r\nx: ", b"y" * 30_000, b"\r\n\r\n"):
+            connection.sendall(part)
+            time.sleep(0.02)
+        assert status_of(read_head(connection)) == 200
+
+
 @pytest.mark.parametrize("noise", [b"\x00\xff" * 100, b"GET\r\n\r\n", b"\r\n\r\nx y z\r\n\r\n"])
 def test_what_is_no_http(live, noise):
     with connect(live) as connection:
