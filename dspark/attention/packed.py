@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dspark.attention.flex import flex_kernel
+from dspark.attention.ranges import STRETCH, range_mask
 
 _TILE_BLOCKS = 16
-_FLEX_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -226,39 +226,28 @@ def _flex_mask(
     slot_N = torch.cat((torch.zeros(context, dtype=torch.long), slot_Q)).to(device)
     low_Q = layout.lowest_M(window).repeat_interleave(slots)
     high_Q = layout.reach_M.repeat_interleave(slots)
-    counts, indices = _flex_stretches(low_Q, high_Q, context)
-    block_Q, slot_Q, low_Q, high_Q = (x.to(device) for x in (block_Q, slot_Q, low_Q, high_Q))
+    block_Q, slot_Q, low, high = (x.to(device) for x in (block_Q, slot_Q, low_Q, high_Q))
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         owner = owner_N[key]
         own = owner == block_Q[query]
         if causal:
             own = own & (slot_N[key] <= slot_Q[query])
-        return own | ((owner < 0) & (key >= low_Q[query]) & (key < high_Q[query]))
+        return own | ((owner < 0) & (key >= low[query]) & (key < high[query]))
 
     rows = low_Q.numel()
-    return BlockMask.from_kv_blocks(
-        counts.to(device),
-        indices.to(device),
-        BLOCK_SIZE=_FLEX_ROWS,
-        mask_mod=visible,
-        seq_lengths=(rows, context + rows),
+    return range_mask(
+        low_Q, high_Q, context + rows, visible, device, others_SC=_own_stretches(rows, slots, context)
     )
 
 
-def _flex_stretches(low_Q: Tensor, high_Q: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Which stretches of keys every stretch of queries reads: counts and indices for flex."""
-    rows = low_Q.numel()
-    stretches, size = -(-rows // _FLEX_ROWS), _FLEX_ROWS
-    starts = torch.arange(stretches) * size
-    ends = (starts + size).clamp(max=rows)
-    last = (torch.arange(stretches * size)).clamp(max=rows - 1).view(stretches, size)
-    low, high = low_Q[last].amin(1, keepdim=True), high_Q[last].amax(1, keepdim=True)
-    columns = torch.arange(-(-(context + rows) // size)).unsqueeze(0)
-    read = (columns >= low // size) & (columns * size < high)
-    own = (columns >= ((context + starts) // size).unsqueeze(1)) & (
-        columns * size < (context + ends).unsqueeze(1)
-    )
-    read = (read | own).int()
-    indices = read.argsort(dim=1, descending=True, stable=True).int()
-    return read.sum(1, dtype=torch.int32)[None, None], indices[None, None]
+def _own_stretches(rows: int, slots: int, context: int) -> Tensor:
+    """Which stretches of keys hold the blocks of a stretch of slots.
+
+    A block that begins in one stretch and ends in the next is seen from both.
+    """
+    starts = torch.arange(-(-rows // STRETCH)).unsqueeze(1) * STRETCH
+    ends = (starts + STRETCH).clamp(max=rows)
+    first, behind = starts // slots * slots, -(-ends // slots) * slots
+    begin = torch.arange(-(-(context + rows) // STRETCH)) * STRETCH
+    return (begin + STRETCH > context + first) & (begin < context + behind)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as flex
 
 from dspark.attention import packed as room
 from dspark.attention.packed import (
@@ -76,17 +77,56 @@ def test_tiles_equal_a_dense_mask(window, causal, tile, monkeypatch):
         torch.testing.assert_close(mine, theirs)
 
 
+def long_layout():
+    """More rows than a stretch of flex holds, so that whole stretches are left out.
+
+    The slots begin where a stretch of keys does, and a block crosses the end of theirs.
+    """
+    lengths, source = (150, 201, 33), torch.Generator().manual_seed(4)
+    anchors = [sorted(torch.randperm(n, generator=source)[:50].tolist()) for n in lengths]
+    return layout(lengths, anchors), sum(lengths)
+
+
 @pytest.mark.parametrize(("window", "causal"), [(None, False), (4, False), (2, True)])
-def test_flex_equals_a_dense_mask(window, causal):
-    """More rows than a stretch of flex holds, so that whole stretches are left out."""
-    lengths, source = (150, 200, 33), torch.Generator().manual_seed(4)
-    anchors = [sorted(torch.randperm(n, generator=source)[:40].tolist()) for n in lengths]
-    blocks = layout(lengths, anchors)
-    rows = rows_of(sum(lengths), blocks.reach_M.numel(), torch.float32, trained=False)
-    with torch.no_grad():
-        found = flex_blocks(rows, blocks, scale=SCALE, window=window, causal=causal)
-        wanted = dense(rows, blocks, scale=SCALE, window=window, causal=causal)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+def test_flex_equals_a_dense_mask(window, causal, monkeypatch):
+    """With its gradients, which torch has on a CPU but does not offer."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    blocks, context = long_layout()
+    rows = rows_of(context, blocks.reach_M.numel())
+    found, wanted = (
+        attend(rows, blocks, scale=SCALE, window=window, causal=causal)
+        for attend in (flex_blocks, dense)
+    )
+    torch.testing.assert_close(found, wanted)
+    leaves = [getattr(rows, name) for name in PackedRows.__dataclass_fields__]
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
+    grads = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, wanted)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (4, False), (2, True)])
+def test_the_stretches_of_flex_hold_what_is_seen(window, causal):
+    """A CPU looks at every pair; a kernel at none but those of the stretches that are listed."""
+    blocks, context = long_layout()
+    rows = blocks.reach_M.numel() * SLOTS
+    mask = room._flex_mask(blocks, window, causal, context, torch.device("cpu"))
+    needed = flex.create_block_mask(mask.mask_mod, None, None, rows, context + rows, device="cpu")
+    read, least = mask.to_dense().bool(), needed.to_dense().bool()
+    assert (read | least).equal(read)
+    assert read.sum() < read.numel()
+    wholes = [listed(m.full_kv_num_blocks, m.full_kv_indices) for m in (mask, needed)]
+    assert wholes[0] == wholes[1]
+    assert not set(listed(mask.kv_num_blocks, mask.kv_indices)) & set(wholes[0])
+
+
+def listed(counts, indices):
+    """Pairs of stretches, of queries and of keys."""
+    return [
+        (s, c)
+        for s, n in enumerate(counts.flatten().tolist())
+        for c in sorted(indices[0, 0, s, :n].tolist())
+    ]
 
 
 def test_a_batch_is_its_sequences_one_at_a_time():
