@@ -237,7 +237,12 @@ def _flex_mask(
 
     rows = low_Q.numel()
     return range_mask(
-        low_Q, high_Q, context + rows, visible, device, others_SC=_own_stretches(rows, slots, context)
+        low_Q,
+        high_Q,
+        context + rows,
+        visible,
+        device,
+        others_SC=_own_stretches(rows, slots, context),
     )
 
 

@@ -2,20 +2,27 @@
 
 Row i of pass t sees the rows <= i of its own sample in pass 0 and row i of the passes 1 .. t. The
 extra keys are one per pass for each query, so their scores are t products per row and no mask of
-all passes exists: a pass costs one causal attention. Samples lie one after the other; query rows
-are worked on in tiles of one sample, and the backward pass computes the weights again from the
-logarithm of their sum (as Dao et al. 2022), so memory is linear in T.
+all passes exists: a pass costs one causal attention. Samples lie one after the other.
+
+On a CPU query rows are worked on in tiles of one sample, and the backward pass computes the weights
+again from the logarithm of their sum (as Dao et al. 2022), so memory is linear in T. On an
+accelerator the context is flex attention's, whose mask is the same in all passes.
 Letters: A query heads, G key heads, N = A / G, T rows of all samples, D per head, J = t extra keys
 of a row; L rows of a tile, P context rows that they see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dspark.attention.flex import flex_kernel
+from dspark.attention.ranges import range_mask
 
 _TILE_ROWS = 128  # in larger tiles more is computed that the mask throws away
 
@@ -37,6 +44,19 @@ def chain_attention(
         lengths: rows of each sample.
         scale: multiplies the scores.
     """
+    attend = flex_chain if query_ATD.is_cuda else tiled_chain
+    return attend(query_ATD, keys, values, lengths=lengths, scale=scale)
+
+
+def tiled_chain(
+    query_ATD: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    lengths: tuple[int, ...],
+    scale: float,
+) -> Tensor:
+    """`chain_attention` by dense products per tile."""
     query_GNTD = torch.unflatten(query_ATD, 0, (keys[0].shape[0], -1))
     own_key, own_value = (
         torch.stack(tuple(x[1:])) if len(x) > 1 else x[0].new_empty(0, *x[0].shape)
@@ -46,6 +66,51 @@ def chain_attention(
         query_GNTD, keys[0], values[0], own_key, own_value, lengths, scale
     )
     return mixed_GNTD.flatten(0, 1)
+
+
+def flex_chain(
+    query_ATD: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    lengths: tuple[int, ...],
+    scale: float,
+) -> Tensor:
+    """`chain_attention` by flex attention over the context, weighed against the own chain."""
+    groups = keys[0].shape[0]
+    context_1ATD, log_sum_1AT = flex_kernel(query_ATD.device.type)(
+        query_ATD.unsqueeze(0),
+        keys[0].unsqueeze(0),
+        values[0].unsqueeze(0),
+        block_mask=_causal_mask(lengths, query_ATD.device),
+        scale=scale,
+        enable_gqa=query_ATD.shape[0] != groups,
+        with_lse=len(keys) > 1,
+    )
+    if len(keys) == 1:
+        return context_1ATD.squeeze(0)
+    query, context = (
+        torch.unflatten(x, 0, (groups, -1)) for x in (query_ATD, context_1ATD.squeeze(0))
+    )
+    own = _own_scores(query * scale, keys[1:])
+    log_context = torch.unflatten(log_sum_1AT, 1, (groups, -1)).squeeze(0).unsqueeze(-1)
+    log_sum = torch.logaddexp(log_context, own.logsumexp(0))
+    mixed = context * (log_context - log_sum).exp().to(context.dtype)
+    for weight, row in zip((own - log_sum).exp().to(context.dtype), values[1:], strict=True):
+        mixed = mixed + weight * row.unsqueeze(1)
+    return mixed.flatten(0, 1)
+
+
+@lru_cache(maxsize=8)  # of the passes of a step, and of steps whose samples are cut to one length
+def _causal_mask(lengths: tuple[int, ...], device: torch.device) -> BlockMask:
+    rows_T, sizes = torch.arange(sum(lengths)), torch.tensor(lengths)
+    first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    first = first_T.to(device)
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first[query]) & (key <= query)
+
+    return range_mask(first_T, rows_T + 1, rows_T.numel(), visible, device)
 
 
 class _ChainAttention(torch.autograd.Function):
@@ -143,7 +208,7 @@ def _scores(scaled: Tensor, key: Tensor, rows: slice, past: slice, later: Tensor
     return scores
 
 
-def _own_scores(scaled: Tensor, own_key: Tensor) -> Tensor:
+def _own_scores(scaled: Tensor, own_key: Iterable[Tensor]) -> Tensor:
     """Scores [J, G, N, T, 1] over the rows' own chains."""
     own = [(scaled * key.unsqueeze(1)).sum(-1, keepdim=True) for key in own_key]
     return torch.stack(own).to(_wide(scaled.dtype))

@@ -218,7 +218,7 @@ def test_one_split_makes_a_request_independent_of_its_batch():
     shape, device = CacheShape(2, 64, 64), torch.device("cuda")
     try:
         backend = choose_attention(
-            "varlen", [shape], dtype=torch.bfloat16, device=device, num_splits=1
+            "varlen", [shape], dtype=torch.bfloat16, device=device, batch_invariant=True
         )
     except UsageError as error:
         pytest.skip(str(error))

@@ -120,6 +120,23 @@ def test_the_stretches_of_flex_hold_what_is_seen(window, causal):
     assert not set(listed(mask.kv_num_blocks, mask.kv_indices)) & set(wholes[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (4, False), (2, True)])
+def test_gpu_flex_equals_a_dense_mask(window, causal):
+    blocks, context = long_layout()
+    found = []
+    for device, attend in (("cuda", flex_blocks), ("cpu", dense)):
+        leaves = rows_of(context, blocks.reach_M.numel(), torch.float32)
+        rows = PackedRows(*(x.to(device) for x in vars(leaves).values()))
+        out = attend(rows, blocks, scale=SCALE, window=window, causal=causal)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        (out * weight).sum().backward()
+        found.append([out.detach().cpu(), *(x.grad for x in vars(leaves).values())])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() < 5e-3 * theirs.norm()
+
+
 def listed(counts, indices):
     """Pairs of stretches, of queries and of keys."""
     return [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoint import load_drafter
@@ -193,6 +194,53 @@ def test_attention_has_exact_gradients(extra, monkeypatch):
         return chain_attention(query, *past, lengths=(5, 2), scale=0.6)
 
     assert torch.autograd.gradcheck(attend, (query, *pairs))
+
+
+def chain_and_gradients(attend, extra, dtype, device="cpu"):
+    """Mixed values of more rows than a stretch of flex holds, and gradients of a sum of them."""
+    generator, lengths = torch.Generator().manual_seed(4), (130, 5, 70)
+
+    def draw(heads):
+        return torch.randn(heads, sum(lengths), 16, generator=generator, dtype=torch.float64)
+
+    drawn = [draw(heads) for heads in (4, *[2] * (2 * extra + 2))]
+    query, *pairs = leaves = [x.to(device, dtype).requires_grad_() for x in drawn]
+    past = pairs[: extra + 1], pairs[extra + 1 :]
+    out = attend(query, *past, lengths=lengths, scale=0.6)
+    weight = draw(4).to(device, dtype)
+    found = out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)
+    return [x.double().cpu() for x in found]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_flex_attention_equals_tiles(extra, monkeypatch):
+    """With its gradients, which torch has on a CPU but does not offer."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    both = (
+        chain_and_gradients(f, extra, torch.float64) for f in (room.flex_chain, room.tiled_chain)
+    )
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_gpu_flex_attention_equals_tiles(extra):
+    found = chain_and_gradients(room.flex_chain, extra, torch.float32, "cuda")
+    wanted = chain_and_gradients(room.tiled_chain, extra, torch.float64)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine - theirs).norm() < 5e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("lengths", [(128, 256), (130, 5, 300), (700,)])
+def test_the_stretches_of_flex_are_those_that_are_seen(lengths):
+    """Against torch's own, for which it looks at all pairs."""
+    mask, rows = room._causal_mask(lengths, torch.device("cpu")), sum(lengths)
+    wanted = flex.create_block_mask(mask.mask_mod, None, None, rows, rows, device="cpu")
+    assert torch.equal(mask.to_dense(), wanted.to_dense())
+    assert torch.equal(mask.full_kv_num_blocks, wanted.full_kv_num_blocks)
+    assert mask is room._causal_mask(lengths, torch.device("cpu"))
 
 
 def test_passes_equal_the_references():
