@@ -106,7 +106,8 @@ def prepare_tokenizer(recipe: TargetRecipe) -> Any:
     for directory in (output, Path(recipe.initial or output)):
         if (directory / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-            tokenizer.save_pretrained(output)
+            if directory != output:  # what other ranks read is not written again
+                tokenizer.save_pretrained(output)
             return tokenizer
     if recipe.initial is not None:
         raise RecipeError(f"initial is {recipe.initial!r}, which holds no tokenizer.json.")

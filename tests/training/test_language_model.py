@@ -8,6 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dspark.errors import RecipeError
+from dspark.training.language_model import prepare_tokenizer
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 
@@ -75,3 +76,10 @@ def test_an_initial_model_that_cannot_be_used_is_refused(recipe, more, sentence)
 
 def test_recipes_start_from_scratch_by_default():
     assert load_recipe("bundled_target").initial is None
+
+
+def test_a_tokenizer_that_other_ranks_read_is_not_written_again(recipe):
+    file = recipe.parent / "first" / "tokenizer.json"
+    written = file.stat().st_mtime_ns
+    prepare_tokenizer(load_recipe(str(recipe)))
+    assert file.stat().st_mtime_ns == written

@@ -2,11 +2,6 @@
 
 import gzip
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +12,6 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.request import Stats
 from dspark.training.run import Judge, run_recipe
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 kind: drafter
 algorithm: {algorithm}
@@ -66,24 +60,6 @@ def options(folder, algorithm, *others):
     return [drafter, *anchors, *others]
 
 
-def run_two(folder, algorithm, *overrides):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "dspark", "train", folder / f"{algorithm}.yaml"]
-    command += [w for o in options(folder, algorithm, *overrides) for w in ("--set", o)]
-    both = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        place |= {"PYTHONPATH": str(ROOT)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        words = [*map(str, command), "--device", "cpu"]
-        both.append(subprocess.Popen(words, cwd=ROOT, env=os.environ | place, **pipes))
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-
-
 def losses(directory):
     lines = (directory / "log.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
@@ -98,7 +74,7 @@ def losses(directory):
         pytest.param("eagle3", "fsdp", 1, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_take_the_steps_of_one(folder, algorithm, parallel, accumulate):
+def test_two_processes_take_the_steps_of_one(folder, run_two, algorithm, parallel, accumulate):
     alone = folder / f"{algorithm}_alone"
     if not alone.is_dir():
         run_recipe(
@@ -109,8 +85,9 @@ def test_two_processes_take_the_steps_of_one(folder, algorithm, parallel, accumu
             judge=Judge(lambda target, drafter, requests: Stats(), lambda target, prompts: []),
         )
     both = folder / f"{algorithm}_{parallel}_{accumulate}"
-    others = [f"run.output_dir={both}", f"run.parallel={parallel}"]
-    run_two(folder, algorithm, *others, f"run.accumulate={accumulate}")
+    others = [f"run.output_dir={both}", f"run.parallel={parallel}", f"run.accumulate={accumulate}"]
+    words = [w for o in options(folder, algorithm, *others) for w in ("--set", o)]
+    run_two("-m", "dspark", "train", folder / f"{algorithm}.yaml", *words, "--device", "cpu")
     assert len(losses(alone)) == 10
     assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
     mine, theirs = (load_drafter(directory).state_dict() for directory in (alone, both))
