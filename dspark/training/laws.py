@@ -28,7 +28,6 @@ from dspark.training.law_terms import (
 
 # Below this the head is read more often than its products take.
 _ROWS_AT_LEAST = 64
-_PRODUCT_ROWS = 2**14
 
 
 @dataclass(frozen=True)
@@ -253,6 +252,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    for part in range(0, total.shape[0], _PRODUCT_ROWS):
-        rows = slice(part, part + _PRODUCT_ROWS)
-        total[rows] += left[rows] @ right
+    # Piece by piece along the vocabulary: a product is widened whole before it is added.
+    numbers, wide = fitting_numbers(total.device), total.shape[1] > total.shape[0]
+    size = max(numbers // min(total.shape), 1)
+    for start in range(0, max(total.shape), size):
+        piece = slice(start, start + size)
+        if wide:
+            total[:, piece] += left @ right[:, piece]
+        else:
+            total[piece] += left[piece] @ right
