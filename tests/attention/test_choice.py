@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dspark.attention import choice, varlen
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.choice import PLAIN, choose_attention
-from dspark.attention.flex import flex_attention
+from dspark.attention.flex import _block_mask, flex_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 from dspark.attention.varlen import VarlenAttention
@@ -75,6 +76,24 @@ def test_flex_equals_plain(rule, shape):
 def test_flex_takes_many_rows(monkeypatch):
     monkeypatch.setattr("dspark.attention.flex._QUERY_BLOCK", 8)
     assert max(compare(flex_attention, seed, {"window": 20}) for seed in range(5)) < 2e-6
+
+
+@pytest.mark.parametrize("rule", ["plain", "window", "window of one", "first"])
+def test_the_pages_that_flex_reads_hold_what_is_seen(rule, monkeypatch):
+    """A CPU looks at every pair, a kernel at the pages that are listed alone."""
+    monkeypatch.setattr("dspark.attention.flex._QUERY_BLOCK", 8)
+    for seed in range(5):
+        cache, batch = filled(), random_batch(seed)
+        mask, rows = _block_mask(batch, cache, Rule(0.3, **RULES[rule])), len(batch.rows_T)
+        needed = create_block_mask(
+            mask.mask_mod, None, None, rows, cache.rows, device="cpu", BLOCK_SIZE=(8, PAGE)
+        )
+        least = needed.to_dense().bool()[0, 0]
+        read, counts = torch.zeros_like(least), mask.kv_num_blocks.flatten().tolist()
+        for listed, indices, count in zip(read, mask.kv_indices[0, 0], counts, strict=True):
+            listed[indices[:count]] = True
+        assert (read | least).equal(read)
+        assert read.sum() < read.numel()
 
 
 def test_control_a_wrong_window_is_seen():
