@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import random
@@ -132,24 +133,38 @@ def bare(engine: Engine, asks: Sequence[Ask], users: int) -> tuple[list[Output],
     return [outputs[index] for index in range(len(asks))], time.perf_counter() - started
 
 
-async def one(port: int, ask: Ask) -> Heard:
-    """Ask one question over a connection of its own, and read the stream."""
-    heard = Heard()
-    body = {"prompt": list(ask.prompt), "max_tokens": ask.tokens, "stream": True}
-    data = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    )
-    started, events = time.perf_counter(), 0
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(head.encode() + data)
-    try:
+class Client:
+    """Asks one question after the other over a connection that it keeps until it leaves early.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, ask: Ask) -> Heard:
+        """Ask, and read the stream to its end or up to where the client leaves."""
+        heard = Heard()
+        body = {"prompt": list(ask.prompt), "max_tokens": ask.tokens, "stream": True}
+        data = json.dumps(body).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        )
+        started = time.perf_counter()
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(head.encode() + data)
+        events = 0
         async for line in reader:
-            if not line.startswith(b"data: "):
+            if line == b"0\r\n":  # the last chunk; an empty line ends it
+                await reader.readline()
+                return heard
+            if not line.startswith(b"data: {"):
                 continue
-            if line.startswith(b"data: [DONE]"):
-                break
             choice = json.loads(line[6:])["choices"][0]
             if choice["text"] and heard.first_s is None:
                 heard.first_s = time.perf_counter() - started
@@ -159,9 +174,14 @@ async def one(port: int, ask: Ask) -> Heard:
             if ask.leaves is not None and events >= ask.leaves and not heard.finished:
                 heard.left = True
                 break
-    finally:
-        writer.close()
-    return heard
+        self.close()
+        return heard
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
 
 
 async def crowd(port: int, asks: Sequence[Ask], users: int, told: Connection) -> list[Heard]:
@@ -171,12 +191,13 @@ async def crowd(port: int, asks: Sequence[Ask], users: int, told: Connection) ->
 
     async def client() -> None:
         nonlocal done
-        while waiting:
-            index = waiting.popleft()
-            heard[index] = await one(port, asks[index])
-            done += 1
-            if done % tenth == 0:
-                told.send(("done", done))
+        with contextlib.closing(Client(port)) as line:
+            while waiting:
+                index = waiting.popleft()
+                heard[index] = await line.ask(asks[index])
+                done += 1
+                if done % tenth == 0:
+                    told.send(("done", done))
 
     await asyncio.gather(*(client() for _ in range(users)))
     return heard
