@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
@@ -80,7 +80,7 @@ class CompletionFields(SharedFields):
         if isinstance(given, str):
             return [given]
         if isinstance(given[0], int):
-            return [cast("list[int]", given)]
+            return [given]
         return [each for each in given if not isinstance(each, int)]
 
 
