@@ -13,6 +13,7 @@ from dspark.engine.batching import StepPlan, plan_step
 from dspark.engine.clock import Clock
 from dspark.engine.memory import Memory
 from dspark.engine.record import Watch
+from dspark.engine.refusals import check_request, check_sizes, checked_num_drafts
 from dspark.engine.roster import Roster
 from dspark.engine.round import Speculator, play
 from dspark.engine.schedule import Schedule
@@ -21,8 +22,7 @@ from dspark.engine.sequence import ActiveRequest, Event, Piece
 from dspark.engine.shield import Shield
 from dspark.engine.state import RequestLaws, RoundState
 from dspark.engine.text import TextStream
-from dspark.errors import RequestError, UsageError
-from dspark.request import VERIFIERS, FinishReason, Output, Request, Verifier
+from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
 
 # Rows of a step: on a CPU a step of so many takes a few times as long as one of a few rows.
@@ -77,7 +77,7 @@ class Engine:
         now: Callable[[], float] = time.monotonic,
         strict: bool = False,
     ) -> None:
-        _check_sizes(
+        check_sizes(
             verifier,
             max_queue=max_queue,
             max_length=max_length,
@@ -95,7 +95,7 @@ class Engine:
         self.max_requests = max_requests
         self._now = now
         self.max_length = min(max_length or target.max_context, target.max_context)
-        self.num_drafts = _num_drafts(self.drafter, block_size)
+        self.num_drafts = checked_num_drafts(self.drafter, block_size)
         on_cpu = target.device.type == "cpu"
         self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)
         self.memory = Memory(
@@ -187,31 +187,7 @@ class Engine:
         )
 
     def _check(self, request: Request) -> None:
-        ids, params = request.prompt_ids, request.params
-        if len(ids) >= self.max_length:
-            raise RequestError(
-                f"The prompt has {len(ids)} tokens, but the context holds {self.max_length} "
-                "and one token at least is to be generated; shorten the prompt."
-            )
-        longest = min(len(ids) + params.max_new_tokens, self.max_length)
-        if not self.memory.fits(longest):
-            raise RequestError(
-                f"Prompt and output may reach {longest} tokens, but the cache holds "
-                f"{self.memory.tokens} rows; shorten the prompt, ask for fewer new tokens, or "
-                "give the engine a larger cache."
-            )
-        vocab_size = self.target.vocab_size
-        for what, tokens in (("prompt", ids), ("logit bias", params.logit_bias)):
-            wrong = [token for token in tokens if not 0 <= token < vocab_size]
-            if wrong:
-                raise RequestError(
-                    f"The {what} names token {wrong[0]}, but token ids of this model run from 0 "
-                    f"to {vocab_size - 1}."
-                )
-        if sum(value == float("-inf") for value in params.logit_bias.values()) == vocab_size:
-            raise RequestError("The logit bias bans every token; allow at least one.")
-        if params.stop and self.target.tokenizer is None:
-            raise RequestError("Stop strings need a tokenizer, and this model has none.")
+        check_request(request, self.target, self.memory, self.max_length)
 
     def cancel(self, request_id: int) -> Output | None:
         """End a request now; what it has so far, or None if it is not waiting or running.
@@ -338,36 +314,3 @@ class Engine:
         for event in self.step():
             if event.output is not None:
                 outputs[event.request_id] = event.output
-
-
-def _check_sizes(
-    verifier: str, max_queue: int | None, max_length: int | None, **sizes: int | None
-) -> None:
-    if verifier not in VERIFIERS:
-        raise UsageError(
-            f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
-        )
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise UsageError(f"{name} is {size}, but must be at least 1.")
-    if max_queue is not None and max_queue < 0:
-        raise UsageError(f"max_queue is {max_queue}, but must be None or at least 0.")
-    if max_length is not None and max_length < 2:
-        raise UsageError(
-            f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "
-            "output."
-        )
-
-
-def _num_drafts(drafter: Drafter | None, block_size: int | None) -> int:
-    if drafter is None:
-        return 0
-    own = drafter.block_size
-    if block_size is None:
-        return own
-    if not 1 <= block_size <= own:
-        raise UsageError(
-            f"The block size is {block_size}, but must be between 1 and {own}, the block size "
-            "that the drafter was trained with."
-        )
-    return block_size

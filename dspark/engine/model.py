@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from jinja2 import TemplateError
-
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
+from dspark.engine.options import split_options
 from dspark.engine.profile import Progress, machine_key, measure_costs
+from dspark.engine.prompt import Messages, encode_prompt, one_prompt
 from dspark.engine.record import Watch
-from dspark.engine.schedule import Schedule, ScheduleName
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.schedule import ScheduleName
+from dspark.engine.schedule_choice import choose_schedule
 from dspark.engine.sequence import Piece
-from dspark.errors import (
-    CompatibilityError,
-    DataError,
-    DSparkWarning,
-    RequestError,
-    UsageError,
-)
-from dspark.request import Output, Request, SamplingParams, Verifier
+from dspark.errors import RequestError, UsageError
+from dspark.request import Output, Request, Verifier
 from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.machine import MachineKey
 from dspark.targets.target import Target
-
-Messages = Sequence[Mapping[str, str]]
 
 
 class Model:
@@ -81,14 +71,6 @@ class Model:
         if self.drafter is None or not machine.path().is_file():
             return None
         return CostTable.load(machine=machine)
-
-    def _usable_costs(self) -> bool:
-        """Whether there is a cost table; one that is damaged is warned of."""
-        try:
-            return self.costs is not None
-        except (DataError, CompatibilityError) as error:
-            warnings.warn(DSparkWarning(str(error)), stacklevel=4)
-            return False
 
     def use_costs(self, path: str | Path) -> None:
         """Take the cost table of a file from now on.
@@ -180,7 +162,9 @@ class Model:
             max_requests=at_once,
             max_length=longest,
             verifier=verifier,
-            schedule=self._scheduler(kinds, schedule, threshold, verifier, block_size, at_once),
+            schedule=choose_schedule(
+                self, kinds, schedule, threshold, verifier, block_size, at_once
+            ),
             block_size=block_size,
             watch=watch,
             strict=strict,
@@ -227,8 +211,8 @@ class Model:
             max_requests=max_requests,
             max_length=max_length,
             verifier=verifier,
-            schedule=self._scheduler(
-                kinds, schedule, threshold, verifier, block_size, max_requests
+            schedule=choose_schedule(
+                self, kinds, schedule, threshold, verifier, block_size, max_requests
             ),
             block_size=block_size,
             step_tokens=step_tokens,
@@ -236,47 +220,6 @@ class Model:
             max_queue=max_queue,
             prefix_reuse=prefix_reuse,
         )
-
-    def _scheduler(
-        self,
-        kinds: Set[TemperatureClass],
-        name: ScheduleName | None,
-        threshold: float | None,
-        verifier: Verifier,
-        block_size: int | None,
-        at_once: int,
-    ) -> Schedule | Scheduler:
-        if self.drafter is None:
-            return Schedule(name or "fixed", threshold)
-        num_drafts = block_size or self.drafter.block_size
-        missing = self._uncalibrated(kinds, num_drafts, verifier)
-        if name is None:
-            name = "lagged" if missing == [] and self._usable_costs() else "fixed"
-        schedule = Schedule(name, threshold)
-        for sentence in (missing or []) if schedule.reads_confidences else []:
-            warnings.warn(DSparkWarning(sentence), stacklevel=3)
-        costs = self.costs if schedule.weighs_costs else None
-        if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):
-            costs = self.profile(max_requests=at_once, block_size=block_size)
-            for sentence in costs.warnings():
-                warnings.warn(DSparkWarning(sentence), stacklevel=3)
-            with contextlib.suppress(DataError):  # a cache that cannot be written is no obstacle
-                costs.save()
-        return Scheduler(schedule, verifier, num_drafts, self.calibration, costs)
-
-    def _uncalibrated(
-        self, kinds: Set[TemperatureClass], num_drafts: int, verifier: Verifier
-    ) -> list[str] | None:
-        """What the calibration lacks for such requests, a sentence each; None without one."""
-        if self.calibration is None:
-            return None
-        found = []
-        for kind in sorted(kinds):
-            try:
-                self.calibration.entry(num_drafts, verifier, kind)
-            except CompatibilityError as error:
-                found.append(str(error))
-        return found
 
     def encode(
         self, prompt: str | Messages, *, raw: bool = True, thinking: bool | None = None
@@ -293,29 +236,7 @@ class Model:
             RequestError: there is no tokenizer, no chat template for messages, or nothing to
                 encode; or the chat template refuses the messages.
         """
-        tokenizer = self.target.tokenizer
-        if tokenizer is None:
-            raise RequestError(f"{self.target.name} has no tokenizer; give token ids.")
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise RequestError("The prompt is empty; give at least one word.")
-            if raw or not tokenizer.chat_template:
-                return tuple(tokenizer(prompt)["input_ids"])
-            prompt = [{"role": "user", "content": prompt}]
-        if not tokenizer.chat_template:
-            raise RequestError(f"{self.target.name} has no chat template; give a plain prompt.")
-        _check_messages(prompt)
-        try:
-            encoded = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt],
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                **({} if thinking is None else {"enable_thinking": thinking}),
-            )
-        except TemplateError as error:
-            raise RequestError(f"The chat template refuses the messages: {error}.") from error
-        return tuple(encoded["input_ids"])
+        return encode_prompt(self.target, prompt, raw=raw, thinking=thinking)
 
     @overload
     def generate(
@@ -352,7 +273,7 @@ class Model:
         """
         params, limits, engine_options = split_options(options)
         if isinstance(prompt, str) or prompt is None:
-            one = _one_prompt(prompt, messages)
+            one = one_prompt(prompt, messages)
             request = Request(self.encode(one), params, **limits)
             text = one if isinstance(one, str) else one[-1]["content"]
             outputs = self.engine([request], **engine_options).run([request], [text])
@@ -380,7 +301,7 @@ class Model:
         params, limits, engine_options = split_options(options)
         if params.n != 1:
             raise UsageError(f"n is {params.n}, but a stream shows one answer; use generate.")
-        request = Request(self.encode(_one_prompt(prompt, messages)), params, **limits)
+        request = Request(self.encode(one_prompt(prompt, messages)), params, **limits)
         yield from stream_pieces(self.engine([request], **engine_options), request)
 
 
@@ -396,50 +317,3 @@ def stream_pieces(engine: Engine, request: Request) -> Iterator[Piece]:
             yield from event.pieces
             if event.output is not None:
                 event.output.checked()
-
-
-def split_options(
-    options: Mapping[str, Any],
-) -> tuple[SamplingParams, dict[str, Any], dict[str, Any]]:
-    """Part the options of `generate` into sampling parameters, a request's own and the engine's.
-
-    Raises:
-        UsageError: an option is unknown, or has a value that cannot be used.
-    """
-    engine_names = (
-        "batch_size",
-        "verifier",
-        "schedule",
-        "threshold",
-        "block_size",
-        "step_tokens",
-        "cache_tokens",
-        "prefix_reuse",
-    )
-    engine_options = {name: options[name] for name in engine_names if name in options}
-    limits = {name: options[name] for name in ("mask", "timeout_s") if name in options}
-    rest = {
-        name: value
-        for name, value in options.items()
-        if name not in engine_options and name not in limits
-    }
-    return SamplingParams.of(rest), limits, engine_options
-
-
-def _one_prompt(prompt: str | None, messages: Messages | None) -> str | Messages:
-    if prompt is not None and messages is None:
-        return prompt
-    if messages is not None and prompt is None:
-        return messages
-    raise RequestError("Give either a prompt or messages.")
-
-
-def _check_messages(messages: Messages) -> None:
-    if not messages:
-        raise RequestError("The list of messages is empty; give at least one user message.")
-    for message in messages:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise RequestError(
-                f"A message is {dict(message)!r}, but must have a 'role' and a 'content', both "
-                "text."
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -146,6 +146,18 @@ class Calibration:
             f"The calibration has no entry for {_named(block_size, verifier, temperature_class)} "
             f"(it has {known}); {FALLBACK}."
         )
+
+    def lacks(
+        self, block_size: int, verifier: Verifier, kinds: Iterable[TemperatureClass]
+    ) -> list[str]:
+        """What is not calibrated for requests of these temperature classes, a sentence each."""
+        found = []
+        for kind in sorted(kinds):
+            try:
+                self.entry(block_size, verifier, kind)
+            except CompatibilityError as error:
+                found.append(str(error))
+        return found
 
     def with_entry(self, entry: CalibrationEntry) -> Calibration:
         """The same with an entry added, in the place of an older one for the same."""

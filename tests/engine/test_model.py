@@ -8,7 +8,8 @@ import dspark
 from dspark.drafters.checkpoint import save_attached
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.loading import load
-from dspark.engine.model import Model, split_options
+from dspark.engine.model import Model
+from dspark.engine.options import split_options
 from dspark.errors import CheckpointError, CompatibilityError, RequestError, UsageError
 from dspark.request import Output, SamplingParams
 from dspark.targets.target import Target

@@ -1,0 +1,36 @@
+"""The options of `generate`, told apart by whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dspark.request import SamplingParams
+
+REQUEST_OPTIONS = ("mask", "timeout_s")
+ENGINE_OPTIONS = (
+    "batch_size",
+    "verifier",
+    "schedule",
+    "threshold",
+    "block_size",
+    "step_tokens",
+    "cache_tokens",
+    "prefix_reuse",
+)
+
+
+def split_options(
+    options: Mapping[str, Any],
+) -> tuple[SamplingParams, dict[str, Any], dict[str, Any]]:
+    """Part the options of `generate` into sampling parameters, a request's own and the engine's.
+
+    Raises:
+        UsageError: an option is unknown, or has a value that cannot be used.
+    """
+    rest = dict(options)
+    limits, engine_options = (
+        {name: rest.pop(name) for name in names if name in rest}
+        for names in (REQUEST_OPTIONS, ENGINE_OPTIONS)
+    )
+    return SamplingParams.of(rest), limits, engine_options

@@ -1,0 +1,65 @@
+"""A prompt as the target reads it: text or chat messages in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jinja2 import TemplateError
+
+from dspark.errors import RequestError
+from dspark.targets.target import Target
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def encode_prompt(
+    target: Target, prompt: str | Messages, *, raw: bool, thinking: bool | None
+) -> tuple[int, ...]:
+    """Token ids of a prompt; see `Model.encode`."""
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise RequestError(f"{target.name} has no tokenizer; give token ids.")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RequestError("The prompt is empty; give at least one word.")
+        if raw or not tokenizer.chat_template:
+            return tuple(tokenizer(prompt)["input_ids"])
+        prompt = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        raise RequestError(f"{target.name} has no chat template; give a plain prompt.")
+    _check_messages(prompt)
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in prompt],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            **({} if thinking is None else {"enable_thinking": thinking}),
+        )
+    except TemplateError as error:
+        raise RequestError(f"The chat template refuses the messages: {error}.") from error
+    return tuple(encoded["input_ids"])
+
+
+def one_prompt(prompt: str | None, messages: Messages | None) -> str | Messages:
+    """Whichever of the two is given.
+
+    Raises:
+        RequestError: both are, or neither.
+    """
+    if prompt is not None and messages is None:
+        return prompt
+    if messages is not None and prompt is None:
+        return messages
+    raise RequestError("Give either a prompt or messages.")
+
+
+def _check_messages(messages: Messages) -> None:
+    if not messages:
+        raise RequestError("The list of messages is empty; give at least one user message.")
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise RequestError(
+                f"A message is {dict(message)!r}, but must have a 'role' and a 'content', both "
+                "text."
+            )
