@@ -78,12 +78,6 @@ class BlockTable:
         for page in pages:
             self.append(page)
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` pages."""
-        del self._pages[count:]
-        while self._starts and self._starts[-1] >= self.capacity:
-            del self._starts[-1], self._rows[-1]
-
     def rows(self, begin: int, end: int) -> Sequence[int]:
         """The pool row of each position begin:end."""
         runs = self.runs(begin, end)

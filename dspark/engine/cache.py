@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -85,21 +85,20 @@ class PagePool:
         """Pages that nobody holds, but that can be found."""
         return len(self._kept)
 
-    def peek(self, tokens: Sequence[int], salt: Hashable = None) -> int:
+    def peek(self, tokens: Sequence[int]) -> int:
         """How many pages `match` would find, without holding or counting them."""
-        return len(self._find(tokens, salt))
+        return len(self._find(tokens))
 
-    def match(self, tokens: Sequence[int], salt: Hashable = None) -> list[int]:
+    def match(self, tokens: Sequence[int]) -> list[int]:
         """Hold the pages of the longest findable prefix.
 
         Args:
             tokens: a prompt. One token at least stays uncovered: its row must be computed.
-            salt: finds only pages that were registered with an equal one.
 
         Returns:
             Its full pages in order, each with one hold more.
         """
-        found = self._find(tokens, salt)
+        found = self._find(tokens)
         self.lookups += 1
         self.hit_tokens += len(found) * self.page_size
         for page in found:
@@ -110,13 +109,13 @@ class PagePool:
             self._holds[page] += 1
         return found
 
-    def _find(self, tokens: Sequence[int], salt: Hashable) -> list[int]:
+    def _find(self, tokens: Sequence[int]) -> list[int]:
         most = max(len(tokens) - 1, 0) // self.page_size
-        return self._tree.find(tokens, most, salt) if self.reuse else []
+        return self._tree.find(tokens, most) if self.reuse else []
 
-    def can_allocate(self, count: int, beside: Sequence[int] = (), salt: Hashable = None) -> bool:
+    def can_allocate(self, count: int, beside: Sequence[int] = ()) -> bool:
         """Whether `count` pages are available, once the prefix of `beside` is held as well."""
-        waking = sum(not self._holds[page] for page in self._find(beside, salt)) if beside else 0
+        waking = sum(not self._holds[page] for page in self._find(beside)) if beside else 0
         return count <= self.available - waking
 
     def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int] | None:
@@ -185,7 +184,7 @@ class PagePool:
                 self._age[each] = 0
                 self.evictions += 1
 
-    def register(self, tokens: Sequence[int], pages: Sequence[int], salt: Hashable = None) -> None:
+    def register(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Make full pages findable.
 
         Where an equal page is findable already, that one stays so, and the new one is not.
@@ -194,7 +193,6 @@ class PagePool:
             tokens: that the pages hold, from the request's first on; an unfinished page's are
                 passed over.
             pages: of these tokens, in order; held.
-            salt: whoever looks must bring an equal one: what else the rows depend on.
 
         Raises:
             PoolFault: a page is held by nobody, or findable by other tokens.
@@ -205,7 +203,7 @@ class PagePool:
             if not self._holds[page]:
                 raise PoolFault(f"Page {page} is to be findable, but nobody holds it.")
         try:
-            self._tree.add(tokens, pages, salt)
+            self._tree.add(tokens, pages)
         except ValueError as error:
             raise PoolFault(str(error)) from error
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _ROOT = -1  # the parent of first pages
 
 # Tokens are compared one by one where hashes agree, so a page is never taken for another's. The
 # parent's number stands for everything before: it cannot change while the child is findable.
-_Key = tuple[int, Hashable, tuple[int, ...]]
+_Key = tuple[int, tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -40,19 +40,19 @@ class PrefixTree:
     def __contains__(self, page: int) -> bool:
         return page in self._nodes
 
-    def find(self, tokens: Sequence[int], most: int, salt: Hashable = None) -> list[int]:
+    def find(self, tokens: Sequence[int], most: int) -> list[int]:
         """The pages of the longest findable prefix, `most` at most."""
         found: list[int] = []
         size, parent = self.page_size, _ROOT
         for begin in range(0, most * size, size):
-            page = self._index.get((parent, salt, tuple(tokens[begin : begin + size])))
+            page = self._index.get((parent, tuple(tokens[begin : begin + size])))
             if page is None:
                 break
             found.append(page)
             parent = page
         return found
 
-    def add(self, tokens: Sequence[int], pages: Sequence[int], salt: Hashable = None) -> None:
+    def add(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Make the full pages of `tokens` findable; where an equal page is, that one stays.
 
         Raises:
@@ -60,7 +60,7 @@ class PrefixTree:
         """
         size, parent = self.page_size, _ROOT
         for depth, page in enumerate(pages[: len(tokens) // size]):
-            key = (parent, salt, tuple(tokens[depth * size : (depth + 1) * size]))
+            key = (parent, tuple(tokens[depth * size : (depth + 1) * size]))
             there = self._index.get(key)
             if there is None:
                 if page in self._nodes:
@@ -111,8 +111,8 @@ class PrefixTree:
             parent = self._nodes.get(node.parent)
             if self._index.get(node.key) != page:
                 found.append(f"page {page} is in the tree but not in its index")
-            if len(node.key[2]) != self.page_size:
-                found.append(f"page {page} is findable with {len(node.key[2])} tokens")
+            if len(node.key[1]) != self.page_size:
+                found.append(f"page {page} is findable with {len(node.key[1])} tokens")
             if node.parent != _ROOT and parent is None:
                 found.append(f"page {page} is findable behind page {node.parent}, which is not")
             elif parent is not None and page not in parent.children:

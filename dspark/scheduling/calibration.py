@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,17 +246,3 @@ def _check_verifier(verifier: str) -> None:
         raise UsageError(
             f"The verifier is {verifier!r}, but must be one of {', '.join(VERIFIERS)}."
         )
-
-
-def sts_record(scaling: TemperatureScaling) -> dict[str, Sequence[float]]:
-    """The scaling as SGLang's --speculative-dspark-confidence-sts-path reads it, to be dumped.
-
-    Raises:
-        CompatibilityError: the scaling has shifts, which SGLang knows nothing of.
-    """
-    if any(scaling.shifts):
-        raise CompatibilityError(
-            "This calibration has shifts, which SGLang's format cannot carry; "
-            "calibrate with dspark calibrate --temperatures-only."
-        )
-    return {"temperatures": list(scaling.temperatures)}

@@ -26,14 +26,10 @@ def obvious_runs(rows):
 
 def test_tables_follow_their_pages_through_any_changes():
     source, seen = random.Random(0), set()
-    for page_size in (1, 3, 16):
+    for page_size in (1, 3, 16) * 20:
         table, pages = BlockTable(page_size=page_size), []
-        for _ in range(600):
-            if pages and source.random() < 0.25:
-                count = source.randrange(len(pages) + 2)
-                table.truncate(count)
-                pages = pages[:count]
-            elif pages and source.random() < 0.6:
+        for _ in range(30):
+            if pages and source.random() < 0.6:
                 table.append(pages[-1] + 1)
                 pages.append(pages[-1] + 1)
             else:

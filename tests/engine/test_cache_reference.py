@@ -18,7 +18,7 @@ class SlowPool:
     def __init__(self, pages, page_size, extent):
         self.pages, self.page_size, self.extent = pages, page_size, extent
         self.holds = dict.fromkeys(range(pages), 0)
-        self.findable = {}  # (salt, all tokens up to the page's last) -> page
+        self.findable = {}  # all tokens up to the page's last -> page
         self.used = {}  # kept page -> time of last use
         self.windows = {}  # last page of a run -> [end, claimed pages]
         self.clock = self.hit_tokens = self.evictions = 0
@@ -35,32 +35,32 @@ class SlowPool:
     def order_of_eviction(self):
         return sorted(self.used, key=self.used.get)
 
-    def prefixes(self, tokens, salt, most):
+    def prefixes(self, tokens, most):
         size = self.page_size
-        return [(salt, tuple(tokens[: n * size])) for n in range(1, most + 1)]
+        return [tuple(tokens[: n * size]) for n in range(1, most + 1)]
 
-    def find(self, tokens, salt):
+    def find(self, tokens):
         found = []
-        for prefix in self.prefixes(tokens, salt, max(len(tokens) - 1, 0) // self.page_size):
+        for prefix in self.prefixes(tokens, max(len(tokens) - 1, 0) // self.page_size):
             if prefix not in self.findable:
                 break
             found.append(self.findable[prefix])
         return found
 
-    def match(self, tokens, salt=None):
-        found = self.find(tokens, salt)
+    def match(self, tokens):
+        found = self.find(tokens)
         self.hit_tokens += len(found) * self.page_size
         for page in found:
             self.holds[page] += 1
             self.used.pop(page, None)
         return found
 
-    def can_allocate(self, count, beside, salt):
-        held = {page for page, holds in self.holds.items() if holds} | set(self.find(beside, salt))
+    def can_allocate(self, count, beside):
+        held = {page for page, holds in self.holds.items() if holds} | set(self.find(beside))
         return count <= self.pages - len(held)
 
-    def register(self, tokens, pages, salt=None):
-        prefixes = self.prefixes(tokens, salt, len(tokens) // self.page_size)
+    def register(self, tokens, pages):
+        prefixes = self.prefixes(tokens, len(tokens) // self.page_size)
         for prefix, page in zip(prefixes, pages, strict=False):
             self.findable.setdefault(prefix, page)
 
@@ -72,8 +72,8 @@ class SlowPool:
         paths = [path for path, page in self.findable.items() if page in pages]
         touched = [
             (len(path), page)
-            for (salt, path), page in self.findable.items()
-            if any(s == salt and longer[: len(path)] == path for s, longer in paths)
+            for path, page in self.findable.items()
+            if any(longer[: len(path)] == path for longer in paths)
         ]
         for _, page in sorted(touched, reverse=True):
             if not self.holds[page]:
@@ -85,10 +85,10 @@ class SlowPool:
         self.findable, self.used = {}, {}
 
     def evict(self, page):
-        ((salt, path),) = [path for path, p in self.findable.items() if p == page]
-        for (s, longer), p in list(self.findable.items()):
-            if s == salt and longer[: len(path)] == path:
-                del self.findable[s, longer]
+        (path,) = [path for path, p in self.findable.items() if p == page]
+        for longer, p in list(self.findable.items()):
+            if longer[: len(path)] == path:
+                del self.findable[longer]
                 self.evictions += self.used.pop(p, 0) > 0
 
     def take(self, pages):
@@ -170,7 +170,7 @@ class Pair:
         extent = self.random.choice([1, 1, 3, 4, 8])
         self.fast = PagePool(pages, size, extent)
         self.slow = SlowPool(pages, size, extent)
-        self.live = []  # (tokens, pages, salt)
+        self.live = []  # (tokens, pages)
 
     def both(self, name, *args, **options):
         fast, slow = (getattr(pool, name)(*args, **options) for pool in (self.fast, self.slow))
@@ -181,30 +181,30 @@ class Pair:
         assert list(self.fast._kept) == self.slow.order_of_eviction
         for name in ("in_use", "available", "hit_tokens", "evictions"):
             assert getattr(self.fast, name) == getattr(self.slow, name), name
-        self.fast.check({str(i): pages for i, (_, pages, _) in enumerate(self.live)})
+        self.fast.check({str(i): pages for i, (_, pages) in enumerate(self.live)})
 
     def new_tokens(self, most):
         return [self.random.randrange(2) for _ in range(self.random.randrange(most))]
 
     def join(self):
-        size, salt = self.fast.page_size, self.random.choice([None, None, "other"])
+        size = self.fast.page_size
         tokens = [1, 0, 1, 1, 0, 0, 1, 0][: self.random.randrange(9)] + self.new_tokens(4 * size)
         if self.live and self.random.random() < 0.3:
             tokens = list(self.random.choice(self.live)[0]) + self.new_tokens(size)
         tokens = tokens or [1]
         total = -(-(len(tokens) + 1) // size)
-        missing = total - self.fast.peek(tokens, salt)
-        possible = self.both("can_allocate", missing, tokens, salt)
-        shared = self.both("match", tokens, salt)
+        missing = total - self.fast.peek(tokens)
+        possible = self.both("can_allocate", missing, tokens)
+        shared = self.both("match", tokens)
         own = self.both("allocate", missing, room=self.random.choice([0, total, total + 3]))
         assert possible == (own is not None)
         if own is None:
             self.both("release", shared)
         else:
-            self.live.append((tokens, [*shared, *own], salt))
+            self.live.append((tokens, [*shared, *own]))
 
     def grow(self):
-        tokens, pages, _ = self.random.choice(self.live)
+        tokens, pages = self.random.choice(self.live)
         room = self.random.choice([0, 0, 4])
         new = self.both("allocate", self.random.randrange(4), after=pages[-1], room=room)
         pages += new or []
@@ -212,19 +212,19 @@ class Pair:
         tokens += [self.random.randrange(2) for _ in range(self.random.randrange(space + 1))]
 
     def settle(self):
-        tokens, pages, salt = self.random.choice(self.live)
-        self.both("register", tokens, pages, salt)
+        tokens, pages = self.random.choice(self.live)
+        self.both("register", tokens, pages)
 
     def cut(self):
-        tokens, pages, _ = self.random.choice(self.live)
+        tokens, pages = self.random.choice(self.live)
         needed = max(-(-len(tokens) // self.fast.page_size), 1)
         self.both("release", pages[needed:])
         del pages[needed:]
 
     def leave(self):
-        tokens, pages, salt = self.live.pop(self.random.randrange(len(self.live)))
+        tokens, pages = self.live.pop(self.random.randrange(len(self.live)))
         if self.random.random() < 0.8:
-            self.both("register", tokens, pages, salt)
+            self.both("register", tokens, pages)
         self.both("release", pages)
 
     def run(self, operations):
@@ -259,7 +259,7 @@ def test_the_requests_above_come_to_all_that_can_happen():
             holds = pair.fast._holds
             full += pair.fast.available == 0
             shared += max(holds) > 1
-            runs = [pages for _, pages, _ in pair.live]
+            runs = [pages for _, pages in pair.live]
             pieces += any(b != a + 1 for r in runs for a, b in itertools.pairwise(r))
         hits += pair.fast.hit_tokens > 0
         evictions += pair.fast.evictions > 0
