@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from benchmarks.cache_size import caches, size_of
 from benchmarks.common import (
     add_machine_options,
     emit,
@@ -33,21 +33,16 @@ from benchmarks.common import (
     say,
     settings_of,
 )
+from benchmarks.paired_lengths import compare, merged_length
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.data.corpus import read_source
-from dspark.data.features.build import BuildReport
-from dspark.data.features.forward import spread, target_features
-from dspark.data.features.reader import FeatureCache
-from dspark.data.samples import Sample
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.loading import load
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams, Stats
-from dspark.targets.target import Target
 from dspark.training.drafter import DrafterObjective
-from dspark.training.feature_build import build_features
 from dspark.training.online import load_frozen_target
-from dspark.training.recipe import DSparkRecipe, Recipe, load_recipe
+from dspark.training.recipe import DSparkRecipe, load_recipe
 from dspark.training.run import run_recipe
 
 CORPUS = {
@@ -56,9 +51,6 @@ CORPUS = {
     "chat": ("messages", "sgd_dialogues_train.jsonl.gz"),
 }
 CEILING = 0.25  # of the published cache's bytes
-QWEN3_4B = (2560, 5)  # H, T
-BOOTSTRAPS = 2000
-FIDELITY_TOKENS = 4000
 TEMPERATURES = {"t0": 0.0, "t1": 1.0}
 ONLINE = "online"
 
@@ -135,101 +127,6 @@ def write_recipe(model: Model, args: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def caches(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """By name, what of a recipe's features each cache to measure sets."""
-    found = {}
-    for spec in args.caches:
-        where = ["features.source=cache", f"features.path={folder / 'cache'}-{spec}"]
-        if spec == "bfloat16":
-            found[spec] = [*where, "features.codec=bfloat16"]
-        else:
-            feature, teacher = spec.split("/")
-            errors = [f"features.feature_error={feature}", f"features.teacher_error={teacher}"]
-            found[spec] = [*where, *errors]
-    return found
-
-
-def size_of(target: Target, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """Build a cache: its bytes per token, of what, and beside the published one's."""
-    assert isinstance(recipe, DSparkRecipe)
-    assert recipe.features.path is not None
-    started = time.process_time()
-    report: BuildReport = build_features(recipe, device="cpu")
-    seconds = time.process_time() - started
-    cache = FeatureCache(Path(recipe.features.path))
-    width, taps = cache.hidden_size, len(cache.taps)
-    published = 2 * (taps + 1) * width + 6
-    head, features, teacher = cache.part_bytes()
-    context = sum(record.num_context for record in cache.records)
-    laws = sum(record.num_teacher for record in cache.records)
-    bits = 8 * features / (context * taps * width), 8 * teacher / (laws * width)
-    samples = list(cache.samples(args.max_length))
-    started = time.process_time()
-    for sample in samples:
-        cache.rows(sample, target.device)
-    read = time.process_time() - started
-    return {
-        "bytes_per_token": report.bytes / report.tokens,
-        "published_bytes_per_token": published,
-        "ratio": report.bytes / report.tokens / published,
-        "tokens": report.tokens,
-        "tokens_and_masks_bytes_per_token": head / report.tokens,
-        "context_rows_per_token": context / report.tokens,
-        "teacher_rows_per_token": laws / report.tokens,
-        "feature_bits_per_number": bits[0],
-        "teacher_bits_per_number": bits[1],
-        "build_cpu_ms_per_1000_tokens": 1e6 * seconds / report.tokens,
-        "read_cpu_ms_per_1000_tokens": 1e6 * read / report.tokens,
-        **fidelity(target, cache, spread(samples, FIDELITY_TOKENS)),
-        "qwen3_4b": qwen3_4b(bits, laws / report.tokens, recipe),
-    }
-
-
-def fidelity(target: Target, cache: FeatureCache, samples: Sequence[Sample]) -> dict[str, float]:
-    """How far what is stored is from what the target computes."""
-    errors, sizes, variation, rows = 0.0, 0.0, 0.0, 0
-    for sample in samples:
-        features_TF, hidden_TH = target_features(target, [sample], cache.taps)
-        stored = cache.rows(sample, target.device)
-        own_RF = stored.features_RPH.flatten(1).float()
-        exact_RF = features_TF[: len(own_RF)].float()
-        errors += float((own_RF - exact_RF).square().sum())
-        sizes += float(exact_RF.square().sum())
-        laws_MV, exact_MV = (
-            target.logits(states.to(target.dtype)).float().softmax(-1)
-            for states in (stored.teacher_MH, hidden_TH[stored.teacher_rows])
-        )
-        variation += 0.5 * float((laws_MV - exact_MV).abs().sum())
-        rows += len(laws_MV)
-    return {
-        "feature_relative_error": math.sqrt(errors / sizes),
-        "teacher_total_variation": variation / rows,
-    }
-
-
-def qwen3_4b(
-    bits: tuple[float, float], laws_per_token: float, recipe: DSparkRecipe
-) -> dict[str, float]:
-    """Computed for Qwen3-4B's shapes: at these bits, and where every number is on its own.
-
-    The latter: independent normal numbers, and a teacher row for every token.
-    """
-    width, taps = QWEN3_4B
-    published = 2 * (taps + 1) * width + 6
-    here = width * (taps * bits[0] + laws_per_token * bits[1]) / 8
-    if recipe.features.codec == "bfloat16":
-        most = 2.0 * width * (taps + 1)
-    else:
-        errors = recipe.features.feature_error, recipe.features.teacher_error
-        normal = [math.log2(math.sqrt(2 * math.pi * math.e / 12) / error) for error in errors]
-        most = width * (taps * normal[0] + normal[1]) / 8
-    return {
-        "published_bytes_per_token": published,
-        "ratio_at_these_bits": here / published,
-        "ratio_of_independent_numbers": most / published,
-    }
-
-
 def train_one(path: Path, overrides: list[str], seed: int, folder: Path, name: str) -> Path:
     """Train a drafter; its directory."""
     output = folder / f"{name.replace('/', '-')}-{seed}"
@@ -271,36 +168,6 @@ def law_length(path: Path, drafter: Path, heldout: Path, parts: int) -> float:
     return sum(lengths) / len(lengths)
 
 
-def compare(
-    ours: Sequence[Sequence[Stats]], base: Sequence[Sequence[Stats]], seed: int
-) -> dict[str, Any]:
-    """Accepted lengths by training seed, and the relative difference with its 95 % interval."""
-    generator = random.Random(seed)
-    seeds, prompts = len(base), len(base[0])
-
-    def length(rows: Sequence[Sequence[Stats]], chosen: Sequence[tuple[int, int]]) -> float:
-        picked = [rows[s][p] for s, p in chosen]
-        return sum(x.tokens for x in picked) / sum(x.rounds for x in picked)
-
-    def gain(chosen: Sequence[tuple[int, int]]) -> float:
-        return length(ours, chosen) / length(base, chosen) - 1
-
-    everything = [(s, p) for s in range(seeds) for p in range(prompts)]
-    draws = []
-    for _ in range(BOOTSTRAPS):
-        some = [generator.randrange(prompts) for _ in range(prompts)]
-        which = [generator.randrange(seeds) for _ in range(seeds)]
-        draws.append(gain([(s, p) for s in which for p in some]))
-    draws.sort()
-    by_seed = [[(s, p) for p in range(prompts)] for s in range(seeds)]
-    return {
-        "online": [length(base, row) for row in by_seed],
-        "cache": [length(ours, row) for row in by_seed],
-        "relative_difference": gain(everything),
-        "ci95": [draws[int(0.025 * BOOTSTRAPS)], draws[int(0.975 * BOOTSTRAPS)]],
-    }
-
-
 def measure(model: Model, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train and decode with every source and seed."""
     tokens = write_answers(
@@ -337,14 +204,9 @@ def measure(model: Model, args: argparse.Namespace, folder: Path) -> dict[str, A
             drafter = train_one(path, overrides, seed, folder, name)
             stats[name].append(decode(model, drafter, requests, args.batch_size))
             laws[name].append(law_length(path, drafter, heldout, 4))
-            lengths = {t: merge_lengths(row) for t, row in stats[name][-1].items()}
+            lengths = {t: merged_length(row) for t, row in stats[name][-1].items()}
             say(f"seed {seed}, {name}: {rounded(lengths)}, by laws {rounded(laws[name][-1])}")
     return {name: results_of(name, sizes[name], stats, laws, args) for name in sizes}
-
-
-def merge_lengths(rows: Sequence[Stats]) -> float:
-    """Accepted length of many requests."""
-    return sum(x.tokens for x in rows) / sum(x.rounds for x in rows)
 
 
 def results_of(

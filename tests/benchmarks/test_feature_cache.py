@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import feature_cache
+from benchmarks.paired_lengths import compare
 from dspark.request import Stats
 
 # The tiny pair's folder has held-out files only: they stand in for the training corpora.
@@ -48,8 +49,8 @@ def test_a_loss_is_seen():
     def runs(gained):
         return [[Stats(rounds=10, tokens=gained + p % 3) for p in range(30)] for _ in range(3)]
 
-    worse = feature_cache.compare(runs(20), runs(22), seed=0)
+    worse = compare(runs(20), runs(22), seed=0)
     assert worse["relative_difference"] == pytest.approx(-2 / 23)
     assert worse["ci95"][1] < 0
-    same = feature_cache.compare(runs(20), runs(20), seed=0)
+    same = compare(runs(20), runs(20), seed=0)
     assert same["ci95"] == [0, 0]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dspark.cli import bench
+from dspark.cli import bench, bench_options
 from dspark.drafters.checkpoint import save_published
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
@@ -147,4 +147,4 @@ def test_a_target_without_drafter_decodes_plainly_or_says_what_is_missing(dspark
 
 
 def test_the_command_knows_every_way():
-    assert bench.ALL_SCHEDULES == CONTENDERS
+    assert bench_options.ALL_SCHEDULES == CONTENDERS
