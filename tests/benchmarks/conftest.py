@@ -1,21 +1,17 @@
-"""Makes the measurements importable, which lie beside the package, and gives them a tiny pair."""
+"""A tiny pair and a few prompts for the measurements."""
 
 import gzip
 import json
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig
 
 from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
 from dspark.drafters.checkpoint import save_attached
-from dspark.drafters.config import BackboneConfig, DSparkConfig
-from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.helpers.drafters import tiny_backbone, tiny_dspark
+from tests.helpers.targets import tiny_qwen3
 
 
 def write_lines(path, records):
@@ -49,39 +45,31 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     tokenizer = train_tokenizer(["What does it do? A table for two.\n"] * 4, 300)
     end, start = (tokenizer.convert_tokens_to_ids(token) for token in (END, TEXT_END))
-    config = Qwen3Config(
+    model = tiny_qwen3(
+        seed=3,
         vocab_size=300,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=True,
         eos_token_id=end,
-        bos_token_id=None,
         pad_token_id=start,
         initializer_range=0.5,
     )
-    torch.manual_seed(3)
-    model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=start)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    drafter_config = DSparkConfig(
-        BackboneConfig(16, 24, 1, 2, 1, 8, num_taps=2, rope_theta=1e4),
-        vocab_size=300,
+    target = Target.from_model(model)
+    shape = {"num_heads": 2, "num_kv_heads": 1, "rope_theta": 1e4}
+    drafter = tiny_dspark(
+        target,
+        taps=(-1, 1),
+        backbone=tiny_backbone(target.hidden_size, 2, **shape),
         block_size=3,
         mask_token_id=tokenizer.convert_tokens_to_ids(MASK),
-        target_layer_ids=(-1, 1),
-        num_target_layers=2,
-        markov_rank=4,
     )
-    parts = Target.from_model(model).parts()
-    random = torch.Generator().manual_seed(1)
-    save_attached(DSparkDrafter.from_target(parts, drafter_config, generator=random), folder)
+    save_attached(drafter, folder)
     return folder
 
 

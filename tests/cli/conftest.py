@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.cli.main import main
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.checkpoint import save_attached, save_published
-from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_backbone, tiny_dspark
+from tests.helpers.targets import tiny_qwen3
 
-WIDTH, LAYERS, VOCAB, CONTEXT, BLOCK = 16, 4, 300, 160, 4
+WIDTH, LAYERS, VOCAB, CONTEXT = 16, 4, 300, 160
 
 
 @dataclass(frozen=True)
@@ -41,45 +41,27 @@ class Result:
         return json.loads(self.out.splitlines()[-1])
 
 
-def tiny_target(seed: int, width: int = WIDTH) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+def tiny_target(seed: int, width: int = WIDTH) -> Any:
+    return tiny_qwen3(
+        seed=seed,
         vocab_size=VOCAB,
         hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         initializer_range=0.2,
         eos_token_id=2,
     )
-    return Qwen3ForCausalLM(config)
 
 
-def tiny_drafter(target: Target, taps: tuple[int, ...] = (0, 2)) -> DSparkDrafter:
-    config = DSparkConfig(
-        backbone=BackboneConfig(
-            hidden_size=target.hidden_size,
-            intermediate_size=32,
-            num_layers=1,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-            num_taps=len(taps),
-        ),
-        vocab_size=VOCAB,
-        block_size=BLOCK,
-        mask_token_id=3,
-        target_layer_ids=taps,
-        num_target_layers=LAYERS,
-        markov_rank=4,
-        max_position_embeddings=CONTEXT,
-    )
-    generator = torch.Generator().manual_seed(1)
-    return DSparkDrafter.from_target(target.parts(), config, generator=generator)
+def tiny_drafter(target: Target) -> DSparkDrafter:
+    taps = (0, 2)
+    shape = {"intermediate_size": 32, "num_heads": 2, "num_kv_heads": 1}
+    backbone = tiny_backbone(target.hidden_size, len(taps), **shape)
+    return tiny_dspark(target, taps=taps, backbone=backbone, max_position_embeddings=CONTEXT)
 
 
 def write_pair(root: Path, width: int = WIDTH) -> Pair:

@@ -4,8 +4,6 @@ import json
 import re
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.data.answering import choose_sampling, recommended_sampling
 from dspark.data.by_engine import EngineResponder
@@ -19,24 +17,23 @@ from dspark.errors import DataError
 from dspark.params import SamplingParams
 from dspark.request import Output, Stats
 from dspark.targets.target import Target
+from tests.helpers.targets import tiny_qwen3
 
 
 def tiny(tokenizer, context=256):
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    model = tiny_qwen3(
+        seed=0,
         vocab_size=len(tokenizer),
-        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return Model(Target.from_model(Qwen3ForCausalLM(config), tokenizer=tokenizer))
+    return Model(Target.from_model(model, tokenizer=tokenizer))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.data.features import build, writer
 from dspark.data.features.build import build_cache, mend, wanted_manifest
@@ -32,6 +31,7 @@ from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 from dspark.targets.target import Target
+from tests.helpers.targets import tiny_llama
 
 CPU = torch.device("cpu")
 TAPS = (0, 2)
@@ -43,17 +43,7 @@ EXACT = Coding("bfloat16", 0.0, 0.0)
 def folder(tmp_path_factory):
     """A tiny target's directory."""
     path = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
     return path
 
 

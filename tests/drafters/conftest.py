@@ -1,11 +1,10 @@
 """Golden files, tiny drafters and targets' parts for the drafters' tests."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.attention.layout import RaggedBatch
@@ -17,23 +16,11 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.targets.parts import TargetParts
 from dspark.training.anchors import AnchorBlocks, sample_anchors
+from tests.helpers.targets import lent_parts, parts_in
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a target lends."""
-
-    embedding_VH: Tensor
-    head_VH: Tensor
-    vocab_size: int
-    hidden_size: int
-    embedding_scale: float = 1.0
-    head_bias_V: Tensor | None = None
-    logit_softcap: float | None = None
-    final_norm_H: Tensor | None = None
 
 
 class Greedy:
@@ -96,10 +83,7 @@ def golden():
 
 @pytest.fixture
 def golden_parts():
-    tensors = load_file(GOLDEN / "target" / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    head = tensors.get("lm_head.weight", embedding)
-    return Parts(embedding, head, *embedding.shape, final_norm_H=tensors["model.norm.weight"])
+    return parts_in(GOLDEN / "target")
 
 
 @pytest.fixture
@@ -134,12 +118,12 @@ def tiny_config():
 
 @pytest.fixture
 def make_parts():
-    def make(vocab: int = 37, width: int = 16, seed: int = 0, **changes: object) -> Parts:
+    def make(vocab: int = 37, width: int = 16, seed: int = 0, **changes: object) -> TargetParts:
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(vocab, width, generator=generator)
         head = torch.randn(vocab, width, generator=generator)
         norm = torch.rand(width, generator=generator)
-        return replace(Parts(table, head, vocab, width, final_norm_H=norm), **changes)
+        return replace(lent_parts(table, head, final_norm_H=norm), **changes)
 
     return make
 
@@ -147,7 +131,7 @@ def make_parts():
 @pytest.fixture
 def make_drafter(tiny_config, make_parts):
     def make(
-        parts: Parts | None = None,
+        parts: TargetParts | None = None,
         seed: int = 1,
         draft_tokens: Tensor | None = None,
         **changes: object,
@@ -167,7 +151,7 @@ def make_drafter(tiny_config, make_parts):
 @pytest.fixture
 def make_eagle3(tiny_config, make_parts):
     def make(
-        parts: Parts | None = None,
+        parts: TargetParts | None = None,
         seed: int = 1,
         draft_tokens: Tensor | None = None,
         **changes: object,

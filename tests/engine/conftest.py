@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import CacheShape, PagedCache
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
 from dspark.request import Output, Request, SamplingParams
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.targets import tiny_qwen3
 
 MAX_CONTEXT = 96
 
@@ -34,24 +34,13 @@ MAX_CONTEXT = 96
 def make_model(
     *, vocab: int = 64, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 2
 ) -> Any:
-    """A random Qwen3 whose logits are spread wide enough for argmaxes to be clear."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+    return tiny_qwen3(
+        seed=seed,
+        dtype=dtype,
         vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=24,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=MAX_CONTEXT,
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
-    return Qwen3ForCausalLM(config).to(dtype).eval()
 
 
 def make_target(*, tokenizer: Any = None, **options: Any) -> Target:
@@ -63,44 +52,13 @@ def make_drafter(
     *,
     head: str = "vanilla",
     block_size: int = 5,
-    seed: int = 1,
     std: float = 0.3,
-    known: Sequence[int] | None = None,
+    markov_rank: int = 8,
     **changes: Any,
 ) -> DSparkDrafter:
     """A random DSpark drafter, bound to the target; `known` is a reduced vocabulary."""
-    taps = (-1, 0)
-    backbone = BackboneConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        num_taps=len(taps),
-    )
-    config = DSparkConfig(
-        backbone,
-        vocab_size=target.vocab_size,
-        block_size=block_size,
-        mask_token_id=3,
-        target_layer_ids=taps,
-        num_target_layers=target.num_layers,
-        markov_rank=8,
-        markov_head_type=head,
-        draft_vocab_size=None if known is None else len(known),
-        **changes,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    drafter = DSparkDrafter.from_target(
-        target.parts(),
-        config,
-        generator=generator,
-        init_std=std,
-        draft_tokens=None if known is None else torch.tensor(known),
-    )
-    drafter.eval()
-    return drafter
+    changes |= {"markov_head_type": head, "block_size": block_size, "markov_rank": markov_rank}
+    return tiny_dspark(target, taps=(-1, 0), std=std, **changes)
 
 
 def make_eagle3(
@@ -108,26 +66,7 @@ def make_eagle3(
 ) -> Eagle3Drafter:
     """A random Eagle3 drafter, or MTP-1, bound to the target."""
     taps = (target.num_layers - 1,) if mtp else (-1, 0)
-    backbone = BackboneConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        num_taps=len(taps),
-    )
-    config = Eagle3Config(
-        backbone,
-        vocab_size=target.vocab_size,
-        target_layer_ids=taps,
-        num_target_layers=target.num_layers,
-        ttt_length=1 if mtp else passes,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    drafter = Eagle3Drafter.from_target(target.parts(), config, generator=generator, init_std=std)
-    drafter.eval()
-    return drafter
+    return tiny_eagle3(target, taps=taps, seed=seed, std=std, ttt_length=1 if mtp else passes)
 
 
 @dataclass

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.targets import tiny_qwen3
 
-LAYERS, WIDTH, CONTEXT = 5, 16, 160
+LAYERS, CONTEXT = 5, 160
 TEXTS = ("the cat", "the dog sat", "on the mat, and")
 
 
@@ -32,56 +32,18 @@ def new_tokenizer() -> Any:
 
 def make_target(tokenizer: Any = None, *, vocab: int | None = None) -> Target:
     """A random Qwen3 whose logits are spread wide, and that never ends an answer."""
-    torch.manual_seed(3)
-    config = Qwen3Config(
+    model = tiny_qwen3(
+        seed=3,
         vocab_size=vocab or len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=24,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
-    return Target.from_model(Qwen3ForCausalLM(config).eval(), name="tiny", tokenizer=tokenizer)
+    return Target.from_model(model, name="tiny", tokenizer=tokenizer)
 
 
-def make_drafter(
-    target: Target,
-    *,
-    kind: type[DSparkDrafter] = DSparkDrafter,
-    draft_tokens: torch.Tensor | None = None,
-    **changes: Any,
-) -> DSparkDrafter:
+def make_drafter(target: Target, **changes: Any) -> DSparkDrafter:
     """A random DSpark drafter, bound to the target."""
-    taps = (0, 2)
-    backbone = BackboneConfig(
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        num_taps=len(taps),
-    )
-    fields: dict[str, Any] = {
-        "vocab_size": target.vocab_size,
-        "block_size": 4,
-        "mask_token_id": 3,
-        "target_layer_ids": taps,
-        "num_target_layers": LAYERS,
-        "markov_rank": 4,
-    }
-    config = DSparkConfig(backbone, **(fields | changes))
-    generator = torch.Generator().manual_seed(1)
-    return kind.from_target(
-        target.parts(), config, generator=generator, draft_tokens=draft_tokens
-    ).eval()
+    return tiny_dspark(target, taps=(0, 2), **changes)
 
 
 @dataclass
@@ -171,21 +133,9 @@ class KnowingChain(Eagle3Drafter):
         return self.knowing.propose(context, batch, draw)
 
 
-def make_eagle3(
-    target: Target, *, kind: type[Eagle3Drafter] = Eagle3Drafter, **changes: Any
-) -> Eagle3Drafter:
-    """A random Eagle3 drafter, bound to the target; MTP-1 with one tap and a `ttt_length` of 1."""
-    fields: dict[str, Any] = {
-        "vocab_size": target.vocab_size,
-        "target_layer_ids": (0, 2),
-        "num_target_layers": LAYERS,
-        "ttt_length": 4,
-    }
-    fields |= changes
-    taps = len(fields["target_layer_ids"])
-    config = Eagle3Config(BackboneConfig(WIDTH, 24, 1, 4, 2, 8, num_taps=taps), **fields)
-    generator = torch.Generator().manual_seed(1)
-    return kind.from_target(target.parts(), config, generator=generator).eval()
+def make_eagle3(target: Target, *, taps: tuple[int, ...] = (0, 2), **changes: Any) -> Eagle3Drafter:
+    """A random Eagle3 drafter, bound to the target."""
+    return tiny_eagle3(target, taps=taps, **changes)
 
 
 @pytest.fixture(scope="session")

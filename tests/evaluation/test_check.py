@@ -84,9 +84,7 @@ def test_the_other_slot_convention_is_named(tiny, target, prompts, convention, n
 def test_layer_ids_of_eagle3_and_mtp_off_by_one_are_named(
     tiny, target, prompts, reads, wants, drafts, shift
 ):
-    drafter = tiny.make_eagle3(
-        target, kind=tiny.KnowingChain, target_layer_ids=reads, ttt_length=drafts
-    )
+    drafter = tiny.make_eagle3(target, kind=tiny.KnowingChain, taps=reads, ttt_length=drafts)
     drafter.knowing = tiny.KnowingDrafter(target, wants=wants, block_size=drafts)
     report = check(Model(target, drafter), prompts, **SHORT)
     (finding,) = [f for f in report.findings if f.severity == "error"]
@@ -102,11 +100,11 @@ def test_variants_of_an_eagle3_drafter_change_its_features_alone(tiny, target):
     lowered, raised = variants(drafter, tiny.layers)
     assert [v.drafter.taps for v in (lowered, raised)] == [(-1, 1), (1, 3)]
     requests = [Request((5, 9, 7), SamplingParams(12)), Request((8,), SamplingParams(12))]
-    fresh = tiny.make_eagle3(target, target_layer_ids=(1, 3))
+    fresh = tiny.make_eagle3(target, taps=(1, 3))
     fresh.load_state_dict(drafter.state_dict())
     got = accepted(Model(target), raised.drafter, requests)
     assert got == accepted(Model(target), fresh, requests)
-    (last,) = variants(tiny.make_eagle3(target, target_layer_ids=(4,), ttt_length=1), tiny.layers)
+    (last,) = variants(tiny.make_eagle3(target, taps=(4,), ttt_length=1), tiny.layers)
     assert last.drafter.taps == (3,)
 
 

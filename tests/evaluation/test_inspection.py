@@ -33,7 +33,7 @@ def test_another_number_of_layers(pair):
 
 def test_eagle3_is_held_to_what_every_drafter_is(tiny, pair, target):
     assert pair(tiny.make_eagle3(target)) == []
-    assert pair(tiny.make_eagle3(target, target_layer_ids=(4,), ttt_length=1)) == []
+    assert pair(tiny.make_eagle3(target, taps=(4,), ttt_length=1)) == []
     ((severity, what),) = pair(tiny.make_eagle3(target, num_target_layers=7))
     assert severity == "warning"
     assert "7 layers, but this one has 5" in what
@@ -45,9 +45,7 @@ def test_eagle3_is_held_to_what_every_drafter_is(tiny, pair, target):
 
 
 def test_a_reduced_vocabulary_is_no_head_of_another_target(tiny, pair, target):
-    tokens = torch.arange(0, target.vocab_size, 2)
-    known = {"draft_vocab_size": len(tokens)}
-    assert pair(tiny.make_drafter(target, draft_tokens=tokens, **known)) == []
+    assert pair(tiny.make_drafter(target, known=range(0, target.vocab_size, 2))) == []
 
 
 def test_a_number_of_layers_that_the_checkpoint_did_not_tell(pair):

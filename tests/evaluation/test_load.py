@@ -153,7 +153,7 @@ def test_a_workload_goes_round_with_other_seeds():
 
 def test_off_has_no_drafter_and_mtp1_drafts_once(tiny, target):
     model = Model(target, tiny.make_drafter(target))
-    mtp = Model(target, tiny.make_eagle3(target, target_layer_ids=(4,), ttt_length=1))
+    mtp = Model(target, tiny.make_eagle3(target, taps=(4,), ttt_length=1))
     requests = [Request((1, 2), SamplingParams(4))] * 3
     engines = {
         way.name: way.engine(requests, 2, "block")

@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import dspark
 from dspark.data.features.forward import target_features
@@ -17,6 +16,8 @@ from dspark.training.eagle_drafter import Eagle3Objective
 from dspark.training.online import OnlineSamples, commonest_tokens, load_frozen_target
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
+from tests.helpers.samples import write_samples
+from tests.helpers.targets import tiny_llama
 
 QUIET = Console(quiet=True)
 RECIPE = """
@@ -54,28 +55,10 @@ def overrides_of(algorithm):
     return [f"algorithm={algorithm}", *ALGORITHMS[algorithm]]
 
 
-def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config)
-
-
 @pytest.fixture
 def recipe(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "target")
-    generator = torch.Generator().manual_seed(1)
-    with gzip.open(tmp_path / "s.jsonl.gz", "wt") as file:
-        for i in range(40):
-            ids = torch.randint(0, 40, (12 + i % 12,), generator=generator).tolist()
-            file.write(json.dumps({"input_ids": ids, "prompt_len": 3}) + "\n")
+    write_samples(tmp_path / "s.jsonl.gz", 40)
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(target=tmp_path / "target", root=tmp_path))
     return path

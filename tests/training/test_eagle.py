@@ -1,12 +1,11 @@
 """The training-time test against its plain form, and against the reference's own numbers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from dspark.data.samples import Sample, SampleBatch
@@ -19,22 +18,11 @@ from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention
 from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
 from dspark.training.law_terms import LawWeights
+from tests.helpers.targets import lent_parts, parts_in
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB, WIDTH, PASSES = 13, 8, 4
 LENGTHS = (9, 12)
-
-
-@dataclass(frozen=True)
-class Parts:
-    embedding_VH: Tensor
-    head_VH: Tensor
-    vocab_size: int
-    hidden_size: int
-    embedding_scale: float = 1.0
-    head_bias_V: Tensor | None = None
-    logit_softcap: float | None = None
-    final_norm_H: Tensor | None = None
 
 
 def packed(ids, mask):
@@ -50,7 +38,7 @@ def made_up(dtype=torch.float64, softcap=None, known=None):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    parts = Parts(randn(VOCAB, WIDTH), randn(VOCAB, WIDTH), VOCAB, WIDTH, logit_softcap=softcap)
+    parts = lent_parts(randn(VOCAB, WIDTH), randn(VOCAB, WIDTH), logit_softcap=softcap)
     backbone = BackboneConfig(WIDTH, 12, 1, 4, 2, 6, 2)
     config = Eagle3Config(
         backbone, VOCAB, (0, 1), 2, ttt_length=PASSES, draft_vocab_size=known and len(known)
@@ -244,11 +232,8 @@ def test_the_stretches_of_flex_are_those_that_are_seen(lengths):
 
 
 def test_passes_equal_the_references():
-    tensors = load_file(GOLDEN / "dspark_vanilla" / "target" / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    head = tensors.get("lm_head.weight", embedding)
     drafter = load_drafter(GOLDEN / "eagle3" / "draft")
-    drafter.bind(Parts(embedding, head, *embedding.shape))
+    drafter.bind(parts_in(GOLDEN / "dspark_vanilla" / "target"))
     data = load_file(GOLDEN / "eagle3" / "train.safetensors")
     ids = data["input_ids"]
     chains = ChainRows.build(packed(ids, torch.ones_like(ids, dtype=torch.bool)), 4)

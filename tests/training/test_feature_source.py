@@ -1,11 +1,9 @@
 import errno
-import gzip
 import json
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.data.features import writer
 from dspark.data.features.forward import target_features
@@ -22,6 +20,8 @@ from dspark.training.feature_build import build_features, mend_features
 from dspark.training.online import load_frozen_target
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
+from tests.helpers.samples import write_samples
+from tests.helpers.targets import tiny_llama
 
 QUIET = Console(quiet=True)
 SAMPLES = 24
@@ -48,28 +48,10 @@ ALGORITHMS = {
 }
 
 
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config)
-
-
 @pytest.fixture
 def recipe(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "target")
-    generator = torch.Generator().manual_seed(1)
-    with gzip.open(tmp_path / "s.jsonl.gz", "wt") as file:
-        for i in range(SAMPLES):
-            ids = torch.randint(0, 40, (12 + i % 12,), generator=generator).tolist()
-            file.write(json.dumps({"input_ids": ids, "prompt_len": 3}) + "\n")
+    write_samples(tmp_path / "s.jsonl.gz", SAMPLES)
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(root=tmp_path))
     return path

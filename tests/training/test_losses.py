@@ -1,11 +1,10 @@
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoint import load_drafter
@@ -14,31 +13,17 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, sample_anchors
 from dspark.training.laws import LawInputs, LawRows, law_loss
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights
+from tests.helpers.targets import lent_parts, parts_in
 
 BLOCK_FIELDS = [name for name in AnchorBlocks.__dataclass_fields__ if name != "rows"]
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
 
 
-@dataclass(frozen=True)
-class Parts:
-    embedding_VH: Tensor
-    head_VH: Tensor
-    vocab_size: int
-    hidden_size: int
-    embedding_scale: float = 1.0
-    head_bias_V: Tensor | None = None
-    logit_softcap: float | None = None
-    final_norm_H: Tensor | None = None
-
-
 @pytest.fixture(scope="module")
 def golden():
     """Drafter, tensors and report of the reference's training forward."""
-    tensors = load_file(GOLDEN / "target" / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    head = tensors.get("lm_head.weight", embedding)
     drafter = load_drafter(GOLDEN / "draft")
-    drafter.bind(Parts(embedding, head, *embedding.shape))
+    drafter.bind(parts_in(GOLDEN / "target"))
     report = json.loads((GOLDEN / "report.json").read_text())
     return drafter, load_file(GOLDEN / "train.safetensors"), report
 
@@ -146,10 +131,8 @@ def tiny(kind="vanilla", softcap=None, known=None, dtype=torch.float64, lengths=
     def draw(*shape):
         return torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype)
 
-    parts = Parts(
-        draw(VOCAB, WIDTH), draw(VOCAB, WIDTH), VOCAB, WIDTH,
-        head_bias_V=draw(VOCAB), logit_softcap=softcap,
-    )  # fmt: skip
+    embedding, head = draw(VOCAB, WIDTH), draw(VOCAB, WIDTH)
+    parts = lent_parts(embedding, head, head_bias_V=draw(VOCAB), logit_softcap=softcap)
     drafter = DSparkDrafter.from_target(
         parts, config, generator=source, init_std=0.5, draft_tokens=known and torch.tensor(known)
     ).to(dtype)

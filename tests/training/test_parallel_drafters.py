@@ -1,16 +1,16 @@
 """Drafters trained by two processes on a CPU (gloo) take the steps that one process takes."""
 
-import gzip
 import json
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.drafters.checkpoint import load_drafter
 from dspark.request import Stats
 from dspark.training.run import Judge, run_recipe
+from tests.helpers.samples import write_samples
+from tests.helpers.targets import tiny_llama
 
 RECIPE = """
 kind: drafter
@@ -32,23 +32,12 @@ DRAFTERS = {
 def folder(tmp_path_factory):
     """A target, and samples of which few have many supervised tokens."""
     root = tmp_path_factory.mktemp("drafters")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "target")
-    generator = torch.Generator().manual_seed(1)
-    with gzip.open(root / "s.jsonl.gz", "wt") as file:
-        for i in range(48):
-            ids = torch.randint(0, 40, (12 + i % 12,), generator=generator).tolist()
-            prompt = 1 if i % 4 == 0 else len(ids) - 2 - i % 3
-            file.write(json.dumps({"input_ids": ids, "prompt_len": prompt}) + "\n")
+    tiny_llama().save_pretrained(root / "target")
+
+    def prompt_len(i, length):
+        return 1 if i % 4 == 0 else length - 2 - i % 3
+
+    write_samples(root / "s.jsonl.gz", 48, prompt_len)
     for algorithm in DRAFTERS:
         (root / f"{algorithm}.yaml").write_text(RECIPE.format(algorithm=algorithm, root=root))
     return root

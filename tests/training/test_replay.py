@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,13 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.training.anchors import AnchorBlocks
 from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
+from tests.helpers.targets import lent_parts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "replay"
 SHARED = Path(__file__).parents[2].parent / "shared"
 TARGET = SHARED / "models" / "stories260K"
 
 pytestmark = pytest.mark.skipif(not TARGET.is_dir(), reason="needs shared/models/stories260K")
-
-
-@dataclass(frozen=True)
-class Parts:
-    embedding_VH: Tensor
-    head_VH: Tensor
-    vocab_size: int
-    hidden_size: int
-    embedding_scale: float = 1.0
-    head_bias_V: Tensor | None = None
-    logit_softcap: float | None = None
-    final_norm_H: Tensor | None = None
 
 
 class Replay:
@@ -46,7 +34,7 @@ class Replay:
         embedding = self.target.get_input_embeddings().weight.detach()
         head = self.target.get_output_embeddings().weight.detach()
         self.drafter = load_drafter(init)
-        self.drafter.bind(Parts(embedding, head, *embedding.shape))
+        self.drafter.bind(lent_parts(embedding, head))
         self.drafter.train()
         self.optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0

@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_speculators
 from dspark.engine.model import Model
@@ -17,6 +16,8 @@ from dspark.evaluation.live import accepted, render
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.run import Judge, plan_recipe, run_recipe
+from tests.helpers.samples import write_samples
+from tests.helpers.targets import tiny_llama
 
 QUIET = Console(quiet=True)
 JUDGE = Judge(
@@ -38,22 +39,8 @@ MEASURED = ["run.evaluate_every=6", "evaluation={heldout: 6, limit: 5, max_new_t
 
 @pytest.fixture
 def recipe(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "target")
-    generator = torch.Generator().manual_seed(1)
-    with gzip.open(tmp_path / "s.jsonl.gz", "wt") as file:
-        for i in range(40):
-            ids = torch.randint(0, 40, (12 + i % 12,), generator=generator).tolist()
-            file.write(json.dumps({"input_ids": ids, "prompt_len": 3}) + "\n")
+    tiny_llama().save_pretrained(tmp_path / "target")
+    write_samples(tmp_path / "s.jsonl.gz", 40)
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(root=tmp_path))
     return path

@@ -1,0 +1,1 @@
+"""What the tests of several rooms build: tiny random targets, what they lend, drafters, samples."""
