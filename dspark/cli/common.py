@@ -97,14 +97,24 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pair_options(parser: argparse.ArgumentParser, *, lookup: bool = True) -> None:
-    """Add what names a target and its drafter; `lookup`: prompt lookup may be the drafter."""
+def add_pair_options(
+    parser: argparse.ArgumentParser, *, lookup: bool = True, plain: bool = False
+) -> None:
+    """Add what names a target and its drafter.
+
+    Args:
+        parser: of the command.
+        lookup: prompt lookup may be the drafter.
+        plain: there need not be any drafter.
+    """
+    others = ", `ngram` (prompt lookup) or `none`" if plain else ", or `ngram`" if lookup else ""
+    missing = ", or none where there is none" if plain else ""
     parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
     parser.add_argument(
         "--draft",
         metavar="D",
-        help=f"a drafter's directory or hub id{', or `ngram`' if lookup else ''}; by default the "
-        "drafter attached to TARGET",
+        help=f"a drafter's directory or hub id{others}; by default the drafter attached to "
+        f"TARGET{missing}",
     )
 
 

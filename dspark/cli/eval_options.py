@@ -15,6 +15,7 @@ from dspark.cli.common import (
     check_positive,
     new_parser,
 )
+from dspark.engine.schedule import SCHEDULES
 from dspark.errors import DataError, UsageError
 from dspark.request import VERIFIERS, SamplingParams
 
@@ -28,7 +29,6 @@ EXAMPLE = """\
   dspark eval ./target --draft ./drafter --tasks gsm8k --sweep threshold --out thresholds
   dspark eval --report evaluation"""
 SWEEPS = ("threshold", "block", "verifier", "temperature", "top-p")
-SCHEDULES = ("off", "fixed", "threshold", "prefix", "lagged", "lookahead")
 
 
 def eval_parser(commands: Commands) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from dspark.cli.common import (
     Screen,
     add_common_options,
     add_loading_options,
+    add_pair_options,
     load_model,
     new_parser,
 )
@@ -35,13 +36,7 @@ DRAFTED = "green"
 def add_parser(commands: Commands) -> None:
     """Add `generate`."""
     parser = new_parser(commands, "generate", "continue prompts with a model", EXAMPLE)
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
-    parser.add_argument(
-        "--draft",
-        metavar="D",
-        help="a drafter's directory or hub id, `ngram` (prompt lookup) or `none`; by default the "
-        "drafter attached to TARGET, or none where there is none",
-    )
+    add_pair_options(parser, plain=True)
     add_prompt_options(parser)
     _add_sampling_options(parser)
     _add_decoding_options(parser)

@@ -11,6 +11,7 @@ from dspark.cli.common import (
     Screen,
     add_common_options,
     add_loading_options,
+    add_pair_options,
     check_positive,
     load_model,
     new_parser,
@@ -32,13 +33,7 @@ MISSING = "dspark serve needs fastapi and uvicorn; install the extra dspark[serv
 def add_parser(commands: Commands) -> None:
     """Add `serve`."""
     parser = new_parser(commands, "serve", "serve a model over OpenAI's HTTP interface", EXAMPLE)
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
-    parser.add_argument(
-        "--draft",
-        metavar="D",
-        help="a drafter's directory or hub id, `ngram` (prompt lookup) or `none`; by default the "
-        "drafter attached to TARGET, or none where there is none",
-    )
+    add_pair_options(parser, plain=True)
     _add_server_options(parser)
     _add_limit_options(parser)
     _add_engine_options(parser)

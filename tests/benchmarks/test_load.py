@@ -3,18 +3,16 @@
 import sys
 
 import pytest
-import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import load, plain_batch
 from dspark.drafters.checkpoint import save_published
-from dspark.drafters.config import BackboneConfig
-from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.engine.engine import Clock
 from dspark.evaluation.closed_loop import Answer, LoadRun
 from dspark.evaluation.load_figure import FORMATS
 from dspark.request import Output, Stats
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 
 SHAPE = "4,32,4,2,16,48"
 WAYS = ("off", "fixed", "mtp1", "prefix", "lagged")
@@ -24,16 +22,10 @@ WAYS = ("off", "fixed", "mtp1", "prefix", "lagged")
 def mtp(pair, tmp_path_factory):
     """An MTP-1 drafter of the tiny target."""
     target = Target.load(pair, offline=True)
-    config = Eagle3Config(
-        BackboneConfig(16, 24, 1, 2, 1, 8, num_taps=1, rope_theta=1e4),
-        vocab_size=300,
-        target_layer_ids=(1,),
-        num_target_layers=2,
-        ttt_length=1,
-        max_position_embeddings=256,
+    backbone = tiny_backbone(16, 1, num_heads=2, num_kv_heads=1, rope_theta=1e4)
+    drafter = tiny_eagle3(
+        target, taps=(1,), backbone=backbone, ttt_length=1, max_position_embeddings=256
     )
-    generator = torch.Generator().manual_seed(1)
-    drafter = Eagle3Drafter.from_target(target.parts(), config, generator=generator)
     path = tmp_path_factory.mktemp("mtp")
     save_published(drafter, path, dtype=None)
     return path

@@ -5,14 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from dspark.cli import bench, bench_options
 from dspark.drafters.checkpoint import save_published
-from dspark.drafters.config import BackboneConfig
-from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.evaluation.load import CONTENDERS
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 
 QUICK = ("--requests", 2, "--max-new-tokens", 8, "--threads", 1, "--json")
 ROW = {
@@ -26,16 +24,14 @@ ROW = {
 def mtp(pair, tmp_path_factory):
     """An MTP-1 drafter of the tiny target."""
     target = Target.load(pair.target, offline=True)
-    config = Eagle3Config(
-        BackboneConfig(target.hidden_size, 32, 1, 2, 1, 8, num_taps=1),
-        vocab_size=target.vocab_size,
-        target_layer_ids=(target.num_layers - 1,),
-        num_target_layers=target.num_layers,
+    shape = {"intermediate_size": 32, "num_heads": 2, "num_kv_heads": 1}
+    drafter = tiny_eagle3(
+        target,
+        taps=(target.num_layers - 1,),
+        backbone=tiny_backbone(target.hidden_size, 1, **shape),
         ttt_length=1,
         max_position_embeddings=160,
     )
-    generator = torch.Generator().manual_seed(1)
-    drafter = Eagle3Drafter.from_target(target.parts(), config, generator=generator)
     path = tmp_path_factory.mktemp("mtp")
     save_published(drafter, path, dtype=None)
     return path

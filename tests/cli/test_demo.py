@@ -10,25 +10,9 @@ from dspark.cli.replay import Side, replay
 from dspark.engine import loading
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Stats
+from tests.helpers.keys import COMPARE
 
 DOMAINS = ["math", "code", "chat"]
-KEYS = {
-    "outputs",
-    "rounds",
-    "tokens",
-    "drafted",
-    "verified",
-    "accepted",
-    "accepted_length",
-    "conditional_acceptance",
-    "tokens_per_s",
-    "draft_ms",
-    "schedule_ms",
-    "verify_ms",
-    "plain_tokens_per_s",
-    "speedup",
-    "identical",
-}
 
 
 @pytest.fixture
@@ -44,9 +28,9 @@ def test_three_domains_plain_beside_dspark(dspark, bundled):
     result = dspark("demo", "--max-new-tokens", 6, "--json")
     report = result.json
     assert result.status == 0
-    assert report.keys() >= KEYS | {"domains"}
+    assert report.keys() >= COMPARE | {"domains"}
     assert list(report["domains"]) == DOMAINS
-    assert all(domain.keys() >= KEYS for domain in report["domains"].values())
+    assert all(domain.keys() >= COMPARE for domain in report["domains"].values())
     assert report["identical"] is True
     for key in ("rounds", "drafted", "accepted", "generated_tokens"):
         assert report[key] == sum(domain[key] for domain in report["domains"].values())

@@ -15,22 +15,8 @@ from dspark.cli.prompts import PromptText
 from dspark.drafters.checkpoint import save_attached
 from dspark.errors import UsageError
 from dspark.request import Output, Request, Stats
+from tests.helpers.keys import COMPARE, GENERATE
 
-KEYS = {
-    "outputs",
-    "rounds",
-    "tokens",
-    "drafted",
-    "verified",
-    "accepted",
-    "accepted_length",
-    "conditional_acceptance",
-    "tokens_per_s",
-    "draft_ms",
-    "schedule_ms",
-    "verify_ms",
-}
-COMPARE_KEYS = KEYS | {"plain_tokens_per_s", "speedup", "identical"}
 SHORT = ("--max-new-tokens", 12)
 
 
@@ -49,7 +35,7 @@ def test_json_keys_and_their_relations(dspark, pair):
     result = dspark("generate", pair.attached, "--prompt", "two", "--raw", *SHORT, "--json")
     report = result.json
     assert result.status == 0
-    assert report.keys() >= KEYS
+    assert report.keys() >= GENERATE
     (output,) = report["outputs"]
     assert output.keys() == {"prompt", "text", "token_ids", "finish_reason"}
     assert output["prompt"] == "two"
@@ -77,7 +63,7 @@ def test_compare_is_identical_at_temperature_0_with_any_drafter(dspark, pair, dr
         "off": [pair.attached, "--schedule", "off"],
     }[draft]
     report = dspark("generate", *words, "--prompt", "a table", *SHORT, "--compare", "--json").json
-    assert report.keys() >= COMPARE_KEYS
+    assert report.keys() >= COMPARE
     assert report["identical"] is True
     assert report["differences"] == []
     assert report["speedup"] == pytest.approx(report["tokens_per_s"] / report["plain_tokens_per_s"])

@@ -128,6 +128,14 @@ def make_parts():
     return make
 
 
+def drafter_of(kind, parts, config, seed, draft_tokens):
+    """A random drafter, bound."""
+    generator = torch.Generator().manual_seed(seed)
+    return kind.from_target(
+        parts, config, generator=generator, init_std=0.3, draft_tokens=draft_tokens
+    ).eval()
+
+
 @pytest.fixture
 def make_drafter(tiny_config, make_parts):
     def make(
@@ -136,14 +144,8 @@ def make_drafter(tiny_config, make_parts):
         draft_tokens: Tensor | None = None,
         **changes: object,
     ) -> DSparkDrafter:
-        generator = torch.Generator().manual_seed(seed)
-        return DSparkDrafter.from_target(
-            parts or make_parts(),
-            replace(tiny_config, **changes),
-            generator=generator,
-            init_std=0.3,
-            draft_tokens=draft_tokens,
-        ).eval()
+        config = replace(tiny_config, **changes)
+        return drafter_of(DSparkDrafter, parts or make_parts(), config, seed, draft_tokens)
 
     return make
 
@@ -156,7 +158,6 @@ def make_eagle3(tiny_config, make_parts):
         draft_tokens: Tensor | None = None,
         **changes: object,
     ) -> Eagle3Drafter:
-        generator = torch.Generator().manual_seed(seed)
         config = Eagle3Config(
             replace(tiny_config.backbone, num_layers=1),
             vocab_size=37,
@@ -164,13 +165,8 @@ def make_eagle3(tiny_config, make_parts):
             num_target_layers=6,
             ttt_length=5,
         )
-        return Eagle3Drafter.from_target(
-            parts or make_parts(),
-            replace(config, **changes),
-            generator=generator,
-            init_std=0.3,
-            draft_tokens=draft_tokens,
-        ).eval()
+        config = replace(config, **changes)
+        return drafter_of(Eagle3Drafter, parts or make_parts(), config, seed, draft_tokens)
 
     return make
 

@@ -27,6 +27,7 @@ from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostPoint, CostTable
 from dspark.scheduling.machine import MachineKey
+from tests.helpers.laws import tempered_top_p
 
 VOCAB, TOKENS, PER_KIND = 6, 3, 1000
 EXACT, BIASED = 4.0, 6.0  # standard deviations
@@ -70,14 +71,7 @@ def hand_made_law(logits, params: SamplingParams, prompt, output) -> np.ndarray:
             scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
         scores[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
         scores[token] += params.logit_bias.get(token, 0.0)
-    probs = np.exp((scores - scores.max()) / params.temperature)
-    probs /= probs.sum()
-    kept, mass = np.zeros(VOCAB, dtype=bool), 0.0
-    for token in np.argsort(-probs):
-        if mass >= params.top_p:
-            break
-        kept[token], mass = True, mass + probs[token]
-    return np.where(kept, probs, 0.0) / probs[kept].sum()
+    return tempered_top_p(scores, params.temperature, params.top_p)
 
 
 def exact_law(target, prompt, params) -> dict[tuple[int, ...], float]:

@@ -16,6 +16,7 @@ from dspark.engine.engine import Engine
 from dspark.engine.masks import RowMasks
 from dspark.errors import RequestError
 from dspark.request import VERIFIERS, Request, SamplingParams
+from tests.helpers.laws import tempered_top_p
 
 VOCAB, TOKENS, PER_KIND = 6, 3, 1200
 EXACT, BIASED = 4.0, 6.0  # standard deviations
@@ -70,14 +71,7 @@ def hand_made_law(logits, params, mask, output):
         scores[~np.array(mask.allowed(output), dtype=bool)] = -np.inf
     if np.isneginf(scores).all():
         return None
-    probs = np.exp((scores - scores.max()) / params.temperature)
-    probs /= probs.sum()
-    kept, mass = np.zeros(VOCAB, dtype=bool), 0.0
-    for token in np.argsort(-probs):
-        if mass >= params.top_p:
-            break
-        kept[token], mass = True, mass + probs[token]
-    return np.where(kept, probs, 0.0) / probs[kept].sum()
+    return tempered_top_p(scores, params.temperature, params.top_p)
 
 
 def exact_law(model, prompt, params, mask):

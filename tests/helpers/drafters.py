@@ -78,6 +78,7 @@ def tiny_eagle3(
     kind: type[Eagle3Drafter] = Eagle3Drafter,
     seed: int = 1,
     std: float = 0.02,
+    backbone: BackboneConfig | None = None,
     **changes: Any,
 ) -> Eagle3Drafter:
     """An Eagle3 drafter of 4 drafts; MTP-1 with one tap and a `ttt_length` of 1."""
@@ -87,6 +88,8 @@ def tiny_eagle3(
         "num_target_layers": target.num_layers,
         "ttt_length": 4,
     }
-    config = Eagle3Config(tiny_backbone(target.hidden_size, len(taps)), **(fields | changes))
+    config = Eagle3Config(
+        backbone or tiny_backbone(target.hidden_size, len(taps)), **(fields | changes)
+    )
     generator = torch.Generator().manual_seed(seed)
     return kind.from_target(target.parts(), config, generator=generator, init_std=std).eval()
