@@ -15,7 +15,7 @@ import pytest
 from dspark.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
+RECIPES = ROOT / "dspark" / "recipes"
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/**/*.md", "dspark/assets/**/*.md", "tests/golden/**/*.md")
