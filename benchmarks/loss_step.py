@@ -36,26 +36,13 @@ from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import at_least_fp32
+from dspark.targets.parts import TargetParts
 from dspark.training.anchors import AnchorBlocks, sample_anchors
 from dspark.training.losses import LossWeights, block_loss, position_weights
 
 BLOCK, RANK = 7, 256
 MEMORY_CEILING, TIME_CEILING, ERROR_CEILING = 1 / 8, 1.1, 1e-5
 WEIGHTS = LossWeights()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a target lends: one table for embedding and head, as Qwen3-4B has it."""
-
-    embedding_VH: Tensor
-    head_VH: Tensor
-    vocab_size: int
-    hidden_size: int
-    embedding_scale: float = 1.0
-    head_bias_V: Tensor | None = None
-    logit_softcap: float | None = None
-    final_norm_H: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,16 @@ def make_step(args: argparse.Namespace, anchors: int, dtype: torch.dtype) -> Ste
     source = torch.Generator().manual_seed(args.seed)
     head = torch.empty(args.vocab_size, args.hidden_size).normal_(0, 0.03, generator=source)
     head = head.to(device=device, dtype=dtype)
-    parts = Parts(head, head, args.vocab_size, args.hidden_size)
+    parts = TargetParts(  # one table for embedding and head, as Qwen3-4B has it
+        embedding_VH=head,
+        embedding_scale=1.0,
+        head_VH=head,
+        head_bias_V=None,
+        logit_softcap=None,
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        final_norm_H=None,
+    )
     backbone = BackboneConfig(args.hidden_size, 8, 1, 2, 1, 8, 1)
     config = DSparkConfig(
         backbone, args.vocab_size, BLOCK, 0, (0,), 2, markov_rank=min(RANK, args.hidden_size)

@@ -4,16 +4,16 @@ Losses read weights (a head's tables, the final norm) outside the forward pass o
 has them; a sharded weight is whole only within a part of a step.
 """
 
-import gzip
 import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.training.language_model import prepare_tokenizer
 from dspark.training.objective import World
 from dspark.training.recipe import load_recipe
+from tests.helpers.samples import write_samples
+from tests.helpers.targets import tiny_llama
 
 DRAFTER = """
 kind: drafter
@@ -39,23 +39,12 @@ def worker(load_script):
 def folder(tmp_path_factory):
     """A target, and samples of which few have many supervised tokens."""
     root = tmp_path_factory.mktemp("gradients")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "target")
-    generator = torch.Generator().manual_seed(1)
-    with gzip.open(root / "s.jsonl.gz", "wt") as file:
-        for i in range(24):
-            ids = torch.randint(0, 40, (12 + i % 12,), generator=generator).tolist()
-            prompt = 1 if i % 4 == 0 else len(ids) - 2 - i % 3
-            file.write(json.dumps({"input_ids": ids, "prompt_len": prompt}) + "\n")
+    tiny_llama().save_pretrained(root / "target")
+
+    def prompt_len(i, length):
+        return 1 if i % 4 == 0 else length - 2 - i % 3
+
+    write_samples(root / "s.jsonl.gz", 24, prompt_len)
     turns = [
         [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} apples."}]
         for i in range(40)
