@@ -10,9 +10,8 @@ tokens were at the first difference: rounding in another batch decides near-ties
 * overhead: the server's seconds, over HTTP, against the bare engine's, for the same tokens. The
   generator's own CPU time is told, and subtracted from the server's time for the second figure:
   with fewer cores than busy threads it takes that from the server. Both are repeated in turn, and
-  medians count. A part of the streams always waits in the engine's queue (`--running`), on both
-  sides, so that batches stay full; else the time between an answer and the client's next question
-  would count as the server's.
+  medians count. With fewer places than users (`--running`) the rest waits in the engine's queue,
+  on both sides, so that batches are always full.
   `cpu_overhead` holds the CPU time of the process with the server against that of the bare
   engine, which other work on the machine disturbs less; steps tell whether batches were as full.
 * memory of the server's process after each tenth of the requests. Growth counts from the middle
@@ -110,7 +109,7 @@ def request_of(ask: Ask) -> Request:
 def open_engine(model: Model, args: argparse.Namespace) -> Engine:
     """An engine for the load."""
     return model.open_engine(
-        max_requests=args.running,
+        max_requests=args.running or args.users,
         max_queue=args.users,
         max_length=512,
         schedule=args.schedule,
@@ -383,7 +382,7 @@ def parse_args() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--users", type=int, default=64, help="streams at once")
-    parser.add_argument("--running", type=int, default=48, help="of them in the engine's batch")
+    parser.add_argument("--running", type=int, help="of them in the engine's batch; default: all")
     parser.add_argument("--leaving", type=float, default=0.1, help="share of clients that leave")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of the longest answers")
     parser.add_argument("--schedule", default="fixed", help="fixed needs no profile")
