@@ -45,14 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted. With `--json` the last line of standard output is one JSON object, and
         all else goes to standard error.
     """
-    parser = build_parser()
     try:
-        options = parser.parse_args(argv)
-        options.words = tuple(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:  # argparse has printed help, or what is wrong
-        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
-    try:
-        return _run(options)
+        options = _parse(argv)
+        return options if isinstance(options, int) else _run(options)
     except BrokenPipeError:
         # Whoever read our output has gone; keep the interpreter from flushing into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     for command in everything:
         command.add_parser(commands)
     return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace | int:
+    """The options; the exit status where argparse has printed help, or what is wrong."""
+    try:
+        options = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        sys.stdout.flush()
+        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
+    options.words = tuple(sys.argv[1:] if argv is None else argv)
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:

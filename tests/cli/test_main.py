@@ -116,3 +116,11 @@ def test_module_runs_as_a_program():
     assert done.returncode == main.WRONG_USAGE
     assert done.stdout == ""
     assert done.stderr == "dspark: max_new_tokens is 0, but must be an integer of at least 1.\n"
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    command = [sys.executable, "-m", "dspark", "train", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        complaints = started.stderr.read()
+    assert (started.returncode, complaints) == (1, b"")
