@@ -156,7 +156,8 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     Raises:
         UsageError: an option has a value that cannot be used, or the extra is missing.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
+    needed = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+    if any(importlib.util.find_spec(name) is None for name in needed):
         raise UsageError(MISSING)
     check_positive(options, "max_requests", "max_model_len", "max_tokens", "block_size")
     check_positive(options, "max_body_bytes", "rate_limit", "step_tokens", "cache_tokens")
