@@ -10,8 +10,8 @@ import dspark
 from dspark.cli.main import main
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.engine.loading import ASSETS, BUNDLED, BUNDLED_DRAFTERS
 from dspark.request import merge_stats
+from dspark.sources.names import ASSETS, BUNDLED, BUNDLED_DRAFTERS
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 1 << 20

@@ -7,9 +7,9 @@ from rich.console import Console
 from dspark.cli import replay as replay_module
 from dspark.cli.decoding import Decoded, run_report
 from dspark.cli.replay import Side, replay
-from dspark.engine import loading
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Stats
+from dspark.sources import names
 from tests.helpers.keys import COMPARE
 
 DOMAINS = ["math", "code", "chat"]
@@ -17,7 +17,7 @@ DOMAINS = ["math", "code", "chat"]
 
 @pytest.fixture
 def bundled(pair, monkeypatch):
-    monkeypatch.setattr(loading, "BUNDLED", pair.attached)
+    monkeypatch.setattr(names, "BUNDLED", pair.attached)
     # The byte-level tokenizer of the test spells prompts out; the context is to hold them.
     from dspark.cli import demo
 
@@ -54,11 +54,11 @@ def test_one_domain_sampled(dspark, bundled):
 
 
 def test_without_a_bundled_model_or_its_drafter(dspark, pair, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
+    monkeypatch.setattr(names, "BUNDLED", tmp_path / "absent")
     missing = dspark("demo")
     assert missing.status == 1
     assert "The bundled model is missing" in missing.err
-    monkeypatch.setattr(loading, "BUNDLED", pair.target)
+    monkeypatch.setattr(names, "BUNDLED", pair.target)
     bare = dspark("demo")
     assert bare.status == 1
     assert "has no drafter attached" in bare.err
