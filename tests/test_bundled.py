@@ -85,7 +85,7 @@ def test_readme_python_runs(capsys):
 
 
 def test_demo_compares_all_domains(capsys):
-    assert main(["demo", "--max-new-tokens", "16", "--json"]) == 0
+    assert main(["demo", "--model", "bundled", "--max-new-tokens", "16", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["identical"] is True
     assert set(report["domains"]) == {"math", "code", "chat"}

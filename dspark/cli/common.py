@@ -65,7 +65,7 @@ class Screen:
             self.out.file.flush()
 
 
-REMARKING = ("dspark.sources", "dspark.engine.loading")
+REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.hub")
 """The loggers whose remarks a user of the command should see: what is fetched, and from where."""
 
 
