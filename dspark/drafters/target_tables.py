@@ -62,10 +62,10 @@ class TargetTables:
             CheckpointError: files are missing or damaged, or hold no such tables.
             CompatibilityError: a GGUF cannot be loaded here.
         """
-        found = target_source(source, offline=offline)
-        directory = Path(found)
+        place = target_source(source, offline=offline)
+        directory = Path(place)
         if not directory.is_dir():
-            directory = fetch(str(found), revision, offline, (CONFIG, "*.safetensors", INDEX))
+            directory = fetch(str(place), revision, offline, (CONFIG, "*.safetensors", INDEX))
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} has no {CONFIG}; give a target's directory.")
         config = read_json(directory / CONFIG)

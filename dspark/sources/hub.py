@@ -25,9 +25,8 @@ def why_unreachable() -> str | None:
 
     A failure holds for a minute, so that one command does not wait several times.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import get_session
 
     endpoint = constants.ENDPOINT
     when, why = _unreachable.get(endpoint, (-_REMEMBERED_S, ""))

@@ -50,6 +50,6 @@ def no_hub(monkeypatch):
             tries.append(url)
             raise OSError("Name or service not known")
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr(hub, "_unreachable", {})
     return tries

@@ -183,6 +183,6 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
         def head(self, url, timeout):
             return None
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr(hub, "_unreachable", {})
     assert not use_cache_only("someone/model", None, False)
