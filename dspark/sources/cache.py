@@ -47,7 +47,7 @@ def new_entry(place: Path) -> Iterator[Path | None]:
             fresh.mkdir()
             try:
                 yield fresh
-                for path in fresh.iterdir():
+                for path in filter(Path.is_file, fresh.rglob("*")):
                     _sync(path)
                 fresh.replace(place)
             finally:
