@@ -21,11 +21,11 @@ import dspark
 from dspark.drafters.base import Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
-from dspark.engine.loading import BUNDLED
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.engine.schedule import SCHEDULES, Schedule
 from dspark.request import VERIFIERS, Output, Request, Stats, merge_stats
+from dspark.sources.names import BUNDLED
 from dspark.targets.target import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -34,7 +34,6 @@ from benchmarks.inflate import inflate_drafter, inflate_eagle3, inflate_target
 from benchmarks.placement import Shape
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoint import load_drafter
-from dspark.engine.loading import BUNDLED_DRAFTERS
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.evaluation.closed_loop import LoadRun
@@ -43,6 +42,7 @@ from dspark.evaluation.load_figure import can_draw, save_figure
 from dspark.evaluation.load_report import load_report, load_rows, over_best
 from dspark.request import VERIFIERS, Request, SamplingParams
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
+from dspark.sources.names import BUNDLED_DRAFTERS
 from dspark.targets.target import Target
 
 SHAPE = Shape(16, 1024, 16, 8, 128, 3072)

@@ -21,7 +21,6 @@ import dspark
 from benchmarks.common import add_machine_options, emit, environment, say
 from benchmarks.prompts import DOMAINS, domain_prompts
 from dspark.data.conversations import Message, Prompt
-from dspark.engine.loading import BUNDLED as BUNDLED_TARGET
 from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
 from dspark.evaluation.evaluate import evaluate, settings_of
@@ -31,6 +30,7 @@ from dspark.evaluation.report.write import write_report
 from dspark.evaluation.sweeps import sweep_values, varied
 from dspark.evaluation.tasks import Task
 from dspark.request import VERIFIERS
+from dspark.sources.names import BUNDLED as BUNDLED_TARGET
 
 BUNDLED = (
     "DSpark=bundled", "DFlash=bundled-dflash", "Eagle3=bundled-eagle3", "MTP-1=bundled-mtp",

@@ -10,8 +10,8 @@ import dspark
 from dspark.cli.main import main
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.engine.loading import ASSETS, BUNDLED, BUNDLED_DRAFTERS
 from dspark.request import merge_stats
+from dspark.sources.names import ASSETS, BUNDLED, BUNDLED_DRAFTERS
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 1 << 20
@@ -85,7 +85,7 @@ def test_readme_python_runs(capsys):
 
 
 def test_demo_compares_all_domains(capsys):
-    assert main(["demo", "--max-new-tokens", "16", "--json"]) == 0
+    assert main(["demo", "--model", "bundled", "--max-new-tokens", "16", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["identical"] is True
     assert set(report["domains"]) == {"math", "code", "chat"}

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dspark"
 LAYERS = (
     ("errors",),
     ("params",),
-    ("request",),
+    ("request", "sources"),
     ("attention", "scheduling", "sampling"),
     ("targets", "drafters"),
     ("engine",),
@@ -27,6 +27,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Where each heavy package may be imported: a room, or one file of it.
 HEAVY = {
     "transformers": (
+        "sources.gguf",  # which becomes a checkpoint by it
         "targets",
         "drafters.checkpoint",
         "data",
@@ -39,6 +40,8 @@ HEAVY = {
     "aiohttp": ("serving",),
     "matplotlib": ("evaluation", "simulation"),
     "torch": (
+        "sources.gguf",
+        "sources.names",  # a dtype's type alone
         "attention",
         "sampling",
         "targets",

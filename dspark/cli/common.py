@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +18,7 @@ from dspark.errors import UsageError
 if TYPE_CHECKING:
     from dspark.engine.model import Model
 
+TARGET_HELP = "a directory, a .gguf file, a hub id, or a name that ships: smollm2, bundled"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,6 +63,35 @@ class Screen:
         else:
             self.out.file.write(text)
             self.out.file.flush()
+
+
+REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.hub")
+"""The loggers whose remarks a user of the command should see: what is fetched, and from where."""
+
+
+@contextmanager
+def showing_remarks(screen: Screen) -> Iterator[None]:
+    """Print what `REMARKING` say, each remark once, while a command runs."""
+    said: set[str] = set()
+
+    class Remarks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text not in said:
+                said.add(text)
+                screen.log.print(Text(text, "dim"), soft_wrap=True)
+
+    remarks, loggers = Remarks(), [logging.getLogger(name) for name in REMARKING]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(remarks)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(remarks)
+            logger.setLevel(level)
 
 
 def new_parser(
@@ -109,7 +142,7 @@ def add_pair_options(
     """
     others = ", `ngram` (prompt lookup) or `none`" if plain else ", or `ngram`" if lookup else ""
     missing = ", or none where there is none" if plain else ""
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     parser.add_argument(
         "--draft",
         metavar="D",

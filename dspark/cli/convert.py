@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
+from dspark.cli.common import (
+    TARGET_HELP,
+    Commands,
+    Screen,
+    add_common_options,
+    new_parser,
+    use_threads,
+)
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +32,9 @@ EXAMPLE = """\
 def add_parser(commands: Commands) -> None:
     """Add `convert`."""
     parser = new_parser(commands, "convert", "rewrite a drafter's checkpoint", EXAMPLE)
-    parser.add_argument("source", metavar="SRC", help="a drafter: a directory, a hub id or bundled")
+    parser.add_argument(
+        "source", metavar="SRC", help="a drafter: a directory, a hub id, smollm2 or bundled"
+    )
     parser.add_argument(
         "destination",
         metavar="DST",
@@ -35,9 +44,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--target",
         metavar="TARGET",
-        help="a directory, a hub id or bundled; lends embedding and head where SRC lacks them, and "
-        "says how many layers it has and what it is called; by default DST for attached, and SRC "
-        "where that is a target with a drafter attached",
+        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and says how many "
+        "layers it has and what it is called; by default DST for attached, and SRC where that is a "
+        "target with a drafter attached",
     )
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
     parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
@@ -49,14 +58,13 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
     from dspark.drafters.target_tables import TargetTables
-    from dspark.engine.loading import BUNDLED
 
     use_threads(options)
     with screen.log.status(f"Reading {options.source} ..."):
-        source = str(BUNDLED) if options.source == "bundled" else options.source
+        source = options.source
         hub = {"revision": options.revision, "offline": options.offline}
         drafter = load_drafter(source, **hub)
-        target = str(BUNDLED) if options.target == "bundled" else options.target
+        target = options.target
         if target is None and options.to == "attached":
             target = options.destination
         elif target is None and has_attached_drafter(source, **hub):

@@ -1,9 +1,10 @@
-"""`dspark demo`: the bundled model on maths, code and chat, plain beside speculative."""
+"""`dspark demo`: a chat model on maths, code and chat, plain beside speculative."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -18,7 +19,7 @@ from dspark.cli.common import (
     new_parser,
 )
 from dspark.data.formats import BOXED
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, CompatibilityError
 from dspark.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -27,54 +28,103 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
   dspark demo
-  dspark demo --only math --json"""
-PROMPTS = {
-    "math": "Anna bakes 24 muffins every morning. She sells half of them at the market for $3 "
-    "each and gives the rest to her neighbors. How much money does she make in a week?" + BOXED,
-    "code": "What does the command `tar` do? Show me common usages.",
-    "chat": "Hi, I want to book a table for two at an Italian restaurant in San Jose.",
-}
-REPEATS = 3
-NOTE = (
-    "The model is tiny: it shows the method, not knowledge, and a plain step of it is mostly "
-    "dispatch overhead; the figure that the README leads with is measured at Qwen3-0.6B shapes."
+  dspark demo --model bundled --only math --json"""
+DOMAINS = ("math", "code", "chat")
+
+
+@dataclass(frozen=True)
+class Show:
+    """How one of the models is shown.
+
+    Attributes:
+        prompts: one of each domain.
+        max_new_tokens: of each answer, unless the user says otherwise.
+        threads: of the CPU; None for all.
+        repeats: runs of each prompt, of which the one of median time counts. A single one is shown
+            while it is decoded, several are replayed afterwards.
+        note: what to know about the figures.
+    """
+
+    prompts: Mapping[str, str]
+    max_new_tokens: int
+    threads: int | None
+    repeats: int
+    note: str
+
+
+MUFFINS = (
+    "Anna bakes 24 muffins every morning. She sells half of them at the market for $3 each and "
+    "gives the rest to her neighbors. How much money does she make in a week?"
 )
+SHOWS = {
+    "smollm2": Show(
+        {
+            "math": MUFFINS,
+            "code": "Write a Python function that returns the n-th Fibonacci number.",
+            "chat": "What should I see on a weekend in Rome?",
+        },
+        max_new_tokens=128,
+        threads=None,
+        repeats=1,
+        note="SmolLM2-135M-Instruct; each text was decoded once, in turn, on this machine.",
+    ),
+    # One thread and float32: the fastest identical mode measured for a model this small.
+    "bundled": Show(
+        {
+            "math": MUFFINS + BOXED,
+            "code": "What does the command `tar` do? Show me common usages.",
+            "chat": "Hi, I want to book a table for two at an Italian restaurant in San Jose.",
+        },
+        max_new_tokens=96,
+        threads=1,
+        repeats=3,
+        note="The model is tiny: it shows the method, not knowledge, and a plain step of it is "
+        "mostly dispatch overhead; the figure that the README leads with is measured at "
+        "Qwen3-0.6B shapes.",
+    ),
+}
 
 
 def add_parser(commands: Commands) -> None:
     """Add `demo`."""
     parser = new_parser(
-        commands, "demo", "decode with the bundled model, plainly and with DSpark", EXAMPLE
+        commands, "demo", "decode with a chat model, plainly and with DSpark", EXAMPLE
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=96, metavar="N", help="default: %(default)s"
+        "--model",
+        choices=tuple(SHOWS),
+        help="smollm2 (SmolLM2-135M-Instruct, by default), or the tiny bundled model, which takes "
+        "its place where it cannot be had",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="default: 128 with smollm2, 96 with bundled",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
     )
-    parser.add_argument("--only", choices=tuple(PROMPTS), help="one prompt instead of all three")
+    parser.add_argument("--only", choices=DOMAINS, help="one prompt instead of all three")
+    parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
     add_mode_options(parser)
     add_common_options(parser)
-    # One thread and float32: the fastest identical mode measured for a model this small.
-    parser.set_defaults(
-        run=run, target="bundled", revision=None, offline=True, trust_remote_code=False, threads=1
-    )
+    parser.set_defaults(run=run, revision=None, trust_remote_code=False)
 
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object.
 
     Raises:
-        CheckpointError: the bundled model is missing, or has no drafter.
+        CheckpointError: the model is missing, or has no drafter.
     """
+    model = _load(options, screen)
+    shown = SHOWS[options.target]
     params = SamplingParams(
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or shown.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed or 0,
     )
-    model = load_model(options, None, screen)
-    if model.drafter is None:
-        raise CheckpointError("The bundled model has no drafter attached; reinstall dspark.")
     from dspark.cli.comparison import comparable, compare_report
     from dspark.cli.decoding import EngineOptions
 
@@ -83,36 +133,91 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     runs: list[Decoded] = []
     plain_runs: list[Decoded] = []
     domains: dict[str, dict[str, Any]] = {}
-    for name in [options.only] if options.only else PROMPTS:
-        plain, ours = _decode_both(model, engine_options, name, params, screen)
-        _show(name, plain, ours, screen)
+    for name in [options.only] if options.only else DOMAINS:
+        prompt = shown.prompts[name]
+        request = Request(model.encode([{"role": "user", "content": prompt}]), params)
+        screen.out.rule(name, align="left")
+        screen.out.print(Text(prompt, "italic"))
+        both = _watch if shown.repeats == 1 else _decode_and_replay
+        plain, ours = both(model, engine_options, request, prompt, shown.repeats, screen)
         domains[name] = compare_report([ours], [plain], comparable=must_agree)
-        screen.out.print(_verdict(domains[name]["identical"]))
+        screen.out.print(_verdict(model, request, plain, ours, domains[name]["identical"]))
         plain_runs.append(plain)
         runs.append(ours)
     report = compare_report(runs, plain_runs, comparable=must_agree)
     screen.out.print(_table(domains if options.only else domains | {"all": report}))
-    screen.out.print(NOTE, style="dim")
-    return report | {"domains": domains}
+    screen.out.print(shown.note, style="dim")
+    return report | {"domains": domains, "model": options.target}
 
 
-def _decode_both(
-    model: Model, options: EngineOptions, name: str, params: SamplingParams, screen: Screen
+def _load(options: argparse.Namespace, screen: Screen) -> Model:
+    """The model asked for, or the bundled one where nobody asked and the real one is not here.
+
+    Sets the target and the threads of `options`.
+    """
+    threads = options.threads
+    for name in (options.model,) if options.model else tuple(SHOWS):
+        options.target = name
+        options.threads = SHOWS[name].threads if threads is None else threads
+        try:
+            model = load_model(options, None, screen)
+            if model.drafter is None:
+                raise CheckpointError(f"{name} has no drafter attached; reinstall dspark.")
+            return model
+        except (CheckpointError, CompatibilityError) as error:
+            if name in (options.model, "bundled"):
+                raise
+            sentence = f"{error} The tiny bundled model takes its place."
+            screen.log.print(Text(sentence, "yellow"), soft_wrap=True)
+    raise AssertionError("the bundled model is loaded or refused")
+
+
+def _watch(
+    model: Model,
+    options: EngineOptions,
+    request: Request,
+    prompt: str,
+    repeats: int,  # noqa: ARG001
+    screen: Screen,
+) -> tuple[Decoded, Decoded]:
+    """Decode plainly, then with DSpark, each shown as it goes."""
+    from dspark.cli.decoding import decode, warm_up
+    from dspark.cli.replay import Watched
+
+    engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
+    with screen.log.status("Warming up ..."):
+        for engine in engines:
+            warm_up(engine, request)
+    with Watched(("plain", "DSpark"), screen.out) as watched:
+        plain, ours = (
+            decode(engine, [request], [prompt], live=True, show=watched.show(side))
+            for side, engine in enumerate(engines)
+        )
+    return plain, ours
+
+
+def _decode_and_replay(
+    model: Model,
+    options: EngineOptions,
+    request: Request,
+    prompt: str,
+    repeats: int,
+    screen: Screen,
 ) -> tuple[Decoded, Decoded]:
     """Decode plainly and with DSpark in turn, several times; the run of median time of each."""
     from dspark.cli.decoding import decode, warm_up
+    from dspark.cli.replay import Side, replay
 
-    prompt = PROMPTS[name]
-    request = Request(model.encode([{"role": "user", "content": prompt}]), params)
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
-    with screen.log.status(f"Decoding {name}, plainly and with DSpark in turn ..."):
+    with screen.log.status("Decoding plainly and with DSpark in turn ..."):
         for engine in engines:
             warm_up(engine, request)
         pairs = [
             tuple(decode(engine, [request], [prompt], live=True) for engine in engines)
-            for _ in range(REPEATS)
+            for _ in range(repeats)
         ]
     plain, ours = (_median([pair[i] for pair in pairs]) for i in range(2))
+    replay([Side("plain", plain), Side("DSpark", ours)], screen.out)
     return plain, ours
 
 
@@ -120,20 +225,19 @@ def _median(runs: list[Decoded]) -> Decoded:
     return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def _show(name: str, plain: Decoded, ours: Decoded, screen: Screen) -> None:
-    from dspark.cli.replay import Side, replay
-
-    screen.out.rule(name, align="left")
-    screen.out.print(Text(PROMPTS[name], "italic"))
-    replay([Side("plain", plain), Side("DSpark", ours)], screen.out)
-
-
-def _verdict(identical: bool | None) -> Text:
+def _verdict(
+    model: Model, request: Request, plain: Decoded, ours: Decoded, identical: bool | None
+) -> Text:
     if identical is None:
         return Text("Sampled: the same law, but other draws, so the texts differ.\n")
     if identical:
         return Text("Identical, token by token.\n", "green")
-    return Text("The two outputs differ; please report this.\n", "red")
+    from dspark.cli.comparison import differences
+
+    target = model.target
+    (difference,) = differences(target, [request], ours.outputs, plain.outputs)
+    sentence = difference.sentence(target.dtype, batch_invariant=target.batch_invariant)
+    return Text(sentence + "\n", "red")
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

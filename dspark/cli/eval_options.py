@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cli.common import (
+    TARGET_HELP,
     Commands,
     add_common_options,
     add_loading_options,
@@ -35,9 +36,7 @@ def eval_parser(commands: Commands) -> argparse.ArgumentParser:
     """The parser of `eval`."""
     summary = "measure how much of a drafter is accepted, task by task, and write a report"
     parser = new_parser(commands, "eval", summary, EXAMPLE)
-    parser.add_argument(
-        "target", metavar="TARGET", nargs="?", help="a directory, a hub id, or bundled"
-    )
+    parser.add_argument("target", metavar="TARGET", nargs="?", help=TARGET_HELP)
     parser.add_argument(
         "--draft",
         metavar="[NAME=]D",

@@ -28,7 +28,7 @@ from dspark.cli import (
     serve,
     train,
 )
-from dspark.cli.common import Screen, without_nan
+from dspark.cli.common import Screen, showing_remarks, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
             shown(message, category, *rest)  # type: ignore[arg-type]
 
     shown = warnings.showwarning
-    with rest, warnings.catch_warnings():
+    with rest, showing_remarks(screen), warnings.catch_warnings():
         warnings.simplefilter("always", DSparkWarning)
         warnings.showwarning = show  # type: ignore[assignment]
         result = options.run(options, screen)

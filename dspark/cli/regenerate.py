@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from dspark.cli.common import (
+    TARGET_HELP,
     Commands,
     Screen,
     add_common_options,
@@ -46,7 +47,7 @@ def add_parser(commands: Commands) -> None:
     parser = new_parser(
         commands, "regenerate", "answer the prompts of a file with the target itself", EXAMPLE
     )
-    parser.add_argument("target", metavar="TARGET", help="a directory, a hub id, or bundled")
+    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     parser.add_argument(
         "--prompts",
         required=True,
@@ -230,7 +231,7 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
     from dspark.data.answering import template_options
     from dspark.data.by_engine import EngineResponder
 
-    sampling = _sampling(options, _directory(options.target), screen)
+    sampling = _sampling(options, options.target, screen)
     params = sampling.params(options.max_new_tokens, options.seed or 0)
     return EngineResponder(
         load_model(options, options.draft, screen),
@@ -241,15 +242,6 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
     )
 
 
-def _directory(target: str) -> str:
-    """Where TARGET lies, if it has a name of its own."""
-    if target != "bundled":
-        return target
-    from dspark.engine.loading import BUNDLED
-
-    return str(BUNDLED)
-
-
 def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
     from dataclasses import replace
 
@@ -257,7 +249,7 @@ def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
     from dspark.data.by_server import ServerResponder
     from dspark.data.server import ChatServer, served_model, server_url
 
-    sampling = _sampling(options, _directory(options.target), screen)
+    sampling = _sampling(options, options.target, screen)
     sampling.params(options.max_new_tokens, options.seed or 0)  # refuses values out of range
     server = ChatServer(
         tuple(server_url(url) for url in options.server),

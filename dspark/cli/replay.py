@@ -1,7 +1,7 @@
-"""Shows two timed runs side by side, as they happened.
+"""Shows two runs side by side: while they are decoded, or afterwards as they happened.
 
-Both are decoded first, one after the other, so that neither the other run nor the display takes
-time from them; the replay then keeps their measured pace, stretched alike.
+For a replay both are decoded first, one after the other, so that neither the other run nor the
+display takes time from them; the replay then keeps their measured pace, stretched alike.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
@@ -17,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dspark.cli.common import printable
-from dspark.cli.decoding import Decoded
+from dspark.cli.decoding import Decoded, Show
+from dspark.engine.sequence import Piece
+from dspark.request import Output
 
 DRAFTED = "green"
 REPLAY_SECONDS = 4.0
@@ -48,6 +51,63 @@ class Side:
         if seconds >= self.run.seconds:
             note += f", {self.run.tokens_per_s:.0f} tokens/s"
         return Panel(self.text_at(seconds), title=self.title, subtitle=note)
+
+
+class Watched:
+    """Panels side by side that runs fill one after the other; elsewhere than on a terminal, text.
+
+    The time of showing is not counted in a run's.
+    """
+
+    def __init__(self, titles: Sequence[str], console: Console) -> None:
+        self.titles, self.console = titles, console
+        self.texts = [Text(overflow="fold") for _ in titles]
+        self.live = (
+            Live(self._frame(), console=console, auto_refresh=False)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Watched:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, side: int) -> Show:
+        """What to tell of the steps of one run."""
+        if self.live is None:
+            self.console.print(f"[{self.titles[side]}]", style="bold", markup=False)
+
+        def step(_index: int, pieces: Sequence[Piece], output: Output | None) -> None:
+            for piece in pieces:
+                self.texts[side].append(printable(piece.text), DRAFTED if piece.drafted else "")
+                if self.live is None:
+                    self.console.file.write(printable(piece.text))
+            if self.live is not None:
+                self.live.update(self._frame(), refresh=True)
+            else:
+                self.console.file.write("\n" if output is not None else "")
+                self.console.file.flush()
+
+        return step
+
+    def _frame(self) -> Table:
+        grid = Table.grid(expand=True)
+        grid.caption = "Decoded in turn. Green: drafted and accepted."
+        for _ in self.titles:
+            grid.add_column(ratio=1)
+        sides = zip(self.titles, self.texts, strict=True)
+        grid.add_row(*[Panel(text, title=title) for title, text in sides])
+        return grid
 
 
 def replay(sides: Sequence[Side], console: Console) -> None:

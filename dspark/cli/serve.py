@@ -210,12 +210,11 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _drafters(options: argparse.Namespace, model: Model) -> dict[str, Model]:
     """What the live page offers, the model's own drafter first."""
-    from dspark.engine.loading import BUNDLED_DRAFTERS, load_draft
+    from dspark.engine.loading import load_draft
+    from dspark.sources.names import BUNDLED_DRAFTERS
 
-    bundled = options.target == "bundled"
-    own = "bundled" if bundled and options.draft is None else model.name
-    found = {} if model.drafter is None else {own: model}
-    further = BUNDLED_DRAFTERS if bundled else ()
+    found = {} if model.drafter is None else {model.name: model}
+    further = BUNDLED_DRAFTERS if options.target == "bundled" else ()
     for name in (*options.page_draft, *further, "ngram"):
         if name == "none":
             raise UsageError("--page-draft is none, which the live page offers by itself.")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from dspark.errors import CheckpointError
 from dspark.params import SamplingParams
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import origin
 
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -60,11 +62,14 @@ def recommended_sampling(
     """The sampling that a model's generation_config.json names; empty where it names none.
 
     Args:
-        source: a directory, or a name on the hub.
+        source: a directory, a GGUF file (which names none), a name on the hub, or one that ships.
         revision: on the hub.
         offline: look only on this machine.
     """
-    folder = Path(source).expanduser()
+    found = origin(source, offline=offline)
+    if is_gguf(found):
+        return {}
+    source, folder = str(found), Path(found).expanduser()
     if not folder.is_dir():
         if source.count("/") != 1:
             return {}

@@ -6,6 +6,7 @@ are and read as local ones, since the library wants all their lines to have the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from dspark.data.hub_errors import hub_errors, table_errors
 from dspark.data.json_lines import scan_json_lines
 from dspark.data.rows import Row
 from dspark.errors import DataError
+from dspark.sources.hub import why_unreachable
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def data_set_rows(
     if data_set.files is not None:
         yield from _rows_of_files(data_set, data_set.files, offline)
         return
+    offline = offline or _away(data_set)
     with hub_errors(data_set, offline), table_errors(data_set):
         for number, record in enumerate(_table(data_set, offline, stream), 1):
             if number == 1 and columns and not set(columns) & set(record):
@@ -72,6 +77,7 @@ def data_set_rows(
 def _rows_of_files(data_set: DataSet, pattern: str, offline: bool) -> Iterator[Row]:
     from huggingface_hub import snapshot_download
 
+    offline = offline or _away(data_set)
     with hub_errors(data_set, offline):
         folder = Path(
             snapshot_download(
@@ -89,6 +95,14 @@ def _rows_of_files(data_set: DataSet, pattern: str, offline: bool) -> Iterator[R
         )
     for file in files:
         yield from scan_json_lines(file)
+
+
+def _away(data_set: DataSet) -> bool:
+    """Whether the hub is needed and cannot be reached, which is said: its cache is read alone."""
+    why = None if Path(data_set.name).exists() else why_unreachable()
+    if why is not None:
+        _logger.info("The hub cannot be reached (%s); %s is looked for here.", why, data_set.name)
+    return why is not None
 
 
 def _table(data_set: DataSet, offline: bool, stream: bool) -> Any:
@@ -151,7 +165,7 @@ def _no_config(data_set: DataSet, offline: bool) -> DataError:
         which = "the only configuration" if config is None else f"configuration {config!r}"
         return DataError(
             f"The data set {name} is not on this machine with {which}; name another one with "
-            "--config, or read it once without --offline."
+            "--config, or read it once online."
         )
     known = ", ".join(datasets.get_dataset_config_names(name, revision=data_set.revision))
     if config is None:

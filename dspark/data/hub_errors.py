@@ -129,8 +129,7 @@ def _no_revision(data_set: DataSet) -> DataError:
 def _unreachable(data_set: DataSet, offline: bool, error: BaseException) -> DataError:
     if offline:
         return DataError(
-            f"The data set {data_set.name} is not on this machine; read it once without --offline, "
-            f"{_INSTEAD}."
+            f"The data set {data_set.name} is not on this machine; read it once online, {_INSTEAD}."
         )
     return DataError(
         f"The hub cannot be reached for the data set {data_set.name} ({first_line(error)}); check "

@@ -37,6 +37,8 @@ from dspark.drafters.registry import (
 )
 from dspark.drafters.target_tables import TargetTables
 from dspark.errors import CheckpointError
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import SMOLLM2, drafter_source
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 
@@ -112,7 +114,7 @@ def save_attached(
     *,
     dtype: torch.dtype | None = torch.bfloat16,
 ) -> Written:
-    """Write the attached layout: `dspark/` inside the target's directory.
+    """Write the attached layout: `dspark/` inside the target's directory, or beside its GGUF.
 
     Embedding or head are written only where the drafter has its own.
 
@@ -120,6 +122,8 @@ def save_attached(
         CheckpointError: the target's directory does not exist.
     """
     target = Path(target_directory)
+    if is_gguf(target):
+        target = target.parent
     if not target.is_dir():
         raise CheckpointError(f"{target} is no directory; save the target there first.")
     own = zip(_TABLES, (drafter.own_embedding_VH, drafter.own_head_VH), strict=True)
@@ -130,12 +134,19 @@ def save_attached(
 def has_attached_drafter(
     source: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> bool:
-    """Whether a target, a directory or a hub id, carries a drafter in `dspark/`.
+    """Whether a target carries a drafter in `dspark/`.
+
+    Args:
+        source: a directory, a GGUF file (then beside it), a hub id, or a name that ships.
+        revision: on the hub.
+        offline: use the local hub cache only.
 
     Raises:
         CheckpointError: the hub id cannot be looked up.
     """
-    directory = Path(source)
+    directory = Path(drafter_source(source))
+    if directory == SMOLLM2:  # its target comes from elsewhere
+        return (directory / CONFIG).is_file()
     if not directory.exists():
         directory = fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
     return (directory / ATTACHED_FOLDER / CONFIG).is_file()

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.errors import CheckpointError, first_line
+from dspark.sources.hub import use_cache_only
+from dspark.sources.names import drafter_source
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ATTACHED_FOLDER = "dspark"
@@ -42,6 +44,7 @@ def resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    source = drafter_source(source)
     directory = Path(source)
     if not directory.exists():
         if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
@@ -76,6 +79,7 @@ def fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    offline = use_cache_only(name, revision, offline)
     try:
         path = snapshot_download(
             name, revision=revision, local_files_only=offline, allow_patterns=list(patterns)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dspark.drafters.files import CONFIG, INDEX, fetch, read_json, read_named
 from dspark.drafters.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError
+from dspark.sources.names import public_name, target_source
 
 _EMBEDDING, _HEAD, _TIED = "embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 
@@ -55,14 +56,16 @@ class TargetTables:
     def read(
         cls, source: str | Path, *, revision: str | None = None, offline: bool = False
     ) -> TargetTables:
-        """Read them from a directory or a hub id.
+        """Read them from a directory, a GGUF file, a hub id or a name that ships.
 
         Raises:
             CheckpointError: files are missing or damaged, or hold no such tables.
+            CompatibilityError: a GGUF cannot be loaded here.
         """
-        directory = Path(source)
+        place = target_source(source, offline=offline)
+        directory = Path(place)
         if not directory.is_dir():
-            directory = fetch(str(source), revision, offline, (CONFIG, "*.safetensors", INDEX))
+            directory = fetch(str(place), revision, offline, (CONFIG, "*.safetensors", INDEX))
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} has no {CONFIG}; give a target's directory.")
         config = read_json(directory / CONFIG)
@@ -87,7 +90,7 @@ class TargetTables:
             )
         architectures = config.get("architectures")
         return cls(
-            name=str(source),
+            name=public_name(source, offline=offline),
             architectures=tuple(architectures) if isinstance(architectures, list) else (),
             num_layers=layers,
             embedding_VH=embedding,

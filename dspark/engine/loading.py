@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -9,17 +10,13 @@ from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.files import resolve
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
-from dspark.errors import CheckpointError, DataError, DSparkWarning
+from dspark.errors import DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
+from dspark.sources import smollm2
 from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-BUNDLED = ASSETS / "bundled"
-# Further drafters of the bundled model, by the names that `draft` knows them by.
-BUNDLED_DRAFTERS = {
-    f"bundled-{name}": ASSETS / "drafters" / name for name in ("dflash", "eagle3", "mtp")
-}
+_logger = logging.getLogger(__name__)
 
 
 def load(
@@ -38,10 +35,12 @@ def load(
     """Load a target and its drafter.
 
     Args:
-        target: a directory, a hub id, or "bundled".
+        target: a directory, a `.gguf` file or a directory that holds one, a hub id, "smollm2" or
+            "bundled".
         draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup;
-            "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None takes
-            the drafter attached to the target's directory, or none where there is none.
+            "smollm2", "bundled", "bundled-dflash", "bundled-eagle3" or "bundled-mtp", which ship;
+            None takes the drafter attached to the target's directory (beside a `.gguf` file), or
+            none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.
@@ -60,10 +59,6 @@ def load(
             and target do not fit.
         UsageError: an option cannot be used here.
     """
-    if target == "bundled":
-        target = BUNDLED
-        if not BUNDLED.is_dir():
-            raise CheckpointError(f"The bundled model is missing from {BUNDLED}; reinstall dspark.")
     loaded = Target.load(
         target,
         device=device,
@@ -107,9 +102,10 @@ def _with_draft(
         return Model(target, lookup, name="ngram")
     if draft is None:
         if not has_attached_drafter(source, revision=revision, offline=offline):
+            if source == smollm2.NAME:
+                _logger.info("This installation has no drafter of smollm2: it decodes plainly.")
             return Model(target)
         draft = source
-    draft = BUNDLED_DRAFTERS.get(str(draft), draft)
     revision = revision if draft == source else None
     drafter = load_drafter(draft, revision=revision, offline=offline)
     drafter.to(target.device)

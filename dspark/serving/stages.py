@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.engine.engine import Engine
-from dspark.engine.loading import BUNDLED, load_draft
+from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
 from dspark.engine.schedule import SCHEDULES, Schedule, ScheduleName
 from dspark.errors import (
@@ -42,6 +42,7 @@ MOST_TOKENS = 2048
 MOST_WAITING = 8
 _WARM_UP_TOKENS = 16
 _LABELS = {
+    "smollm2": "DSpark",
     "bundled": "DSpark",
     "bundled-dflash": "DFlash",
     "bundled-eagle3": "Eagle3",
@@ -197,7 +198,6 @@ class Stages:
 
     def _unmeasured(self, name: str) -> str:
         target, most = self.main.engine.target.name, self.main.engine.max_requests
-        target = "bundled" if target == str(BUNDLED) else target
         draft = "" if name == next(iter(self.models)) else f" --draft {name}"
         return (
             f"What steps with this drafter cost here has not been measured for {most} requests; "

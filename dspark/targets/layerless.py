@@ -55,7 +55,7 @@ def load_without_layers(
     """Load what a drafter borrows from a target.
 
     Args:
-        source: directory, or name on the Hugging Face hub.
+        source: as `Target.load`.
         device: as `Target.load`.
         dtype: as `Target.load`.
         offline: use only what has been downloaded before.
@@ -66,9 +66,15 @@ def load_without_layers(
         UsageError: device or dtype cannot be used.
     """
     place = resolve_device(device)
-    found = resolve_source(source, revision=None, offline=offline, trust_remote_code=False)
-    config = load_config(found)
     wanted = resolve_dtype(dtype, place)
+    found = resolve_source(
+        source,
+        revision=None,
+        offline=offline,
+        trust_remote_code=False,
+        dtype=None if isinstance(wanted, str) else wanted,
+    )
+    config = load_config(found)
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     anatomy = dissect(model)

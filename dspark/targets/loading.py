@@ -1,4 +1,4 @@
-"""From a directory or hub name to a transformers model, or one clear sentence why not."""
+"""From a directory, GGUF file or name to a transformers model, or one clear sentence why not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dspark.errors import CheckpointError, CompatibilityError, UsageError, first_line
+from dspark.sources.hub import use_cache_only
+from dspark.sources.names import target_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -41,13 +43,28 @@ class Source:
 
 
 def resolve_source(
-    source: str | Path, *, revision: str | None, offline: bool, trust_remote_code: bool
+    source: str | Path,
+    *,
+    revision: str | None,
+    offline: bool,
+    trust_remote_code: bool,
+    dtype: torch.dtype | None = None,
 ) -> Source:
-    """Tell a directory from a hub name.
+    """Tell a directory from a hub name; a GGUF becomes a directory here.
+
+    Args:
+        source: as `Target.load`.
+        revision: on the hub.
+        offline: use only what is on this machine.
+        trust_remote_code: run model code that comes along.
+        dtype: of the weights of a GGUF; None takes its own.
 
     Raises:
-        CheckpointError: it looks like a directory that is not there.
+        CheckpointError: it looks like a directory that is not there, a GGUF is damaged, or the hub
+            cannot be reached and the model is not on this machine.
+        CompatibilityError: a GGUF cannot be loaded here.
     """
+    source = target_source(source, dtype=dtype, offline=offline)
     path = Path(source).expanduser()
     if str(source) and path.is_dir():
         return Source(str(path), True, None, offline, trust_remote_code)
@@ -55,9 +72,9 @@ def resolve_source(
     looks_local = isinstance(source, Path) or text[:1] in {"/", ".", "~", ""} or text.count("/") > 1
     if looks_local or path.exists():
         raise CheckpointError(
-            f"{text!r} is not a directory; give a checkpoint directory or a hub name."
+            f"{text!r} is not a directory; give a checkpoint directory, a GGUF file or a hub name."
         )
-    return Source(text, False, revision, offline, trust_remote_code)
+    return Source(text, False, revision, use_cache_only(text, revision, offline), trust_remote_code)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

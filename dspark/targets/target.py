@@ -129,7 +129,8 @@ class Target:
         """Load a checkpoint.
 
         Args:
-            source: directory, or name on the Hugging Face hub.
+            source: directory, `.gguf` file or directory that holds one, name on the Hugging Face
+                hub, or name of a model that ships (`smollm2`, `bundled`).
             device: auto, cpu, cuda, cuda:N or mps; auto takes an accelerator where there is one.
             dtype: auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype on
                 accelerators and takes float32 on CPUs.
@@ -149,10 +150,15 @@ class Target:
             UsageError: device, dtype, attention or CUDA graphs cannot be used.
         """
         place = resolve_device(device)
+        wanted = resolve_dtype(dtype, place)
         found = resolve_source(
-            source, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+            source,
+            revision=revision,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            dtype=None if isinstance(wanted, str) else wanted,
         )
-        model = load_model(found, resolve_dtype(dtype, place), place)
+        model = load_model(found, wanted, place)
         modes = Modes(attention, batch_invariant, cuda_graphs, compile)
         return cls._build(model, modes, name=str(source), source=found)
 

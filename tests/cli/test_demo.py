@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 
@@ -7,28 +8,44 @@ from rich.console import Console
 from dspark.cli import replay as replay_module
 from dspark.cli.decoding import Decoded, run_report
 from dspark.cli.replay import Side, replay
-from dspark.engine import loading
 from dspark.engine.sequence import Piece
+from dspark.errors import CheckpointError
 from dspark.request import Output, Stats
+from dspark.sources import names, smollm2
 from tests.helpers.keys import COMPARE
 
 DOMAINS = ["math", "code", "chat"]
 
 
-@pytest.fixture
-def bundled(pair, monkeypatch):
-    monkeypatch.setattr(loading, "BUNDLED", pair.attached)
-    # The byte-level tokenizer of the test spells prompts out; the context is to hold them.
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch):
+    """The byte-level tokenizer of the test spells prompts out; the context is to hold them."""
     from dspark.cli import demo
 
-    monkeypatch.setattr(demo, "PROMPTS", {name: f"a {name} table" for name in DOMAINS})
+    prompts = {name: f"a {name} table" for name in DOMAINS}
+    shows = {name: dataclasses.replace(show, prompts=prompts) for name, show in demo.SHOWS.items()}
+    monkeypatch.setattr(demo, "SHOWS", shows)
+
+
+@pytest.fixture
+def bundled(pair, monkeypatch):
+    monkeypatch.setattr(names, "BUNDLED", pair.attached)
+
+
+@pytest.fixture
+def real(pair, bundled, monkeypatch):
+    """A tiny pair in the place of the real model and its drafter."""
+    monkeypatch.setattr(smollm2, "locate", lambda **_: pair.target)
+    monkeypatch.setattr(names, "SMOLLM2", pair.drafter)
+    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", pair.drafter)
 
 
 def test_three_domains_plain_beside_dspark(dspark, bundled):
-    result = dspark("demo", "--max-new-tokens", 6, "--json")
+    result = dspark("demo", "--model", "bundled", "--max-new-tokens", 6, "--json")
     report = result.json
     assert result.status == 0
-    assert report.keys() >= COMPARE | {"domains"}
+    assert report.keys() >= COMPARE | {"domains", "model"}
+    assert report["model"] == "bundled"
     assert list(report["domains"]) == DOMAINS
     assert all(domain.keys() >= COMPARE for domain in report["domains"].values())
     assert report["identical"] is True
@@ -43,8 +60,46 @@ def test_three_domains_plain_beside_dspark(dspark, bundled):
     assert "dispatch overhead" in " ".join(result.err.split())
 
 
-def test_one_domain_sampled(dspark, bundled):
-    words = ["demo", "--only", "chat", "--max-new-tokens", 6, "--temperature", 1]
+@pytest.mark.parametrize("words", [(), ("--model", "smollm2")])
+def test_the_real_model_is_shown_as_it_decodes(dspark, real, words):
+    result = dspark("demo", *words, "--max-new-tokens", 6, "--threads", 1, "--json")
+    assert (result.status, result.json["model"]) == (0, "smollm2")
+    assert result.json["identical"] is True
+    assert list(result.json["domains"]) == DOMAINS
+    assert result.json["drafted"] > 0
+    assert result.err.count("[plain]") == result.err.count("[DSpark]") == 3
+    for output in result.json["outputs"]:
+        line = output["text"].split("\n")[0].strip()
+        assert result.err.count(line) >= 2  # plainly, and with DSpark
+    assert "SmolLM2-135M-Instruct" in result.err
+    assert "tiny" not in result.err
+
+
+def test_without_the_real_model_the_bundled_one_takes_its_place(dspark, bundled, monkeypatch):
+    def nowhere(**_):
+        raise CheckpointError("smollm2 is not on this machine; fetch it.")
+
+    monkeypatch.setattr(smollm2, "locate", nowhere)
+    words = ("demo", "--only", "chat", "--max-new-tokens", 4, "--json")
+    result = dspark(*words)
+    assert (result.status, result.json["model"]) == (0, "bundled")
+    said = "smollm2 is not on this machine; fetch it. The tiny bundled model takes its place.\n"
+    assert result.err.startswith(said)
+    refused = dspark(*words, "--model", "smollm2")
+    assert refused.status == 1
+    assert refused.err == "dspark: smollm2 is not on this machine; fetch it.\n"
+
+
+def test_a_real_model_without_its_drafter_is_no_demo(dspark, real, monkeypatch, tmp_path):
+    monkeypatch.setattr(names, "SMOLLM2", tmp_path)
+    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", tmp_path)
+    result = dspark("demo", "--only", "chat", "--max-new-tokens", 4, "--json")
+    assert result.json["model"] == "bundled"
+    assert "smollm2 has no drafter attached; reinstall dspark. The tiny bundled" in result.err
+
+
+def test_one_domain_sampled(dspark, real):
+    words = ["demo", "--only", "chat", "--max-new-tokens", 6, "--temperature", 1, "--threads", 1]
     result = dspark(*words, "--json")
     assert list(result.json["domains"]) == ["chat"]
     assert result.json["identical"] is None
@@ -54,14 +109,25 @@ def test_one_domain_sampled(dspark, bundled):
 
 
 def test_without_a_bundled_model_or_its_drafter(dspark, pair, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
-    missing = dspark("demo")
+    monkeypatch.setattr(names, "BUNDLED", tmp_path / "absent")
+    missing = dspark("demo", "--model", "bundled")
     assert missing.status == 1
     assert "The bundled model is missing" in missing.err
-    monkeypatch.setattr(loading, "BUNDLED", pair.target)
-    bare = dspark("demo")
+    monkeypatch.setattr(names, "BUNDLED", pair.target)
+    bare = dspark("demo", "--model", "bundled")
     assert bare.status == 1
     assert "has no drafter attached" in bare.err
+
+
+def test_watched_panels_fill_in_turn_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=30)
+    with replay_module.Watched(("plain", "DSpark"), console) as watched:
+        for side, word in enumerate(("slow", "fast")):
+            step = watched.show(side)
+            step(0, [Piece(word, 0, side == 1)], None)
+    shown = console.file.getvalue()
+    assert shown.index("slow") < shown.index("fast")
+    assert "Green: drafted and accepted" in shown
 
 
 def _run(seconds, *steps):

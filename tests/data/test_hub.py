@@ -23,6 +23,12 @@ configs:
 """
 
 
+@pytest.fixture(autouse=True)
+def why(monkeypatch):
+    """Why the hub cannot be reached: by default it can."""
+    monkeypatch.setattr("dspark.data.hub.why_unreachable", lambda: None)
+
+
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
     library = pytest.importorskip("datasets")
@@ -223,3 +229,19 @@ def test_without_the_library_a_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets.exceptions", None)
     with pytest.raises(DataError, match=r"owner/blend needs .* pip install 'dspark\[data\]'"):
         list(read_rows(DataSet("owner/blend")))
+
+
+@pytest.mark.parametrize("files", [None, "*.jsonl"])
+def test_a_hub_that_is_away_is_tried_once(datasets, folder, monkeypatch, caplog, files):
+    def no_network(*_args, **_options):
+        raise AssertionError("asks the hub again")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", no_network)
+    monkeypatch.setattr("dspark.data.hub.why_unreachable", lambda: "no such name")
+    caplog.set_level("INFO", "dspark.data.hub")
+    with pytest.raises(
+        DataError, match=r"owner/blend is not on this machine.* read it once online"
+    ):
+        list(data_set_rows(DataSet("owner/blend", files=files)))
+    assert "The hub cannot be reached (no such name)" in caplog.text
+    assert prompts(DataSet(folder, "main")) == "abc"  # a folder needs no hub

@@ -11,6 +11,8 @@ import numpy as np
 from dspark.data.samples import Sample
 from dspark.drafters.files import CONFIG, INDEX, fetch
 from dspark.errors import CheckpointError
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import origin
 
 KEY_BYTES = 16
 _WINDOW = 4096
@@ -40,19 +42,13 @@ def target_fingerprint(source: str | Path) -> str:
     training changes every matrix, so another target of the same shapes has another hash.
 
     Args:
-        source: directory or hub id.
+        source: directory, GGUF file, hub id or name that ships.
 
     Raises:
         CheckpointError: it is no directory with weights, and no hub id that can be fetched.
     """
-    directory = Path(source)
-    if not directory.is_dir():
-        directory = fetch(str(source), None, False, (CONFIG, "*.safetensors", INDEX))
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
-    if not files:
-        raise CheckpointError(f"{directory} has no weights (*.safetensors); fetch them again.")
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for path in files:
+    for path in _weight_files(origin(source)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         stride = max(_WINDOW, -(-size // _WINDOWS))
@@ -61,3 +57,15 @@ def target_fingerprint(source: str | Path) -> str:
                 file.seek(start)
                 digest.update(file.read(_WINDOW))
     return digest.hexdigest()
+
+
+def _weight_files(source: str | Path) -> list[Path]:
+    if is_gguf(source):
+        return [Path(source)]
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = fetch(str(source), None, False, (CONFIG, "*.safetensors", INDEX))
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    if not files:
+        raise CheckpointError(f"{directory} has no weights (*.safetensors); fetch them again.")
+    return files
