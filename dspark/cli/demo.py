@@ -17,6 +17,8 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
+from dspark.cli.options import add_no_profile
+from dspark.cli.starting import measure_costs
 from dspark.data.formats import BOXED
 from dspark.errors import CheckpointError
 from dspark.request import Request, SamplingParams
@@ -54,10 +56,19 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--only", choices=tuple(PROMPTS), help="one prompt instead of all three")
     add_mode_options(parser)
+    add_no_profile(parser)
     add_common_options(parser)
     # One thread and float32: the fastest identical mode measured for a model this small.
     parser.set_defaults(
-        run=run, target="bundled", revision=None, offline=True, trust_remote_code=False, threads=1
+        run=run,
+        target="bundled",
+        revision=None,
+        offline=True,
+        trust_remote_code=False,
+        threads=1,
+        schedule=None,
+        verifier="block",
+        block_size=None,
     )
 
 
@@ -79,6 +90,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from dspark.cli.decoding import EngineOptions
 
     engine_options = EngineOptions(batch_size=1)
+    measure_costs(options, model, [Request((0,), params)], 1, screen)
     must_agree = comparable(params.temperature, engine_options.verifier)
     runs: list[Decoded] = []
     plain_runs: list[Decoded] = []

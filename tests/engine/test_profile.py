@@ -61,17 +61,17 @@ def test_lagged_measures_where_nothing_is_known_and_keeps_it(tiny, target, pair)
 
 def test_the_default_is_lagged_once_calibrated_and_profiled(pair):
     requests = [Request((1, 2, 3), SamplingParams(8))]
-    assert pair.engine(requests).schedule.name == "fixed"
+    assert pair.engine(requests).schedule.name == "auto"
     pair.profile(max_requests=1, repeats=1)
-    assert pair.engine(requests).schedule.name == "fixed"
+    assert pair.engine(requests).schedule.name == "auto"
 
     logits = np.random.default_rng(0).normal(size=(200, 5))
     rounds = Rounds.of(logits, np.arange(200) % 6, np.full(200, 5))
     pair.calibration = Calibration((calibrate(rounds, "block", "greedy"),))
     assert pair.engine(requests).schedule.name == "lagged"
-    assert pair.engine(requests, verifier="token").schedule.name == "fixed"
+    assert pair.engine(requests, verifier="token").schedule.name == "auto"
     sampled = [Request((1, 2, 3), SamplingParams(8, temperature=1.0))]
-    assert pair.engine(sampled).schedule.name == "fixed"
+    assert pair.engine(sampled).schedule.name == "auto"
     with pytest.warns(DSparkWarning, match=r"no entry .* sampled requests .* uncalibrated"):
         pair.engine(sampled, schedule="lagged")
     with pytest.warns(DSparkWarning, match=r"no entry for block size 3"):
