@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from dspark.errors import UsageError
 
-ScheduleName = Literal["auto", "off", "fixed", "threshold", "prefix", "lagged", "lookahead"]
+ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged", "lookahead", "auto"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 

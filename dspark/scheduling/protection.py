@@ -21,8 +21,10 @@ from dspark.scheduling.step_times import FADE, FloatArray, Scales, StepTime
 FIRST, TRY, MOST = 8.0, 2.0, 16.0
 # Of plain rounds' time for tries; halved with each failure in a row, so often at most.
 SHARE, HALVINGS = 0.02, 4
-# Drafting rounds before a plain one, while drafting gains: four times as many each time.
-EARLY, RARE = 4, 512
+# Drafting rounds before a plain one: at least, and for each plain round's time that is gained in
+# one, at most. A look that costs nothing may be frequent.
+OFTEN, RARE = 4, 512
+MEMORY = 0.95
 # After so many drafting rounds what is known of plain ones is old.
 OLD = 16
 
@@ -57,8 +59,7 @@ class Protection:
             else:  # the machine may have become slower for all alike: look before giving up
                 account.credit = TRY / 2
             return False
-        if account.since_plain >= account.interval:
-            account.interval = min(4 * account.interval, RARE)
+        if account.since_plain >= min(OFTEN + RARE * max(account.gain, 0.0), RARE):
             return False
         self.refreshes, account.fresh = account.fresh, False
         return True
@@ -77,7 +78,9 @@ class Protection:
             account.since_plain += 1
             plain_ms, prompts_ms = account.plain.expected_ms(seen)
             worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
-            account.credit = min(account.credit + (worth_ms - seen.total_ms) / plain_ms, MOST)
+            gain = (worth_ms - seen.total_ms) / plain_ms
+            account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
+            account.credit = min(account.credit + gain, MOST)
             if account.credit >= MOST / 2:
                 account.failures = 0
 
@@ -123,7 +126,7 @@ class _Account:
 
     Attributes:
         credit: in plain rounds; drafting pauses below 0.
-        interval: after how many drafting rounds a plain one is due.
+        gain: of a drafting round, in plain ones, by those of late.
         pauses: whether drafting does.
         failures: pauses in a row.
         since_plain: drafting rounds since the last plain one.
@@ -132,7 +135,7 @@ class _Account:
     """
 
     credit: float
-    interval: int = EARLY
+    gain: float = 0.0
     pauses: bool = False
     failures: int = 0
     since_plain: int = 0
