@@ -32,12 +32,12 @@ from dspark.scheduling.online import OnlineLogistic, observed
 from dspark.scheduling.prefix import (
     IntArray,
     best_budget,
-    throughput,
     fill_budget,
     fixed_lengths,
     prefix_lengths,
     survey_budgets,
     threshold_lengths,
+    throughput,
 )
 from dspark.scheduling.protection import Protection
 from dspark.scheduling.step_times import StepTime, StepTimes

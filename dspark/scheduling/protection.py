@@ -113,8 +113,7 @@ class _PlainTimes:
 
     def expected_ms(self, seen: StepTime) -> tuple[float, float]:
         """Milliseconds of a plain round of these requests, and of these prompt rows beside it."""
-        spent = self._of(seen) * self._scales.values
-        return float(spent[0] + spent[1]), float(spent[2])
+        return self._scales.expected_ms(self._of(seen), 2)
 
     def _of(self, seen: StepTime) -> FloatArray:
         return self._parts_ms * (1, seen.requests, seen.prompt_rows)

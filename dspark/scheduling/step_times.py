@@ -22,6 +22,8 @@ PRIOR_ROUNDS, HALF_LIFE = 2.0, 64.0
 RIDGE = 0.3
 FADE = 0.5 ** (1 / HALF_LIFE)
 LEAST, MOST = 0.1, 10.0
+# What a point's place on the curve is worth in rounds, and how fast rounds near it fade.
+NODE_ROUNDS, NODE_FADE = 3.0, 0.03
 # A round that took so much more or less than was expected is taken for this much.
 OUTLIER = 2.0
 
@@ -66,6 +68,7 @@ class StepTimes:
         self.costs = costs
         self._num_drafts = num_drafts
         self._verify = Scales(3)
+        self._shapes: dict[int, _Shape] = {}
         self._draft: dict[int, _Scale] = {}
         self._any_draft = _Scale()
 
@@ -81,7 +84,7 @@ class StepTimes:
 
     def off_ms(self, requests: int) -> float:
         """Milliseconds of a step that drafts nothing."""
-        return float(self._verify.values[0]) * self.costs.off_ms(requests)
+        return float(self.verify_ms(requests, 0)[0])
 
     def verify_ms(self, requests: int, drafts: int) -> FloatArray:
         """Milliseconds of the target's part of steps that verify 0, 1, ... drafts in all.
@@ -91,7 +94,14 @@ class StepTimes:
         """
         curve = self.costs.verify_curve(requests)[: drafts + 1]
         base, slope, _ = self._verify.values
-        return slope * curve + (base - slope) * curve[0]
+        smooth = slope * curve + (base - slope) * curve[0]
+        shape = self._shapes.get(requests.bit_length())
+        if shape is None:
+            return smooth
+        found: FloatArray = np.maximum.accumulate(
+            smooth * shape.factors(np.arange(len(curve)) / requests)
+        )
+        return found
 
     def draft_ms(self, requests: int, depth: int) -> float:
         """Milliseconds of drafting blocks of `depth` drafts."""
@@ -113,6 +123,10 @@ class StepTimes:
             row_ms = max(float(row_ms), 0.01 * float(curve[0]))
             parts = (curve[0], curve[seen.drafts] - curve[0], row_ms * seen.prompt_rows)
             self._verify.learn(np.array(parts), seen.verify_ms)
+            load = seen.requests.bit_length()
+            shape = self._shapes.setdefault(load, _Shape(self._num_drafts + 1))
+            smooth_ms, prompts_ms = self._verify.expected_ms(np.array(parts), 2)
+            shape.learn(seen.drafts / seen.requests, (seen.verify_ms - prompts_ms) / smooth_ms)
         if seen.drafted:
             expected = self._table_draft_ms(seen.requests, seen.drafted)
             own = self._draft.setdefault(seen.drafted, _Scale())
@@ -149,6 +163,35 @@ class _Scale:
         return ratio
 
 
+class _Shape:
+    """Where rounds of one load lie off the corrected table, by drafts per request.
+
+    A single point that was measured badly makes a stair that is not there, which no factor of the
+    whole mends.
+
+    Args:
+        count: of nodes, at 0, 1, ... drafts per request.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._nodes = np.arange(count)
+        self._rounds = np.full(count, NODE_ROUNDS)
+        self._sum = np.full(count, NODE_ROUNDS)
+
+    def factors(self, places_N: FloatArray) -> FloatArray:
+        """Factors at these drafts per request."""
+        return np.interp(places_N, self._nodes, self._sum / self._rounds)
+
+    def learn(self, place: float, factor: float) -> None:
+        """A round of so many drafts per request took so many times what was expected."""
+        factor = min(max(factor, 1 / OUTLIER), OUTLIER)
+        low = min(int(place), len(self._nodes) - 1)
+        for node, weight in ((low, 1 - (place - low)), (low + 1, place - low)):
+            if weight > 0 and node < len(self._nodes):
+                self._rounds[node] += weight * (1 - NODE_FADE * self._rounds[node])
+                self._sum[node] += weight * (factor - NODE_FADE * self._sum[node])
+
+
 class Scales:
     """Factors of the parts of a cost, by least squares over relative errors that fade.
 
@@ -169,6 +212,11 @@ class Scales:
         self._information = np.zeros((count, count))
         self._moment = np.zeros(count)
         self._ridge = RIDGE * np.eye(count)
+
+    def expected_ms(self, parts_C: FloatArray, count: int) -> tuple[float, float]:
+        """Milliseconds of the first `count` parts, and of the others."""
+        spent_C = parts_C * self.values
+        return float(spent_C[:count].sum()), float(spent_C[count:].sum())
 
     def learn(self, parts_C: FloatArray, spent_ms: float, fade: float = FADE) -> None:
         """A cost of these parts, as given, came to so many milliseconds.

@@ -1,4 +1,4 @@
-"""Protection of plain decoding on simulated clocks: what drafting may lose, whatever it is worth."""
+"""Protection of plain decoding on simulated clocks: what drafting may lose."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def over_plain(spent, tokens, requests=4):
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_a_drafter_that_is_always_wrong_costs_a_few_rounds(dearer, noise):
     protection = Protection()
-    spent, tokens, drafted = play(
-        protection, lambda *_: 0, count=3000, dearer=dearer, noise=noise
-    )
+    spent, tokens, drafted = play(protection, lambda *_: 0, count=3000, dearer=dearer, noise=noise)
     assert drafted[:200].sum() < 200
     assert over_plain(spent[200:], tokens[200:]) > 0.97 * np.exp(-(noise**2) / 2)
     lost = spent[:200].sum() - tokens[:200].sum() / 4 * plain_ms(4)

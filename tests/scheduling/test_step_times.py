@@ -73,6 +73,20 @@ def test_a_machine_that_became_slower_keeps_its_proportions():
     np.testing.assert_allclose(times.verify_ms(8, 56), 2 * table().verify_curve(8), rtol=0.02)
 
 
+def test_a_stair_that_is_not_there_is_mended():
+    """One point was measured at twice its time; rounds on both sides of it tell."""
+    points = [
+        CostPoint(8 + drafts, 8, (30.0 + 0.4 * drafts) * (1.6 if drafts >= 32 else 1.0), 4.0)
+        for drafts in (0, 8, 16, 32, 56)
+    ]
+    times = StepTimes(CostTable(tuple(points), MACHINE), NUM_DRAFTS)
+    for number in range(240):
+        drafts = (0, 20, 28, 40, 52, 36)[number % 6]
+        times.learn(StepTime(8, drafts, 0, 7 * bool(drafts), 4.0, 30.0 + 0.4 * drafts, 8))
+    real = [30.0 + 0.4 * drafts for drafts in range(57)]
+    np.testing.assert_allclose(times.verify_ms(8, 56), real, rtol=0.08)
+
+
 def test_what_is_learned_of_one_load_serves_at_another():
     times = StepTimes(table(), NUM_DRAFTS)
     for seen in rounds(linear, 200):
@@ -93,10 +107,10 @@ def test_depths_have_drafting_times_of_their_own():
 def test_one_round_moves_little_and_corrections_are_bounded():
     times = StepTimes(table(), NUM_DRAFTS)
     times.learn(StepTime(8, 0, 0, 0, 0.0, 1e6, 8))
-    assert times.off_ms(8) < 2 * table().off_ms(8)
+    assert times.off_ms(8) < 3 * table().off_ms(8)
     for _ in range(500):
         times.learn(StepTime(8, 20, 0, 7, 1e6, 1e6, 8))
-    assert times.off_ms(8) <= 10 * table().off_ms(8)
+    assert times.off_ms(8) <= 20 * table().off_ms(8)
     assert times.draft_ms(8, 7) <= 40.0
     for _ in range(500):
         times.learn(StepTime(8, 20, 0, 7, 0.0, 0.0, 8))
