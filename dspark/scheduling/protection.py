@@ -74,8 +74,9 @@ class Protection:
             account.since_plain, account.fresh = 0, account.since_plain > 0
             if account.pauses:
                 account.credit += SHARE / 2 ** min(account.failures - 1, HALVINGS)
-        elif account.plain.known:
-            account.since_plain += 1
+            return
+        account.since_plain += 1
+        if account.plain.tells(seen):
             plain_ms, prompts_ms = account.plain.expected_ms(seen)
             worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
             gain = (worth_ms - seen.total_ms) / plain_ms
@@ -98,14 +99,20 @@ class _PlainTimes:
     def __init__(self) -> None:
         self._parts_ms = np.zeros(3)  # of a step, of a request and of a prompt row
         self._scales = Scales(3, prior_rounds=0.25)
+        self._prompts = False
 
     @property
     def known(self) -> bool:
         """Whether there was any."""
         return bool(self._parts_ms[0] > 0)
 
+    def tells(self, seen: StepTime) -> bool:
+        """Whether a plain round like this has been seen: with prompts beside it, if it has any."""
+        return self.known and (self._prompts or not seen.prompt_rows)
+
     def learn(self, seen: StepTime, fade: float) -> None:
         """Take note of a plain round; what was known before weighs `fade`."""
+        self._prompts = self._prompts or seen.prompt_rows > 0
         if not self.known:  # half of the first one is taken for its rows'
             row_ms = 0.5 * seen.total_ms / (seen.requests + seen.prompt_rows)
             self._parts_ms = np.array([0.5 * seen.total_ms, row_ms, row_ms])

@@ -66,7 +66,7 @@ def test_a_drafter_that_is_always_wrong_costs_a_few_rounds(dearer, noise):
     assert drafted[:200].sum() < 200
     assert over_plain(spent[200:], tokens[200:]) > 0.97 * np.exp(-(noise**2) / 2)
     lost = spent[:200].sum() - tokens[:200].sum() / 4 * plain_ms(4)
-    assert lost < (12 + dearer + 40 * noise) * plain_ms(4) + 200 * 0.8
+    assert lost < (12 + dearer + 40 * noise) * plain_ms(4) + 200 * 0.8 + 200 * 0.02 * 28
 
 
 def test_probes_become_exponentially_rarer():
@@ -86,12 +86,13 @@ def test_a_good_drafter_drafts_nearly_always():
         assert not drafted.all()  # plain rounds are looked at now and then
 
 
-def test_plain_rounds_are_looked_at_ever_more_rarely():
-    _, _, drafted = play(Protection(), lambda *_: 3, count=4000, dearer=1.5)
+def test_plain_rounds_are_looked_at_the_more_rarely_the_more_is_gained():
+    _, _, drafted = play(Protection(), lambda *_: 3, count=2000, dearer=1.5)
     plain = np.flatnonzero(~drafted)
     assert plain[0] == 0
-    assert np.diff(plain).max() <= RARE + 1
-    assert np.diff(plain)[-1] > 16 * np.diff(plain)[0]
+    assert 400 < np.diff(plain).max() <= RARE + 1
+    _, _, drafted = play(Protection(), lambda *_: 0, count=500, dearer=1.0)  # neither gains
+    assert 0.1 < (~drafted).mean() < 0.4
 
 
 def test_right_only_at_the_start_is_found_out():
@@ -99,7 +100,7 @@ def test_right_only_at_the_start_is_found_out():
     kept = lambda number, _: 5 if number < 1000 else 0  # noqa: E731
     spent, tokens, drafted = play(Protection(), kept, count=4000, dearer=2.0)
     assert drafted[:1000].mean() > 0.98
-    assert drafted[1000:1200].sum() <= MOST + 3
+    assert drafted[1000:1200].sum() <= MOST + 10
     assert over_plain(spent[1200:], tokens[1200:]) > 0.97
 
 
