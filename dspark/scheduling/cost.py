@@ -22,7 +22,7 @@ from dspark.scheduling.files import read_json, typed_fields, write_json
 from dspark.scheduling.machine import MachineKey
 
 VERSION = 3
-FALLBACK = "measure it with dspark profile; until then the schedule is 'fixed'"
+FALLBACK = "measure it with dspark profile; until then the schedule is 'auto'"
 FLAT_RISE, FLAT_SPAN = 1.10, 4
 NOISE = 0.15
 FloatArray = npt.NDArray[np.float64]
