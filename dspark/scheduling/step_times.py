@@ -94,7 +94,7 @@ class StepTimes:
         """
         curve = self.costs.verify_curve(requests)[: drafts + 1]
         base, slope, _ = self._verify.values
-        smooth = slope * curve + (base - slope) * curve[0]
+        smooth: FloatArray = slope * curve + (base - slope) * curve[0]
         shape = self._shapes.get(requests.bit_length())
         if shape is None:
             return smooth
@@ -180,7 +180,8 @@ class _Shape:
 
     def factors(self, places_N: FloatArray) -> FloatArray:
         """Factors at these drafts per request."""
-        return np.interp(places_N, self._nodes, self._sum / self._rounds)
+        found: FloatArray = np.interp(places_N, self._nodes, self._sum / self._rounds)
+        return found
 
     def learn(self, place: float, factor: float) -> None:
         """A round of so many drafts per request took so many times what was expected."""
