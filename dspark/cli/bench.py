@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dspark.cli.bench_options import BUNDLED_MTP, SCHEDULES, bench_parser
 from dspark.cli.common import Commands, Screen, check_positive, load_model, without_nan
+from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -73,7 +74,31 @@ def _contenders(options: argparse.Namespace, model: Model, screen: Screen) -> li
     if options.schedule is None and mtp is None:
         screen.log.print(NO_MTP, style="yellow")
         names = tuple(name for name in names if name != "mtp1")
+    if options.no_profile:
+        names = _without_unmeasured(model, names, options, screen)
     return contenders(model, names, mtp)
+
+
+def _without_unmeasured(
+    model: Model,
+    names: tuple[ContenderName, ...],
+    options: argparse.Namespace,
+    screen: Screen,
+) -> tuple[ContenderName, ...]:
+    """The contenders that can run without a cost table, where there is none."""
+    from dspark.evaluation.load import has_costs
+
+    weighing = [name for name in names if name in ("prefix", "lagged", "lookahead")]
+    if not weighing or has_costs(model, max(options.concurrency)):
+        return names
+    sentence = (
+        f"There is no cost table for {max(options.concurrency)} requests, which "
+        f"{', '.join(weighing)} weigh, and --no-profile measures none"
+    )
+    if options.schedule is not None:
+        raise UsageError(f"{sentence}; leave one of the two out.")
+    screen.log.print(f"{sentence}: they are left out.", style="yellow", soft_wrap=True)
+    return tuple(name for name in names if name not in weighing)
 
 
 def _mtp(options: argparse.Namespace, model: Model) -> Model | None:

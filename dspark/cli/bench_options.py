@@ -14,6 +14,7 @@ from dspark.cli.common import (
     add_pair_options,
     new_parser,
 )
+from dspark.cli.options import add_no_profile
 from dspark.request import VERIFIERS
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeats", type=int, default=3, metavar="R", help="medians count (default: 3)"
     )
+    add_no_profile(group)
     group.add_argument(
         "--floors",
         type=_speeds,

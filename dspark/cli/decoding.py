@@ -25,7 +25,7 @@ class EngineOptions:
     Attributes:
         verifier: token, block or coupled.
         schedule: off, fixed, threshold, prefix or lagged; None takes `lagged` where the pair is
-            calibrated and this machine profiled, else `fixed`.
+            calibrated and this machine profiled, else `auto`.
         threshold: of the schedule `threshold`.
         block_size: drafts per round; None for the drafter's own.
         batch_size: requests at once.

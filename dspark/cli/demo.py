@@ -18,6 +18,8 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
+from dspark.cli.options import add_no_profile
+from dspark.cli.starting import measure_costs
 from dspark.data.formats import BOXED
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.request import Request, SamplingParams
@@ -108,8 +110,16 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--only", choices=DOMAINS, help="one prompt instead of all three")
     parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
     add_mode_options(parser)
+    add_no_profile(parser)
     add_common_options(parser)
-    parser.set_defaults(run=run, revision=None, trust_remote_code=False)
+    parser.set_defaults(
+        run=run,
+        revision=None,
+        trust_remote_code=False,
+        schedule=None,
+        verifier="block",
+        block_size=None,
+    )
 
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
@@ -129,6 +139,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from dspark.cli.decoding import EngineOptions
 
     engine_options = EngineOptions(batch_size=1)
+    measure_costs(options, model, [Request((0,), params)], 1, screen)
     must_agree = comparable(params.temperature, engine_options.verifier)
     runs: list[Decoded] = []
     plain_runs: list[Decoded] = []

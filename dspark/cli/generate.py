@@ -17,6 +17,7 @@ from dspark.cli.common import (
 )
 from dspark.cli.options import add_drafting_options
 from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
+from dspark.cli.starting import measure_costs, tell_schedule
 from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams
 
@@ -115,8 +116,10 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     prompts = [prompt for prompt in prompts for _ in range(params.n)]
     if options.cost is not None:
         model.use_costs(options.cost)
-    with screen.log.status("Measuring what steps cost on this machine, where that is needed ..."):
+    measure_costs(options, model, requests, min(options.batch_size, len(requests)), screen)
+    with screen.log.status("Preparing the engine ..."):
         engine = engine_options.engine(model, requests)
+    tell_schedule(model, engine, requests, screen)
     if options.compare:
         warm_up(engine, requests[0])
     decoded = _decode_and_show(engine, requests, prompts, screen)

@@ -22,8 +22,8 @@ def add_drafting_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        help="which drafts are verified (default: lagged where the drafter is calibrated and this "
-        "machine profiled, else fixed)",
+        help="which drafts are verified (default: auto, which is lagged where the drafter is "
+        "calibrated and costs are known, else every draft while that is faster than none)",
     )
     group.add_argument(
         "--threshold", type=float, metavar="C", help="least confidence for --schedule threshold"
@@ -31,7 +31,17 @@ def add_drafting_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument(
         "--cost", metavar="FILE", help="a cost table in place of the one in the user's cache"
     )
+    add_no_profile(group)
     return group
+
+
+def add_no_profile(group: argparse._ActionsContainer) -> None:
+    """Add `--no-profile`."""
+    group.add_argument(
+        "--no-profile",
+        action="store_true",
+        help="do not measure at start what steps cost on this machine, where that is not known",
+    )
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, example: str) -> None:

@@ -17,6 +17,7 @@ from dspark.cli.common import (
     new_parser,
 )
 from dspark.cli.options import add_drafting_options
+from dspark.cli.starting import measure_costs, tell_schedule
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -231,8 +232,9 @@ def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine
         )
     if options.cost is not None:
         model.use_costs(options.cost)
-    with screen.log.status("Measuring what steps cost on this machine, where that is needed ..."):
-        return model.open_engine(
+    measure_costs(options, model, None, options.max_requests, screen)
+    with screen.log.status("Preparing the engine ..."):
+        engine = model.open_engine(
             max_requests=options.max_requests,
             max_length=options.max_model_len,
             max_queue=options.max_queue,
@@ -243,3 +245,5 @@ def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine
             step_tokens=options.step_tokens,
             cache_tokens=options.cache_tokens,
         )
+    tell_schedule(model, engine, None, screen)
+    return engine

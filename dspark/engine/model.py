@@ -87,9 +87,17 @@ class Model:
         max_requests: int = 8,
         block_size: int | None = None,
         repeats: int = 5,
+        limit_s: float | None = None,
         progress: Progress | None = None,
     ) -> CostTable:
         """Measure what steps cost on this machine, and use that from now on.
+
+        Args:
+            max_requests: the most requests at once to measure.
+            block_size: drafts per round, at most the drafter's own, which is the default.
+            repeats: rounds per point.
+            limit_s: stop repeating after so many seconds.
+            progress: told (points measured, points in all).
 
         Raises:
             UsageError: there is no drafter, or a size is not possible.
@@ -105,6 +113,7 @@ class Model:
             max_requests=max_requests,
             block_size=block_size,
             repeats=repeats,
+            limit_s=limit_s,
             progress=progress,
         )
         return self._costs
@@ -131,9 +140,10 @@ class Model:
             requests: what is to be decoded.
             batch_size: requests in a round at most.
             verifier: token, block or coupled.
-            schedule: None takes `lagged` where the drafter is calibrated for these requests and
-                this machine is profiled, else `fixed`. A schedule that weighs costs on a machine
-                without a cost table measures one first.
+            schedule: None or `auto` takes `lagged` where the drafter is calibrated for these
+                requests and this machine is profiled, else verifies every draft while that is
+                faster than plain decoding. A schedule that weighs costs on a machine without a
+                cost table measures one first.
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
             watch: is told about every round in which a drafter takes part.

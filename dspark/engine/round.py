@@ -23,7 +23,7 @@ from dspark.engine.context import DraftContext
 from dspark.engine.drafting import Drafts, Drawing, choose, confidence_array, draft_limits, propose
 from dspark.engine.judging import Verdict, verify
 from dspark.engine.record import FloatArray, RoundRecord, Watch
-from dspark.engine.scheduler import Offer, Scheduler
+from dspark.engine.scheduler import Offer, Scheduler, Spent
 from dspark.engine.sequence import ActiveRequest, Piece
 from dspark.engine.shield import Shield
 from dspark.engine.state import RoundState
@@ -244,7 +244,8 @@ def _learn(
     rows: int,
 ) -> None:
     """Tell the scheduler, and who watches, how the round went."""
-    survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted)
+    spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
+    survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted, spent)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)

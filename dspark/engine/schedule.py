@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from dspark.errors import UsageError
 
-ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged", "lookahead"]
+ScheduleName = Literal["off", "fixed", "threshold", "prefix", "lagged", "lookahead", "auto"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
@@ -16,7 +16,8 @@ class Schedule:
     """How many drafts of each request are verified.
 
     Attributes:
-        name: `off` drafts nothing, `fixed` verifies every draft, `threshold` the longest prefix
+        name: `auto` verifies every draft while rounds show that this is faster than plain decoding;
+            `off` drafts nothing, `fixed` verifies every draft, `threshold` the longest prefix
             whose confidences all reach `threshold`; `prefix` (Algorithm 1), `lagged` (a budget
             from earlier rounds) and `lookahead` (that, and this round's first confidences) weigh
             survivals against the cost of a step, and may draft nothing for a while.
@@ -43,6 +44,11 @@ class Schedule:
     def weighs_costs(self) -> bool:
         """Whether it needs a cost table."""
         return self.name in ("prefix", "lagged", "lookahead")
+
+    @property
+    def protects(self) -> bool:
+        """Whether drafting pauses where finished rounds show that plain decoding is faster."""
+        return self.name == "auto" or self.weighs_costs
 
     @property
     def reads_confidences(self) -> bool:

@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Set
 from typing import TYPE_CHECKING
 
+from dspark.engine.profile import Progress
 from dspark.engine.schedule import Schedule, ScheduleName
 from dspark.engine.scheduler import Scheduler
 from dspark.errors import CompatibilityError, DataError, DSparkWarning
 from dspark.request import Verifier
 from dspark.scheduling.calibration import TemperatureClass
+from dspark.scheduling.cost import CostTable
 
 if TYPE_CHECKING:
+    from dspark.engine.engine import Engine
     from dspark.engine.model import Model
 
 
@@ -29,10 +32,11 @@ def choose_schedule(
     """The schedule asked for, with all it needs, or the default one.
 
     Args:
-        model: the pair. Where the schedule weighs costs that are not known, they are measured.
+        model: the pair. Where an asked-for schedule weighs costs that are not known, they are
+            measured.
         kinds: temperature classes of the requests to come.
-        name: None takes `lagged` where the drafter is calibrated for these requests and this
-            machine is profiled, else `fixed`.
+        name: None or `auto` takes `lagged` where the drafter is calibrated for these requests and
+            a cost table covers them, else `auto` itself.
         threshold: of the schedule `threshold`.
         verifier: token, block or coupled.
         block_size: drafts per round; None for the drafter's own.
@@ -42,30 +46,112 @@ def choose_schedule(
         UsageError: name, threshold or block size cannot be used.
     """
     if model.drafter is None:
-        return Schedule(name or "fixed", threshold)
+        return Schedule(name or "auto", threshold)
     num_drafts = block_size or model.drafter.block_size
     calibration = model.calibration
-    lacks = [] if calibration is None else calibration.lacks(num_drafts, verifier, kinds)
-    if name is None:
-        calibrated = calibration is not None and not lacks
-        name = "lagged" if calibrated and _has_usable_costs(model) else "fixed"
-    schedule = Schedule(name, threshold)
-    for sentence in lacks if schedule.reads_confidences else []:
-        warnings.warn(DSparkWarning(sentence), stacklevel=3)
-    costs = model.costs if schedule.weighs_costs else None
-    if schedule.weighs_costs and (costs is None or not costs.covers(at_once)):
-        costs = model.profile(max_requests=at_once, block_size=block_size)
-        for sentence in costs.warnings():
+    lacks = _lacks(model, kinds, verifier, block_size)
+    if name in (None, "auto") and threshold is None:
+        lagged = not lacks and _covering_costs(model, at_once) is not None
+        name = "lagged" if lagged else "auto"
+    schedule = Schedule(name or "auto", threshold)
+    if schedule.reads_confidences and calibration is not None:
+        for sentence in lacks:
             warnings.warn(DSparkWarning(sentence), stacklevel=3)
-        with contextlib.suppress(DataError):  # a cache that cannot be written is no obstacle
-            costs.save()
+    costs = _covering_costs(model, at_once) if schedule.protects else None
+    if schedule.weighs_costs and costs is None:
+        costs = cover_costs(model, at_once, block_size=block_size)
     return Scheduler(schedule, verifier, num_drafts, calibration, costs)
 
 
-def _has_usable_costs(model: Model) -> bool:
-    """Whether there is a cost table; one that is damaged is warned of."""
-    try:
-        return model.costs is not None
-    except (DataError, CompatibilityError) as error:
-        warnings.warn(DSparkWarning(str(error)), stacklevel=4)
+def cover_costs(
+    model: Model,
+    at_once: int,
+    *,
+    block_size: int | None = None,
+    limit_s: float | None = None,
+    save: bool = True,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Measure what steps of so many requests cost, and keep it in the user's cache.
+
+    Doubts about the table are warned of; a cache that cannot be written is no obstacle.
+
+    Args:
+        model: a target with its drafter.
+        at_once: requests in a round at most.
+        block_size: drafts per round; None for the drafter's own.
+        limit_s: no further visit of the points begins after so many seconds.
+        save: whether to keep it.
+        progress: of the measurement.
+
+    Raises:
+        UsageError: there is no drafter, or a size is not possible.
+    """
+    costs = model.profile(
+        max_requests=at_once, block_size=block_size, limit_s=limit_s, progress=progress
+    )
+    for sentence in costs.warnings():
+        warnings.warn(DSparkWarning(sentence), stacklevel=2)
+    if save:
+        with contextlib.suppress(DataError):
+            costs.save()
+    return costs
+
+
+def wants_costs(
+    model: Model,
+    kinds: Set[TemperatureClass],
+    name: ScheduleName | None,
+    verifier: Verifier,
+    block_size: int | None,
+    at_once: int,
+) -> bool:
+    """Whether a cost table that is not there would let a better schedule serve by default."""
+    if model.drafter is None or name not in (None, "auto"):
         return False
+    lacks = _lacks(model, kinds, verifier, block_size)
+    return not lacks and _covering_costs(model, at_once, quietly=True) is None
+
+
+def reason(model: Model, engine: Engine, kinds: Set[TemperatureClass]) -> str:
+    """One sentence: which schedule serves, and why."""
+    scheduler = engine.scheduler
+    if scheduler is None or model.drafter is None:
+        return "Schedule: off (nothing is drafted)."
+    name = scheduler.schedule.name
+    if scheduler.schedule.weighs_costs:
+        lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
+        how = lacks[0].rstrip(".") if lacks else "calibrated drafter, cost table of this machine"
+        return f"Schedule: {name} ({how})."
+    if name != "auto":
+        return f"Schedule: {name} (as asked)."
+    lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
+    missing = "the drafter is not calibrated for this (dspark calibrate)"
+    if not lacks:
+        most = engine.max_requests
+        missing = f"no cost table for {most} requests (dspark profile --max-requests {most})"
+    return (
+        f"Schedule: auto, whole blocks while they are faster than plain decoding ({missing}; "
+        "with both, lagged would serve)."
+    )
+
+
+def _lacks(
+    model: Model, kinds: Set[TemperatureClass], verifier: Verifier, block_size: int | None
+) -> list[str]:
+    """A sentence for every calibration that is missing."""
+    assert model.drafter is not None
+    if model.calibration is None:
+        return ["The drafter has no calibration."]
+    return model.calibration.lacks(block_size or model.drafter.block_size, verifier, kinds)
+
+
+def _covering_costs(model: Model, at_once: int, *, quietly: bool = False) -> CostTable | None:
+    """A cost table for so many requests, if there is one; one that is damaged is warned of."""
+    try:
+        costs = model.costs
+    except (DataError, CompatibilityError) as error:
+        if not quietly:
+            warnings.warn(DSparkWarning(str(error)), stacklevel=4)
+        return None
+    return costs if costs is not None and costs.covers(at_once) else None

@@ -8,7 +8,8 @@ which does not see the token it judges. `scheduling` holds the decisions; here i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from dspark.engine.schedule import Schedule
 from dspark.engine.sequence import ActiveRequest
 from dspark.errors import UsageError
 from dspark.request import Verifier
-from dspark.scheduling.calibration import TemperatureScaling, temperature_class
+from dspark.scheduling.calibration import (
+    TemperatureClass,
+    TemperatureScaling,
+    temperature_class,
+)
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 from dspark.scheduling.history import RequestHistory
@@ -27,12 +32,15 @@ from dspark.scheduling.online import OnlineLogistic, observed
 from dspark.scheduling.prefix import (
     IntArray,
     best_budget,
-    drafting_gain,
     fill_budget,
     fixed_lengths,
     prefix_lengths,
+    survey_budgets,
     threshold_lengths,
+    throughput,
 )
+from dspark.scheduling.protection import Protection
+from dspark.scheduling.step_times import StepTime, StepTimes
 from dspark.scheduling.survival import confidence, survival
 from dspark.scheduling.switch import DraftSwitch
 
@@ -58,6 +66,23 @@ class Offer:
     drawn: int
     confidence_logits_DK: FloatArray | None = None
     are_margins: bool = False
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a finished round took.
+
+    Attributes:
+        rows: of the target's forward, anchors and parts of prompts included.
+        draft_ms: milliseconds of drafting.
+        schedule_ms: of deciding about drafts.
+        verify_ms: of the target's forward and verification.
+    """
+
+    rows: int
+    draft_ms: float
+    schedule_ms: float
+    verify_ms: float
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,11 @@ class Scheduler:
         self.verifier = verifier
         self.num_drafts = num_drafts
         self.costs = costs
+        self._times = {
+            name: StepTimes(costs, num_drafts) for name in get_args(TemperatureClass) if costs
+        }
+        self._kind: TemperatureClass = "greedy"
+        self._protection = Protection()
         self._scalings = _scalings(calibration, num_drafts, verifier)
         typical_K = _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
@@ -118,6 +148,7 @@ class Scheduler:
         self.depth: int | None = None
         self._depths = sorted({min(depth, num_drafts) for depth in (*_SHALLOW, num_drafts)})
         self._budget: int | None = None
+        self._factors_D1: FloatArray | None = None
         self._margins_DK: FloatArray | None = None
         self._survival_DK: FloatArray | None = None
 
@@ -141,38 +172,63 @@ class Scheduler:
         """
         self._margins_DK = self._survival_DK = self.depth = self._budget = None
         ready = [request for request in requests if request.drafts]
+        if not ready or not self.schedule.protects:
+            return list(most)
+        if not self._protection.allows(len(ready)):
+            return self._none(most)
         if not self._weighs(len(ready)):
             return list(most)
-        assert self.costs is not None
-        earlier_DK, most_D = self._earlier(ready), np.array(most[: len(ready)])
-        plans = [self._foresee(earlier_DK, most_D, depth) for depth in self._depths]
-        plan = max(plans, key=lambda plan: plan.gain)
-        if plan.gain <= (1 + MARGIN) * plans[-1].gain:
-            plan = plans[-1]
+        self._kind = _kind(ready)
+        plan = self._plan(ready, np.array(most[: len(ready)]))
         if not self._switch.decide(plan.gain):
-            self._budget = 0
-            return [0] * len(most)
+            return self._none(most)
+        if self._protection.refreshes:
+            plan = self._longer(plan, len(ready), sum(most))
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
         return [min(limit, plan.depth) for limit in most]
 
+    def _none(self, most: Sequence[int]) -> list[int]:
+        """Nothing is drafted in this round."""
+        self._budget = 0
+        return [0] * len(most)
+
+    def _plan(self, ready: Sequence[ActiveRequest], most_D: IntArray) -> _Foresight:
+        """The depth that promises most, whole blocks where others promise hardly more."""
+        self._factors_D1 = self._factors(ready)
+        earlier_DK = self._earlier(ready)
+        plans = [self._foresee(earlier_DK, most_D, depth) for depth in self._depths]
+        plan = max(plans, key=lambda plan: plan.gain)
+        return plan if plan.gain > (1 + MARGIN) * plans[-1].gain else plans[-1]
+
+    def _longer(self, plan: _Foresight, requests: int, most: int) -> _Foresight:
+        """About twice the drafts, to see what these take, unless that is known to be far more."""
+        step_ms_N = self._step_ms(requests, most, self.num_drafts)
+        budget = min(2 * plan.budget + requests, len(step_ms_N) - 1)
+        if step_ms_N[budget] > 2 * step_ms_N[min(plan.budget, len(step_ms_N) - 1)]:
+            return plan
+        return replace(plan, depth=self.num_drafts, budget=budget)
+
     def _foresee(self, earlier_DK: FloatArray, most_D: IntArray, depth: int) -> _Foresight:
         """What drafting so deep promises, going by earlier rounds."""
-        assert self.costs is not None
-        limits_D = np.minimum(most_D, depth)
-        step_ms_N = self._step_ms(len(earlier_DK), limits_D, depth)
-        off_ms, drafts = self.costs.off_ms(len(earlier_DK)), None
+        earlier_DK, requests = earlier_DK[:, :depth], len(earlier_DK)
+        whole = bool((most_D >= depth).all())
+        limits_D = None if whole else np.minimum(most_D, depth)
+        drafts = requests * depth if limits_D is None else int(limits_D.sum())
+        step_ms_N = self._step_ms(requests, drafts, depth)
+        budget, per_ms = survey_budgets(earlier_DK, step_ms_N, limits_D, MARGIN)
         if self.schedule.name == "prefix" and self.verifier != "coupled":
             # Algorithm 1 may stop far below the best budget: what it would do is what counts.
-            drafts = int(prefix_lengths(earlier_DK, step_ms_N, limits_D).sum())
-        gain = drafting_gain(earlier_DK, step_ms_N, off_ms, limits_D, drafts)
-        return _Foresight(depth, best_budget(earlier_DK, step_ms_N, limits_D, MARGIN), gain)
+            lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
+            step_ms = float(step_ms_N[int(lengths_D.sum())])
+            per_ms = throughput(earlier_DK, lengths_D, step_ms)
+        off_ms = self._times[self._kind].off_ms(requests)
+        return _Foresight(depth, budget, per_ms * off_ms / requests)
 
-    def _step_ms(self, requests: int, limits_D: IntArray, depth: int) -> FloatArray:
-        assert self.costs is not None
-        way = (depth - 1) / (self.num_drafts - 1) if self.num_drafts > 1 else 1.0
-        return self.costs.step_ms(requests, int(limits_D.sum()), way)
+    def _step_ms(self, requests: int, drafts: int, depth: int) -> FloatArray:
+        times = self._times[self._kind]
+        return times.verify_ms(requests, drafts) + times.draft_ms(requests, depth)
 
     def lengths(
         self, requests: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
@@ -199,28 +255,41 @@ class Scheduler:
     def _weighed(
         self, ready: Sequence[ActiveRequest], survival_DK: FloatArray, limits_D: IntArray
     ) -> IntArray:
-        survival_DK = survival_DK * self._factors(ready)
-        step_ms_N = self._step_ms(len(ready), limits_D, self.depth or self.num_drafts)
+        assert self._factors_D1 is not None, "limits() has set it"
+        survival_DK = survival_DK * self._factors_D1
+        if self.schedule.name == "lagged" and self.verifier != "coupled":
+            assert self._budget is not None, "limits() has set it"
+            return fill_budget(survival_DK, self._budget, limits_D)
+        step_ms_N = self._step_ms(len(ready), int(limits_D.sum()), self.depth or self.num_drafts)
         if self.verifier == "coupled":  # and there only may this round's own survivals be searched
             budget = best_budget(survival_DK, step_ms_N, limits_D, MARGIN)
             return fill_budget(survival_DK, budget, limits_D)
         if self.schedule.name == "prefix":
             return prefix_lengths(survival_DK, step_ms_N, limits_D)
-        if self.schedule.name == "lookahead":
-            earlier_DK = self._earlier(ready)[:, : survival_DK.shape[1]]
-            return lookahead_lengths(survival_DK, earlier_DK, step_ms_N, limits_D, MARGIN)
-        assert self._budget is not None, "limits() has set it"
-        return fill_budget(survival_DK, self._budget, limits_D)
+        earlier_DK = self._earlier(ready)[:, : survival_DK.shape[1]]
+        return lookahead_lengths(survival_DK, earlier_DK, step_ms_N, limits_D, MARGIN)
 
     def learn(
-        self, requests: Sequence[ActiveRequest], drafts: Drafts, accepted: Sequence[int]
+        self,
+        requests: Sequence[ActiveRequest],
+        drafts: Drafts,
+        accepted: Sequence[int],
+        spent: Spent,
     ) -> FloatArray | None:
-        """Take note of a finished round.
+        """Take note of a finished round, before its tokens are committed.
+
+        Args:
+            requests: who took part in it, those that drafted first.
+            drafts: what was verified.
+            accepted: drafts of each that stayed.
+            spent: what it took.
 
         Returns:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
         survival_DK = self._survival_DK
+        if self.schedule.protects:
+            self._learn_times(requests, drafts, accepted, spent)
         if not self.schedule.weighs_costs:
             return survival_DK
         if survival_DK is None:  # nothing was drafted
@@ -243,6 +312,28 @@ class Scheduler:
             )
         return survival_DK
 
+    def _learn_times(
+        self,
+        requests: Sequence[ActiveRequest],
+        drafts: Drafts,
+        accepted: Sequence[int],
+        spent: Spent,
+    ) -> None:
+        ready = [request for request in requests if request.ready]
+        verified = sum(drafts.lengths)
+        seen = StepTime(
+            requests=len(ready),
+            drafts=verified,
+            prompt_rows=spent.rows - len(ready) - verified,
+            drafted=(self.depth or self.num_drafts) if spent.draft_ms > 0 else 0,
+            draft_ms=spent.draft_ms + spent.schedule_ms,
+            verify_ms=spent.verify_ms,
+            tokens=len(ready) + sum(accepted[: len(ready)]),
+        )
+        self._protection.learn(seen)
+        if self._times:
+            self._times[_kind(ready)].learn(seen)
+
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""
         self._history.drop(request_id)
@@ -259,7 +350,8 @@ class Scheduler:
     def _earlier(self, requests: Sequence[ActiveRequest]) -> FloatArray:
         """What earlier rounds say of this one's survivals, [D, K]."""
         tags = [request.request_id for request in requests]
-        return self._history.earlier(tags, self._history.typical) * self._factors(requests)
+        assert self._factors_D1 is not None
+        return self._history.earlier(tags, self._history.typical) * self._factors_D1
 
     def _factors(self, requests: Sequence[ActiveRequest]) -> FloatArray:
         return self._history.factors([request.request_id for request in requests])[:, None]
@@ -280,6 +372,12 @@ class Scheduler:
             if rows:
                 confidence_DK[rows] = scaling.apply(logits_DK[rows])
         return confidence_DK
+
+
+def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
+    """What verifying these requests together costs: `greedy` takes no law of any row."""
+    temperatures = (request.request.params.temperature for request in requests)
+    return temperature_class(max(temperatures, default=0.0))
 
 
 def _scalings(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.engine import schedule_choice
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.profile import Progress
@@ -20,6 +21,7 @@ from dspark.request import Request, Verifier
 ContenderName = Literal["off", "fixed", "mtp1", "prefix", "lagged", "lookahead"]
 CONTENDERS: tuple[ContenderName, ...] = get_args(ContenderName)
 WARM_UP_TOKENS = 12
+LIMIT_S = 30.0
 Runs = dict[tuple[int, str], list[LoadRun]]
 """(users, contender) -> a run per repeat."""
 
@@ -103,16 +105,17 @@ def cover_costs(
         save: keep a table that was measured in the user's cache.
         progress: of the measurement.
     """
-    with contextlib.suppress(DataError, CompatibilityError):  # a damaged table is measured anew
-        if model.costs is not None and model.costs.covers(most):
-            return False
-    costs = model.profile(max_requests=most, progress=progress)
-    for sentence in costs.warnings():
-        warnings.warn(DSparkWarning(sentence), stacklevel=2)
-    if save:
-        with contextlib.suppress(DataError):  # a cache that cannot be written is no obstacle
-            costs.save()
+    if has_costs(model, most):
+        return False
+    schedule_choice.cover_costs(model, most, limit_s=LIMIT_S, save=save, progress=progress)
     return True
+
+
+def has_costs(model: Model, most: int) -> bool:
+    """Whether there is a cost table for so many requests; a damaged one is none."""
+    with contextlib.suppress(DataError, CompatibilityError):
+        return model.costs is not None and model.costs.covers(most)
+    return False
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from dspark.errors import CompatibilityError, DataError, UsageError
 from dspark.scheduling.files import read_json, typed_fields, write_json
 from dspark.scheduling.machine import MachineKey
 
-VERSION = 2
-FALLBACK = "measure it with dspark profile; until then the schedule is 'fixed'"
+VERSION = 3
+FALLBACK = "measure it with dspark profile; until then the schedule is 'auto'"
 FLAT_RISE, FLAT_SPAN = 1.10, 4
 NOISE = 0.15
 FloatArray = npt.NDArray[np.float64]
@@ -30,7 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One measurement: medians of several runs.
+    """One measurement, of greedy requests.
 
     Attributes:
         tokens: rows sent to the target, anchors included.
@@ -134,9 +134,25 @@ class CostTable:
         """
         if drafts < 0:
             raise UsageError(f"The number of drafts is {drafts}, but must be 0 or more.")
-        most = min(drafts, self.most_tokens(requests) - requests)
-        tokens = np.arange(requests, requests + most + 1, dtype=np.float64)
-        return self._verify(tokens, requests) + self.draft_ms(requests, depth)
+        return self.verify_curve(requests)[: drafts + 1] + self.draft_ms(requests, depth)
+
+    def verify_curve(self, requests: int) -> FloatArray:
+        """Milliseconds of the target's part of steps that verify 0, 1, ... drafts in all.
+
+        Args:
+            requests: R.
+
+        Returns:
+            [N + 1] up to the last probe, never falling; not to be written to.
+
+        Raises:
+            UsageError: the table does not cover so many requests.
+        """
+        curve = self._whole_curves.get(requests)
+        if curve is None:
+            tokens = np.arange(requests, self.most_tokens(requests) + 1, dtype=np.float64)
+            curve = self._whole_curves[requests] = self._verify(tokens, requests)
+        return curve
 
     def off_ms(self, requests: int) -> float:
         """Milliseconds of a step that drafts nothing.
@@ -144,7 +160,7 @@ class CostTable:
         Raises:
             UsageError: the table does not cover so many requests.
         """
-        return float(self._verify(np.array([float(requests)]), requests)[0])
+        return float(self.verify_curve(requests)[0])
 
     def warnings(self) -> list[str]:
         """One sentence for each thing that makes schedules from this table doubtful."""
@@ -242,6 +258,11 @@ class CostTable:
             )
             for count, curve in curves.items()
         }
+
+    @cached_property
+    def _whole_curves(self) -> dict[int, FloatArray]:
+        """Verify curves that have been asked for, by requests."""
+        return {}
 
     @cached_property
     def _counts(self) -> list[int]:

@@ -117,13 +117,35 @@ def best_budget(
         UsageError: survivals rise within a request, a step cost is not positive and finite, or
             the margin is negative.
     """
+    return survey_budgets(survival_RK, step_ms_N, limits_R, margin)[0]
+
+
+def survey_budgets(
+    survival_RK: npt.ArrayLike,
+    step_ms_N: npt.ArrayLike,
+    limits_R: npt.ArrayLike | None = None,
+    margin: float = 0.0,
+) -> tuple[int, float]:
+    """`best_budget`, and the highest throughput that any budget promises, by one ranking.
+
+    Args:
+        survival_RK: as there, and so are the others.
+        step_ms_N: as there.
+        limits_R: as there.
+        margin: as there.
+
+    Returns:
+        (budget, tokens per millisecond).
+
+    Raises:
+        NumericsError, UsageError: as there.
+    """
     _check_margin(margin)
-    ranked = _ranked(survival_RK, limits_R)
-    step_ms = _checked_costs(step_ms_N)
-    full = min(len(ranked.survival_D), len(step_ms) - 1)
-    throughput_N = ranked.throughput(step_ms[: full + 1])
-    best = int(np.argmax(throughput_N))
-    return best if throughput_N[best] > (1 + margin) * throughput_N[full] else full
+    throughput_N = _ranked(survival_RK, limits_R).throughput(_checked_costs(step_ms_N))
+    best = int(throughput_N.argmax())
+    most = float(throughput_N[best])
+    full = len(throughput_N) - 1
+    return best if most > (1 + margin) * throughput_N[full] else full, most
 
 
 def fill_budget(

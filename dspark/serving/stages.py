@@ -200,8 +200,8 @@ class Stages:
         target, most = self.main.engine.target.name, self.main.engine.max_requests
         draft = "" if name == next(iter(self.models)) else f" --draft {name}"
         return (
-            f"What steps with this drafter cost here has not been measured for {most} requests; "
-            f"run dspark profile {target}{draft} --max-requests {most}."
+            f"no cost table for {most} requests; run `dspark profile {target}{draft} "
+            f"--max-requests {most}`"
         )
 
     @asynccontextmanager
@@ -238,7 +238,10 @@ class Stages:
             )
         weighs = Schedule(choice.schedule, choice.threshold).weighs_costs
         if weighs and not self._covers(_costs(model)):
-            raise UsageError(f"schedule is {choice.schedule!r}. {self._unmeasured(choice.drafter)}")
+            raise UsageError(
+                f"schedule is {choice.schedule!r}, which is unavailable "
+                f"({self._unmeasured(choice.drafter)})."
+            )
 
     async def open(self, choice: Choice) -> Stage:
         """An engine that does what was chosen; of others, only plain ones stay open.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bundled, identity, inflate, inflated, sequential_head, study
+from benchmarks import bundled, identity, inflate, inflated, protection, sequential_head, study
 from benchmarks.common import Tally, load_pair, rounded, side_by_side
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.errors import DataError
@@ -24,6 +24,19 @@ def test_bundled_compares_all_ways(run):
     assert line["macro"]["speedup_t0"] == pytest.approx(sum(speedups) / 3, rel=1e-3)
     reached = line["macro"]["speedup_t0"] >= 2.0
     assert line["floors"]["speedup_t0"]["reached"] is reached
+
+
+def test_protection_compares_bad_drafters_with_plain_decoding(run):
+    line = run(protection, "--quick", "--slow-ms", "2")
+    for kind in protection.DRAFTERS:
+        for load in protection.QUICK["load"]:
+            row = line[f"{kind}, {load}"]
+            assert row["first"] > 0
+            assert len(row["later_all"]) == 1
+            assert row["reached"] is (row["later"] >= protection.FLOOR)
+    rows = [row for row in line.values() if isinstance(row, dict) and "later" in row]
+    assert len(rows) == len(protection.DRAFTERS) * len(protection.QUICK["load"])
+    assert line["worst"] == min(row["later"] for row in rows)
 
 
 def test_identity_passes_on_an_honest_engine(run):

@@ -86,7 +86,7 @@ def test_a_damaged_table_in_the_cache_is_said_and_left_out(dspark, pair, drafter
     Path(made.json["out"]).write_text("{")
     result = dspark("generate", *words, "--prompt", "two", "--max-new-tokens", 8)
     assert result.status == 0
-    assert "until then the schedule is 'fixed'" in " ".join(result.err.split())
+    assert "until then the schedule is 'auto'" in " ".join(result.err.split())
 
 
 def test_profile_then_generate_weighs_costs(dspark, pair, drafter, prompts):

@@ -22,7 +22,7 @@ def test_the_whole_proof_holds_and_says_so_in_json(dspark):
     cases = {case["name"]: case for case in report["cases"]}
     assert len(cases) == len(report["cases"])  # names are unique
     verifiers, heads = ("token", "block"), ("vanilla", "gated", "rnn")
-    names = ("fixed", "threshold", "prefix", "lagged", "lookahead")
+    names = ("fixed", "threshold", "prefix", "lagged", "lookahead", "measured")
     for verifier, schedule, head in product(verifiers, names, heads):
         one = cases[f"{verifier} / {schedule} / {head} / one request"]
         two = cases[f"{verifier} / {schedule} / {head} / two requests"]

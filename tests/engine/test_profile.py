@@ -7,6 +7,7 @@ import pytest
 
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
+from dspark.engine.schedule_choice import reason, wants_costs
 from dspark.errors import CompatibilityError, DSparkWarning, UsageError
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import Rounds
@@ -61,17 +62,17 @@ def test_lagged_measures_where_nothing_is_known_and_keeps_it(tiny, target, pair)
 
 def test_the_default_is_lagged_once_calibrated_and_profiled(pair):
     requests = [Request((1, 2, 3), SamplingParams(8))]
-    assert pair.engine(requests).schedule.name == "fixed"
+    assert pair.engine(requests).schedule.name == "auto"
     pair.profile(max_requests=1, repeats=1)
-    assert pair.engine(requests).schedule.name == "fixed"
+    assert pair.engine(requests).schedule.name == "auto"
 
     logits = np.random.default_rng(0).normal(size=(200, 5))
     rounds = Rounds.of(logits, np.arange(200) % 6, np.full(200, 5))
     pair.calibration = Calibration((calibrate(rounds, "block", "greedy"),))
     assert pair.engine(requests).schedule.name == "lagged"
-    assert pair.engine(requests, verifier="token").schedule.name == "fixed"
+    assert pair.engine(requests, verifier="token").schedule.name == "auto"
     sampled = [Request((1, 2, 3), SamplingParams(8, temperature=1.0))]
-    assert pair.engine(sampled).schedule.name == "fixed"
+    assert pair.engine(sampled).schedule.name == "auto"
     with pytest.warns(DSparkWarning, match=r"no entry .* sampled requests .* uncalibrated"):
         pair.engine(sampled, schedule="lagged")
     with pytest.warns(DSparkWarning, match=r"no entry for block size 3"):
@@ -96,3 +97,35 @@ def test_a_table_of_another_machine_is_refused(pair, tmp_path):
 def test_a_model_without_a_drafter_has_no_costs(target):
     with pytest.raises(UsageError, match="needs a drafter"):
         Model(target).profile()
+
+
+def test_what_serves_is_said_and_why(pair):
+    requests, kinds = [Request((1, 2, 3), SamplingParams(8))], {"greedy"}
+
+    def said():
+        return reason(pair, pair.engine(requests), kinds)
+
+    def wanted(name=None):
+        return wants_costs(pair, kinds, name, "block", None, 1)
+
+    assert "auto" in said()
+    assert "not calibrated" in said()
+    assert not wanted()
+    logits = np.random.default_rng(0).normal(size=(200, 5))
+    rounds = Rounds.of(logits, np.arange(200) % 6, np.full(200, 5))
+    pair.calibration = Calibration((calibrate(rounds, "block", "greedy"),))
+    assert "no cost table for 1 requests" in said()
+    assert wanted()
+    assert wanted("auto")
+    assert not wanted("fixed")
+    pair.profile(max_requests=1, repeats=1)
+    assert said() == "Schedule: lagged (calibrated drafter, cost table of this machine)."
+    assert not wanted()
+
+
+def test_measuring_ends_when_its_time_is_up(pair):
+    seen = []
+    pair.profile(
+        max_requests=1, repeats=50, limit_s=0.0, progress=lambda *counts: seen.append(counts)
+    )
+    assert seen[-1] == (12, 6 * 51)  # one visit to warm up, one that counts

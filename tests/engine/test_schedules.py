@@ -43,8 +43,19 @@ def staircase(tokens):
     return 10.0 * (1 + (tokens - 1) // 4)
 
 
+class OfTable(Scheduler):
+    """Believes its made-up table, whatever rounds really take."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._protection = SimpleNamespace(allows=lambda _requests: True, refreshes=False)
+
+    def _learn_times(self, *_):
+        pass
+
+
 def scheduler(name, costs, *, verifier="block", num_drafts=5, calibration=None):
-    return Scheduler(Schedule(name), verifier, num_drafts, calibration, costs)
+    return OfTable(Schedule(name), verifier, num_drafts, calibration, costs)
 
 
 def decode(target, drafter, requests, schedule, *, verifier="block", records=None, at_once=2):

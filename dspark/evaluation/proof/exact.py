@@ -15,11 +15,11 @@ from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
 from dspark.sampling.verification import Rule
 
-ScheduleName = Literal["fixed", "threshold", "prefix", "lagged", "lookahead"]
+ScheduleName = Literal["fixed", "threshold", "prefix", "lagged", "lookahead", "measured"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 SIZES = {1: ((4, 2), (3, 3)), 2: ((2, 2), (3, 2), (2, 3))}
 """(V, K) of one round of one and of two requests."""
-REMEMBERING = ("lagged", "lookahead")
+REMEMBERING = ("lagged", "lookahead", "measured")
 """Schedules that learn from the round before: two rounds at (2, 2)."""
 PROCESSED = {
     "penalties, top-k": SamplingParams(
@@ -86,6 +86,8 @@ def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:
     if name == "prefix":
         shapes = [*costs.values(), schedules.telling_costs(logits)]
         return [schedules.prefix(step_ms) for step_ms in shapes]
+    if name == "measured":
+        return [schedules.measured(costs[shape]) for shape in ("linear", "tier")]
     of_costs = schedules.lagged if name == "lagged" else schedules.lookahead
     return [of_costs(costs[shape]) for shape in ("linear", "jagged", "tier")]
 

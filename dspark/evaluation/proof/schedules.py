@@ -13,7 +13,11 @@ from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedul
 from dspark.scheduling import lookahead as foresight
 from dspark.scheduling import prefix as admission
 from dspark.scheduling import survival as chances
+from dspark.scheduling.cost import CostPoint, CostTable
 from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.protection import Protection
+from dspark.scheduling.step_times import StepTime, StepTimes
 
 
 def step_costs(num_drafts: int) -> dict[str, FloatArray]:
@@ -126,6 +130,56 @@ def lookahead(step_ms: npt.ArrayLike) -> Schedule:
         return foresight.lookahead_lengths(known.now(view), known.earlier_RK, step_ms)
 
     return Schedule(lengths, _Finished.after)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What a finished round says and took: corrected step costs, none where drafting pauses."""
+
+    finished: _Finished
+    step_ms_N: tuple[float, ...] | None
+
+
+def measured(step_ms: npt.ArrayLike) -> Schedule:
+    """`lagged` with costs that the round before corrects, and drafting that must pay for itself.
+
+    The time of a round hangs on which drafts stayed: the worst that a clock can tell. Where none
+    did, drafting has lost so much that the next round drafts nothing.
+    """
+    costs_N = np.asarray(step_ms, dtype=np.float64)
+    machine = MachineKey("enumeration", 1, "float64", "small", "small")
+
+    def times(requests: int, drafts: int) -> StepTimes:
+        points = [CostPoint(requests + n, requests, costs_N[n], 0.0) for n in range(len(costs_N))]
+        return StepTimes(CostTable(tuple(points), machine), drafts)
+
+    def lengths(view: View, memory: Memory) -> IntArray:
+        requests, drafts = view.logits_RK.shape
+        known, now_N = memory, tuple(times(requests, drafts).verify_ms(requests, len(costs_N)))
+        if memory is None:
+            known = _Timed(_Finished.unknown(view), now_N)
+        assert isinstance(known, _Timed)
+        if known.step_ms_N is None:
+            return admission.fixed_lengths(requests, 0)
+        budget = admission.best_budget(known.finished.earlier_RK, known.step_ms_N)
+        return admission.fill_budget(known.finished.now(view), budget)
+
+    def remember(view: View, accepted_R: IntArray, verified_R: IntArray) -> Memory:
+        requests, drafts = view.logits_RK.shape
+        stayed, verified = int(accepted_R.sum()), int(verified_R.sum())
+        spent_ms = costs_N[verified] * (2 + stayed if stayed else 20)
+        plain = StepTime(requests, 0, 0, 0, 0.0, costs_N[0], requests)
+        seen = StepTime(requests, verified, 0, drafts, 0.0, spent_ms, requests + stayed)
+        corrected, protection = times(requests, drafts), Protection()
+        for each in (plain, seen):
+            corrected.learn(each)
+            protection.learn(each)
+        drafting = protection.allows(requests)
+        step_ms_N = tuple(corrected.verify_ms(requests, len(costs_N)).tolist())
+        finished = _Finished.after(view, accepted_R, verified_R)
+        return _Timed(finished, step_ms_N if drafting else None)
+
+    return Schedule(lengths, remember)
 
 
 def searched_globally(step_ms: npt.ArrayLike) -> Schedule:

@@ -3,6 +3,7 @@
 import { $, count, element } from "./dom.js";
 
 const SCHEDULES = {
+  auto: "auto: check all while it pays",
   fixed: "fixed: check all",
   threshold: "threshold: check the sure",
   prefix: "prefix: gain against cost",
@@ -67,7 +68,7 @@ function fillSchedules(chosen) {
   for (const id of ["schedule", "verifier", "compare"]) $(id).disabled = !drafts;
   const refused = names.filter((name) => drafter.schedules[name] !== null);
   $("schedule-hint").textContent = refused.length
-    ? `Not to be had: ${refused.join(", ")}. ${drafter.schedules[refused[0]]}`
+    ? `Unavailable: ${refused.join(", ")} (${drafter.schedules[refused[0]]})`
     : "";
 }
 

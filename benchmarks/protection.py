@@ -1,0 +1,163 @@
+"""What a bad drafter costs under the default schedule: throughput over that of plain decoding.
+
+Drafters that nobody calibrated, without a cost table: one of random weights (DSpark's shape, made
+for the target), the pair's own made always wrong while its confidences promise all (`wrong`), made
+wrong after its first rounds (`early`), or made to take several steps of the target for a proposal
+(`slow`). A closed loop at every load; the plain engine has no drafter at all. The engine of the
+drafter is kept between runs, so that the first run shows what finding out costs, and the later
+ones, run in turn with the plain engine's, what remains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dspark
+from benchmarks.common import add_options, emit, environment, model_path, rounded, say
+from dspark.attention.pages import PagedCache
+from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.engine.model import Model
+from dspark.evaluation.check import PROMPTS
+from dspark.evaluation.closed_loop import closed_loop
+from dspark.evaluation.live import render
+from dspark.request import Request, SamplingParams
+from dspark.training.drafter import drafter_config
+from dspark.training.drafter_settings import DSparkSettings
+
+DRAFTERS = ("random", "wrong", "early", "slow")
+FLOOR = 0.97
+QUICK = {"load": (1, 2), "requests": 2, "max_new_tokens": 12, "repeats": 1}
+
+
+class Adversary(DSparkDrafter):
+    """A drafter that is of no use.
+
+    Attributes:
+        wrong_after: tokens of prompt and answer behind which its drafts are wrong.
+        extra_s: seconds that a proposal takes beside its own time.
+    """
+
+    wrong_after: int = 0
+    extra_s: float = 0.0
+
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """Propose, from logits turned by one token where it is to be wrong."""
+        started = time.perf_counter()
+        wrong_R1 = torch.tensor(batch.lengths)[:, None] >= self.wrong_after
+
+        def turned(step: int, logits_RV: Tensor) -> Tensor:
+            return draw(step, torch.where(wrong_R1, logits_RV.roll(1, dims=1), logits_RV))
+
+        proposal = super().propose(context, batch, turned)
+        if proposal.confidence_logits_RK is not None:
+            sure = torch.full_like(proposal.confidence_logits_RK, 5.0)
+            proposal = replace(proposal, confidence_logits_RK=sure)
+        while time.perf_counter() - started < self.extra_s:
+            pass
+        return proposal
+
+
+def adversary(model: Model, kind: str, args: argparse.Namespace) -> Model:
+    """The target with a drafter that is of no use; the pair's own weights where it has any."""
+    target, own = model.target, model.drafter
+    if kind == "random" or not isinstance(own, DSparkDrafter):
+        generator = torch.Generator().manual_seed(args.seed)
+        config = drafter_config(target, DSparkSettings(num_layers=2))
+        drafter = Adversary.from_target(target.parts(), config, generator=generator)
+    else:
+        drafter = Adversary(own.config)
+        drafter.load_state_dict(own.state_dict())
+        drafter.to(device=target.device)
+        drafter.bind(target.parts(), num_target_layers=target.num_layers)
+    drafter.to(dtype=target.dtype).eval()
+    drafter.wrong_after = {"early": args.early, "random": 1 << 30}.get(kind, 0)
+    drafter.extra_s = args.slow_ms / 1e3 if kind == "slow" else 0.0
+    return Model(target, drafter, name=kind)
+
+
+def measure(model: Model, pool: Sequence[Request], load: int, args: Any) -> dict[str, Any]:
+    """One drafter under one load: tokens per second over plain decoding's, run by run."""
+    plain, ours = (
+        each.open_engine(
+            max_requests=load, max_length=args.max_length, schedule=schedule, prefix_reuse=False
+        )
+        for each, schedule in ((Model(model.target), None), (model, args.schedule))
+    )
+    ratios, shares = [], []
+    closed_loop(plain, lambda i: pool[i % len(pool)], users=load, count=load)  # warms up
+    for repeat in range(args.repeats + 1):
+        first = repeat * args.requests
+        runs = {}
+        for engine in (plain, ours) if repeat % 2 else (ours, plain):
+            runs[engine is ours] = closed_loop(
+                engine,
+                lambda i, first=first: pool[(first + i) % len(pool)],
+                users=load,
+                count=max(args.requests, 2 * load),
+            )
+        ratios.append(runs[True].tokens_per_s / runs[False].tokens_per_s)
+        stats = runs[True].stats
+        shares.append(stats.verified / max(stats.rounds, 1))
+    return {
+        "first": ratios[0],
+        "later": statistics.median(ratios[1:]),
+        "later_all": ratios[1:],
+        "verified_per_round": shares,
+        "reached": statistics.median(ratios[1:]) >= FLOOR,
+    }
+
+
+def main() -> None:
+    """Measure what bad drafters cost."""
+    args = options()
+    torch.set_num_threads(args.threads)
+    model = dspark.load(model_path(args.model), dtype=args.dtype or "float32", offline=True)
+    params = SamplingParams(args.max_new_tokens, temperature=args.temperature, ignore_eos=True)
+    pool = [
+        Request(ids, params.with_seed(args.seed + i))
+        for i, ids in enumerate(render(model, PROMPTS))
+    ]
+    args.max_length = max(len(r.prompt_ids) for r in pool) + args.max_new_tokens
+    results: dict[str, Any] = {"schedule": args.schedule}
+    for kind in args.drafters:
+        pair = adversary(model, kind, args)
+        for load in args.load:
+            row = results[f"{kind}, {load}"] = measure(pair, pool, load, args)
+            say(f"{kind}, {load} requests: {rounded(row)}")
+    rows = [row for row in results.values() if isinstance(row, dict)]
+    results["worst"] = min(row["later"] for row in rows)
+    results["reached"] = all(row["reached"] for row in rows)
+    emit("protection", environment(model.target.dtype), results)
+
+
+def options() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add_options(parser)
+    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS, default=DRAFTERS)
+    parser.add_argument("--load", type=int, nargs="+", default=(1, 4, 16))
+    parser.add_argument("--requests", type=int, default=16, help="counted, or twice the load")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=3, help="after the first run")
+    parser.add_argument("--schedule", choices=("auto", "fixed"), default="auto")
+    parser.add_argument("--early", type=int, default=100, help="tokens until `early` turns wrong")
+    parser.add_argument("--slow-ms", type=float, default=200.0, help="of a proposal of `slow`")
+    parser.add_argument("--quick", action="store_true", help=f"a small run: {QUICK}")
+    args = parser.parse_args()
+    if args.quick:
+        vars(args).update(QUICK)
+    return args
+
+
+if __name__ == "__main__":
+    main()

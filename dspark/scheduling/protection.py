@@ -1,0 +1,149 @@
+"""Protection of plain decoding: what drafting may lose, measured on finished rounds.
+
+Neither calibration nor cost table nor confidences are needed: the time of a drafting round is set
+against what plain decoding takes for the tokens that it committed, and the difference goes to an
+account. While the account is in the red nothing is drafted, and plain rounds pay a small share of
+their time into it until it affords another try; the share halves with every try that fails. So
+drafting loses that share of the time at most, whatever the drafter does, beside a few rounds at
+the beginning. Only finished rounds count: no output changes its distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark.scheduling.step_times import FADE, FloatArray, Scales, StepTime
+
+# Everything in plain rounds: what may be lost at first, what a try may lose after a failure, and
+# what gains are remembered.
+FIRST, TRY, MOST = 8.0, 2.0, 16.0
+# Of plain rounds' time for tries; halved with each failure in a row, so often at most.
+SHARE, HALVINGS = 0.02, 4
+# Drafting rounds before a plain one: at least, and for each plain round's time that is gained in
+# one, at most. A look that costs nothing may be frequent.
+OFTEN, RARE = 4, 512
+MEMORY = 0.95
+# After so many drafting rounds what is known of plain ones is old.
+OLD = 16
+
+
+class Protection:
+    """Decides per round whether drafting is affordable.
+
+    Accounts are kept for 1, 2-3, 4-7, ... requests; the first round of each is a plain one.
+
+    Attributes:
+        refreshes: whether this is the first drafting round after a plain one that refreshed what
+            is known of these: a good moment to look at longer lengths too.
+    """
+
+    def __init__(self) -> None:
+        self._accounts: dict[int, _Account] = {}
+        self.refreshes = False
+
+    def allows(self, requests: int) -> bool:
+        """Whether so many requests draft in this round."""
+        self.refreshes = False
+        account = self._account(requests)
+        if not account.plain.known:
+            return False
+        if account.pauses:
+            account.pauses = account.credit < TRY
+            return not account.pauses
+        if account.credit < 0:
+            if account.since_plain < OLD:
+                account.pauses = True
+                account.failures += 1
+            else:  # the machine may have become slower for all alike: look before giving up
+                account.credit = TRY / 2
+            return False
+        if account.since_plain >= min(OFTEN + RARE * max(account.gain, 0.0), RARE):
+            return False
+        self.refreshes, account.fresh = account.fresh, False
+        return True
+
+    def learn(self, seen: StepTime) -> None:
+        """Take note of a finished round."""
+        if not seen.requests:
+            return
+        account = self._account(seen.requests)
+        if not seen.drafted:
+            account.plain.learn(seen, FADE ** (1 + account.since_plain))
+            account.since_plain, account.fresh = 0, account.since_plain > 0
+            if account.pauses:
+                account.credit += SHARE / 2 ** min(account.failures - 1, HALVINGS)
+            return
+        account.since_plain += 1
+        if account.plain.tells(seen):
+            plain_ms, prompts_ms = account.plain.expected_ms(seen)
+            worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
+            gain = (worth_ms - seen.total_ms) / plain_ms
+            account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
+            account.credit = min(account.credit + gain, MOST)
+            if account.credit >= MOST / 2:
+                account.failures = 0
+
+    def _account(self, requests: int) -> _Account:
+        load = requests.bit_length()
+        if load not in self._accounts:
+            failing = any(account.pauses for account in self._accounts.values())
+            self._accounts[load] = _Account(TRY if failing else FIRST)
+        return self._accounts[load]
+
+
+class _PlainTimes:
+    """What plain rounds take, by requests and prompt rows, from those of late."""
+
+    def __init__(self) -> None:
+        self._parts_ms = np.zeros(3)  # of a step, of a request and of a prompt row
+        self._scales = Scales(3, prior_rounds=0.25)
+        self._prompts = False
+
+    @property
+    def known(self) -> bool:
+        """Whether there was any."""
+        return bool(self._parts_ms[0] > 0)
+
+    def tells(self, seen: StepTime) -> bool:
+        """Whether a plain round like this has been seen: with prompts beside it, if it has any."""
+        return self.known and (self._prompts or not seen.prompt_rows)
+
+    def learn(self, seen: StepTime, fade: float) -> None:
+        """Take note of a plain round; what was known before weighs `fade`."""
+        self._prompts = self._prompts or seen.prompt_rows > 0
+        if not self.known:  # half of the first one is taken for its rows'
+            row_ms = 0.5 * seen.total_ms / (seen.requests + seen.prompt_rows)
+            self._parts_ms = np.array([0.5 * seen.total_ms, row_ms, row_ms])
+        self._scales.learn(self._of(seen), seen.total_ms, fade)
+
+    def expected_ms(self, seen: StepTime) -> tuple[float, float]:
+        """Milliseconds of a plain round of these requests, and of these prompt rows beside it."""
+        return self._scales.expected_ms(self._of(seen), 2)
+
+    def _of(self, seen: StepTime) -> FloatArray:
+        return self._parts_ms * (1, seen.requests, seen.prompt_rows)
+
+
+@dataclass
+class _Account:
+    """What drafting has gained or lost at one load.
+
+    Attributes:
+        credit: in plain rounds; drafting pauses below 0.
+        gain: of a drafting round, in plain ones, by those of late.
+        pauses: whether drafting does.
+        failures: pauses in a row.
+        since_plain: drafting rounds since the last plain one.
+        fresh: whether that one was played to refresh what is known, and nothing was drafted since.
+        plain: what plain rounds take.
+    """
+
+    credit: float
+    gain: float = 0.0
+    pauses: bool = False
+    failures: int = 0
+    since_plain: int = 0
+    fresh: bool = False
+    plain: _PlainTimes = field(default_factory=_PlainTimes)

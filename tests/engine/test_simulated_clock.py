@@ -1,0 +1,157 @@
+"""Schedules on a simulated clock: what a wrong table costs, and a useless drafter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dspark.engine.schedule import Schedule
+from dspark.engine.scheduler import Offer, Scheduler, Spent
+from dspark.request import SamplingParams
+from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.machine import MachineKey
+
+NUM_DRAFTS = 7
+MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")
+
+
+class Machine:
+    """Times of steps that are a line in rows, and of drafting.
+
+    Args:
+        step_ms: of a step without any row.
+        row_ms: of a row.
+        draft_ms: of a request's whole block; a single draft takes 40 % of it.
+    """
+
+    def __init__(self, step_ms, row_ms, draft_ms):
+        self.step_ms, self.row_ms, self.each_ms = step_ms, row_ms, draft_ms
+
+    def verify_ms(self, rows):
+        return self.step_ms + self.row_ms * rows
+
+    def draft_ms(self, requests, depth):
+        return (2 + self.each_ms * requests) * (0.4 + 0.6 * (depth - 1) / (NUM_DRAFTS - 1))
+
+    def table(self):
+        points = [
+            CostPoint(
+                requests + drafts,
+                requests,
+                self.verify_ms(requests + drafts),
+                self.draft_ms(requests, NUM_DRAFTS),
+                0.4,
+            )
+            for requests in (1, 2, 4, 8, 16, 32)
+            for drafts in (0, requests, 2 * requests, 4 * requests, 7 * requests)
+        ]
+        return CostTable(tuple(points), MACHINE)
+
+
+FLAT = Machine(20.0, 0.05, 0.05)  # a step is nearly all dispatch, or the reading of weights
+LINEAR = Machine(8.0, 3.0, 0.4)  # arithmetic alone
+
+
+def decode(schedule, machine, requests, *, rounds=240, useful=True, noise=0.1, seed=0):
+    """Tokens per millisecond of so many requests that live 24 rounds each.
+
+    A draft stays with the chance that its confidence says, or never where the drafter is useless;
+    confidences differ between requests and wander.
+    """
+    people, generator, clock = (np.random.default_rng((seed, i)) for i in range(3))
+    ids = list(range(requests))
+    means, spent_ms, tokens = people.normal(1.2, 1.0, requests), 0.0, 0
+    for number in range(rounds):
+        pause = max(1, 24 // requests)
+        slot, prompt_rows = number // pause % requests, 0
+        if number and number % pause == 0:
+            schedule.forget(ids[slot])
+            ids[slot], means[slot], prompt_rows = 10_000 + number, people.normal(1.2, 1.0), 8
+        active = [
+            SimpleNamespace(
+                request_id=i,
+                drafts=True,
+                ready=True,
+                request=SimpleNamespace(params=SamplingParams(8), mask=None),
+            )
+            for i in ids
+        ]
+        limits = schedule.limits(active, [NUM_DRAFTS] * requests)
+        depth = schedule.depth or NUM_DRAFTS
+        lengths, draft_ms = [0] * requests, 0.0
+        logits = generator.normal(means[:, None], 0.7, (requests, NUM_DRAFTS))
+        if max(limits):
+            offer = Offer(
+                requests, depth, logits[:, :depth] if schedule.reads_confidences else None
+            )
+            lengths = schedule.lengths(active, limits, offer)
+            draft_ms = machine.draft_ms(requests, depth) * clock.lognormal(0, noise)
+        stays = generator.random(logits.shape) < useful / (1 + np.exp(-logits))
+        runs = np.logical_and.accumulate(stays, axis=1).sum(axis=1)
+        accepted = [int(min(run, length)) for run, length in zip(runs, lengths, strict=True)]
+        rows = requests + sum(lengths)
+        verify_ms = machine.verify_ms(rows + prompt_rows) * clock.lognormal(0, noise)
+        drafts = SimpleNamespace(lengths=lengths, proposed=limits)
+        spent = Spent(rows + prompt_rows, draft_ms, 0.0, verify_ms)
+        schedule.learn(active, drafts, accepted, spent)
+        spent_ms += draft_ms + verify_ms
+        tokens += requests + sum(accepted)
+    return tokens / spent_ms
+
+
+def made(name, costs=None):
+    return Scheduler(Schedule(name), "block", NUM_DRAFTS, None, costs)
+
+
+def best(machine, requests, **options):
+    """Of plain decoding and of fixed blocks."""
+    fixed = decode(made("fixed"), machine, requests, **options)
+    plain = made("fixed")
+    plain.limits = lambda _requests, most: [0] * len(most)
+    return max(fixed, decode(plain, machine, requests, **options))
+
+
+@pytest.mark.parametrize("requests", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("machine", "table"),
+    [
+        (FLAT, FLAT),
+        (LINEAR, LINEAR),
+        (FLAT, Machine(10.0, 1.0, 0.05)),  # rows are said to be dear
+        (LINEAR, Machine(60.0, 0.4, 0.2)),  # rows are said to be cheap
+        (FLAT, Machine(60.0, 0.15, 0.15)),  # measured on a busy machine
+    ],
+)
+def test_lagged_is_hardly_below_the_best_even_with_a_wrong_table(machine, table, requests):
+    ours = decode(made("lagged", table.table()), machine, requests)
+    assert ours > 0.96 * best(machine, requests)
+
+
+def test_without_corrections_a_wrong_table_costs_much():
+    """The control: what the rounds tell is what mends it."""
+    believer = made("lagged", Machine(10.0, 1.0, 0.05).table())
+    believer._learn_times = lambda *_: None
+    believer._protection.allows = lambda _requests: True
+    ours = decode(believer, FLAT, 32)
+    assert ours < 0.9 * best(FLAT, 32)
+
+
+@pytest.mark.parametrize("name", ["auto", "lagged"])
+@pytest.mark.parametrize("machine", [FLAT, LINEAR])
+@pytest.mark.parametrize("requests", [1, 12])
+def test_a_useless_drafter_costs_hardly_anything(name, machine, requests):
+    """Its confidences promise as much as ever."""
+    costs = None if name == "auto" else machine.table()
+    options = {"useful": False, "rounds": 600}
+    ours = decode(made(name, costs), machine, requests, **options)
+    assert ours > 0.95 * best(machine, requests, **options)
+    unprotected = decode(made("fixed"), machine, requests, **options)
+    assert unprotected < 0.9 * ours
+
+
+@pytest.mark.parametrize("requests", [1, 16])
+def test_auto_drafts_where_that_is_faster(requests):
+    ours = decode(made("auto"), FLAT, requests)
+    assert ours > 0.97 * best(FLAT, requests)
