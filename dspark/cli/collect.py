@@ -60,7 +60,7 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="so many neighbouring words in common with --against are too many (default: 13)",
     )
-    parser.add_argument("--split", default="train", help="of data sets (default: %(default)s)")
+    parser.add_argument("--split", help="of data sets (default: train)")
     parser.add_argument("--config", metavar="NAME", help="of data sets that have several")
     parser.add_argument("--revision", help="branch, tag or commit of a data set, or of MODEL")
     parser.add_argument(
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(
         read_rows(
-            DataSet(source, options.config, options.split, options.revision),
+            DataSet(source, options.config, options.split or "train", options.revision),
             RECORD_KEYS,
             offline=options.offline,
             stream=options.limit is not None,

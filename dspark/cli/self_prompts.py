@@ -13,7 +13,7 @@ from dspark.cli.common import Screen, check_positive, use_threads
 from dspark.errors import UsageError
 
 COUNT, BATCH_SIZE = 1000, 16
-_OF_SOURCES = ("heldout", "heldout_share", "against", "ngram", "config", "limit", "strict")
+_OF_SOURCES = ("heldout", "heldout_share", "against", "ngram", "split", "config", "limit", "strict")
 
 
 def add_self_options(parser: argparse.ArgumentParser) -> None:
