@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
+    started = time.perf_counter()
     from dspark.fitting.budget import parse_budget
     from dspark.fitting.run import Wish, dry_run, fit
 
@@ -81,6 +83,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         options.out,
         options.seed or 0,
         options.offline,
+        time.perf_counter() - started,
     )
 
     def load() -> Any:

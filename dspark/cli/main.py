@@ -75,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     everything = (
-        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, prove, data,
-        convert,
+        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, prove,
+        data, convert,
     )  # fmt: skip
     for command in everything:
         command.add_parser(commands)

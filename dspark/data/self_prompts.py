@@ -317,7 +317,7 @@ def write_self_prompts(
             int(entry["try"]): Written(tuple(entry["ids"]), bool(entry["ended"]))
             for _, entry in journal.entries()
         }
-        written, (kept, report) = list[Written](), ([], SelfPromptReport())
+        written, kept, report = list[Written](), list[str](), SelfPromptReport()
         while report.records < count and len(written) < TRIES_PER_PROMPT * count + writer.chunk:
             if written and seconds is not None and time.perf_counter() - started > seconds:
                 break

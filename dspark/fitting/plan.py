@@ -19,6 +19,8 @@ GENERATION_SHARE = (0.15, 0.45)
 KEPT_SHARE, ANSWER_SHARE = 0.8, 0.7
 """Self-written prompts that are kept; the length of an answer as a share of its limit."""
 PROMPT_TOKENS = 48
+ROUNDS = 500
+"""Rounds that a calibration is to have of each kind of request."""
 FEWEST_ROWS, ROWS = 4, 8
 FEWEST_HELD_OUT, MOST_HELD_OUT, MOST_CALIBRATED = 3, 150, 64
 FEWEST_STEPS = 300
@@ -130,7 +132,7 @@ def make_plan(
     calibration = CALIBRATION_SHARE * budget_s
     rest = budget_s * (1 - SLACK_SHARE) - spent_s - evaluation - costs - calibration
     heldout = _clamp(work.held_out_in(evaluation), FEWEST_HELD_OUT, MOST_HELD_OUT)
-    calibrated = _clamp(heldout, FEWEST_HELD_OUT, MOST_CALIBRATED)
+    calibrated = _clamp(max(heldout, ROUNDS * 2 // answer_tokens), FEWEST_HELD_OUT, MOST_CALIBRATED)
     generation = rest * _generation_share(speeds)
     pairs = (generation - (heldout + calibrated) * work.prompt_s) / work.pair_s
     answers = max(int(pairs), FEWEST_ROWS)

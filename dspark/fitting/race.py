@@ -144,5 +144,3 @@ def speedup(laps: Sequence[Lap], *, seed: int = 0) -> Mapping[str, Any]:
 
 def _ratio(sums: Any) -> Any:
     return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
-
-

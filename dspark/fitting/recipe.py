@@ -176,7 +176,9 @@ def recipe_of(
         shape: of the drafter.
         paths: files of answers.
         output: folder of the training.
-        steps, rows, anchors: of the training; anchors per row at most.
+        steps: of the training.
+        rows: samples per step.
+        anchors: per row at most.
         max_length: tokens of a sample at most.
         save_every: steps between checkpoints.
         seed: names what is drawn.

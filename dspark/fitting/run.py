@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Wish:
             the drafter to a target that is a directory without one.
         seed: names all randomness.
         offline: read what is on this machine only.
+        waited_s: seconds that have gone by since the command was given.
     """
 
     target: str
@@ -55,6 +57,7 @@ class Wish:
     out: Path | None = None
     seed: int = 0
     offline: bool = False
+    waited_s: float = 0.0
 
     @property
     def folder(self) -> Path:
@@ -98,7 +101,7 @@ def dry_run(wish: Wish, load: Callable[[], Model], watcher: Watcher) -> Plan:
 
     Raises: as `fit`.
     """
-    state = State(Path(os.devnull), {})
+    state = State(Path(os.devnull), {}, wish.waited_s)
     return _plan(wish, load(), state, watcher)
 
 
@@ -146,7 +149,7 @@ class _Run:
 
     def __init__(self, wish: Wish, load: Callable[[], Model], watcher: Watcher) -> None:
         self.wish, self.watcher = wish, watcher
-        self.state = State(wish.folder, wish.settings)
+        self.state = State(wish.folder, wish.settings, wish.waited_s)
         self._load = load
         self._skipped = {name for name in STAGES if self.state.is_done(name)}
         self._model: Model | None = None
@@ -159,15 +162,20 @@ class _Run:
         tasks: dict[str, Callable[[stages.Fit], dict[str, Any]]] = {
             "prompts": stages.write_prompts,
             "answers": stages.write_answers,
-            "training": lambda fit: self._trained(fit),
+            "training": self._trained,
             "calibration": stages.calibrate_pair,
             "costs": stages.measure_costs,
             "evaluation": stages.evaluate_pair,
             "attach": lambda fit: stages.attach(fit, at),
         }
         for name, act in tasks.items():
-            self._stage(name, lambda act=act: act(self._fit(plan, at)), plan.seconds[name])
+            self._stage(name, partial(self._act, act, plan, at), plan.seconds[name])
         return self._report(plan, at)
+
+    def _act(
+        self, act: Callable[[stages.Fit], dict[str, Any]], plan: Plan, attach_to: Path | None
+    ) -> dict[str, Any]:
+        return act(self._fit(plan, attach_to))
 
     def _stage(
         self, name: str, act: Callable[[], dict[str, Any]], planned_s: float | None = None

@@ -50,7 +50,7 @@ from dspark.fitting.report import (
     domain_rows,
     limits_of,
 )
-from dspark.request import Request, SamplingParams
+from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.scheduling.cost import CostTable
@@ -61,7 +61,7 @@ from dspark.training.run import run_recipe
 PROMPTS, ANSWERS, TRAINING, COSTS, LAPS = "prompts", "answers", "training", "costs.json", "laps"
 CHUNKS = (0.25, 0.7, 1.0)
 """What of the answers that there is still time for is asked next: the first files measure."""
-VERIFIER = "block"
+VERIFIER: Verifier = "block"
 CHECKPOINTS = 10
 ROUNDS_PER_CLASS = 4000
 
@@ -151,8 +151,8 @@ def write_answers(fit: Fit) -> dict[str, Any]:
     """
     folder = fit.path(ANSWERS)
     prompts = [record for _, record in read_json_lines(fit.path(PROMPTS, TRAIN))]
-    ends = fit.left_s() - fit.plan.seconds["answers"]
-    responder, asked, records, tokens, number = _responder(fit), 0, 0, 0, 0
+    ends = fit.plan.seconds["training"] + fit.plan.after_training_s
+    responder, asked, records, number = _responder(fit), 0, 0, 0
     left_before, timed = fit.left_s(), 0
     while asked < len(prompts):
         asking, out = folder / f"prompts-{number:03d}.jsonl", folder / f"{number:03d}.jsonl"
@@ -168,34 +168,32 @@ def write_answers(fit: Fit) -> dict[str, Any]:
                     write(record)
         size = sum(1 for _ in read_json_lines(asking))
         if not out.is_file():
-            report = regenerate(
-                responder,
-                asking,
-                out,
-                progress=lambda done, _, before=asked: fit.progress(before + done, len(prompts)),
-            )
+            tell = _counted(fit, asked, len(prompts))
+            report = regenerate(responder, asking, out, progress=tell)
             timed += size - report.resumed
         found = [record for _, record in read_json_lines(out)]
         records += len(found)
         asked, number = asked + size, number + 1
     samples = _samples(fit)
-    tokens = sum(sample.num_supervised for sample in samples)
-    size, share = choose_vocabulary(
-        [_answer_ids(sample) for sample in samples], fit.model.target.vocab_size
-    )
-    if size is not None:
+    answers = [_answer_ids(sample) for sample in samples]
+    known, share = choose_vocabulary(answers, fit.model.target.vocab_size)
+    if known is not None:
         fit.say(
-            f"The drafter knows {size:,} of {fit.model.target.vocab_size:,} tokens, the answers' "
+            f"The drafter knows {known:,} of {fit.model.target.vocab_size:,} tokens, the answers' "
             f"most frequent: {100 * share:.1f} % of answers that were not looked at."
         )
     return {
         "answers": records,
         "asked": asked,
         "usable": len(samples),
-        "tokens": tokens,
-        "draft_vocabulary": size,
+        "tokens": sum(map(len, answers)),
+        "draft_vocabulary": known,
         "coverage": share,
     }
+
+
+def _counted(fit: Fit, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: fit.progress(before + done, total)
 
 
 def _answer_ids(sample: Sample) -> list[int]:
@@ -280,8 +278,7 @@ def _anchors(stream: SampleStream, steps: int, most: int) -> int:
 
 
 def place_drafter(fit: Fit) -> Path:
-    """Write the trained drafter as it is served: beside its calibration, without the target's
-    tables; where it lies."""
+    """Write the trained drafter as it is served, without the target's tables; where it lies."""
     drafter = _bound(fit, load_drafter(fit.path(TRAINING)))
     return save_attached(drafter, fit.folder).directory
 
@@ -328,7 +325,7 @@ def calibrate_pair(fit: Fit) -> dict[str, Any]:
             batch_size=fit.plan.speeds.batch_size,
             most=ROUNDS_PER_CLASS,
             seconds=seconds,
-            progress=lambda n, done=done: fit.progress(done + min(n / 1000, 1), len(TEMPERATURES)),
+            progress=_recorded(fit, done),
         )
         try:
             entry = calibrate(rounds, VERIFIER, kind)
@@ -344,6 +341,10 @@ def calibrate_pair(fit: Fit) -> dict[str, Any]:
     if calibration.entries:
         calibration.save(fit.path(ATTACHED_FOLDER, FILE_NAME))
     return {"calibration": errors}
+
+
+def _recorded(fit: Fit, done: int) -> Callable[[int], None]:
+    return lambda rounds: fit.progress(done + min(rounds / 1000, 1), len(TEMPERATURES))
 
 
 def _too_few(kind: TemperatureClass, rounds: int) -> str:
@@ -416,9 +417,7 @@ def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
     return min(max(wanted, FEWEST_HELD_OUT), available)
 
 
-def _measured(
-    fit: Fit, model: Model, temperature: float, count: int, place: int
-) -> dict[str, Any]:
+def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int) -> dict[str, Any]:
     """Accepted length of whole blocks at a temperature, as `dspark eval` measures it."""
     tasks = load_file(fit.path(PROMPTS, HELD_OUT))
     share = -(-count // len(tasks))

@@ -23,6 +23,7 @@ class State:
         folder: of the run.
         settings: what the run is asked, as JSON values; a run that was asked something else is not
             gone on with.
+        waited_s: seconds of this sitting that have gone by already.
         now: the clock, in seconds.
 
     Raises:
@@ -34,6 +35,7 @@ class State:
         self,
         folder: Path,
         settings: Mapping[str, Any],
+        waited_s: float = 0.0,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.path = folder / FILE
@@ -45,7 +47,8 @@ class State:
         self._earlier = 0.0
         if self.path.is_file():
             self._read(folder)
-        self._began = self._saved = now()
+        self._saved = now()
+        self._began = self._saved - waited_s
         self._stage: tuple[str, float] | None = None
 
     def _read(self, folder: Path) -> None:

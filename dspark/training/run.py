@@ -14,6 +14,7 @@ from rich.text import Text
 from dspark.data.conversations import read_prompts
 from dspark.data.durable import only_run
 from dspark.errors import RecipeError
+from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
 from dspark.training.checkpoints import BEST
 from dspark.training.compiling import compile_forward
@@ -32,7 +33,6 @@ from dspark.training.laws import suitable_rows
 from dspark.training.loop import Training
 from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
 from dspark.training.online import export, load_frozen_target
-from dspark.targets.target import Target
 from dspark.training.pace import Pace
 from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.recipe import (
