@@ -32,8 +32,8 @@ MOST_TOKENS = 160
 CUT_TOKENS = (8, 48)
 """Lengths that prompts are cut at which do not end by themselves."""
 FEWEST_CHARACTERS, REPEATED_WORDS = 8, 6
-ENDING_SHARE = 0.1
-"""A model of whose first prompts fewer end by themselves never ends them: they are cut."""
+ENDING_SHARE = 0.25
+"""A model of whose prompts fewer end by themselves does not end them: they are cut."""
 BATCHES_PER_CHUNK = 2
 TRIES_PER_PROMPT = 8
 _MARK = "qxsentinelxq"
@@ -252,9 +252,8 @@ class SelfPrompts:
     def select(self, written: Sequence[Written]) -> tuple[list[str], SelfPromptReport]:
         """The prompts among what was written, and what became of the rest."""
         report = SelfPromptReport(is_chat=self.opening.is_chat)
-        first = written[: self.chunk]
-        ended = sum(each.ended for each in first)
-        report.cut = not self.opening.is_chat or ended < ENDING_SHARE * len(first)
+        ended = sum(each.ended for each in written)
+        report.cut = not self.opening.is_chat or ended < ENDING_SHARE * len(written)
         kept, seen = list[str](), set[int]()
         for number, each in enumerate(written):
             report.tries += 1

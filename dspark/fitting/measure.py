@@ -22,7 +22,8 @@ from dspark.request import Request
 from dspark.training.run import plan_recipe
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
-TRIAL_ROWS, TRIAL_ANCHORS = 4, (8, 32)
+TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 32)
+"""Samples of a timed training step, tokens of each at most, and anchors of each."""
 ROUND_COST = 1.5
 """What a round of K drafts costs over the K + 1 rows of its verification, drafting included."""
 
@@ -75,8 +76,9 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
         seed: names the tokens that are read; they mean nothing.
     """
     generator = random.Random(seed)
+    tokens = min(row_tokens, TRIAL_TOKENS)
     few, many = (
-        _step(model, shape, anchors, row_tokens, generator, seed) for anchors in TRIAL_ANCHORS
+        _step(model, shape, anchors, tokens, generator, seed) for anchors in TRIAL_ANCHORS
     )
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
         (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
@@ -86,7 +88,7 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
         batch_size=batch_size,
         batch_tokens_per_s=_tokens_per_s(model, batch_size, generator),
         single_tokens_per_s=_tokens_per_s(model, 1, generator),
-        row_s=per_row,
+        row_s=per_row * row_tokens / tokens,
         anchor_s=per_anchor,
         memory_bytes=int(many["memory"]),
         checkpoint_bytes=int(many["disk"]),

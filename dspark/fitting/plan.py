@@ -296,8 +296,9 @@ def _clamp(value: int, least: int, most: int) -> int:
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """The plan for people: (stage, what it does, how long it takes)."""
     shape, speeds = plan.shape, plan.speeds
-    vocabulary = f"a vocabulary of about {shape.draft_vocabulary:,} tokens, chosen by the answers"
-    knows = "the whole vocabulary" if shape.draft_vocabulary is None else vocabulary
+    knows = "the whole vocabulary"
+    if shape.draft_vocabulary is not None:
+        knows = f"about {shape.draft_vocabulary:,} tokens, chosen by the answers"
     layers = f"{shape.layers} layer{'s' if shape.layers > 1 else ''}"
     what = {
         "plan": f"measured: {speeds.batch_tokens_per_s:,.0f} tokens/s of {speeds.batch_size} "

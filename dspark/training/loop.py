@@ -145,7 +145,7 @@ class Training:
         started = time.perf_counter()
         self.objective.tokens_seen = 0
         if pace is not None:
-            pace.begin(self.position.step)
+            pace.begin(self.position.step, self.steps)
         with StopSignals() as signals, journal:
             while self.position.step < self.steps:
                 stopping = self._advance(signals, evaluation)
