@@ -36,6 +36,13 @@ class Journal:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._fd = self._open()
+        try:
+            self._begin(settings)
+        except BaseException:  # else the lock would outlast the run
+            self.close()
+            raise
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
         self._end = 0
         for number, raw in enumerate(self._whole_lines()):
             if number == 0:

@@ -77,9 +77,7 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
     """
     generator = random.Random(seed)
     tokens = min(row_tokens, TRIAL_TOKENS)
-    few, many = (
-        _step(model, shape, anchors, tokens, generator, seed) for anchors in TRIAL_ANCHORS
-    )
+    few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in TRIAL_ANCHORS)
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
         (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
     )

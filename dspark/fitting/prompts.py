@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from dspark.data.collect import train_record
+from dspark.data.conversations import Prompt, as_prompt
 from dspark.data.hub import DataSet
 from dspark.data.json_lines import read_json_lines, stem, write_json_lines
 from dspark.data.records import RECORD_KEYS, read_record
@@ -91,11 +92,25 @@ def self_written(path: Path) -> Collected:
 
 
 def split(
-    collected: Collected, folder: Path, *, heldout: int, calibration: int, answers: int
+    collected: Collected,
+    folder: Path,
+    *,
+    heldout: int,
+    calibration: int,
+    answers: int,
+    fits: Callable[[Prompt], bool],
 ) -> dict[str, int]:
     """Write what is held out, what calibrates and what is trained on, no prompt in two of them.
 
     Each part has prompts of all domains in turn, so that any beginning of it is a fair share.
+
+    Args:
+        collected: the prompts.
+        folder: for the three files.
+        heldout: prompts to evaluate with, at most.
+        calibration: prompts to calibrate with, at most.
+        answers: prompts to train on, at most.
+        fits: whether a prompt leaves the model's context room for an answer; others are left out.
 
     Returns:
         The numbers of prompts, by part.
@@ -104,7 +119,10 @@ def split(
         DataError: a file cannot be written.
         UsageError: no prompt is left to train on.
     """
-    mixed = list(_in_turn(collected.domains))
+    fitting = (row for row in _in_turn(collected.domains) if fits(as_prompt(row[1], row[0])))
+    mixed = list(islice(fitting, heldout + calibration + answers))
+    # Where fewer came together than were planned, most of them are still trained on.
+    heldout, calibration = (min(n, max(len(mixed) // 4, 1)) for n in (heldout, calibration))
     parts = {
         HELD_OUT: mixed[:heldout],
         CALIBRATION: mixed[heldout : heldout + calibration],
@@ -112,8 +130,8 @@ def split(
     }
     if not parts[TRAIN]:
         raise UsageError(
-            f"There are {len(mixed)} prompts, of which {heldout + calibration} are kept to "
-            "calibrate and to evaluate; give more."
+            f"There are {len(mixed)} prompts that fit the model's context, of which "
+            f"{heldout + calibration} are kept to calibrate and to evaluate; give more."
         )
     for name, rows in parts.items():
         with write_json_lines(folder / name) as write:

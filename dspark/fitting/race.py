@@ -17,6 +17,7 @@ import numpy as np
 from dspark.data.conversations import Prompt
 from dspark.data.journal import Journal
 from dspark.engine.model import Model
+from dspark.errors import RequestError
 from dspark.evaluation.live import render
 from dspark.evaluation.metrics import RESAMPLES, interval
 from dspark.params import SamplingParams
@@ -115,11 +116,13 @@ def _lap(model: Model, request: Request, number: int, domain: str) -> Lap:
     return Lap(number, domain, temperature, plain_tokens, plain_s, tokens, seconds)
 
 
-def fits(model: Model, prompts: Sequence[Held], max_new_tokens: int) -> list[Held]:
-    """The prompts that leave the context room for an answer."""
-    rendered = render(model, [held.prompt for held in prompts])
-    most = model.target.max_context - max_new_tokens
-    return [held for held, ids in zip(prompts, rendered, strict=True) if len(ids) <= most]
+def fits(model: Model, prompt: Prompt, max_new_tokens: int) -> bool:
+    """Whether a prompt leaves the context room for an answer."""
+    try:
+        (ids,) = render(model, [prompt])
+    except RequestError:  # the template refuses it, or there is none for a dialogue
+        return False
+    return len(ids) + max_new_tokens <= model.target.max_context
 
 
 def speedup(laps: Sequence[Lap], *, seed: int = 0) -> Mapping[str, Any]:

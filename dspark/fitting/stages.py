@@ -20,7 +20,7 @@ from dspark.drafters.checkpoint import load_drafter, save_attached
 from dspark.drafters.files import ATTACHED_FOLDER
 from dspark.drafters.registry import AnyDrafter
 from dspark.engine.model import Model
-from dspark.errors import DataError, UsageError
+from dspark.errors import DataError
 from dspark.evaluation.calibration import record_rounds
 from dspark.evaluation.evaluate import evaluate, settings_of
 from dspark.evaluation.live import render
@@ -111,9 +111,10 @@ def write_prompts(fit: Fit) -> dict[str, Any]:
     counts = split(
         collected,
         fit.path(PROMPTS),
-        heldout=min(plan.heldout, _third(collected)),
-        calibration=min(plan.calibration, _third(collected)),
+        heldout=plan.heldout,
+        calibration=plan.calibration,
         answers=plan.answers,
+        fits=lambda prompt: fits(fit.model, prompt, plan.answer_tokens),
     )
     return {
         "prompts": sum(counts.values()),
@@ -122,11 +123,6 @@ def write_prompts(fit: Fit) -> dict[str, Any]:
         "duplicates": collected.duplicates,
         "malformed": collected.malformed,
     }
-
-
-def _third(collected: Collected) -> int:
-    """Where fewer prompts came together than were planned, most of them are still trained on."""
-    return max(collected.count // 3, 1)
 
 
 def _self_written(fit: Fit) -> Collected:
@@ -380,9 +376,6 @@ def evaluate_pair(fit: Fit) -> dict[str, Any]:
     model, plan = pair(fit, costs), fit.plan
     records = list(read_json_lines(fit.path(PROMPTS, HELD_OUT)))
     held = [Held(as_prompt(r, where), str(r["category"])) for where, r in records]
-    held = fits(model, held, plan.evaluation_tokens)
-    if not held:
-        raise UsageError("No held-out prompt leaves room for an answer; give shorter prompts.")
     count = _measurable(fit, costs, len(held))
     reports = {
         f"t{temperature:g}": _measured(fit, model, temperature, count, place)

@@ -158,6 +158,7 @@ def test_a_model_of_which_nothing_is_of_use_is_given_up(own, monkeypatch, tmp_pa
 
 
 def test_a_run_that_was_killed_goes_on_and_writes_the_same(own, monkeypatch, tmp_path):
+    scripted(monkeypatch, [f"Question number {i}, please." for i in range(9)], own)
     writer = SelfPrompts(tiny(own), seed=3, batch_size=2)
     write_self_prompts(writer, tmp_path / "whole.jsonl", count=6)
     append, calls = Journal.append, []
@@ -181,7 +182,8 @@ def test_a_run_that_was_killed_goes_on_and_writes_the_same(own, monkeypatch, tmp
     assert not journal_path(out).exists()
 
 
-def test_two_runs_on_one_file_and_a_full_disk(own, tmp_path, small_disk):
+def test_two_runs_on_one_file_and_a_full_disk(own, monkeypatch, tmp_path, small_disk):
+    scripted(monkeypatch, [f"Question number {i}, please." for i in range(9)], own)
     writer, out = SelfPrompts(tiny(own), batch_size=2), tmp_path / "p.jsonl"
     held = Journal(journal_path(out), writer.settings)
     with pytest.raises(UsageError, match="in use by another run"):
@@ -192,7 +194,15 @@ def test_two_runs_on_one_file_and_a_full_disk(own, tmp_path, small_disk):
     assert write_self_prompts(writer, out, count=2).records == 2
 
 
-def test_reasons_are_told_apart(own, monkeypatch):
+def test_drawn_prompts_hang_on_the_seed_alone(own):
+    """Not on the batch, nor on what was drawn before."""
+    model = tiny(own, context=64)
+    three = dict(SelfPrompts(model, seed=5, batch_size=4).write([0, 1, 2]))
+    assert dict(SelfPrompts(model, seed=5, batch_size=1).write([2])) == {2: three[2]}
+    assert dict(SelfPrompts(model, seed=6, batch_size=1).write([1])) == {1: three[2]}
+
+
+def test_reasons_are_told_apart(own):
     opening = opening_of(tiny(own).target)
     end = own.convert_tokens_to_ids("<|im_end|>")
     fine = "Explain tides to me."

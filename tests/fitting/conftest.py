@@ -23,7 +23,7 @@ def model_files(tmp_path_factory):
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=160,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.1,
         eos_token_id=2,

@@ -148,7 +148,7 @@ def test_the_draft_vocabulary_covers_the_answers():
     assert size == -(-wanted // VOCABULARY_STEP) * VOCABULARY_STEP
     assert 0.9 < share <= 1
     assert choose_vocabulary(answers, 8192) == (None, 1.0)
-    every = [[t for t in range(i, vocab, 40)] for i in range(40)]
+    every = [list(range(i, vocab, 40)) for i in range(40)]
     assert choose_vocabulary(every, vocab) == (None, 1.0)
 
 
