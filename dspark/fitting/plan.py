@@ -272,11 +272,15 @@ def _of_available(
 
 
 def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:
-    """Anchors per row and steps: as many anchors as answers have, if there are steps enough."""
+    """Anchors per row and steps: as many anchors as answers have, if there are steps enough.
+
+    Fewer anchors give more steps as long as they, and not the rows, are what takes the time.
+    """
     most = _clamp(int(ANSWER_SHARE * answer_tokens), FEWEST_ANCHORS, MOST_ANCHORS)
+    least = _clamp(int(speeds.row_s / speeds.anchor_s), FEWEST_ANCHORS, most)
     anchors = most
-    while anchors > FEWEST_ANCHORS and seconds / speeds.step_s(rows, anchors) < FEWEST_STEPS:
-        anchors = max(anchors // 2, FEWEST_ANCHORS)
+    while anchors > least and seconds / speeds.step_s(rows, anchors) < FEWEST_STEPS:
+        anchors = max(anchors // 2, least)
     return anchors, max(int(seconds / speeds.step_s(rows, anchors)), 1)
 
 

@@ -147,7 +147,8 @@ def write_answers(fit: Fit) -> dict[str, Any]:
     """
     folder = fit.path(ANSWERS)
     prompts = [record for _, record in read_json_lines(fit.path(PROMPTS, TRAIN))]
-    ends = fit.plan.seconds["training"] + fit.plan.after_training_s
+    later_s = fit.plan.seconds["training"] + fit.plan.after_training_s
+    ends = min(later_s, fit.left_s() - fit.plan.seconds["answers"])
     responder, asked, records, number = _responder(fit), 0, 0, 0
     left_before, timed = fit.left_s(), 0
     while asked < len(prompts):
@@ -156,7 +157,9 @@ def write_answers(fit: Fit) -> dict[str, Any]:
             per_answer = (left_before - fit.left_s()) / timed if timed else _answer_s(fit)
             share = CHUNKS[min(number, len(CHUNKS) - 1)]
             size = int(share * max(fit.left_s() - ends, 0.0) / per_answer)
-            size = min(max(size, FEWEST_ROWS - asked), len(prompts) - asked)
+            # A part of a batch takes nearly as long as a whole one.
+            whole = -(-size // responder.batch_size) * responder.batch_size
+            size = min(max(whole, FEWEST_ROWS - asked), len(prompts) - asked)
             if size <= 0:
                 break
             with write_json_lines(asking) as write:
