@@ -51,7 +51,7 @@ from dspark.fitting.report import (
     limits_of,
 )
 from dspark.request import Request, SamplingParams, Verifier
-from dspark.scheduling.calibration import TemperatureClass, temperature_class
+from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.scheduling.cost import CostTable
 from dspark.training.checkpoints import read_position, saved_steps
@@ -318,18 +318,18 @@ def calibrate_pair(fit: Fit) -> dict[str, Any]:
             Request(ids, params.with_seed(fit.seed + i))
             for i, ids in enumerate(render(model, prompts))
         ]
-        rounds = record_rounds(
-            model,
-            requests,
-            batch_size=fit.plan.speeds.batch_size,
-            most=ROUNDS_PER_CLASS,
-            seconds=seconds,
-            progress=_recorded(fit, done),
-        )
         try:
+            rounds = record_rounds(
+                model,
+                requests,
+                batch_size=fit.plan.speeds.batch_size,
+                most=ROUNDS_PER_CLASS,
+                seconds=seconds,
+                progress=_recorded(fit, done),
+            )
             entry = calibrate(rounds, VERIFIER, kind)
-        except DataError:
-            fit.say(_too_few(kind, len(rounds.accepted_N)))
+        except DataError as error:  # too few rounds
+            fit.say(f"The confidences for {kind} requests stay uncalibrated: {error}")
             continue
         calibration = calibration.with_entry(entry)
         errors[kind] = {
@@ -344,13 +344,6 @@ def calibrate_pair(fit: Fit) -> dict[str, Any]:
 
 def _recorded(fit: Fit, done: int) -> Callable[[int], None]:
     return lambda rounds: fit.progress(done + min(rounds / 1000, 1), len(TEMPERATURES))
-
-
-def _too_few(kind: TemperatureClass, rounds: int) -> str:
-    return (
-        f"The confidences for {kind} requests stay uncalibrated: {rounds} rounds were too few in "
-        "the time that there was; dspark calibrate does it later."
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_in_every_stage_goes_on_to_the_same_end(target, tmp
     for stage in ("prompts", "answers", "training", "calibration", "costs", "evaluation", "attach"):
         wanted = wish(target, tmp_path, out=out)
         with pytest.raises(Killed):
-            fit(wanted, loader(target), Killer(stage, at=3 if stage == "training" else 1))
+            fit(wanted, loader(target), Killer(stage, at=1))
         state = json.loads((out / "fit.json").read_text())
         assert state["done"] == list(STAGES[: STAGES.index(stage)])
         with only_run(out):  # the lock is free again
@@ -201,7 +201,7 @@ def test_a_signal_in_training_says_how_to_go_on(target, tmp_path, fast):
             if self.running == "training" and done == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    wanted = wish(target, tmp_path)
+    wanted = wish(target, tmp_path, budget_s=40.0)
     with pytest.raises(DSparkError, match=r"Stopped by SIGTERM.*go on with the same command"):
         fit(wanted, loader(target), Signal("training"))
     assert saved_steps(wanted.folder / "training")
