@@ -19,7 +19,7 @@ LAYERS = (
     ("",),  # dspark/__init__.py: the public API, loaded lazily
     ("data",),
     ("evaluation", "training"),
-    ("serving", "simulation"),
+    ("serving", "simulation", "fitting"),
     ("cli",),
     ("__main__",),
 )
@@ -51,6 +51,7 @@ HEAVY = {
         "evaluation",
         "training",
         "serving",
+        "fitting",
         "cli",
     ),
 }

@@ -16,6 +16,7 @@ from dspark.cli.common import (
     check_positive,
     new_parser,
 )
+from dspark.cli.self_prompts import add_self_options, check_self_options, run_self
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
   dspark data prompts mlabonne/open-perfectblend --against eval/ --out prompts.jsonl \\
-    --heldout heldout.jsonl"""
+    --heldout heldout.jsonl
+  dspark data prompts --self bundled --count 200 --out prompts.jsonl"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -36,7 +38,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="*",
         metavar="SOURCE",
         help="a JSON-lines file, a folder of them, or a data set: a folder, or its name on the hub",
     )
@@ -58,11 +60,11 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="so many neighbouring words in common with --against are too many (default: 13)",
     )
-    parser.add_argument("--split", default="train", help="of data sets (default: %(default)s)")
+    parser.add_argument("--split", help="of data sets (default: train)")
     parser.add_argument("--config", metavar="NAME", help="of data sets that have several")
-    parser.add_argument("--revision", help="branch, tag or commit of a data set on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a data set, or of MODEL")
     parser.add_argument(
-        "--offline", action="store_true", help="of data sets read what is on this machine only"
+        "--offline", action="store_true", help="of the hub read what is on this machine only"
     )
     parser.add_argument(
         "--limit",
@@ -71,6 +73,7 @@ def add_parser(commands: Commands) -> None:
         help="read at most so many lines; of data sets no more is fetched than that needs",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
+    add_self_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 
@@ -78,6 +81,8 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     _check(options)
+    if options.writer is not None:
+        return run_self(options, screen)
     from dspark.data.collect import Split, collect_prompts
     from dspark.data.contamination import evaluation_texts
     from dspark.data.hub import DataSet
@@ -87,7 +92,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(
         read_rows(
-            DataSet(source, options.config, options.split, options.revision),
+            DataSet(source, options.config, options.split or "train", options.revision),
             RECORD_KEYS,
             offline=options.offline,
             stream=options.limit is not None,
@@ -127,6 +132,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> None:
     check_positive(options, "limit", "ngram")
+    check_self_options(options)
     share = options.heldout_share
     if share is not None and not 0 < share < 1:
         raise UsageError(f"--heldout-share is {share}, but must be between 0 and 1.")

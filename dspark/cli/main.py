@@ -21,6 +21,7 @@ from dspark.cli import (
     data,
     demo,
     eval,
+    fit,
     generate,
     profile,
     prove,
@@ -74,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     everything = (
-        demo, generate, serve, check, train, calibrate, profile, eval, report, bench, prove, data,
-        convert,
+        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, prove,
+        data, convert,
     )  # fmt: skip
     for command in everything:
         command.add_parser(commands)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dspark.errors import DataError
+from dspark.errors import DataError, UsageError
+
+LOCK = ".lock"
+"""The file in an output folder that the run which writes there holds locked."""
 
 
 @contextmanager
@@ -56,5 +60,36 @@ def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(descriptor: int, path: Path, remedy: str) -> None:
+    """Lock an open file for this process until the file is closed; a kill frees it too.
+
+    Raises:
+        UsageError: another run holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(f"{path} is in use by another run; {remedy}.") from error
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold an output folder, made if absent, against every other run meanwhile.
+
+    Raises:
+        UsageError: another run holds it.
+        DataError: the folder cannot be written.
+    """
+    path = folder / LOCK
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock_file(descriptor, folder, "wait for its end, or name another output folder")
+        yield
     finally:
         os.close(descriptor)

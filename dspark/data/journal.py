@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import append_line, writing
-from dspark.errors import DataError
+from dspark.data.durable import append_line, lock_file, writing
+from dspark.errors import DataError, UsageError
 
 _KEY = "dspark_journal"
 
@@ -30,13 +30,19 @@ class Journal:
 
     Raises:
         DataError: the file belongs to a run with other settings, or cannot be written.
+        UsageError: another run is writing it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._fd = self._open()
+        try:
+            self._begin(settings)
+        except BaseException:  # else the lock would outlast the run
+            self.close()
+            raise
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
         self._end = 0
         for number, raw in enumerate(self._whole_lines()):
             if number == 0:
@@ -46,6 +52,23 @@ class Journal:
         self._cut()
         if not self.resumed:
             self.append({_KEY: 1, "settings": dict(settings)})
+
+    def _open(self) -> int:
+        """The file, locked; opened again where the run that held it has just removed it."""
+        while True:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                lock_file(descriptor, self.path, "wait for its end, or name another --out")
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                    return descriptor
+            except UsageError:
+                os.close(descriptor)
+                raise
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
 
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         earlier = head.get("settings")

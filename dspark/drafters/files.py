@@ -173,7 +173,21 @@ def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
         directory: made if absent.
         state: tensors on the CPU that share no memory.
         config: content of config.json.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk.
     """
+    try:
+        return _write(directory, state, config)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(
+            f"{directory} cannot be written ({reason}); what was there before is whole, so make "
+            "room or name another place and run the same command again."
+        ) from error
+
+
+def _write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Written:
     directory.mkdir(parents=True, exist_ok=True)
     names = {WEIGHTS: directory / WEIGHTS, CONFIG: directory / CONFIG}
     beside = {name: directory / f".{name}.{os.getpid()}.tmp" for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +62,7 @@ def record_rounds(
     block_size: int | None = None,
     batch_size: int = 16,
     most: int | None = None,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Rounds:
     """Decode requests with the schedule `fixed` and record every full block.
@@ -72,6 +74,7 @@ def record_rounds(
         block_size: K, the drafter's own by default.
         batch_size: requests at once.
         most: stop once so many rounds are recorded; None decodes everything.
+        seconds: stop after so long; None takes whatever it takes.
         progress: told after every step.
 
     Raises:
@@ -92,8 +95,11 @@ def record_rounds(
     )
     for request in requests:
         engine.add(request)
+    started = time.perf_counter()
     while engine.has_work and (most is None or len(recorder.accepted) < most):
         engine.step()
+        if seconds is not None and time.perf_counter() - started > seconds:
+            break
         if progress is not None:
             progress(len(recorder.accepted))
     if not recorder.accepted:

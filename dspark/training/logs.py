@@ -84,6 +84,10 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
 
+    def plan(self, steps: int) -> None:
+        """Note another number of steps of the whole run."""
+        self._bar.update(self._task, total=steps)
+
     def show(self, step: int, metrics: Mapping[str, float], tokens_per_s: float) -> None:
         """Move the display on."""
         self._real = metrics.get("real_accepted_length", self._real)

@@ -35,6 +35,7 @@ from dspark.training.checkpoints import (
 from dspark.training.logs import Journal
 from dspark.training.objective import DataOrder, Evaluation, Objective, TrainingResult, World
 from dspark.training.optim import MasterOptimiser
+from dspark.training.pace import Pace
 from dspark.training.parallel import (
     barrier,
     gather,
@@ -116,13 +117,18 @@ class Training:
         self.position = position
 
     def go(
-        self, *, console: Console | None = None, evaluation: Evaluation | None = None
+        self,
+        *,
+        console: Console | None = None,
+        evaluation: Evaluation | None = None,
+        pace: Pace | None = None,
     ) -> TrainingResult:
         """Take the steps that are left and export the weights.
 
         Args:
             console: where the progress display goes; standard error by default.
             evaluation: what is measured on the way.
+            pace: changes the number of steps on the way; for one process.
 
         Raises:
             TrainingError: the loss is not finite; a checkpoint cannot be written; or SIGTERM or
@@ -138,9 +144,13 @@ class Training:
         )
         started = time.perf_counter()
         self.objective.tokens_seen = 0
+        if pace is not None:
+            pace.begin(self.position.step, self.steps)
         with StopSignals() as signals, journal:
             while self.position.step < self.steps:
                 stopping = self._advance(signals, evaluation)
+                if pace is not None:
+                    self._change_steps(pace.steps(self.position.step, self.steps), journal)
                 step, metrics = self.position.step, self.position.metrics
                 journal.show(step, metrics, self._tokens_per_s(started))
                 measured = "real_accepted_length" in metrics
@@ -235,6 +245,16 @@ class Training:
             self.position = replace(
                 self.position, best_step=self.position.step, best_accepted_length=length
             )
+
+    def _change_steps(self, steps: int, journal: Journal) -> None:
+        """Give the run another number of steps; on disk at once, so that it is resumed with it."""
+        if steps == self.steps:
+            return
+        self.steps = self.optimiser.steps = steps
+        self._fixed["run.steps"] = steps
+        self.position = replace(self.position, fixed=dict(self._fixed))
+        journal.plan(steps)
+        self._save()
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from dspark.data.conversations import read_prompts
+from dspark.data.durable import only_run
 from dspark.errors import RecipeError
+from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
 from dspark.training.checkpoints import BEST
 from dspark.training.compiling import compile_forward
@@ -30,6 +33,7 @@ from dspark.training.laws import suitable_rows
 from dspark.training.loop import Training
 from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
 from dspark.training.online import export, load_frozen_target
+from dspark.training.pace import Pace
 from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.recipe import (
     BlockRecipe,
@@ -77,6 +81,8 @@ def run_recipe(
     device: str = "auto",
     console: Console | None = None,
     judge: Judge | None = None,
+    target: Target | None = None,
+    pace: Pace | None = None,
 ) -> TrainingResult:
     """Train what a recipe describes.
 
@@ -89,20 +95,25 @@ def run_recipe(
         device: overrides the recipe's device unless `auto`.
         console: where budget and progress bar go; standard error by default.
         judge: measures real accepted lengths, for recipes that ask for them.
+        target: of a drafter's recipe, where it is in memory already; with its layers.
+        pace: changes the number of steps on the way, to end in time.
 
     Raises:
         RecipeError: the recipe cannot be used.
+        UsageError: another run writes to the same output_dir.
         DataError, CheckpointError, CompatibilityError: as its parts raise.
         TrainingError: the run cannot go on.
     """
     console = console or Console(stderr=True)
-    prepared = _prepare(load_recipe(name, overrides), device, console, judge)
+    recipe = load_recipe(name, overrides)
+    prepared = _prepare(recipe, device, console, judge, target)
     training = prepared.training
-    training.start(resume)
-    budget = prepared.budget(False)
-    prepared.say(budget.line())
-    refuse_small_disk(budget, training.output)
-    return training.go(console=console, evaluation=prepared.evaluation)
+    with only_run(training.output) if training.world.rank == 0 else nullcontext():
+        training.start(resume)
+        budget = prepared.budget(False)
+        prepared.say(budget.line())
+        refuse_small_disk(budget, training.output)
+        return training.go(console=console, evaluation=prepared.evaluation, pace=pace)
 
 
 def plan_recipe(
@@ -112,19 +123,22 @@ def plan_recipe(
     device: str = "auto",
     console: Console | None = None,
     judge: Judge | None = None,
+    target: Target | None = None,
 ) -> Budget:
     """Prepare a run as `run_recipe` does, and say what it will cost instead of starting it.
 
     Args, Raises: as `run_recipe`.
     """
     console = console or Console(stderr=True)
-    prepared = _prepare(load_recipe(name, overrides), device, console, judge)
+    prepared = _prepare(load_recipe(name, overrides), device, console, judge, target)
     budget = prepared.budget(True)
     prepared.say(budget.line())
     return budget
 
 
-def _prepare(recipe: Recipe, device: str, console: Console, judge: Judge | None) -> _Prepared:
+def _prepare(
+    recipe: Recipe, device: str, console: Console, judge: Judge | None, target: Target | None = None
+) -> _Prepared:
     run = recipe.run
     place = pick_device(run.device if device == "auto" else device)
     rank, ranks = start_parallel(place)
@@ -143,7 +157,7 @@ def _prepare(recipe: Recipe, device: str, console: Console, judge: Judge | None)
         order = _stream_order(recipe, model)
         training = Training(model, run, recipe.optimiser, order, world)
         return _Prepared(training, None, partial(_budget, training, None), say)
-    objective = _drafter_objective(recipe, place)
+    objective = _drafter_objective(recipe, place, target)
     if recipe.initial is not None:
         new = start_from(objective.drafter, recipe.initial)
         say(f"Starts from the weights of {recipe.initial}; new are {', '.join(new) or 'none'}.")
@@ -164,8 +178,10 @@ def _check_division(recipe: Recipe, ranks: int) -> None:
         )
 
 
-def _drafter_objective(recipe: BlockRecipe | ChainRecipe, device: str) -> DrafterTraining:
-    target = load_frozen_target(recipe, device, recipe.run.dtype)
+def _drafter_objective(
+    recipe: BlockRecipe | ChainRecipe, device: str, target: Target | None
+) -> DrafterTraining:
+    target = target or load_frozen_target(recipe, device, recipe.run.dtype)
     if isinstance(recipe, Eagle3Recipe | MTPRecipe):
         return Eagle3Objective(recipe, target)
     return DrafterObjective(recipe, target)

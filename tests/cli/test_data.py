@@ -200,6 +200,8 @@ def test_prompts_are_collected_from_a_data_set(dspark, tmp_path, monkeypatch):
         (["--ngram", 8], 2, "--ngram needs --against"),
         (["--limit", 0], 2, "--limit is 0"),
         (["--against", "absent"], 1, "absent does not exist"),
+        (["--self", "bundled"], 2, "--self writes prompts and reads none"),
+        (["--count", 5], 2, "--count acts only together with --self"),
     ],
 )
 def test_bad_prompts_options(dspark, prompts, in_tmp_path, bad, status, sentence):
@@ -207,6 +209,17 @@ def test_bad_prompts_options(dspark, prompts, in_tmp_path, bad, status, sentence
     assert (result.status, result.out) == (status, "")
     assert sentence in result.err
     assert not (in_tmp_path / "o.jsonl").exists()
+
+
+def test_a_model_writes_prompts_that_are_answered(dspark, pair, tmp_path):
+    out, words = tmp_path / "own.jsonl", ["--count", 2, "--batch-size", 2, "--json"]
+    result = dspark("data", "prompts", "--self", pair.target, "--out", out, *words)
+    assert result.json["records"] == len(out.read_text().splitlines()) == 2
+    assert result.json["tries"] == 2 + sum(result.json["dropped"].values())
+    refused = dspark("data", "prompts", "--self", pair.target, "--out", out, "--limit", 3)
+    assert (refused.status, "--limit acts only without --self" in refused.err) == (2, True)
+    nothing = dspark("data", "prompts", "--out", out)
+    assert (nothing.status, "There is no SOURCE" in nothing.err) == (2, True)
 
 
 def test_collected_prompts_are_answered_and_become_samples(dspark, pair, prompts, tmp_path):

@@ -1,0 +1,239 @@
+"""`dspark fit`: from a model to a served drafter, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from dspark.cli.common import (
+    Commands,
+    Screen,
+    add_common_options,
+    add_loading_options,
+    load_model,
+    new_parser,
+)
+from dspark.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.fitting.plan import Plan
+
+EXAMPLE = """\
+  dspark fit ./model --budget 30m
+  dspark fit ./model --prompts questions.jsonl --budget 8h --out runs/fit
+  dspark fit ./model --budget 8h --dry-run"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `fit`."""
+    summary = "make a drafter for a model: prompts, answers, training, calibration, evaluation"
+    parser = new_parser(commands, "fit", summary, EXAMPLE)
+    parser.add_argument(
+        "target", metavar="MODEL", help="a directory, a hub id, or bundled: what gets a drafter"
+    )
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a JSON-lines file, a folder of them, or a data set; repeatable (default: the model "
+        "writes its prompts itself)",
+    )
+    parser.add_argument(
+        "--budget", default="30m", metavar="T", help="time in all, as 30m or 8h (default: 30m)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run, where the drafter stays then; the same command goes on there "
+        "(default: fit-NAME, and the drafter is attached to a MODEL that is a directory without "
+        "one)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done, with its times, memory and disk, and stop",
+    )
+    add_loading_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
+    started = time.perf_counter()
+    from dspark.fitting.budget import parse_budget
+    from dspark.fitting.run import Wish, dry_run, fit
+
+    if options.dtype == "float16":
+        raise UsageError("--dtype is float16, in which nothing is trained; give bfloat16.")
+    wish = Wish(
+        options.target,
+        parse_budget(options.budget),
+        tuple(options.prompts),
+        options.out,
+        options.seed or 0,
+        options.offline,
+        time.perf_counter() - started,
+    )
+
+    def load() -> Any:
+        return load_model(options, "none", screen)
+
+    if options.dry_run:
+        plan = dry_run(wish, load, _Lines(screen))
+        _show_plan(plan, wish.folder, screen)
+        return _planned(plan)
+    with _Display(screen, wish.budget_s) as display:
+        result = fit(wish, load, display)
+    _show(result, screen)
+    return result
+
+
+class _Lines:
+    """Says remarks only."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def begin(self, stage: str, planned_s: float | None) -> None:
+        """Nothing."""
+
+    def advance(self, done: float, total: float, left_s: float) -> None:
+        """Nothing."""
+
+    def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
+        """Nothing."""
+
+    def say(self, sentence: str) -> None:
+        """Print it."""
+        self._screen.log.print(Text(sentence), soft_wrap=True)
+
+
+class _Display(_Lines):
+    """One display over all stages: the running one, and the time that is left of the budget."""
+
+    def __init__(self, screen: Screen, budget_s: float) -> None:
+        super().__init__(screen)
+        self._budget_s = budget_s
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[note]}"),
+            console=screen.log,
+        )
+        self._whole = self._bar.add_task("all", total=budget_s, note="")
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, stage: str, planned_s: float | None) -> None:
+        """Show a stage's bar."""
+        from dspark.fitting.budget import duration
+
+        note = "" if planned_s is None else f"planned: {duration(planned_s)}"
+        self._task = self._bar.add_task(stage, total=1.0, note=note)
+
+    def advance(self, done: float, total: float, left_s: float) -> None:
+        """Move the bars on."""
+        from dspark.fitting.budget import duration
+
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=max(total, 1e-9))
+        left = f"{duration(left_s)} left"
+        self._bar.update(self._whole, completed=self._budget_s - left_s, note=left)
+
+    def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
+        """Leave a line in the place of the bar."""
+        from dspark.fitting.budget import duration
+
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        done = "done before" if skipped else duration(seconds)
+        self._bar.console.print(Text(f"{stage:<12}{done}"))
+
+
+def _planned(plan: Plan) -> dict[str, Any]:
+    """The JSON object of a run that did not start."""
+    return {
+        "stages": [
+            {"name": name, "seconds": seconds, "skipped": True}
+            for name, seconds in plan.seconds.items()
+        ],
+        "prompts": plan.prompts,
+        "answers": plan.answers,
+        "anchors": plan.steps * plan.rows * plan.anchors,
+        "accepted_length": {"t0": None, "t1": None},
+        "speedup": {"t0": None, "t1": None},
+        "ece": None,
+        "output_dir": None,
+        "plan": plan.as_dict(),
+    }
+
+
+def _show_plan(plan: Plan, folder: Path, screen: Screen) -> None:
+    from dspark.fitting.budget import duration
+    from dspark.fitting.plan import plan_rows
+
+    table = Table("stage", "what", box=None, pad_edge=False)
+    table.add_column("time", justify="right", no_wrap=True)
+    for name, what, took in plan_rows(plan):
+        table.add_row(name, escape(what), took)
+    screen.out.print(table)
+    screen.out.print(
+        Text(
+            f"In all {duration(plan.budget_s)}, {plan.memory_bytes / 1e9:.2g} GB of memory and "
+            f"{plan.disk_bytes / 1e9:.2g} GB of disk in {folder}. Nothing was started."
+        ),
+        soft_wrap=True,
+    )
+
+
+def _show(result: Mapping[str, Any], screen: Screen) -> None:
+    table = Table("domain", "temperature", box=None, pad_edge=False)
+    for name in ("accepted length", "95 %", "speed-up", "95 %"):
+        table.add_column(name, justify="right")
+    for domain, rows in result["domains"].items():
+        for key, temperature in (("t0", "0"), ("t1", "1")):
+            row = rows[key]
+            table.add_row(
+                escape(domain),
+                temperature,
+                _number(row["accepted_length"]),
+                _ends(row["accepted_length_ci95"]),
+                _number(row["speedup"]),
+                _ends(row["speedup_ci95"]),
+            )
+    screen.out.print(table)
+    if result["ece"] is not None:
+        screen.out.print(f"Calibration error on held-out prompts: {100 * result['ece']:.1f} %.")
+    for limit in result["limits"].values():
+        screen.out.print(Text(limit["sentence"]), soft_wrap=True)
+    place = result["attached"] or f"{result['output_dir']}/dspark"
+    screen.out.print(Text(f"The drafter is in {place}. To serve it:"), soft_wrap=True)
+    for engine, command in result["commands"].items():
+        screen.out.print(Text(f"  {engine:<11}{command}"), soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _ends(ends: list[float] | None) -> str:
+    return "-" if ends is None else "-".join(map(_number, ends))

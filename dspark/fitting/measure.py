@@ -1,0 +1,173 @@
+"""How fast this machine generates with a model and trains a drafter for it: short timed trials."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from dspark.data.durable import writing
+from dspark.data.json_lines import write_json_lines
+from dspark.engine.model import Model
+from dspark.fitting.recipe import Shape, recipe_of
+from dspark.params import SamplingParams
+from dspark.request import Request
+from dspark.training.run import plan_recipe
+
+PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
+TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 32)
+"""Samples of a timed training step, tokens of each at most, and anchors of each."""
+ROUND_COST = 1.5
+"""What a round of K drafts costs over the K + 1 rows of its verification, drafting included."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured.
+
+    Attributes:
+        batch_size: requests at once when many are answered.
+        batch_tokens_per_s: tokens that such a batch generates, all requests together.
+        single_tokens_per_s: tokens of a request that is alone.
+        row_s: seconds of a training step per sample, its anchors left out.
+        anchor_s: seconds of a training step per anchor.
+        memory_bytes: what this process held at most in a training step, the optimiser included.
+        checkpoint_bytes: what a training keeps on disk at once.
+        parameters: of the drafter.
+    """
+
+    batch_size: int
+    batch_tokens_per_s: float
+    single_tokens_per_s: float
+    row_s: float
+    anchor_s: float
+    memory_bytes: int
+    checkpoint_bytes: int
+    parameters: int
+
+    def step_s(self, rows: int, anchors: int) -> float:
+        """Seconds of a training step of so many samples with so many anchors each."""
+        return rows * (self.row_s + anchors * self.anchor_s)
+
+    def round_s(self, drafts: int) -> float:
+        """About how long a request's round of so many drafts takes in a batch."""
+        return ROUND_COST * (drafts + 1) / self.batch_tokens_per_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, seed: int) -> Speeds:
+    """Time a batch of generation, a request alone, and training steps of two sizes.
+
+    Args:
+        model: the target, without a drafter.
+        shape: of the drafter that is to be trained.
+        batch_size: requests at once.
+        row_tokens: tokens of a training sample.
+        seed: names the tokens that are read; they mean nothing.
+    """
+    generator = random.Random(seed)
+    tokens = min(row_tokens, TRIAL_TOKENS)
+    few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in TRIAL_ANCHORS)
+    per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
+        (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
+    )
+    per_row = max(few["seconds"] / TRIAL_ROWS - TRIAL_ANCHORS[0] * per_anchor, 0.0)
+    return Speeds(
+        batch_size=batch_size,
+        batch_tokens_per_s=_tokens_per_s(model, batch_size, generator),
+        single_tokens_per_s=_tokens_per_s(model, 1, generator),
+        row_s=per_row * row_tokens / tokens,
+        anchor_s=per_anchor,
+        memory_bytes=int(many["memory"]),
+        checkpoint_bytes=int(many["disk"]),
+        parameters=int(many["parameters"]),
+    )
+
+
+def _tokens_per_s(model: Model, count: int, generator: random.Random) -> float:
+    """Generated tokens a second of `count` requests that draw as answers are drawn."""
+    vocabulary = model.target.vocab_size
+    most = max(min(NEW_TOKENS, model.target.max_context - PROMPT_TOKENS - 1), 1)
+    prompts = [
+        tuple(generator.randrange(vocabulary) for _ in range(PROMPT_TOKENS)) for _ in range(count)
+    ]
+    params = SamplingParams(most, temperature=1.0, top_p=0.95, ignore_eos=True)
+    requests = [Request(ids, params.with_seed(i)) for i, ids in enumerate(prompts)]
+    engine = model.engine(requests, batch_size=count, schedule="fixed")
+    for request in requests:
+        engine.add(request)
+    for _ in range(WARM_UP_TOKENS):
+        engine.step()
+    started, tokens = time.perf_counter(), 0
+    while engine.has_work:
+        tokens += len(engine.step())
+    return tokens / (time.perf_counter() - started)
+
+
+def _step(
+    model: Model, shape: Shape, anchors: int, row_tokens: int, generator: random.Random, seed: int
+) -> dict[str, float]:
+    """What a training step on samples of random tokens takes, and what it needs."""
+    target = model.target
+    with tempfile.TemporaryDirectory(prefix="dspark-fit-") as folder:
+        rows = [
+            [generator.randrange(target.vocab_size) for _ in range(row_tokens)]
+            for _ in range(TRIAL_ROWS)
+        ]
+        path = Path(folder) / "samples.jsonl"
+        _write_samples(path, rows)
+        recipe = recipe_of(
+            target,
+            shape,
+            paths=[str(path)],
+            output=Path(folder) / "training",
+            steps=1,
+            rows=TRIAL_ROWS,
+            anchors=anchors,
+            max_length=row_tokens,
+            save_every=1,
+            seed=seed,
+        )
+        budget = plan_recipe(
+            str(write_recipe(recipe, Path(folder))),
+            device=str(target.device),
+            console=Console(quiet=True),
+            target=target,
+        )
+    assert budget.seconds_per_step is not None
+    return {
+        "seconds": budget.seconds_per_step,
+        "memory": budget.memory_bytes["measured"],
+        "disk": budget.disk_bytes,
+        "parameters": budget.parameters,
+    }
+
+
+def _write_samples(path: Path, rows: Sequence[Sequence[int]]) -> None:
+    with write_json_lines(path) as write:
+        for row in rows:
+            write({"input_ids": list(row), "prompt_len": min(PROMPT_TOKENS, len(row) // 4)})
+
+
+def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
+    """Write a recipe as `dspark train` reads it.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    path = folder / "recipe.yaml"
+    with writing(path):
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        fresh.replace(path)
+    return path

@@ -1,0 +1,323 @@
+"""How a time budget is split: sizes and seconds of every stage, from the machine's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dspark.errors import UsageError
+from dspark.fitting.budget import budget_text, duration
+from dspark.fitting.measure import Speeds
+from dspark.fitting.recipe import BLOCK_SIZE, Shape
+
+CALIBRATION_SHARE, COSTS_SHARE, EVALUATION_SHARE, SLACK_SHARE = 0.06, 0.02, 0.10, 0.02
+PASSES = 3
+"""Times that each answer token is to be an anchor: what more passes teach falls off quickly."""
+GENERATION_SHARE = (0.15, 0.45)
+"""Least and most of the time for prompts, answers and training that the first two may take."""
+KEPT_SHARE, ANSWER_SHARE = 0.8, 0.7
+"""Self-written prompts that are kept; the length of an answer as a share of its limit."""
+PROMPT_TOKENS = 48
+ROUNDS = 500
+"""Rounds that a calibration is to have of each kind of request."""
+FEWEST_ROWS, ROWS = 4, 8
+FEWEST_HELD_OUT, MOST_HELD_OUT, MOST_CALIBRATED = 3, 150, 64
+FEWEST_STEPS = 300
+"""Steps below which rows get fewer anchors, so that there are more of them."""
+FEWEST_ANCHORS, MOST_ANCHORS = 8, 128
+PROFILE_ROWS, LITTLE_PROFILE_ROWS = 600, 80
+"""Rows of one visit to all points of a cost table of up to 8 requests, and of 1; about."""
+BYTES_PER_TOKEN = 8
+EVALUATION_TOKENS = (24, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit is going to do.
+
+    Attributes:
+        budget_s: seconds in all.
+        seconds: by stage.
+        shape: of the drafter.
+        answers: prompts that are answered to train on.
+        calibration, heldout: prompts to calibrate and to evaluate with.
+        answer_tokens: limit of an answer.
+        evaluation_tokens: limit of an answer of the evaluation.
+        rows, anchors, steps: of the training; anchors per row at most.
+        profile_requests, profile_repeats: of the cost table.
+        memory_bytes, disk_bytes: that are needed.
+        speeds: that it follows from.
+    """
+
+    budget_s: float
+    seconds: Mapping[str, float]
+    shape: Shape
+    answers: int
+    calibration: int
+    heldout: int
+    answer_tokens: int
+    evaluation_tokens: int
+    rows: int
+    anchors: int
+    steps: int
+    profile_requests: int
+    profile_repeats: int
+    memory_bytes: int
+    disk_bytes: int
+    speeds: Speeds
+
+    @property
+    def prompts(self) -> int:
+        """All prompts."""
+        return self.answers + self.calibration + self.heldout
+
+    @property
+    def after_training_s(self) -> float:
+        """Seconds of all that follows on training."""
+        return sum(self.seconds[name] for name in ("calibration", "costs", "evaluation", "attach"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Plan:
+        """What `as_dict` gave."""
+        values = dict(record)
+        shape, speeds = Shape.of(values.pop("shape")), Speeds(**values.pop("speeds"))
+        return cls(shape=shape, speeds=speeds, **values)
+
+
+def answer_limit(budget_s: float, max_context: int) -> int:
+    """Tokens of an answer at most: short answers where there is little time."""
+    wanted = 256 if budget_s >= 600 else 128 if budget_s >= 120 else 64
+    return max(min(wanted, max_context // 2), BLOCK_SIZE + 1)
+
+
+def make_plan(
+    budget_s: float,
+    spent_s: float,
+    shape: Shape,
+    speeds: Speeds,
+    *,
+    answer_tokens: int,
+    writes_prompts: bool,
+    available: int | None = None,
+) -> Plan:
+    """Split a budget.
+
+    Args:
+        budget_s: seconds in all.
+        spent_s: of them, gone already.
+        shape: of the drafter.
+        speeds: of this machine.
+        answer_tokens: limit of an answer.
+        writes_prompts: whether the model writes its prompts itself, which takes time too.
+        available: prompts that there are; None for any number.
+
+    Raises:
+        UsageError: the budget is too small, with the smallest one that would do; or there are too
+            few prompts.
+    """
+    least = smallest_budget(spent_s, speeds, answer_tokens, writes_prompts=writes_prompts)
+    if budget_s < least:
+        raise UsageError(
+            f"A budget of {budget_text(budget_s)} is too small for one training step and what "
+            f"belongs to it on this machine; give --budget {budget_text(least)} or more."
+        )
+    work = _Work(speeds, answer_tokens, writes_prompts)
+    evaluation = max(EVALUATION_SHARE * budget_s, work.evaluation_s(FEWEST_HELD_OUT))
+    costs = max(COSTS_SHARE * budget_s, LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s)
+    calibration = CALIBRATION_SHARE * budget_s
+    rest = budget_s * (1 - SLACK_SHARE) - spent_s - evaluation - costs - calibration
+    heldout = _clamp(work.held_out_in(evaluation), FEWEST_HELD_OUT, MOST_HELD_OUT)
+    calibrated = _clamp(max(heldout, ROUNDS * 2 // answer_tokens), FEWEST_HELD_OUT, MOST_CALIBRATED)
+    generation = rest * _generation_share(speeds)
+    pairs = (generation - (heldout + calibrated) * work.prompt_s) / work.pair_s
+    answers = max(int(pairs), FEWEST_ROWS)
+    if available is not None:
+        answers, heldout, calibrated = _of_available(available, answers, heldout, calibrated)
+    prompts_s = (answers + heldout + calibrated) * work.prompt_s
+    answers_s = answers * work.answer_s
+    training = rest - prompts_s - answers_s
+    rows = min(ROWS, answers)
+    anchors, steps = _steps(training, rows, speeds, answer_tokens)
+    requests, repeats = _profile(costs, speeds)
+    return Plan(
+        budget_s=budget_s,
+        seconds={
+            "plan": spent_s,
+            "prompts": prompts_s,
+            "answers": answers_s,
+            "training": training,
+            "calibration": calibration,
+            "costs": costs,
+            "evaluation": evaluation,
+            "attach": 0.0,
+        },
+        shape=shape,
+        answers=answers,
+        calibration=calibrated,
+        heldout=heldout,
+        answer_tokens=answer_tokens,
+        evaluation_tokens=work.evaluation_tokens,
+        rows=rows,
+        anchors=anchors,
+        steps=steps,
+        profile_requests=requests,
+        profile_repeats=repeats,
+        memory_bytes=speeds.memory_bytes,
+        disk_bytes=speeds.checkpoint_bytes
+        + 2 * speeds.parameters
+        + BYTES_PER_TOKEN * answers * (answer_tokens + 2 * PROMPT_TOKENS),
+        speeds=speeds,
+    )
+
+
+def smallest_budget(
+    spent_s: float, speeds: Speeds, answer_tokens: int, *, writes_prompts: bool
+) -> float:
+    """Seconds below which a fit cannot end in time: one training step, and the least of the rest.
+
+    Args: as `make_plan`.
+    """
+    work = _Work(speeds, answer_tokens, writes_prompts)
+    prompts = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
+    needed = (
+        spent_s
+        + prompts * work.prompt_s
+        + FEWEST_ROWS * work.answer_s
+        + speeds.step_s(FEWEST_ROWS, FEWEST_ANCHORS)
+        + LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s
+        + work.evaluation_s(FEWEST_HELD_OUT)
+    )
+    return needed / (1 - SLACK_SHARE - CALIBRATION_SHARE)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What pieces of work take."""
+
+    speeds: Speeds
+    answer_tokens: int
+    writes_prompts: bool
+
+    @property
+    def prompt_s(self) -> float:
+        """A prompt that is kept."""
+        if not self.writes_prompts:
+            return 0.0
+        return PROMPT_TOKENS / KEPT_SHARE / self.speeds.batch_tokens_per_s
+
+    @property
+    def answer_s(self) -> float:
+        """An answer, its prompt's reading included."""
+        tokens = ANSWER_SHARE * self.answer_tokens + PROMPT_TOKENS / 4
+        return tokens / self.speeds.batch_tokens_per_s
+
+    @property
+    def pair_s(self) -> float:
+        """A prompt with its answer."""
+        return self.prompt_s + self.answer_s
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Limit of an answer of the evaluation."""
+        return _clamp(self.answer_tokens // 2, *EVALUATION_TOKENS)
+
+    @property
+    def raced_s(self) -> float:
+        """A prompt decoded plainly and with the drafter, alone, at both temperatures."""
+        return 4 * self.evaluation_tokens / self.speeds.single_tokens_per_s
+
+    @property
+    def measured_s(self) -> float:
+        """A prompt decoded in a batch with whole blocks, at both temperatures."""
+        return 2 * self.evaluation_tokens / 2 * self.speeds.round_s(BLOCK_SIZE)
+
+    def evaluation_s(self, prompts: int) -> float:
+        """The evaluation of so few prompts that all of them are raced."""
+        return prompts * (self.raced_s + self.measured_s)
+
+    def held_out_in(self, seconds: float) -> int:
+        """Prompts that so long an evaluation has time for, half of it for races."""
+        return int(max(0.5 * seconds / self.measured_s, seconds / (self.raced_s + self.measured_s)))
+
+
+def _generation_share(speeds: Speeds) -> float:
+    """The share of generation in what generation and training take together.
+
+    So that each answer token is an anchor `PASSES` times: a T = PASSES g G, where training takes T
+    at a anchors a second and generation G at g tokens a second.
+    """
+    anchors_per_s = MOST_ANCHORS / (speeds.row_s + MOST_ANCHORS * speeds.anchor_s)
+    share = anchors_per_s / (anchors_per_s + PASSES * speeds.batch_tokens_per_s)
+    return min(max(share, GENERATION_SHARE[0]), GENERATION_SHARE[1])
+
+
+def _of_available(
+    available: int, answers: int, heldout: int, calibrated: int
+) -> tuple[int, int, int]:
+    """The numbers of prompts where only so many are there: a tenth each is never trained on."""
+    least = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
+    if available < least:
+        raise UsageError(
+            f"There are {available} prompts, but {least} are needed to train, calibrate and "
+            "evaluate; give more, or none, and the model writes them itself."
+        )
+    heldout = min(heldout, max(available // 10, FEWEST_HELD_OUT))
+    calibrated = min(calibrated, max(available // 10, FEWEST_HELD_OUT))
+    return min(answers, available - heldout - calibrated), heldout, calibrated
+
+
+def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:
+    """Anchors per row and steps: as many anchors as answers have, if there are steps enough.
+
+    Fewer anchors give more steps as long as they, and not the rows, are what takes the time.
+    """
+    most = _clamp(int(ANSWER_SHARE * answer_tokens), FEWEST_ANCHORS, MOST_ANCHORS)
+    least = _clamp(int(speeds.row_s / speeds.anchor_s), FEWEST_ANCHORS, most)
+    anchors = most
+    while anchors > least and seconds / speeds.step_s(rows, anchors) < FEWEST_STEPS:
+        anchors = max(anchors // 2, least)
+    return anchors, max(int(seconds / speeds.step_s(rows, anchors)), 1)
+
+
+def _profile(seconds: float, speeds: Speeds) -> tuple[int, int]:
+    """Requests and repeats of a cost table that takes so long, one visit more to warm up."""
+    for requests, rows in ((8, PROFILE_ROWS), (1, LITTLE_PROFILE_ROWS)):
+        repeats = int(seconds * speeds.batch_tokens_per_s / rows) - 1
+        if repeats >= 1:
+            return requests, min(repeats, 5)
+    return 1, 1
+
+
+def _clamp(value: int, least: int, most: int) -> int:
+    return min(max(value, least), most)
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """The plan for people: (stage, what it does, how long it takes)."""
+    shape, speeds = plan.shape, plan.speeds
+    knows = "the whole vocabulary"
+    if shape.draft_vocabulary is not None:
+        knows = f"about {shape.draft_vocabulary:,} tokens, chosen by the answers"
+    layers = f"{shape.layers} layer{'s' if shape.layers > 1 else ''}"
+    what = {
+        "plan": f"measured: {speeds.batch_tokens_per_s:,.0f} tokens/s of {speeds.batch_size} "
+        f"requests, {speeds.single_tokens_per_s:,.0f} of one, "
+        f"{speeds.step_s(plan.rows, plan.anchors):.3g} s a training step",
+        "prompts": f"{plan.answers:,} to train, {plan.calibration} to calibrate, {plan.heldout} "
+        "held out",
+        "answers": f"{plan.answers:,} of up to {plan.answer_tokens} tokens",
+        "training": f"{layers}, rank {shape.rank}, taps {', '.join(map(str, shape.taps))}, {knows}"
+        f"; {plan.steps:,} steps of {plan.rows} rows with up to {plan.anchors} anchors, rate "
+        f"{shape.learning_rate:g}",
+        "calibration": "of the confidences, at temperature 0 and above",
+        "costs": f"of steps with up to {plan.profile_requests} requests, "
+        f"{plan.profile_repeats} rounds a point",
+        "evaluation": f"{plan.heldout} prompts, answers of up to {plan.evaluation_tokens} tokens, "
+        "at temperature 0 and 1",
+    }
+    return [(name, text, duration(plan.seconds[name])) for name, text in what.items()]

@@ -1,0 +1,457 @@
+"""The stages of a fit, each by the functions that the command of its name uses too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dspark.data.answering import choose_sampling, recommended_sampling
+from dspark.data.by_engine import EngineResponder
+from dspark.data.conversations import as_prompt
+from dspark.data.json_lines import read_json_lines, write_json_lines
+from dspark.data.regenerate import regenerate
+from dspark.data.samples import Sample, SampleStream, read_samples, usable
+from dspark.data.self_prompts import SelfPrompts, write_self_prompts
+from dspark.drafters.checkpoint import load_drafter, save_attached
+from dspark.drafters.files import ATTACHED_FOLDER
+from dspark.drafters.registry import AnyDrafter
+from dspark.engine.model import Model
+from dspark.errors import DataError
+from dspark.evaluation.calibration import record_rounds
+from dspark.evaluation.evaluate import evaluate, settings_of
+from dspark.evaluation.live import render
+from dspark.evaluation.report.results import run_report
+from dspark.evaluation.tasks import load_file
+from dspark.fitting.measure import write_recipe
+from dspark.fitting.plan import FEWEST_HELD_OUT, FEWEST_ROWS, Plan
+from dspark.fitting.prompts import (
+    CALIBRATION,
+    HELD_OUT,
+    TRAIN,
+    Collected,
+    collect,
+    self_written,
+    split,
+)
+from dspark.fitting.race import Held, fits, race
+from dspark.fitting.recipe import (
+    BLOCK_SIZE,
+    FEWEST_SUPERVISED,
+    choose_vocabulary,
+    recipe_of,
+)
+from dspark.fitting.report import (
+    TEMPERATURES,
+    calibration_error,
+    domain_rows,
+    limits_of,
+)
+from dspark.request import Request, SamplingParams, Verifier
+from dspark.scheduling.calibration import temperature_class
+from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
+from dspark.scheduling.cost import CostTable
+from dspark.training.checkpoints import read_position, saved_steps
+from dspark.training.pace import Pace
+from dspark.training.run import run_recipe
+
+PROMPTS, ANSWERS, TRAINING, COSTS, LAPS = "prompts", "answers", "training", "costs.json", "laps"
+CHUNKS = (0.25, 0.7, 1.0)
+"""What of the answers that there is still time for is asked next: the first files measure."""
+VERIFIER: Verifier = "block"
+CHECKPOINTS = 10
+ROUNDS_PER_CLASS = 4000
+
+
+@dataclass
+class Fit:
+    """What the stages of a run share.
+
+    Attributes:
+        target_name: as the user named it.
+        served_as: what the pair will be loaded as: names its cost table.
+        folder: of the run.
+        model: the target alone.
+        sources: of prompts; none where the model writes them.
+        seed: names all randomness.
+        offline: read data sets from this machine only.
+        plan: what is going to be done.
+        progress: told (done, in all) of the running stage; also notes the time.
+        say: told what a user should know.
+        left_s: gives the seconds of the budget that are left.
+    """
+
+    target_name: str
+    served_as: str
+    folder: Path
+    model: Model
+    sources: Sequence[str]
+    seed: int
+    offline: bool
+    plan: Plan
+    progress: Callable[[float, float], None]
+    say: Callable[[str], None]
+    left_s: Callable[[], float]
+
+    def path(self, *names: str) -> Path:
+        """A path in the run's folder."""
+        return self.folder.joinpath(*names)
+
+
+def write_prompts(fit: Fit) -> dict[str, Any]:
+    """Stage `prompts`: collect them or let the model write them, and split them."""
+    plan = fit.plan
+    if fit.sources:
+        collected = collect(fit.sources, seed=fit.seed, offline=fit.offline)
+    else:
+        collected = _self_written(fit)
+    counts = split(
+        collected,
+        fit.path(PROMPTS),
+        heldout=plan.heldout,
+        calibration=plan.calibration,
+        answers=plan.answers,
+        fits=lambda prompt: fits(fit.model, prompt, plan.answer_tokens),
+    )
+    return {
+        "prompts": sum(counts.values()),
+        "parts": counts,
+        "domains": {name: len(prompts) for name, prompts in collected.domains.items()},
+        "duplicates": collected.duplicates,
+        "malformed": collected.malformed,
+    }
+
+
+def _self_written(fit: Fit) -> Collected:
+    path, plan = fit.path(PROMPTS, "written.jsonl"), fit.plan
+    report = write_self_prompts(
+        SelfPrompts(fit.model, fit.seed, plan.speeds.batch_size),
+        path,
+        count=plan.prompts,
+        seconds=plan.seconds["prompts"],
+        progress=fit.progress,
+    )
+    for sentence in report.sentences(fit.target_name):
+        fit.say(sentence)
+    return self_written(path)
+
+
+def write_answers(fit: Fit) -> dict[str, Any]:
+    """Stage `answers`: the model answers, file after file, for as long as there is time.
+
+    Each file is a run of `regenerate` of its own, with a journal. How many prompts the next file
+    gets follows from what the earlier ones took.
+    """
+    folder = fit.path(ANSWERS)
+    prompts = [record for _, record in read_json_lines(fit.path(PROMPTS, TRAIN))]
+    later_s = fit.plan.seconds["training"] + fit.plan.after_training_s
+    ends = min(later_s, fit.left_s() - fit.plan.seconds["answers"])
+    responder, asked, records, number = _responder(fit), 0, 0, 0
+    left_before, timed = fit.left_s(), 0
+    while asked < len(prompts):
+        asking, out = folder / f"prompts-{number:03d}.jsonl", folder / f"{number:03d}.jsonl"
+        if not asking.is_file():
+            per_answer = (left_before - fit.left_s()) / timed if timed else _answer_s(fit)
+            share = CHUNKS[min(number, len(CHUNKS) - 1)]
+            size = int(share * max(fit.left_s() - ends, 0.0) / per_answer)
+            # A part of a batch takes nearly as long as a whole one.
+            whole = -(-size // responder.batch_size) * responder.batch_size
+            size = min(max(whole, FEWEST_ROWS - asked), len(prompts) - asked)
+            if size <= 0:
+                break
+            with write_json_lines(asking) as write:
+                for record in prompts[asked : asked + size]:
+                    write(record)
+        size = sum(1 for _ in read_json_lines(asking))
+        if not out.is_file():
+            tell = _counted(fit, asked, len(prompts))
+            report = regenerate(responder, asking, out, progress=tell)
+            timed += size - report.resumed
+        found = [record for _, record in read_json_lines(out)]
+        records += len(found)
+        asked, number = asked + size, number + 1
+    samples = _samples(fit)
+    answers = [_answer_ids(sample) for sample in samples]
+    known, share = choose_vocabulary(answers, fit.model.target.vocab_size)
+    if known is not None:
+        fit.say(
+            f"The drafter knows {known:,} of {fit.model.target.vocab_size:,} tokens, the answers' "
+            f"most frequent: {100 * share:.1f} % of answers that were not looked at."
+        )
+    return {
+        "answers": records,
+        "asked": asked,
+        "usable": len(samples),
+        "tokens": sum(map(len, answers)),
+        "draft_vocabulary": known,
+        "coverage": share,
+    }
+
+
+def _counted(fit: Fit, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: fit.progress(before + done, total)
+
+
+def _answer_ids(sample: Sample) -> list[int]:
+    return [i for i, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]
+
+
+def _answer_s(fit: Fit) -> float:
+    """What an answer is expected to take, before any was timed."""
+    return fit.plan.seconds["answers"] / max(fit.plan.answers, 1)
+
+
+def _responder(fit: Fit) -> EngineResponder:
+    source = fit.model.target.name
+    sampling = choose_sampling({}, recommended_sampling(source, offline=fit.offline))
+    params = sampling.params(fit.plan.answer_tokens, fit.seed)
+    return EngineResponder(fit.model, params, batch_size=fit.plan.speeds.batch_size)
+
+
+def _answer_files(fit: Fit) -> list[Path]:
+    return sorted(p for p in fit.path(ANSWERS).glob("[0-9]*.jsonl") if p.stem.isdigit())
+
+
+def _max_length(fit: Fit) -> int:
+    return min(4 * fit.plan.answer_tokens, fit.model.target.max_context)
+
+
+def _samples(fit: Fit) -> list[Sample]:
+    tokenizer = fit.model.target.tokenizer
+    found = [s for path in _answer_files(fit) for s in read_samples(path, tokenizer)]
+    return usable(found, _max_length(fit), FEWEST_SUPERVISED)
+
+
+def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
+    """Stage `training`: by a recipe that `dspark train` runs too, for as long as there is time."""
+    plan, output = fit.plan, fit.path(TRAINING)
+    if not answers["usable"]:
+        raise DataError(
+            f"No answer of {fit.target_name} has {FEWEST_SUPERVISED} tokens, so there is nothing "
+            "to train on; give other prompts."
+        )
+    rows = min(plan.rows, answers["usable"])
+    seconds = max(fit.left_s() - plan.after_training_s, 0.0)
+    steps = max(int(seconds / plan.speeds.step_s(rows, plan.anchors)), 1)
+    if saved_steps(output):  # a run goes on with the steps that it was planned with last
+        steps = int(read_position(output).fixed["run.steps"])
+    recipe = recipe_of(
+        fit.model.target,
+        replace(plan.shape, draft_vocabulary=answers["draft_vocabulary"]),
+        paths=[str(path.resolve()) for path in _answer_files(fit)],
+        output=output,
+        steps=steps,
+        rows=rows,
+        anchors=plan.anchors,
+        max_length=_max_length(fit),
+        save_every=max(steps // CHECKPOINTS, 1),
+        seed=fit.seed,
+    )
+    result = run_recipe(
+        str(write_recipe(recipe, fit.folder)),
+        resume=True,
+        device=str(fit.model.target.device),
+        console=Console(quiet=True),
+        target=fit.model.target,
+        pace=Pace(seconds, tell=fit.progress),
+    )
+    stream = SampleStream(_samples(fit), rows, fit.seed)
+    return {
+        "steps": result.steps,
+        "loss": result.loss,
+        "anchors": _anchors(stream, result.steps, plan.anchors),
+        "accepted_length_train": result.metrics.get("accepted_length"),
+    }
+
+
+def _anchors(stream: SampleStream, steps: int, most: int) -> int:
+    """How many anchors so many steps had."""
+    candidates = [
+        sum(a and b for a, b in zip(s.loss_mask, s.loss_mask[1:], strict=False))
+        for s in stream.samples
+    ]
+    return sum(min(candidates[i], most) for step in range(steps) for i in stream.indices(step))
+
+
+def place_drafter(fit: Fit) -> Path:
+    """Write the trained drafter as it is served, without the target's tables; where it lies."""
+    drafter = _bound(fit, load_drafter(fit.path(TRAINING)))
+    return save_attached(drafter, fit.folder).directory
+
+
+def _bound(fit: Fit, drafter: AnyDrafter) -> AnyDrafter:
+    target = fit.model.target
+    drafter.to(target.device)
+    drafter.bind(target.parts(), num_target_layers=target.num_layers)
+    drafter.eval()
+    return drafter
+
+
+def pair(fit: Fit, costs: CostTable | None = None) -> Model:
+    """The target with the drafter that was trained, as it will be served."""
+    directory = fit.path(ATTACHED_FOLDER)
+    calibration = directory / FILE_NAME
+    return Model(
+        fit.model.target,
+        _bound(fit, load_drafter(directory)),
+        name=fit.served_as,
+        directory=directory,
+        calibration=Calibration.load(calibration) if calibration.is_file() else None,
+        costs=costs,
+    )
+
+
+def calibrate_pair(fit: Fit) -> dict[str, Any]:
+    """Stage `calibration`: at temperature 0 and 1, each for half of the time that there is."""
+    place_drafter(fit)
+    model = pair(fit)
+    prompts = [as_prompt(r, where) for where, r in read_json_lines(fit.path(PROMPTS, CALIBRATION))]
+    calibration, errors = Calibration(), dict[str, Any]()
+    seconds = fit.plan.seconds["calibration"] / len(TEMPERATURES)
+    for done, temperature in enumerate(TEMPERATURES):
+        kind = temperature_class(temperature)
+        params = SamplingParams(fit.plan.answer_tokens, temperature=temperature)
+        requests = [
+            Request(ids, params.with_seed(fit.seed + i))
+            for i, ids in enumerate(render(model, prompts))
+        ]
+        try:
+            rounds = record_rounds(
+                model,
+                requests,
+                batch_size=fit.plan.speeds.batch_size,
+                most=ROUNDS_PER_CLASS,
+                seconds=seconds,
+                progress=_recorded(fit, done),
+            )
+            entry = calibrate(rounds, VERIFIER, kind)
+        except DataError as error:  # too few rounds
+            fit.say(f"The confidences for {kind} requests stay uncalibrated: {error}")
+            continue
+        calibration = calibration.with_entry(entry)
+        errors[kind] = {
+            "rounds": len(rounds.accepted_N),
+            "ece_before": _mean([r.ece for r in entry.before]),
+            "ece_after": _mean([r.ece for r in entry.after]),
+        }
+    if calibration.entries:
+        calibration.save(fit.path(ATTACHED_FOLDER, FILE_NAME))
+    return {"calibration": errors}
+
+
+def _recorded(fit: Fit, done: int) -> Callable[[int], None]:
+    return lambda rounds: fit.progress(done + min(rounds / 1000, 1), len(TEMPERATURES))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def measure_costs(fit: Fit) -> dict[str, Any]:
+    """Stage `costs`: what steps cost here, in the run's folder and where a server looks."""
+    model = pair(fit)
+    table = model.profile(
+        max_requests=fit.plan.profile_requests,
+        repeats=fit.plan.profile_repeats,
+        progress=fit.progress,
+    )
+    table.save(fit.path(COSTS))
+    try:
+        table.save()
+    except DataError as error:
+        fit.say(f"{error} A server will measure its own.")
+    return {"points": len(table.points), "plain_ms": table.off_ms(1), "draft_ms": table.draft_ms(1)}
+
+
+def evaluate_pair(fit: Fit) -> dict[str, Any]:
+    """Stage `evaluation`: accepted length and speed-up on prompts that were held out."""
+    costs = CostTable.load(fit.path(COSTS))
+    model, plan = pair(fit, costs), fit.plan
+    records = list(read_json_lines(fit.path(PROMPTS, HELD_OUT)))
+    held = [Held(as_prompt(r, where), str(r["category"])) for where, r in records]
+    count = _measurable(fit, costs, len(held))
+    reports = {
+        f"t{temperature:g}": _measured(fit, model, temperature, count, place)
+        for place, temperature in enumerate(TEMPERATURES)
+    }
+    laps = race(
+        model,
+        held,
+        fit.path(f"{LAPS}.jsonl"),
+        temperatures=TEMPERATURES,
+        max_new_tokens=plan.evaluation_tokens,
+        least=min(2, len(held)),
+        is_over=lambda: fit.left_s() <= 0.01 * plan.budget_s,
+        progress=lambda done, total: fit.progress(2 + done / total, 3),
+    )
+    return {
+        "domains": domain_rows(reports, laps),
+        "ece": calibration_error(reports),
+        "limits": limits_of(costs, reports, BLOCK_SIZE),
+        "heldout": count,
+        "raced": len({lap.prompt for lap in laps}),
+    }
+
+
+def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
+    """Held-out prompts that half of the time that is left allows to be decoded in a batch."""
+    at_once = fit.plan.profile_requests
+    rows = min(at_once * (BLOCK_SIZE + 1), costs.most_tokens(at_once))
+    round_s = (costs.verify_ms(rows, at_once) + costs.draft_ms(at_once)) / 1000 / at_once
+    prompt_s = len(TEMPERATURES) * fit.plan.evaluation_tokens / 1.5 * round_s
+    wanted = int(0.5 * max(fit.left_s(), 0.0) / prompt_s)
+    return min(max(wanted, FEWEST_HELD_OUT), available)
+
+
+def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int) -> dict[str, Any]:
+    """Accepted length of whole blocks at a temperature, as `dspark eval` measures it."""
+    tasks = load_file(fit.path(PROMPTS, HELD_OUT))
+    share = -(-count // len(tasks))
+    tasks = [replace(t, questions=t.questions[:share]).with_turns(1) for t in tasks]
+    total, done = sum(len(task.questions) for task in tasks), 0
+
+    def tell(*_: object) -> None:
+        nonlocal done
+        done += 1
+        fit.progress(place + done / total, 3)
+
+    settings = settings_of(
+        model,
+        fit.target_name,
+        "fit",
+        fit.served_as,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=fit.plan.evaluation_tokens,
+        seed=fit.seed,
+        verifier=VERIFIER,
+        schedule="fixed",
+        threshold=None,
+        block_size=None,
+        batch_size=fit.plan.profile_requests,
+        thinking=False,
+        raw=False,
+        turns=1,
+    )
+    command = f"dspark fit {fit.target_name}"
+    return run_report(evaluate(model, settings, tasks, fit.path("evaluation"), command, tell))
+
+
+def attach(fit: Fit, directory: Path | None) -> dict[str, Any]:
+    """Stage `attach`: put the drafter and its calibration into the target's directory.
+
+    Args:
+        fit: the run.
+        directory: of the target; None leaves the drafter in the run's folder.
+    """
+    if directory is None:
+        return {"attached": None}
+    save_attached(_bound(fit, load_drafter(fit.path(ATTACHED_FOLDER))), directory)
+    calibration = fit.path(ATTACHED_FOLDER, FILE_NAME)
+    if calibration.is_file():
+        Calibration.load(calibration).save(directory / ATTACHED_FOLDER / FILE_NAME)
+    return {"attached": str(directory / ATTACHED_FOLDER)}
