@@ -162,6 +162,19 @@ def add_mode_options(group: OptionGroup) -> None:
         help="run the decoder layers through torch.compile: the first steps take seconds to "
         "minutes, the later ones may be faster",
     )
+    group.add_argument(
+        "--weights",
+        action="store",
+        default="auto",
+        help="auto, plain or packed: lay weights out once for the kernels of a CPU (default: "
+        "where that is measured to be faster)",
+    )
+    group.add_argument(
+        "--quantize",
+        action="store",
+        default=None,
+        help="int8: run in 8-bit integers on a CPU; outputs are then those of the quantised model",
+    )
 
 
 def seed_number(text: str) -> int:
@@ -207,6 +220,8 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             batch_invariant=options.batch_invariant,
             cuda_graphs=options.cuda_graphs,
             compile=options.compile,
+            weights=options.weights,
+            quantize=options.quantize,
         )
 
 

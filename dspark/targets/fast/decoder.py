@@ -206,7 +206,10 @@ class FlatDecoder:
     ) -> _Layer:
         attention, mlp = module.self_attn, module.mlp
         norms = dict(module.named_children())
-        after, before_mlp = norms["post_attention_layernorm"], norms.get("pre_feedforward_layernorm")
+        after, before_mlp = (
+            norms["post_attention_layernorm"],
+            norms.get("pre_feedforward_layernorm"),
+        )
         after_mlp = norms.get("post_feedforward_layernorm")
         query, key, value = (getattr(attention, name) for name in _PROJECTIONS)
         query_key_norm, epsilon = self._query_key_norm(attention, offset)
@@ -294,18 +297,18 @@ def _reason_against(anatomy: Anatomy, layout: CacheLayout) -> str:
     return ""
 
 
-def run_two_steps(
-    anatomy: Anatomy, layout: CacheLayout, decoder: FlatDecoder | None
-) -> Tensor:
+def run_two_steps(anatomy: Anatomy, layout: CacheLayout, decoder: FlatDecoder | None) -> Tensor:
     """Hidden states of a short prompt and of two more tokens, by the modules or a flat decoder."""
     weight = anatomy.embedding.weight
     cache = PagedCache(layout.shapes, 1, dtype=weight.dtype, device=weight.device)
     table, start, found = BlockTable((0,)), 0, list[Tensor]()
     for ids in ([3, 5, 7, 11, 13], [17], [19, 23, 29]):
-        ids = [token % anatomy.embedding.num_embeddings for token in ids]
-        batch = RaggedBatch.build([(table, start, ids)], weight.device)
+        known = [token % anatomy.embedding.num_embeddings for token in ids]
+        batch = RaggedBatch.build([(table, start, known)], weight.device)
         call = RaggedCall(batch, cache, layout.cache_layers, layout.writers)
-        found.append(run_decoder(anatomy, call) if decoder is None else decoder(anatomy, call, ())[0])
+        found.append(
+            run_decoder(anatomy, call) if decoder is None else decoder(anatomy, call, ())[0]
+        )
         start += len(ids)
     return torch.cat(found)
 
@@ -340,4 +343,4 @@ def _ordered(rows: Tensor | None, order: Tensor | None) -> Any:
     """Rows of a projection, or its bias, in another order within each head."""
     if rows is None or order is None:
         return rows
-    return rows.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+    return rows.view(-1, len(order), *rows.shape[1:])[:, order].flatten(0, 1)

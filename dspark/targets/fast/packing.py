@@ -43,7 +43,8 @@ _REPEATS = 5
 _MARGIN = 1.3
 # Relative distance to the plain product beyond which a packed one is not used.
 _TOLERANCE = {"fp16": 1e-5, "onednn": 1e-5, "int8": 0.1}
-_SHORT_TOLERANCE = 2e-2
+# The same where weights are rounded to 16 bits, and where the plain product rounds its result.
+_ROUNDED, _SHORT = 2e-3, 2e-2
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Packer:
         if kind == "fp16" and exact and loses_to_fp16(weight) > FP16_BOUND:
             kind = "onednn"
         product = self._make(kind, weight, bias)
-        if product is not None and _agrees(product, weight, bias, kind):
+        wide = _ROUNDED if kind == "fp16" and not exact else _TOLERANCE[kind]
+        if product is not None and _agrees(product, weight, bias, wide):
             return product
         return plain_product(weights, biases)
 
@@ -152,9 +154,9 @@ def _candidates(like: Tensor) -> list[Kind]:
     kinds: list[Kind] = []
     if onednn_works(like.dtype):
         kinds.append("onednn")
-    if like.dtype in (torch.float32, torch.bfloat16) and fp16_works():
-        if loses_to_fp16(like) <= FP16_BOUND:
-            kinds.insert(0 if like.dtype == torch.float32 else len(kinds), "fp16")
+    known = like.dtype in (torch.float32, torch.bfloat16)
+    if known and fp16_works() and loses_to_fp16(like) <= FP16_BOUND:
+        kinds.insert(0 if like.dtype == torch.float32 else len(kinds), "fp16")
     return kinds
 
 
@@ -180,14 +182,13 @@ def _seconds(product: Product, weight: Tensor) -> float:
     return total
 
 
-def _agrees(product: Product, weight: Tensor, bias: Tensor | None, kind: Kind) -> bool:
+def _agrees(product: Product, weight: Tensor, bias: Tensor | None, wide: float) -> bool:
     """Whether a product is the plain one, up to rounding, on the first outputs."""
     rows = _rows(3, weight)
     few = weight[:256]
     expected = torch.nn.functional.linear(rows, few, None if bias is None else bias[:256]).float()
     distance = (product(rows)[:, :256].float() - expected).norm() / expected.norm().clamp_min(1e-20)
-    wide = _TOLERANCE[kind] if weight.dtype == torch.float32 else _SHORT_TOLERANCE
-    return float(distance) <= max(wide, _TOLERANCE[kind])
+    return float(distance) <= (wide if weight.dtype == torch.float32 else max(wide, _SHORT))
 
 
 def _rows(count: int, weight: Tensor) -> Tensor:
