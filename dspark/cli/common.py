@@ -15,6 +15,12 @@ from dspark.errors import UsageError
 if TYPE_CHECKING:
     from dspark.engine.model import Model
 
+# What a kind of packed weights means, said at the start.
+_SAYS = {
+    "fp16": "the checkpoint's values in 16 bits, computed in 32",
+    "onednn": "laid out for oneDNN",
+    "int8": "quantised to 8 bits: outputs are those of the quantised model",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -209,7 +215,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
         from dspark.engine.loading import load
 
         use_threads(options)
-        return load(
+        model = load(
             options.target,
             draft,
             device=options.device,
@@ -223,6 +229,9 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             weights=options.weights,
             quantize=options.quantize,
         )
+    if model.target.weights != "plain":
+        screen.log.print(f"Weights: {model.target.weights} ({_SAYS[model.target.weights_kind]}).")
+    return model
 
 
 def printable(text: str) -> str:

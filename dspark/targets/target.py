@@ -17,7 +17,7 @@ from dspark.errors import UsageError
 from dspark.targets.compiled import compile_layers
 from dspark.targets.families import Anatomy, dissect, eos_token_ids
 from dspark.targets.fast.install import PLAIN_PATH, FastPath, install_fast_path
-from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName
+from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName, check_names
 from dspark.targets.forward import apply_head, run_tapped
 from dspark.targets.fused_norms import fuse_norms
 from dspark.targets.graphs import GraphSwitch, Replayer, choose_graphs
@@ -55,6 +55,7 @@ class Modes:
     quantize: QuantizeName | None = None
 
     def __post_init__(self) -> None:
+        check_names(self.weights, self.quantize)
         packed = self.weights == "packed" or self.quantize is not None
         if packed and (self.compile or self.batch_invariant):
             other = "compile" if self.compile else "batch_invariant"
@@ -90,6 +91,7 @@ class Target:
         compiled: whether its decoder layers run through torch.compile.
         weights: how its weights are laid out and its layers run: plain, or the kind of its
             packed products (`targets.fast.products`), with `flat` where a flat decoder runs.
+        weights_kind: the kind alone.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Target:
         self.weights = fast.name
         self._replayer = replayer
         self._fast = fast
+        self.weights_kind = fast.packer.kind
         self._runner = fast.decoder or run_tapped
         self._anatomy = anatomy
         self._layout = layout
@@ -239,7 +242,10 @@ class Target:
             make_invariant(model, anatomy, layout, backend.attend)
         compiled = modes.compile and compile_layers(anatomy, layout)
         fast = PLAIN_PATH
-        if not (modes.compile or modes.batch_invariant or is_quantised(model.config)):
+        quantised = is_quantised(model.config)
+        if quantised and (modes.quantize is not None or modes.weights == "packed"):
+            raise UsageError(f"{name} is quantised already; leave weights and quantize out.")
+        if not (modes.compile or modes.batch_invariant or quantised):
             fast = install_fast_path(anatomy, layout, modes.weights, modes.quantize)
         replayer = choose_graphs(
             modes.cuda_graphs,

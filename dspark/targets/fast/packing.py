@@ -120,10 +120,9 @@ def choose_packer(name: WeightsName, quantize: QuantizeName | None, like: Tensor
     Raises:
         UsageError: a name is unknown, or this machine has no such kind.
     """
-    if name not in WEIGHTS:
-        raise UsageError(f"weights is {name!r}, but must be one of {', '.join(WEIGHTS)}.")
+    check_names(name, quantize)
     if quantize is not None:
-        return _quantized(name, quantize, like)
+        return _quantized(like)
     if name == "plain" or like.device.type != "cpu":
         if name == "packed":
             raise UsageError(f"Weights are packed on a CPU only, not on {like.device}; use auto.")
@@ -139,11 +138,23 @@ def choose_packer(name: WeightsName, quantize: QuantizeName | None, like: Tensor
     return Packer(best) if best != "plain" else PLAIN
 
 
-def _quantized(name: WeightsName, quantize: str, like: Tensor) -> Packer:
+def check_names(name: str, quantize: str | None) -> None:
+    """Refuse names that are unknown or exclude each other.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    if name not in WEIGHTS:
+        raise UsageError(f"weights is {name!r}, but must be one of {', '.join(WEIGHTS)}.")
+    if quantize is None:
+        return
     if quantize not in QUANTIZATIONS:
         raise UsageError(f"quantize is {quantize!r}, but must be {', '.join(QUANTIZATIONS)}.")
     if name == "plain":
         raise UsageError("Quantised weights are packed ones; leave weights at auto.")
+
+
+def _quantized(like: Tensor) -> Packer:
     if like.device.type != "cpu" or not int8_works():
         raise UsageError(f"int8 products are not available on {like.device}; leave quantize out.")
     return Packer("int8")
