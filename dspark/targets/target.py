@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.layout import RaggedBatch
@@ -289,6 +289,16 @@ class Target:
         if self._tokenizer is None and self._source is not None:
             self._tokenizer = load_tokenizer(self._source)
         return self._tokenizer
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return self._anatomy.layers
+
+    @property
+    def norm_offset(self) -> float:
+        """What its norms add to their weights before they multiply by them."""
+        return self._anatomy.family.norm_offset
 
     @property
     def cache_shapes(self) -> tuple[CacheShape, ...]:

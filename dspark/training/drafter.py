@@ -17,6 +17,7 @@ from dspark.training.drafter_settings import BlockSettings, DSparkSettings
 from dspark.training.losses import block_loss, position_weights
 from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
 from dspark.training.recipe import BlockRecipe
+from dspark.training.warm_start import start_from_last_layers
 
 
 def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
@@ -101,6 +102,8 @@ class DrafterObjective:
             copy_final_norm=recipe.drafter.copy_final_norm,
             draft_tokens=self.samples.draft_tokens,
         )
+        if recipe.drafter.initial_layers == "target":
+            start_from_last_layers(self.drafter, target)
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0

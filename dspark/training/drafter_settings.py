@@ -64,6 +64,9 @@ class BlockSettings(TapSettings):
     """A drafter that fills a block in one pass."""
 
     num_layers: int = Field(5, ge=1, description="draft layers")
+    initial_layers: Literal["random", "target"] = Field(
+        "random", description="what they start from; target copies the target's last layers"
+    )
     block_size: int = Field(7, ge=1, description="slots of a block, the anchor's included")
     sample_from_anchor: bool = Field(
         True,

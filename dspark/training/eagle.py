@@ -182,7 +182,8 @@ def ttt_loss(
         labels_N=None,
         weight_N=(decays_P / counts_P.clamp(min=1))[pass_N],
     )
-    chunk_rows = chunk_rows or suitable_rows(device, drafter.config.vocab_size)
+    vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
+    chunk_rows = chunk_rows or suitable_rows(device, vocab)
     loss, terms = law_loss(inputs, chains.rows, weights, chunk_rows=chunk_rows)
 
     def by_pass(values_N: Tensor) -> Tensor:

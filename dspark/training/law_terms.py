@@ -66,7 +66,7 @@ class LawWeights:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's law of every slot of a chunk.
+    """The target's laws of some slots (or of its own rows: u in place of n).
 
     Attributes:
         law_nV: over the tokens that the drafter knows; used up by `compare`.
@@ -78,27 +78,35 @@ class Teacher:
     known_n: Tensor | None
     entropy_n: Tensor | None
 
+    def of(self, owner_n: Tensor) -> Teacher:
+        """The laws of slots that these rows [n] teach, in storage of their own."""
+        known, entropy = self.known_n, self.entropy_n
+        return Teacher(
+            self.law_nV[owner_n],
+            None if known is None else known[owner_n],
+            None if entropy is None else entropy[owner_n],
+        )
 
-def teacher_laws(head: Head, states_uH: Tensor, owner_n: Tensor, weights: LawWeights) -> Teacher:
-    """The target's laws of a chunk.
+
+def teacher_laws(head: Head, states_uH: Tensor, weights: LawWeights) -> Teacher:
+    """The target's laws of distinct rows.
 
     Args:
         head: whose target it is.
-        states_uH: the target's distinct states after its final norm.
-        owner_n: which of them teaches each slot.
+        states_uH: the target's states after its final norm.
         weights: say what is needed.
     """
     law_uV = head.target_logits(states_uH.detach())
     _softmax_(law_uV)
-    known_n = entropy_n = None
+    known_u = entropy_u = None
     if head.t2d is not None:
         law_uV = head.over_drafts(law_uV)
-        known_n = law_uV.sum(-1)[owner_n]
+        known_u = law_uV.sum(-1)
     if weights.kl or weights.lk_hybrid:
-        entropy_n = _total(torch.special.entr, law_uV)[owner_n]
-        if known_n is not None:  # of p / s: H(p) / s + log s
-            entropy_n = entropy_n / known_n + known_n.log()
-    return Teacher(law_uV[owner_n], known_n, entropy_n)
+        entropy_u = _total(torch.special.entr, law_uV)
+        if known_u is not None:  # of p / s: H(p) / s + log s
+            entropy_u = entropy_u / known_u + known_u.log()
+    return Teacher(law_uV, known_u, entropy_u)
 
 
 def compare(

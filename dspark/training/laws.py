@@ -20,6 +20,7 @@ from torch import Tensor
 from dspark.training.law_terms import (
     Head,
     LawWeights,
+    Teacher,
     compare,
     fitting_numbers,
     gradient,
@@ -28,6 +29,8 @@ from dspark.training.law_terms import (
 
 # Below this the head is read more often than its products take.
 _ROWS_AT_LEAST = 64
+# Likewise of the target's rows over the whole vocabulary, of which a reduced one keeps a part.
+_TEACHER_ROWS_AT_LEAST = 128
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,13 @@ class LawRows:
             owner_N=self.owner_N.to(device),
         )
 
-    def chunks(self, rows: int) -> Iterator[tuple[slice, slice]]:
-        """Neighbouring rows of the target and their slots, at most `rows` slots (or one row's)."""
-        first = start = stop = 0
-        for u, count in enumerate(self.counts):
-            if stop + count - start > rows and u > first:
-                yield slice(first, u), slice(start, stop)
-                first, start = u, stop
-            stop += count
-        if stop > start:
-            yield slice(first, len(self.counts)), slice(start, stop)
+    def chunks(self, slots: int, rows: int) -> Iterator[tuple[slice, list[slice]]]:
+        """Neighbouring rows of the target, at most `rows`, and their slots, `slots` at a time."""
+        stop = 0
+        for first in range(0, len(self.counts), rows):
+            start, stop = stop, stop + sum(self.counts[first : first + rows])
+            parts = [slice(s, min(s + slots, stop)) for s in range(start, stop, slots)]
+            yield slice(first, min(first + rows, len(self.counts))), parts
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,16 @@ class _LawLoss(torch.autograd.Function):
             for x, n in zip(tensors, ctx.needs_input_grad, strict=False)
         ]
         terms = LawTerms(*(torch.zeros_like(inputs.weight_N) for _ in fields(LawTerms)))
-        for teacher, part in chunked.rows.chunks(chunked.chunk_rows):
-            # In a function of its own, so that its tensors are gone before the next are made.
-            _chunk(chunked, tensors, grads, terms, teacher, part)
+        slots = at_once = chunked.chunk_rows
+        if inputs.head.t2d is not None:
+            at_once = max(slots, _TEACHER_ROWS_AT_LEAST)
+        for teacher, parts in chunked.rows.chunks(slots, at_once):
+            taught = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
+            for part in parts:
+                owner_n = chunked.rows.owner_N[part] - teacher.start
+                # In a function of its own, so that its tensors are gone before the next are made.
+                _chunk(chunked, tensors, grads, terms, taught.of(owner_n), part)
+            del taught
         ctx.found = list(zip(grads, (None if x is None else x.dtype for x in tensors), strict=True))
         values = [getattr(terms, field.name) for field in fields(LawTerms)]
         ctx.mark_non_differentiable(*values)
@@ -200,15 +207,13 @@ def _chunk(
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     grads: Sequence[Tensor | None],
     terms: LawTerms,
-    teacher: slice,
+    taught: Teacher,
     part: slice,
 ) -> None:
     """Fill in the terms of some rows and add their gradients."""
     inputs, weights = chunked.inputs, chunked.weights
     hidden_NH, feature_Nr, bias_Vr = tensors
     d_hidden, d_feature, d_bias = grads
-    owner_n = chunked.rows.owner_N[part] - teacher.start
-    taught = teacher_laws(inputs.head, inputs.teacher_UH[teacher], owner_n, weights)
     labels_n = None if inputs.labels_N is None else inputs.labels_N[part]
     hidden_nH = hidden_NH[part].detach().requires_grad_(d_hidden is not None)
     with torch.enable_grad():

@@ -123,7 +123,8 @@ def block_loss(
         labels_N=_known(drafter, blocks.labels_MK.flatten()[slots_N]),
         weight_N=weight_N / normalizer,
     )
-    rows_at_once = chunk_rows or suitable_rows(hidden_MKH.device, drafter.config.vocab_size)
+    vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
+    rows_at_once = chunk_rows or suitable_rows(hidden_MKH.device, vocab)
     loss, terms = law_loss(inputs, blocks.rows, weights, chunk_rows=rows_at_once)
     # A vanilla head's features are the embeddings that the confidence head reads: looked up once,
     # they have one gradient as large as the vocabulary, not two.

@@ -125,14 +125,15 @@ def layer_config(target: Target) -> Any:
     """The configuration that a drafter's layers take after.
 
     The target's, or, where its layers differ in shape (Gemma4), that of its last layer that attends
-    to everything, as all draft layers do.
+    to everything, as all draft layers do (of its last one, where none does).
     """
     config = target.config
     by_layer = getattr(config, "per_layer_config", None)
     if not by_layer:
         return config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
-    return by_layer[max(i for i, kind in enumerate(kinds) if kind == "full_attention")]
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    return by_layer[full[-1] if full else -1]
 
 
 def load_samples(

@@ -55,7 +55,7 @@ class MasterOptimiser:
         if rest:
             found["adamw"] = _adamw([p for _, p in rest], s)
         if hidden:
-            found["muon"] = torch.optim.Muon(
+            found["muon"] = Muon(
                 [p for _, p in hidden],
                 lr=s.matrix_learning_rate,
                 weight_decay=s.weight_decay,
@@ -178,6 +178,54 @@ class MasterOptimiser:
         names = {id(m): n for n, m in zip(self.names, self.masters, strict=True)}
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         return [(names[id(p)], optimiser.state.get(p, {})) for p in parameters]
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, in fp32 where bf16 is slow.
+
+    torch iterates in bf16, which CPUs without bf16 units multiply six times slower than fp32
+    (docs/LOG.md).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters as torch does."""
+        if all(_has_fast_bf16(p.device) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return None
+
+    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        grad, state, momentum = parameter.grad, self.state[parameter], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        size = 0.2 * math.sqrt(max(parameter.shape))  # match_rms_adamw
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * size)
+
+
+def _orthogonal(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """The nearest orthogonal matrix, roughly: Muon's Newton-Schulz iterations, in fp32."""
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.mT if tall else matrix).float()
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if tall else wide
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _in_layers(name: str, parameter: Tensor) -> bool:

@@ -1,10 +1,15 @@
-"""Starts a drafter from another's weights, without its optimiser: `initial` of a recipe."""
+"""Warm starts of a drafter: another drafter's weights, or the target's own last layers."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+
+from dspark.drafters.backbone import ParallelBackbone
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError
+from dspark.targets.target import Target
 
 
 def start_from(drafter: AnyDrafter, source: str) -> list[str]:
@@ -51,3 +56,64 @@ def start_from(drafter: AnyDrafter, source: str) -> list[str]:
         )
     drafter.load_state_dict(theirs, strict=False)
     return sorted(set(mine) - set(theirs))
+
+
+@torch.no_grad()
+def start_from_last_layers(drafter: ParallelBackbone, target: Target) -> None:
+    """Copy the target's last decoder layers into a drafter's layers.
+
+    The context projection starts as the deepest captured layer alone, under the norm that the
+    first copied layer reads its input through, so that the first keys and values of the context are
+    close to the target's own. Per-head norms that the target lacks start at the typical size of its
+    queries and keys.
+
+    Args:
+        drafter: new, with as many layers as are copied.
+        target: whose layers they are.
+
+    Raises:
+        CompatibilityError: the target has fewer layers, or layers of another shape or other parts.
+    """
+    own = list(drafter.layers)
+    theirs = list(target.layers)[-len(own) :]
+    if len(theirs) < len(own):
+        raise CompatibilityError(
+            f"The drafter has {len(own)} layers, but the target only {len(theirs)}; set "
+            "drafter.num_layers to that at most, or drafter.initial_layers to random."
+        )
+    for layer, source in zip(own, theirs, strict=True):
+        _copy_layer(layer, source, target.norm_offset)
+    width = drafter.backbone_config.hidden_size
+    drafter.fc.weight.zero_()
+    drafter.fc.weight[:, -width:].fill_diagonal_(1.0)
+    drafter.hidden_norm.weight.copy_(own[0].input_layernorm.weight)
+
+
+def _copy_layer(layer: nn.Module, source: nn.Module, norm_offset: float) -> None:
+    given = {n: _plain(n, p, norm_offset) for n, p in source.named_parameters()}
+    before_mlp = given.get("pre_feedforward_layernorm.weight")
+    if before_mlp is not None and getattr(layer, "pre_feedforward_layernorm", None) is None:
+        given["post_attention_layernorm.weight"] = before_mlp
+    lacking = []
+    for name, parameter in layer.named_parameters():
+        if name in given and given[name].shape == parameter.shape:
+            parameter.copy_(given[name])
+        else:
+            lacking.append(name)
+    for name in lacking:
+        part = name.removesuffix("_norm.weight")
+        if part not in ("self_attn.q", "self_attn.k"):
+            raise CompatibilityError(
+                f"The target's layers have no {name} of the drafter's shape, so none can be "
+                "copied; set drafter.initial_layers to random."
+            )
+        projection = layer.get_parameter(f"{part}_proj.weight")
+        scale_H = layer.get_parameter("input_layernorm.weight")
+        # Root mean square of what is projected from a normed input, whose own is 1.
+        size = (projection * scale_H).square().sum(-1).mean().sqrt()
+        layer.get_parameter(name).fill_(float(size))
+
+
+def _plain(name: str, weight: Tensor, norm_offset: float) -> Tensor:
+    """A weight as the drafter's layers use it, whose norms multiply by the weight alone."""
+    return weight + norm_offset if name.endswith("norm.weight") else weight
