@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from dspark.engine.model import Model
 
 TARGET_HELP = "a directory, a .gguf file, a hub id, or a name that ships: smollm2, bundled"
+# What a kind of packed weights means, said at the start.
+_SAYS = {
+    "fp16": "the checkpoint's values in 16 bits, computed in 32",
+    "onednn": "laid out for oneDNN",
+    "int8": "quantised to 8 bits: outputs are those of the quantised model",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -195,6 +201,19 @@ def add_mode_options(group: OptionGroup) -> None:
         help="run the decoder layers through torch.compile: the first steps take seconds to "
         "minutes, the later ones may be faster",
     )
+    group.add_argument(
+        "--weights",
+        action="store",
+        default="auto",
+        help="auto, plain or packed: lay weights out once for the kernels of a CPU (default: "
+        "where that is measured to be faster)",
+    )
+    group.add_argument(
+        "--quantize",
+        action="store",
+        default=None,
+        help="int8: run in 8-bit integers on a CPU; outputs are then those of the quantised model",
+    )
 
 
 def seed_number(text: str) -> int:
@@ -229,7 +248,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
         from dspark.engine.loading import load
 
         use_threads(options)
-        return load(
+        model = load(
             options.target,
             draft,
             device=options.device,
@@ -240,7 +259,12 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             batch_invariant=options.batch_invariant,
             cuda_graphs=options.cuda_graphs,
             compile=options.compile,
+            weights=options.weights,
+            quantize=options.quantize,
         )
+    if model.target.weights != "plain":
+        screen.log.print(f"Weights: {model.target.weights} ({_SAYS[model.target.weights_kind]}).")
+    return model
 
 
 def printable(text: str) -> str:

@@ -38,6 +38,7 @@ ENGINE_ONLY = (
     "drop_repeated_tokens",
     "trust_remote_code",
     "batch_invariant",
+    "quantize",
 )
 SERVER_ONLY = ("server_model", "concurrency", "api_key_env", "timeout", "retries")
 

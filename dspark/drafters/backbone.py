@@ -13,15 +13,26 @@ concatenation); decoding builds them once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.packed import BlockLayout, PackedRows, packed_attention
 from dspark.drafters.config import BackboneConfig
-from dspark.drafters.layers import Layer, LayerWeights, RMSNorm, norm, rotary, turned, value_of
+from dspark.drafters.layers import (
+    Layer,
+    LayerWeights,
+    Pack,
+    Product,
+    RMSNorm,
+    norm,
+    packed,
+    project,
+    rotary,
+    turned,
+    value_of,
+)
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
@@ -80,9 +91,11 @@ class BackboneWeights:
     """All weights of a backbone in the form that computes fastest, and the computation."""
 
     config: BackboneConfig
-    fc: Tensor
+    fc: Tensor | Product
     hidden_norm_H: Tensor
-    context_kv: Tensor  # rows: layer by layer, the key heads, then any value heads of their own
+    context_kv: (
+        Tensor | Product
+    )  # rows: layer by layer, the key heads, then any value heads of their own
     context_kv_bias: Tensor | None
     context_key_norm: Tensor  # [L, 1, D]
     layers: tuple[LayerWeights, ...]
@@ -106,6 +119,15 @@ class BackboneWeights:
             norm_H=backbone.norm.weight,
         )
 
+    def packed(self, pack: Pack) -> BackboneWeights:
+        """The same with its projections packed, for decoding."""
+        return replace(
+            self,
+            fc=packed(pack, self.fc),
+            context_kv=packed(pack, self.context_kv, self.context_kv_bias),
+            layers=tuple(layer.packed(pack) for layer in self.layers),
+        )
+
     def context(self, features: Tensor, rotary_rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [.., G, D] of the context, per layer.
 
@@ -116,8 +138,8 @@ class BackboneWeights:
         config = self.config
         projections = 1 if config.value_from_key else 2
         shape = (config.num_layers, projections, config.num_kv_heads, config.head_dim)
-        context = norm(F.linear(features, self.fc), self.hidden_norm_H, config)
-        rows = F.linear(context, self.context_kv, self.context_kv_bias)
+        context = norm(project(features, self.fc), self.hidden_norm_H, config)
+        rows = project(context, self.context_kv, self.context_kv_bias)
         rows = rows.view(rows.shape[:-1] + shape)
         cosine_sine = rotary_rows.unsqueeze(-2).unbind(-4)
         key = turned(rows.select(-3, 0), self.context_key_norm, cosine_sine, config)

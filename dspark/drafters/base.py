@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ class BorrowedParts(Protocol):
         vocab_size: number of columns of a row of logits.
         hidden_size: width H.
         final_norm_H: weight of the norm before the head, if it is a plain RMSNorm.
+        head: the head's product with packed weights, bias included, if it has been packed.
+        pack: packs weights as the target's are, if they are.
     """
 
     @property
@@ -42,6 +44,10 @@ class BorrowedParts(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def final_norm_H(self) -> Tensor | None: ...
+    @property
+    def head(self) -> Callable[[Tensor], Tensor] | None: ...
+    @property
+    def pack(self) -> Callable[..., Callable[[Tensor], Tensor]] | None: ...
 
 
 class Draw(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark.drafters.base import BorrowedParts
 from dspark.drafters.heads import at_least_fp32
+from dspark.drafters.layers import Pack, Product
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ class Borrowed:
         head_VH: output head.
         head_bias_V: its bias, if any.
         softcap: cap of the logits, if any.
+        head: the head's product with packed weights, bias included; None where there is none.
+        pack: packs weights as the target's are; None where those are plain.
     """
 
     embedding_VH: Tensor
@@ -32,6 +35,8 @@ class Borrowed:
     head_VH: Tensor
     head_bias_V: Tensor | None
     softcap: float | None
+    head: Product | None = None
+    pack: Pack | None = None
 
     @classmethod
     def of(cls, parts: BorrowedParts) -> Borrowed:
@@ -43,6 +48,8 @@ class Borrowed:
             head_VH=parts.head_VH,
             head_bias_V=parts.head_bias_V,
             softcap=parts.logit_softcap,
+            head=parts.head,
+            pack=parts.pack,
         )
 
     def reduced(self, ids: Tensor) -> Borrowed:
@@ -51,6 +58,7 @@ class Borrowed:
         return replace(
             self,
             head_VH=head if head.shape[0] == ids.numel() else head[ids],
+            head=None,
             head_bias_V=None if bias is None else bias[ids],
         )
 
@@ -61,7 +69,11 @@ class Borrowed:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [.., V], soft-capped, at least fp32."""
-        logits = F.linear(hidden_NH.to(self.head_VH.dtype), self.head_VH, self.head_bias_V)
+        hidden_NH = hidden_NH.to(self.head_VH.dtype)
+        if self.head is None or (torch.is_grad_enabled() and hidden_NH.requires_grad):
+            logits = F.linear(hidden_NH, self.head_VH, self.head_bias_V)
+        else:
+            logits = self.head(hidden_NH)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return at_least_fp32(logits)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead
-from dspark.drafters.layers import rotary
+from dspark.drafters.layers import Pack, packed, rotary
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -48,8 +48,10 @@ class DecodePlan:
     """A drafter made ready for decoding.
 
     Attributes:
-        weights: the backbone's, those with a common input fused; copies.
-        markov_head: the drafter's own module, or a copy in another dtype or on another device.
+        weights: the backbone's, those with a common input fused; copies, packed where the
+            target's are.
+        markov_head: the drafter's own module, or a copy: in another dtype, on another device, or
+            with its second table packed.
         confidence_head: likewise.
         rotary: `rotary` by position.
         mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
@@ -72,6 +74,7 @@ class DecodePlan:
         *,
         masks: Tensor,
         like: Tensor,
+        pack: Pack | None = None,
     ) -> DecodePlan:
         """Make the plan.
 
@@ -81,15 +84,29 @@ class DecodePlan:
             confidence_head: likewise.
             masks: input embeddings [block_size - 1, H] of the slots after the anchor.
             like: gives dtype and device of everything.
+            pack: lays weights out as the target's are; None leaves them plain.
         """
+        weights = BackboneWeights.of(_backbone_like(backbone, like))
+        markov_head = _like(markov_head, like)
+        if pack is not None:
+            weights = weights.packed(pack)
+            markov_head = None if markov_head is None else _with_packed_bias(markov_head, pack)
         return cls(
-            weights=BackboneWeights.of(_backbone_like(backbone, like)),
-            markov_head=_like(markov_head, like),
+            weights=weights,
+            markov_head=markov_head,
             confidence_head=_like(confidence_head, like),
             rotary=RotaryTable(backbone.backbone_config, like),
             mask_1KH=masks.to(like).unsqueeze(0),
             slots_K=torch.arange(masks.shape[0] + 1, device=like.device),
         )
+
+
+def _with_packed_bias(head: MarkovHead, pack: Pack) -> MarkovHead:
+    """The same head, whose product with its second table is packed; it shares all parameters."""
+    head = copy.copy(head)
+    # In the place of the method: a module's own attributes come first.
+    vars(head)["bias"] = packed(pack, head.markov_w2.weight)
+    return head
 
 
 def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:

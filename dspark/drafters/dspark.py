@@ -233,6 +233,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                     self.confidence_head,
                     masks=self._mask_slots(self.config.block_size - 1),
                     like=self.borrowed.embedding_VH,
+                    pack=self.borrowed.pack,
                 )
         return self._plan
 

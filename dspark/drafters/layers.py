@@ -7,7 +7,7 @@ reads and what it attends to. What differs between families is declared in `Back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.drafters.config import BackboneConfig
+
+Product = Callable[[Tensor], Tensor]
+"""x [.., inputs] -> [.., outputs], of weights that lie as a kernel wants them, bias included"""
+Pack = Callable[..., Product]
+"""(weights [outputs, inputs], biases, exact=...) -> their product"""
 
 
 class RMSNorm(nn.Module):
@@ -98,15 +103,15 @@ class LayerWeights:
 
     config: BackboneConfig
     input_norm_H: Tensor
-    qkv: Tensor  # the value's rows only where it has its own
+    qkv: Tensor | Product  # the value's rows only where it has its own
     qkv_bias: Tensor | None
     query_key_norm: Tensor | None  # [A + G, D]
-    output: Tensor
+    output: Tensor | Product
     output_bias: Tensor | None
     attention_out_norm_H: Tensor | None
     mlp_norm_H: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | Product
+    down: Tensor | Product
     mlp_out_norm_H: Tensor | None
     scalar_1: Tensor | None
 
@@ -147,6 +152,16 @@ class LayerWeights:
         moved: dict[str, Any] = {n: x.to(other) for n, x in named.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
+    def packed(self, pack: Pack) -> LayerWeights:
+        """The same with its projections packed, for decoding."""
+        return replace(
+            self,
+            qkv=packed(pack, self.qkv, self.qkv_bias),
+            output=packed(pack, self.output, self.output_bias),
+            gate_up=packed(pack, self.gate_up),
+            down=packed(pack, self.down),
+        )
+
     def heads(self, x: Tensor, cosine_sine: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query [.., A, D], key and value [.., G, D] of what the attention reads.
 
@@ -157,7 +172,7 @@ class LayerWeights:
         config, sizes = self.config, (self.config.num_heads, self.config.num_kv_heads)
         # A key that is also the value is the last heads of the projection as much as a value is.
         own = 0 if config.value_from_key else config.num_kv_heads
-        qkv = F.linear(x, self.qkv, self.qkv_bias)
+        qkv = project(x, self.qkv, self.qkv_bias)
         qkv = qkv.view((*qkv.shape[:-1], -1, config.head_dim))
         value = value_of(qkv.narrow(-2, sizes[0] + own, sizes[1]), config)
         query_key = turned(qkv.narrow(-2, 0, sum(sizes)), self.query_key_norm, cosine_sine, config)
@@ -166,6 +181,7 @@ class LayerWeights:
 
     def key_value(self, x: Tensor, cosine_sine: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Key and value [.., G, D] of rows that are only looked at; args as `heads`."""
+        assert isinstance(self.qkv, Tensor), "packed weights have no rows"
         config, first = self.config, self.config.num_heads
         bias = None if self.qkv_bias is None else self.qkv_bias[first * config.head_dim :]
         rows = F.linear(x, self.qkv[first * config.head_dim :], bias)
@@ -182,12 +198,12 @@ class LayerWeights:
             x: the residual stream [.., H] before the layer.
             mixed: mixed values [.., A, D].
         """
-        mixed = F.linear(mixed.flatten(-2), self.output, self.output_bias)
+        mixed = project(mixed.flatten(-2), self.output, self.output_bias)
         if self.attention_out_norm_H is not None:
             mixed = norm(mixed, self.attention_out_norm_H, self.config)
         x = x + mixed
-        gate, up = F.linear(norm(x, self.mlp_norm_H, self.config), self.gate_up).chunk(2, dim=-1)
-        mlp = F.linear(self._activate(gate) * up, self.down)
+        gate, up = project(norm(x, self.mlp_norm_H, self.config), self.gate_up).chunk(2, dim=-1)
+        mlp = project(self._activate(gate) * up, self.down)
         if self.mlp_out_norm_H is not None:
             mlp = norm(mlp, self.mlp_out_norm_H, self.config)
         x = x + mlp
@@ -197,6 +213,17 @@ class LayerWeights:
         if self.config.activation == "silu":
             return F.silu(gate)
         return F.gelu(gate, approximate="tanh")
+
+
+def project(x: Tensor, weight: Tensor | Product, bias: Tensor | None = None) -> Tensor:
+    """`linear`, by a weight [outputs, inputs] or by a packed one, whose bias is in its product."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)
+
+
+def packed(pack: Pack, weight: Tensor | Product, bias: Tensor | None = None) -> Product:
+    """The product of one weight; values may be rounded, since drafts are verified."""
+    assert isinstance(weight, Tensor), "weights are packed once"
+    return pack([weight], [bias], exact=False)
 
 
 def norm(x: Tensor, weight: Tensor | None, config: BackboneConfig) -> Tensor:

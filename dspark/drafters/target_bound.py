@@ -157,6 +157,7 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             target,
             embedding_VH=target.embedding_VH if embedding is None else embedding,
             head_VH=target.head_VH if head is None else head,
+            head=target.head if head is None else None,
         )
         self.own_embedding_VH, self.own_head_VH = embedding, head
         if self.d2t is not None:

@@ -41,6 +41,8 @@ class TargetTables:
     head_bias_V: Tensor | None = None
     logit_softcap: float | None = None
     final_norm_H: Tensor | None = None
+    head: None = None
+    pack: None = None
 
     @property
     def vocab_size(self) -> int:

@@ -13,6 +13,7 @@ from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources import smollm2
+from dspark.targets.fast.packing import QuantizeName, WeightsName
 from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
 
@@ -31,6 +32,8 @@ def load(
     batch_invariant: bool = False,
     cuda_graphs: GraphSwitch = "auto",
     compile: bool = False,
+    weights: WeightsName = "auto",
+    quantize: QuantizeName | None = None,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -52,6 +55,10 @@ def load(
         cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible.
         compile: run the target's decoder layers through `torch.compile`: slow first steps, then
             faster ones where a step is made of many small operations.
+        weights: auto, plain or packed: on a CPU lay the weights of target and drafter out for its
+            kernels once, which makes steps faster; auto does so where it is measured to be.
+        quantize: int8: run target and drafter in 8-bit integers on a CPU. Decoding is then
+            lossless with respect to the quantised target.
 
     Raises:
         CheckpointError: a checkpoint is missing, incomplete or damaged.
@@ -69,6 +76,8 @@ def load(
         batch_invariant=batch_invariant,
         cuda_graphs=cuda_graphs,
         compile=compile,
+        weights=weights,
+        quantize=quantize,
     )
     return _with_draft(target, draft, loaded, revision, offline)
 

@@ -46,6 +46,8 @@ def machine_key(target: Target, drafter_name: str) -> MachineKey:
         dtype += " batch-invariant"
     if target.compiled:
         dtype += " compiled"
+    if target.weights != "plain":
+        dtype += f" {target.weights} weights"
     if target.cuda_graphs:
         dtype += " with CUDA graphs"
     return MachineKey(

@@ -35,6 +35,7 @@ def environment(target: Target) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": dtype_name(target),
         "attention": target.attention_backend,
+        "weights": target.weights,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

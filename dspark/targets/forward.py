@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,17 @@ from dspark.targets.families import Anatomy
 from dspark.targets.interface import RaggedCall
 
 
-def apply_head(anatomy: Anatomy, hidden_NH: Tensor) -> Tensor:
-    """Logits [N, V] of normed hidden states, soft cap included."""
-    logits_NV: Tensor = anatomy.head(hidden_NH)
+def apply_head(
+    anatomy: Anatomy, hidden_NH: Tensor, product: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Logits [N, V] of normed hidden states, soft cap included.
+
+    Args:
+        anatomy: whose head it is.
+        hidden_NH: the states.
+        product: takes the place of the head's module.
+    """
+    logits_NV: Tensor = (product or anatomy.head)(hidden_NH)
     cap = anatomy.logit_softcap
     return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 

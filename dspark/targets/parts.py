@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,6 +36,10 @@ class TargetParts:
         vocab_size: number of rows of the head.
         hidden_size: width H.
         final_norm_H: what the final norm multiplies by; None where it is not a plain scale.
+        head: the head's product with packed weights, bias included, soft cap not; no gradient
+            passes it. None where there is none.
+        pack: lays weights [outputs, inputs] that read the same input out as the target's are, and
+            returns their product; None where the target's are plain.
     """
 
     embedding_VH: Tensor
@@ -45,3 +50,5 @@ class TargetParts:
     vocab_size: int
     hidden_size: int
     final_norm_H: Tensor | None
+    head: Callable[[Tensor], Tensor] | None = None
+    pack: Callable[..., Callable[[Tensor], Tensor]] | None = None

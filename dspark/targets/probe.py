@@ -41,11 +41,13 @@ class CacheLayout:
         shapes: one entry per cache layer.
         cache_layers: cache layer of each decoder layer.
         writers: whether the decoder layer writes to it, or reads what another has written.
+        windows: number of keys that a row of each decoder layer sees; None for all.
     """
 
     shapes: tuple[CacheShape, ...]
     cache_layers: tuple[int, ...]
     writers: tuple[bool, ...]
+    windows: tuple[int | None, ...] = ()
 
 
 @torch.no_grad()
@@ -165,7 +167,8 @@ def _cache_layout(calls: Sequence[LayerCall]) -> CacheLayout:
             _, heads, _, key_dim = call.key_1GTD.shape
             shapes.append(CacheShape(heads, key_dim, call.value_1GTD.shape[-1]))
         cache_layers.append(owners[pair])
-    return CacheLayout(tuple(shapes), tuple(cache_layers), tuple(writers))
+    windows = tuple(call.window for call in sorted(calls, key=lambda call: call.layer))
+    return CacheLayout(tuple(shapes), tuple(cache_layers), tuple(writers), windows)
 
 
 def _ragged_logits(

@@ -16,6 +16,8 @@ from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
 from dspark.targets.compiled import compile_layers
 from dspark.targets.families import Anatomy, dissect, eos_token_ids
+from dspark.targets.fast.install import PLAIN_PATH, FastPath, install_fast_path
+from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName, check_names
 from dspark.targets.forward import apply_head, run_tapped
 from dspark.targets.fused_norms import fuse_norms
 from dspark.targets.graphs import GraphSwitch, Replayer, choose_graphs
@@ -23,6 +25,7 @@ from dspark.targets.interface import RaggedCall
 from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
 from dspark.targets.loading import (
     Source,
+    is_quantised,
     load_model,
     load_tokenizer,
     quiet,
@@ -48,8 +51,18 @@ class Modes:
     batch_invariant: bool
     cuda_graphs: GraphSwitch
     compile: bool
+    weights: WeightsName = "auto"
+    quantize: QuantizeName | None = None
 
     def __post_init__(self) -> None:
+        check_names(self.weights, self.quantize)
+        packed = self.weights == "packed" or self.quantize is not None
+        if packed and (self.compile or self.batch_invariant):
+            other = "compile" if self.compile else "batch_invariant"
+            raise UsageError(
+                f"Packed weights and {other} exclude each other: {other} runs the model's own "
+                "modules; leave one of them out."
+            )
         if self.compile and self.batch_invariant:
             raise UsageError(
                 "compile and batch_invariant exclude each other: compiled layers may choose "
@@ -76,6 +89,9 @@ class Target:
             in its batch and however its prompt was cut. It holds while the number of CPU threads
             stays what it was at load.
         compiled: whether its decoder layers run through torch.compile.
+        weights: how its weights are laid out and its layers run: plain, or the kind of its
+            packed products (`targets.fast.products`), with `flat` where a flat decoder runs.
+        weights_kind: the kind alone.
     """
 
     def __init__(
@@ -89,6 +105,7 @@ class Target:
         batch_invariant: bool = False,
         compiled: bool = False,
         replayer: Replayer | None = None,
+        fast: FastPath = PLAIN_PATH,
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> None:
@@ -105,7 +122,11 @@ class Target:
         self._attend = attention.attend
         self.batch_invariant = batch_invariant
         self.compiled = compiled
+        self.weights = fast.name
         self._replayer = replayer
+        self._fast = fast
+        self.weights_kind = fast.packer.kind
+        self._runner = fast.decoder or run_tapped
         self._anatomy = anatomy
         self._layout = layout
         self._tokenizer = tokenizer
@@ -125,6 +146,8 @@ class Target:
         batch_invariant: bool = False,
         cuda_graphs: GraphSwitch = "auto",
         compile: bool = False,
+        weights: WeightsName = "auto",
+        quantize: QuantizeName | None = None,
     ) -> Target:
         """Load a checkpoint.
 
@@ -142,6 +165,11 @@ class Target:
             cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible
                 (`targets.graphs.choose_graphs`).
             compile: run the decoder layers through `torch.compile` (`targets.compiled`).
+            weights: auto, plain or packed: lay weights out once for the kernels of a CPU, and run
+                known architectures as a flat list of operators; auto does so where it is measured
+                to be faster (`targets.fast`).
+            quantize: int8: weights, and activations on their way, as 8-bit integers, on a CPU.
+                Lossless decoding is then lossless with respect to the quantised model.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or damaged.
@@ -159,7 +187,7 @@ class Target:
             dtype=None if isinstance(wanted, str) else wanted,
         )
         model = load_model(found, wanted, place)
-        modes = Modes(attention, batch_invariant, cuda_graphs, compile)
+        modes = Modes(attention, batch_invariant, cuda_graphs, compile, weights, quantize)
         return cls._build(model, modes, name=str(source), source=found)
 
     @classmethod
@@ -173,18 +201,22 @@ class Target:
         batch_invariant: bool = False,
         cuda_graphs: GraphSwitch = "auto",
         compile: bool = False,
+        weights: WeightsName = "plain",
+        quantize: QuantizeName | None = None,
     ) -> Target:
         """Take over a model that is already in memory.
 
         The model is frozen, put into evaluation mode and given ragged attention: from here on it
-        runs through the target only.
+        runs through the target only. Packing its weights, as in `load`, takes them from it.
 
         Raises:
             CompatibilityError: the architecture is not supported, or not in this mode.
             NumericsError: the model computes NaN or infinite numbers.
             UsageError: the attention or CUDA graphs cannot be used.
         """
-        modes = Modes(attention, batch_invariant, cuda_graphs, compile)
+        if quantize is not None and weights == "plain":
+            weights = "auto"
+        modes = Modes(attention, batch_invariant, cuda_graphs, compile, weights, quantize)
         return cls._build(model, modes, name=name, tokenizer=tokenizer)
 
     @classmethod
@@ -215,6 +247,12 @@ class Target:
         if modes.batch_invariant:
             make_invariant(model, anatomy, layout, backend.attend)
         compiled = modes.compile and compile_layers(anatomy, layout)
+        fast = PLAIN_PATH
+        quantised = is_quantised(model.config)
+        if quantised and (modes.quantize is not None or modes.weights == "packed"):
+            raise UsageError(f"{name} is quantised already; leave weights and quantize out.")
+        if not (modes.compile or modes.batch_invariant or quantised):
+            fast = install_fast_path(anatomy, layout, modes.weights, modes.quantize)
         replayer = choose_graphs(
             modes.cuda_graphs,
             anatomy,
@@ -232,6 +270,7 @@ class Target:
             batch_invariant=modes.batch_invariant,
             compiled=compiled,
             replayer=replayer,
+            fast=fast,
             tokenizer=tokenizer,
             source=source,
         )
@@ -317,7 +356,7 @@ class Target:
             call = RaggedCall(
                 batch, cache, layout.cache_layers, layout.writers, attend=self._attend
             )
-            run = run_in_tiles if self.batch_invariant else self._replayer or run_tapped
+            run = run_in_tiles if self.batch_invariant else self._replayer or self._runner
             hidden_TH, features_TF = run(self._anatomy, call, taps)
             logits_NV = None
             if logit_rows is not None:
@@ -327,8 +366,9 @@ class Target:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of normed hidden states [N, H], soft cap included."""
-        apply = apply_head_in_tiles if self.batch_invariant else apply_head
-        return apply(self._anatomy, hidden_NH)
+        if self.batch_invariant:
+            return apply_head_in_tiles(self._anatomy, hidden_NH)
+        return apply_head(self._anatomy, hidden_NH, self._fast.head)
 
     def parts(self) -> TargetParts:
         """What a drafter borrows."""
@@ -342,6 +382,8 @@ class Target:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             final_norm_H=anatomy.final_norm_H,
+            head=self._fast.head,
+            pack=None if self._fast.packer is PLAIN else self._fast.packer.pack,
         )
 
     def _check_taps(self, taps: Sequence[int]) -> None:

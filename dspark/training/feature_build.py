@@ -46,7 +46,7 @@ def build_features(
     if not recipe.samples.paths:
         raise RecipeError("samples.paths is empty, but a cache is built of samples; name files.")
     place = pick_device(recipe.run.device if device == "auto" else device)
-    target = Target.load(recipe.target, device=place, dtype=recipe.run.dtype)
+    target = Target.load(recipe.target, device=place, dtype=recipe.run.dtype, weights="plain")
     samples = load_samples(recipe, target)
     if not samples:
         raise RecipeError(

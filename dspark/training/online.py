@@ -211,4 +211,4 @@ def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target
     """
     if recipe.features.source == "cache" and recipe.evaluation is None:
         return load_without_layers(recipe.target, device=device, dtype=dtype)
-    return Target.load(recipe.target, device=device, dtype=dtype)
+    return Target.load(recipe.target, device=device, dtype=dtype, weights="plain")

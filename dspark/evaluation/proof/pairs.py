@@ -44,6 +44,8 @@ class _Parts:
     head_bias_V: Tensor | None = None
     logit_softcap: float | None = None
     final_norm_H: Tensor | None = None
+    head: None = None
+    pack: None = None
 
 
 @dataclass
