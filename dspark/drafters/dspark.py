@@ -178,14 +178,14 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         plan = self._decode_plan()
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
-        logits_by_step = self.base_logits(hidden_RKH).unbind(1)
+        hidden_by_step = hidden_RKH.transpose(0, 1).contiguous()
+        logits_by_step = self.base_logits(hidden_by_step).unbind(0)
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
             tokens += [draw(k, self.over_vocabulary(x)) for k, x in enumerate(logits_by_step)]
         else:
             state = head.initial_state(hidden_RKH)
-            hidden_by_step = hidden_RKH.unbind(1)
             for k, logits in enumerate(logits_by_step):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
                 previous = draw(k, self.over_vocabulary(logits + head.bias(feature_Rr)))
