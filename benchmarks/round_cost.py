@@ -33,11 +33,11 @@ from dspark.targets.target import Target
 
 DRAFTS, SPREAD, PROMPT_TOKENS = 7, 4.75, 48
 SETTINGS: dict[str, tuple[Verifier, dict[str, float]]] = {
-    "T=0": ("block", {"temperature": 0.0}),
-    "T=1 top-p": ("block", {"temperature": 1.0, "top_p": 0.95}),
-    "T=1": ("block", {"temperature": 1.0}),
-    "token top-p": ("token", {"temperature": 1.0, "top_p": 0.95}),
-    "coupled top-p": ("coupled", {"temperature": 1.0, "top_p": 0.95}),
+    "T0": ("block", {"temperature": 0.0}),
+    "T1-top-p": ("block", {"temperature": 1.0, "top_p": 0.95}),
+    "T1": ("block", {"temperature": 1.0}),
+    "token-top-p": ("token", {"temperature": 1.0, "top_p": 0.95}),
+    "coupled-top-p": ("coupled", {"temperature": 1.0, "top_p": 0.95}),
     "coupled": ("coupled", {"temperature": 1.0}),
 }
 

@@ -186,10 +186,9 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             tokens += [draw(k, x, self.draft_tokens) for k, x in enumerate(logits_by_step)]
         else:
             state = head.initial_state(hidden_RKH)
-            for k, logits in enumerate(logits_by_step):
+            for k, base in enumerate(logits_by_step):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
-                logits += head.bias(feature_Rr)
-                previous = draw(k, logits, self.draft_tokens)
+                previous = draw(k, base.add_(head.bias(feature_Rr)), self.draft_tokens)
                 tokens.append(previous)
         if plan.confidence_head is None or not batch.confidences:
             return Proposal()

@@ -112,7 +112,7 @@ class Drawing:
         return found.draw(state.draft_uniform(step))
 
     def _room_of(self, step: int, logits_MC: Tensor) -> Tensor:
-        """Where a step's numbers go, behind those of the step before, so that nobody stacks them."""
+        """Where a step's numbers go, behind those of the step before: a stack as it lies."""
         if self._room is None:
             shape = (self.state.num_drafts, *logits_MC.shape)
             self._room = torch.empty(shape, dtype=law_dtype(logits_MC), device=logits_MC.device)

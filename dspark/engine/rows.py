@@ -13,10 +13,10 @@ from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Distribution
 from dspark.sampling.processors import Chain, Known, rows_without_law
 
-RowsT = TypeVar("RowsT", Tensor, Distribution, covariant=True)
+RowsT_co = TypeVar("RowsT_co", Tensor, Distribution, covariant=True)
 
 
-class RowRule(Protocol[RowsT]):
+class RowRule(Protocol[RowsT_co]):
     """`processors.law` or `processors.greedy_tokens`."""
 
     def __call__(
@@ -27,18 +27,18 @@ class RowRule(Protocol[RowsT]):
         mask_NV: Tensor | None,
         known: Known | None,
         /,
-    ) -> RowsT: ...
+    ) -> RowsT_co: ...
 
 
 def compute_rows(
-    rule: RowRule[RowsT],
+    rule: RowRule[RowsT_co],
     logits_NC: Tensor,
     chain: Chain,
     counts: TokenCounts | None,
     mask_NV: Tensor | None,
     faults: dict[int, DSparkError],
     known: Known | None = None,
-) -> RowsT:
+) -> RowsT_co:
     """Distributions or greedy tokens of all rows that have one, bit for bit as without the others.
 
     Costs nothing while nothing is wrong.

@@ -149,8 +149,8 @@ def coupled_tokens(law: Distribution, seed_N: Tensor, position_N: Tensor) -> Ten
     """The coupled verifier's token of each row: argmax(log law + g(seed, position, token)).
 
     Drafter-invariant speculative decoding (Daliri et al. 2024): drafter and target call this with
-    the same noise, each on its own distribution, and a draft stays while both name the same token. The
-    output is what the target alone would draw, whatever was drafted.
+    the same noise, each on its own distribution, and a draft stays while both name the same token.
+    The output is what the target alone would draw, whatever was drafted.
 
     Args:
         law: one distribution per row.

@@ -5,10 +5,10 @@ import torch
 
 from dspark.evaluation.proof import worlds
 from dspark.request import SamplingParams
-from dspark.sampling.noise import Stream, gumbel, uniform
-from dspark.sampling.distribution import Dense
-from dspark.sampling.processors import Chain, greedy_tokens, law
 from dspark.sampling import verification
+from dspark.sampling.distribution import Dense
+from dspark.sampling.noise import Stream, gumbel, uniform
+from dspark.sampling.processors import Chain, greedy_tokens, law
 from dspark.sampling.verification import Blocks, accepted_by_identity, accepted_lengths
 
 RULES = ("token", "block")

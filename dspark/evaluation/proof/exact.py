@@ -12,7 +12,6 @@ from dspark.evaluation.proof.case import Case, exact, of_schedule
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.rounds import (
     RULES,
-    Form,
     Schedule,
     Verifier,
     Walk,
