@@ -78,10 +78,12 @@ def top_gap(target: Target, request: Request, tokens: Sequence[int]) -> float:
     score_NV = target.forward(batch, logit_rows=rows).logits_NV
     assert score_NV is not None
     if request.params.temperature > 0:
-        law_NV = law(score_NV, Chain.of([request.params], target.device), None)
+        law_NV = law(score_NV, Chain.of([request.params], target.device), None).dense()
         seed_N = seed_tensor([request.params.seed], target.device)
         position_N = torch.tensor([len(ids)], device=target.device)
-        score_NV = law_NV.double().log() + gumbel(seed_N, position_N, law_NV.shape[1])
+        score_NV = law_NV.double().log() + gumbel(
+            seed_N, position_N, torch.arange(law_NV.shape[1], device=law_NV.device)
+        )
     best = score_NV[0].topk(2).values
     return float(best[0] - best[1])
 

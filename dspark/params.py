@@ -141,6 +141,11 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether tokens are cut off: top-k, top-p or min-p."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 def sample_seed(seed: int, index: int) -> int:
     """The seed of answer `index` to one prompt: the seed itself for the first, else a hash of both.

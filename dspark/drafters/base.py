@@ -57,8 +57,15 @@ class Draw(Protocol):
     token and law for verification.
     """
 
-    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
-        """Return the tokens [R] of draft `step` (0-based), drawn from the processed logits."""
+    def __call__(self, step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Return the tokens [R] of draft `step` (0-based), drawn from the processed logits.
+
+        Args:
+            step: which draft.
+            logits_RC: logits of all tokens, or of those named.
+            tokens: int64 [C], or [R, C] for each request its own, in ascending order: the tokens
+                that the columns are of, where they are not all; the others have probability 0.
+        """
         ...
 
 

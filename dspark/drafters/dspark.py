@@ -183,12 +183,12 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
-            tokens += [draw(k, self.over_vocabulary(x)) for k, x in enumerate(logits_by_step)]
+            tokens += [draw(k, x, self.draft_tokens) for k, x in enumerate(logits_by_step)]
         else:
             state = head.initial_state(hidden_RKH)
-            for k, logits in enumerate(logits_by_step):
+            for k, base in enumerate(logits_by_step):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
-                previous = draw(k, self.over_vocabulary(logits + head.bias(feature_Rr)))
+                previous = draw(k, base.add_(head.bias(feature_Rr)), self.draft_tokens)
                 tokens.append(previous)
         if plan.confidence_head is None or not batch.confidences:
             return Proposal()

@@ -183,7 +183,7 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             rotary_rows = rotary_table[rows.positions_T - _SHIFT]
             hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
             logits = self.base_logits(plan.weights.final(hidden_RH))
-            tokens_R = draw(step, self.over_vocabulary(logits))
+            tokens_R = draw(step, logits, self.draft_tokens)
         return Proposal()
 
     def _decode_plan(self) -> _DecodePlan:

@@ -30,7 +30,7 @@ _PRIOR_LOOKUPS = 2
 class NgramDrafter:
     """A drafter without parameters, taps or cache.
 
-    Its law is one-hot: it hands `draw` a row of logits that is -inf except at the proposed token.
+    Its law is one-hot: it hands `draw` the logit of the proposed token alone.
     Every processor of the engine (temperature, penalties, finite biases, filters) leaves that law
     as it is, so verification sees the very q that was drawn from. A request without a match
     proposes nothing (`Proposal.lengths` is 0 there).
@@ -57,13 +57,11 @@ class NgramDrafter:
         self.context_shapes: tuple[CacheShape, ...] = ()
         self.reads_next_token = False
         self.rows_ahead = 0
-        self._head_VH: Tensor | None = None
-        self._vocab_size = 0
+        self._bound = False
 
-    def bind(self, parts: BorrowedParts) -> None:
-        """Take note of vocabulary size, dtype and device."""
-        self._head_VH = parts.head_VH
-        self._vocab_size = parts.vocab_size
+    def bind(self, parts: BorrowedParts) -> None:  # noqa: ARG002
+        """Nothing to borrow: it proposes tokens that it has seen."""
+        self._bound = True
 
     def observe(
         self,
@@ -85,7 +83,7 @@ class NgramDrafter:
         Raises:
             CompatibilityError: the drafter is not bound.
         """
-        if self._head_VH is None:
+        if not self._bound:
             raise CompatibilityError("The n-gram drafter is not bound; call bind(target.parts()).")
         matches = [self._match(tokens) for tokens in batch.tokens]
         drafts = [
@@ -98,9 +96,7 @@ class NgramDrafter:
             proposed_R1 = batch.anchors_R.new_tensor(
                 [draft[step] if step < len(draft) else 0 for draft in drafts]
             ).unsqueeze(1)
-            shape = (len(drafts), self._vocab_size)
-            logits_RV = self._head_VH.new_full(shape, float("-inf")).float()
-            draw(step, logits_RV.scatter_(1, proposed_R1, 0.0))
+            draw(step, torch.zeros_like(proposed_R1, dtype=torch.float32), proposed_R1)
         if not batch.confidences:
             return Proposal(lengths=lengths)
         confidences_R = batch.anchors_R.new_tensor(

@@ -16,10 +16,6 @@ from dspark.drafters.config import BackboneConfig
 from dspark.drafters.layers import RMSNorm
 from dspark.errors import CompatibilityError
 
-# Of tokens outside a reduced vocabulary: its exponential is 0 beside any real logit, yet a request
-# that bans every token that the drafter knows leaves it a law to draw from.
-UNKNOWN_LOGIT = -1e30
-
 
 class DrafterConfig(Protocol):
     """What any drafter's configuration says of its target."""
@@ -207,16 +203,14 @@ class TargetBound(nn.Module, Generic[ConfigT]):
     def base_logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits of the head, soft-capped, from states after the final norm.
 
-        [.., V], or [.., Vd] with a reduced vocabulary: see `over_vocabulary`.
+        [.., V], or [.., Vd] with a reduced vocabulary: see `draft_tokens`.
         """
         return _by_rows(self.borrowed, hidden_NH)
 
-    def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits [.., V] of all tokens; those that it does not know get probability 0."""
-        if self._draft_tokens is None:
-            return logits
-        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
-        return everything.index_copy(-1, self._draft_tokens, logits)
+    @property
+    def draft_tokens(self) -> Tensor | None:
+        """The tokens [Vd] that it knows, in ascending order; None for all."""
+        return self._draft_tokens
 
     def over_drafts(self, logits: Tensor) -> Tensor:
         """Of logits [.., V] of all tokens those that it knows, [.., Vd]."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,16 +17,17 @@ from dspark.drafters.heads import at_least_fp32
 from dspark.engine.record import FloatArray
 from dspark.engine.rows import compute_rows
 from dspark.engine.sequence import ActiveRequest
-from dspark.engine.state import RoundState
+from dspark.engine.state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
 from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import greedy_tokens, law, sample
+from dspark.sampling.distribution import Distribution, Sparse
+from dspark.sampling.processors import Known, greedy_tokens, law, law_dtype
 from dspark.sampling.verification import coupled_tokens
 
 
 @dataclass
 class Drawing:
-    """The engine's side of a proposal: draws each draft token and remembers its very law.
+    """The engine's side of a proposal: draws each draft token and remembers its distribution.
 
     Implements `drafters.base.Draw`.
 
@@ -33,8 +35,8 @@ class Drawing:
         state: laws and keys of randomness.
         keeps_logits: whether `margins` may be asked for.
         tokens: what was drawn, per step [R].
-        laws: what it was drawn from, per step [R, V]; empty while all requests are greedy.
-        logits: what came in, per step [R, V]; empty unless `keeps_logits`.
+        laws: what it was drawn from, per step: of each kind of requests but the greedy.
+        logits: what came in, per step [R, C]; empty unless `keeps_logits`.
         sound: drafts of a request that are of use, where fewer than were drawn: behind them its
             logits were no numbers, or its mask allows none of the drafter's tokens.
         broken: requests whose draft logits were no numbers.
@@ -43,28 +45,38 @@ class Drawing:
     state: RoundState
     keeps_logits: bool = False
     tokens: list[Tensor] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
+    laws: dict[Kind, list[Distribution]] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
     sound: dict[int, int] = field(default_factory=dict)
     broken: set[int] = field(default_factory=set)
+    _room: Tensor | None = None
 
-    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
+    def __call__(self, step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Draw draft `step` of every request from its processed logits."""
-        state, chain = self.state, self.state.laws.draft_chain
-        counts = self._counts(step)
+        known = None if tokens is None else Known(tokens, self.state.laws.vocab_size)
         mask_RV, faults = self._mask(step)
         if self.keeps_logits:
-            self.logits.append(logits_RV)
-        if chain.greedy:
-            tokens_R = compute_rows(greedy_tokens, logits_RV, chain, counts, mask_RV, faults)
+            self.logits.append(logits_RC)
+        groups = self.state.groups()
+        if len(groups) == 1:
+            [(kind, (_rows, state))] = groups.items()
+            tokens_R = self._draw(kind, state, step, logits_RC, known, mask_RV, faults)
         else:
-            law_RV = compute_rows(law, logits_RV, chain, counts, mask_RV, faults)
-            self.laws.append(law_RV)
-            if state.verifier == "coupled":
-                positions_R = state.anchors_R + step + 1
-                tokens_R = coupled_tokens(law_RV, state.laws.seeds_R, positions_R)
-            else:
-                tokens_R = sample(law_RV, state.draft_uniform(step))
+            tokens_R = torch.empty_like(self.state.laws.seeds_R)
+            for kind, (rows_M, state) in groups.items():
+                numbers = rows_M.tolist()
+                own = {i: faults[r] for i, r in enumerate(numbers) if r in faults}
+                tokens_R[rows_M] = self._draw(
+                    kind,
+                    state,
+                    step,
+                    logits_RC[rows_M],
+                    None if known is None else known.rows(rows_M),
+                    None if mask_RV is None else mask_RV[rows_M],
+                    own,
+                    rows_M,
+                )
+                faults |= {numbers[i]: fault for i, fault in own.items()}
         self.tokens.append(tokens_R)
         # A row's fault hangs on the drafts before it only, so a length may look at it.
         for request, fault in faults.items():
@@ -72,6 +84,39 @@ class Drawing:
             if isinstance(fault, NumericsError):
                 self.broken.add(request)
         return tokens_R
+
+    def _draw(
+        self,
+        kind: Kind,
+        state: RoundState,
+        step: int,
+        logits_MC: Tensor,
+        known: Known | None,
+        mask_MV: Tensor | None,
+        faults: dict[int, DSparkError],
+        rows_M: Tensor | None = None,
+    ) -> Tensor:
+        """Draw draft `step` of the requests of one kind, `rows_M` of all, and keep their laws."""
+        chain = state.laws.draft_chain
+        counts = self._counts(state.laws.counts, step, rows_M)
+        if kind == "greedy":
+            return compute_rows(greedy_tokens, logits_MC, chain, counts, mask_MV, faults, known)
+        room_MC = None if kind == "narrow" else self._room_of(step, logits_MC)
+        rule = partial(law, out=room_MC)
+        found = compute_rows(rule, logits_MC, chain, counts, mask_MV, faults, known)
+        if room_MC is not None and found.probs_NC.data_ptr() != room_MC.data_ptr():
+            found = replace(found, probs_NC=room_MC.copy_(found.probs_NC))
+        self.laws.setdefault(kind, []).append(found)
+        if state.verifier == "coupled":
+            return coupled_tokens(found, state.laws.seeds_R, state.anchors_R + step + 1)
+        return found.draw(state.draft_uniform(step))
+
+    def _room_of(self, step: int, logits_MC: Tensor) -> Tensor:
+        """Where a step's numbers go, behind those of the step before: a stack as it lies."""
+        if self._room is None:
+            shape = (self.state.num_drafts, *logits_MC.shape)
+            self._room = torch.empty(shape, dtype=law_dtype(logits_MC), device=logits_MC.device)
+        return self._room[step]
 
     def _mask(self, step: int) -> tuple[Tensor | None, dict[int, DSparkError]]:
         """The masks of the drafts' own prefixes; none behind a request's last sound draft."""
@@ -92,13 +137,27 @@ class Drawing:
         best_RK2 = [logits_RV.topk(2, dim=1).values for logits_RV in self.logits]
         return torch.stack([at_least_fp32(b[:, 0]) - b[:, 1] for b in best_RK2], dim=1)
 
-    def _counts(self, step: int) -> TokenCounts | None:
-        counts = self.state.laws.counts
+    def _counts(
+        self, counts: TokenCounts | None, step: int, rows_M: Tensor | None
+    ) -> TokenCounts | None:
         if counts is None or step == 0:
             return counts
-        requests_R = torch.arange(len(self.tokens[0]), device=self.tokens[0].device)
-        steps_R = torch.full_like(requests_R, step)
-        return counts.after_drafts(requests_R, steps_R, torch.stack(self.tokens, dim=1))
+        drafts_MK = torch.stack(self.tokens, dim=1)
+        if rows_M is not None:
+            drafts_MK = drafts_MK[rows_M]
+        requests_M = torch.arange(len(drafts_MK), device=drafts_MK.device)
+        return counts.after_drafts(requests_M, torch.full_like(requests_M, step), drafts_MK)
+
+    def stacked(self) -> dict[Kind, Distribution]:
+        """The laws of each kind's requests as rows, step by step."""
+        stacks = dict[Kind, Distribution]()
+        for kind, laws in self.laws.items():
+            sparse = [law for law in laws if isinstance(law, Sparse)]
+            if sparse:
+                stacks[kind] = Sparse.stack(sparse)
+            elif self._room is not None:
+                stacks[kind] = replace(laws[0], probs_NC=self._room[: len(laws)].flatten(0, 1))
+        return stacks
 
 
 @dataclass(frozen=True)
@@ -107,7 +166,8 @@ class Drafts:
 
     Attributes:
         tokens_RK: draft tokens; K may be 0, and rows behind a request's length hold anything.
-        laws_RKV: the laws they were drawn from; None when all requests are greedy, or K is 0.
+        laws: the distributions they were drawn from, of each kind of the requests that drafted but
+            the greedy: first of all these requests at the first step, and so on.
         tokens: per request, the draft tokens that are verified.
         proposed: per request, how many drafts it was offered.
         confidence_logits_RK: of all that was drawn, before calibration, if anyone reads them;
@@ -116,7 +176,7 @@ class Drafts:
     """
 
     tokens_RK: Tensor
-    laws_RKV: Tensor | None
+    laws: Mapping[Kind, Distribution]
     tokens: tuple[tuple[int, ...], ...]
     proposed: tuple[int, ...]
     confidence_logits_RK: FloatArray | None = None
@@ -127,11 +187,21 @@ class Drafts:
         """Drafts of each request that are verified."""
         return tuple(map(len, self.tokens))
 
+    def rows(self, kind: Kind, rows_M: Tensor) -> Drafts:
+        """The drafts of the requests named, which are all of a kind."""
+        numbers = rows_M.tolist()
+        return Drafts(
+            self.tokens_RK[rows_M],
+            {kind: self.laws[kind]} if kind in self.laws else {},
+            tuple(self.tokens[r] for r in numbers),
+            tuple(self.proposed[r] for r in numbers),
+        )
+
     @classmethod
     def none(cls, num_requests: int, device: torch.device) -> Drafts:
         """A round without drafts."""
         empty_RK = torch.empty(num_requests, 0, dtype=torch.int64, device=device)
-        return cls(empty_RK, None, ((),) * num_requests, (0,) * num_requests)
+        return cls(empty_RK, {}, ((),) * num_requests, (0,) * num_requests)
 
 
 def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int]:
@@ -208,17 +278,15 @@ def choose(
         tuple(row[: min(p, w)])
         for row, p, w in zip(tokens_RK.tolist(), proposed, wanted, strict=True)
     ]
-    laws_RKV = torch.stack(drawing.laws, dim=1) if drawing.laws else None
     joining = num_requests - num_drafted
     logits_RK = confidence_logits_DK
     if joining:
         tokens_RK = pad(tokens_RK, (0, 0, 0, joining))
-        laws_RKV = None if laws_RKV is None else pad(laws_RKV, (0, 0, 0, 0, 0, joining))
         if logits_RK is not None:
             logits_RK = np.pad(logits_RK, ((0, joining), (0, 0)), constant_values=np.nan)
     return Drafts(
         tokens_RK,
-        laws_RKV,
+        drawing.stacked(),
         (*kept, *((),) * joining),
         (*proposed, *(0,) * joining),
         logits_RK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from dspark.engine.drafting import Drafts
 from dspark.engine.logprobs import emitted_logprobs
 from dspark.engine.rows import compute_rows
-from dspark.engine.state import RoundState
+from dspark.engine.state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
 from dspark.request import Logprob
-from dspark.sampling.processors import greedy_tokens, law, sample
+from dspark.sampling.distribution import Distribution
+from dspark.sampling.processors import greedy_tokens, law
 from dspark.sampling.verification import (
+    Blocks,
     Rule,
     accepted_by_identity,
     accepted_lengths,
@@ -67,51 +70,82 @@ def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
         mask_NV, faults = state.masks.rows(
             [(r, kept[:k]) for r, kept in enumerate(drafts.tokens) for k in range(len(kept) + 1)]
         )
-    table = _row_table(lengths, logits_NV.device)
-    rows = _compute(logits_NV, table, drafts, state, mask_NV, faults)
-    ends = _first_faults(faults, lengths)
-    if ends:
-        known = [ends[r][0] if r in ends else length for r, length in enumerate(lengths)]
-        table = replace(table, lengths_R=torch.tensor(known, device=logits_NV.device))
-    verdict = _decide(rows, table, drafts, state)
-    if ends:
-        verdict = _with_faults(verdict, ends, faults, lengths)
+    groups = state.groups()
+    if len(groups) == 1:
+        [(kind, (_rows, own))] = groups.items()
+        verdict = _verify_kind(kind, logits_NV, drafts, own, mask_NV, faults)
+    else:
+        verdict = _verify_kinds(groups, logits_NV, drafts, mask_NV, faults)
     if any(count is not None for count in state.laws.logprobs):
         found = emitted_logprobs(logits_NV, lengths, verdict.committed, state.laws.logprobs)
         verdict = replace(verdict, logprobs=found)
     return verdict
 
 
-def _compute(
+def _verify_kinds(
+    groups: Mapping[Kind, tuple[Tensor, RoundState]],
     logits_NV: Tensor,
-    table: _RowTable,
+    drafts: Drafts,
+    mask_NV: Tensor | None,
+    faults: Mapping[int, DSparkError],
+) -> Verdict:
+    """Judge the requests of each kind by themselves, which no request notices."""
+    lengths = drafts.lengths
+    begins = list(accumulate((1 + length for length in lengths), initial=0))
+    committed, accepted = [list[Sequence[int]]([()] * len(lengths)), [0] * len(lengths)]
+    ends, broken, void = dict[int, DSparkError](), set[int](), set[int]()
+    for kind, (requests_M, state) in groups.items():
+        numbers = requests_M.tolist()
+        rows = [n for r in numbers for n in range(begins[r], begins[r + 1])]
+        own = {i: faults[n] for i, n in enumerate(rows) if n in faults}
+        rows_M = torch.tensor(rows, device=logits_NV.device)
+        mask_MV = None if mask_NV is None else mask_NV[rows_M]
+        found = _verify_kind(
+            kind, logits_NV[rows_M], drafts.rows(kind, requests_M), state, mask_MV, own
+        )
+        for i, request in enumerate(numbers):
+            committed[request], accepted[request] = found.committed[i], found.accepted[i]
+        ends |= {numbers[i]: fault for i, fault in found.faults.items()}
+        broken |= {numbers[i] for i in found.broken}
+        void |= {numbers[i] for i in found.void}
+    return Verdict(committed, accepted, faults=ends, broken=frozenset(broken), void=frozenset(void))
+
+
+def _verify_kind(
+    kind: Kind,
+    logits_NV: Tensor,
     drafts: Drafts,
     state: RoundState,
     mask_NV: Tensor | None,
     faults: dict[int, DSparkError],
-) -> Tensor:
-    """The target's token of each row if all requests are greedy, else the law of each row."""
-    laws = state.laws
+) -> Verdict:
+    """Judge requests of one kind."""
+    lengths, laws = drafts.lengths, state.laws
+    table = _row_table(lengths, logits_NV.device)
     chain_N, counts_N = laws.chain, laws.counts
     if table.longest:
         if not (chain_N.greedy and chain_N.plain):  # what the plain argmax never looks at
-            chain_N = laws.chain_rows(drafts.lengths, table.request_N)
+            chain_N = laws.chain_rows(lengths, table.request_N)
         if counts_N is not None:
             counts_N = counts_N.after_drafts(table.request_N, table.step_N, drafts.tokens_RK)
-    rule = greedy_tokens if laws.chain.greedy else law
-    return compute_rows(rule, logits_NV, chain_N, counts_N, mask_NV, faults)
-
-
-def _decide(rows: Tensor, table: _RowTable, drafts: Drafts, state: RoundState) -> Verdict:
-    """Keep drafts by the verifier's rule, given what `_compute` found."""
-    laws = state.laws
-    if laws.chain.greedy:
-        return _by_identity(rows, table, drafts)
-    if state.verifier == "coupled":
-        positions_N = state.anchors_R[table.request_N] + table.step_N + 1
-        own_N = coupled_tokens(rows, laws.seeds_R[table.request_N], positions_N)
-        return _by_identity(own_N, table, drafts)
-    return _by_rejection(rows, table, drafts, state)
+    tokens_N = law_N = None
+    if kind == "greedy":
+        tokens_N = compute_rows(greedy_tokens, logits_NV, chain_N, counts_N, mask_NV, faults)
+    else:
+        law_N = compute_rows(law, logits_NV, chain_N, counts_N, mask_NV, faults)
+        if state.verifier == "coupled":
+            positions_N = state.anchors_R[table.request_N] + table.step_N + 1
+            tokens_N = coupled_tokens(law_N, laws.seeds_R[table.request_N], positions_N)
+    ends = _first_faults(faults, lengths)
+    if ends:
+        known = [ends[r][0] if r in ends else length for r, length in enumerate(lengths)]
+        table = replace(table, lengths_R=torch.tensor(known, device=logits_NV.device))
+    if tokens_N is not None:
+        verdict = _by_identity(tokens_N, table, drafts)
+    else:
+        assert law_N is not None
+        verdict = _by_rejection(law_N, drafts.laws.get(kind), table, drafts, state)
+    return _with_faults(verdict, ends, faults, lengths) if ends else verdict
 
 
 def _first_faults(
@@ -168,23 +202,16 @@ class _RowTable:
     Attributes:
         request_N: request of each ragged row.
         step_N: drafts before each ragged row, within its request.
-        row_RL: ragged row of (request, step); steps past a length repeat its last row. None where
-            all lengths are equal, so that the rows are the table as they lie.
+        row_RL: ragged row of (request, step); steps past a length repeat its last row.
         lengths_R: verified drafts.
         longest: the longest length.
     """
 
     request_N: Tensor
     step_N: Tensor
-    row_RL: Tensor | None
+    row_RL: Tensor
     lengths_R: Tensor
     longest: int
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Ragged rows [N, ...] as a table [R, L, ...]."""
-        if self.row_RL is None:
-            return rows.view(len(self.lengths_R), self.longest + 1, *rows.shape[1:])
-        return rows[self.row_RL]
 
 
 @lru_cache(maxsize=256)
@@ -199,7 +226,7 @@ def _row_table(lengths: tuple[int, ...], device: torch.device) -> _RowTable:
     return _RowTable(
         request_N=torch.tensor(request, device=device),
         step_N=torch.tensor(step, device=device),
-        row_RL=None if min(lengths) == longest else torch.tensor(table, device=device),
+        row_RL=torch.tensor(table, device=device),
         lengths_R=torch.tensor(lengths, device=device),
         longest=longest,
     )
@@ -207,7 +234,7 @@ def _row_table(lengths: tuple[int, ...], device: torch.device) -> _RowTable:
 
 def _by_identity(own_N: Tensor, table: _RowTable, drafts: Drafts) -> Verdict:
     """Keep drafts while they are the target's own tokens."""
-    own_RL = table.spread(own_N)
+    own_RL = own_N[table.row_RL]
     own = own_RL.tolist()
     if table.longest == 0:
         return Verdict(own, [0] * len(own))
@@ -217,21 +244,39 @@ def _by_identity(own_N: Tensor, table: _RowTable, drafts: Drafts) -> Verdict:
     return Verdict([row[: n + 1] for row, n in zip(own, accepted, strict=True)], accepted)
 
 
-def _by_rejection(law_NV: Tensor, table: _RowTable, drafts: Drafts, state: RoundState) -> Verdict:
+def _by_rejection(
+    law_N: Distribution,
+    drafted: Distribution | None,
+    table: _RowTable,
+    drafts: Drafts,
+    state: RoundState,
+) -> Verdict:
     """Keep drafts by the rule of the verifier, and correct the law of the token after them."""
     lengths_R = table.lengths_R
-    if table.longest == 0 or drafts.laws_RKV is None:
-        tokens_R = sample(law_NV, state.next_uniform(lengths_R))
+    if table.longest == 0 or drafted is None:
+        tokens_R = law_N.draw(state.next_uniform(lengths_R))
         return Verdict([[token] for token in tokens_R.tolist()], [0] * len(tokens_R))
     rule: Rule = "token" if state.verifier == "token" else "block"
-    p_RLV = table.spread(law_NV)
-    q_RKV = drafts.laws_RKV[:, : table.longest].to(p_RLV.dtype)
     drafts_RK = drafts.tokens_RK[:, : table.longest]
-    keep_RK = keep_probabilities(rule, p_RLV, q_RKV, drafts_RK, lengths_R)
+    p = Blocks(law_N, table.row_RL)
+    q = Blocks(drafted, _drafted_rows(drafts, len(drafted), table.longest))
+    keep_RK = keep_probabilities(rule, p, q, drafts_RK, lengths_R)
     uniforms_RK = state.verify_uniforms(table.longest)
     accepted_R = accepted_lengths(rule, keep_RK, uniforms_RK, lengths_R)
-    law_RV = next_law(rule, p_RLV, q_RKV, drafts_RK, lengths_R, accepted_R)
-    next_R = sample(law_RV, state.next_uniform(accepted_R))
+    following = next_law(rule, p, q, drafts_RK, lengths_R, accepted_R)
+    next_R = following.draw(state.next_uniform(accepted_R))
     accepted = accepted_R.tolist()
     rows = zip(drafts.tokens, accepted, next_R.tolist(), strict=True)
     return Verdict([[*kept[:n], token] for kept, n, token in rows], accepted)
+
+
+def _drafted_rows(drafts: Drafts, count: int, longest: int) -> Tensor:
+    """The row of (request, step) among `count` rows, step by step, of those that drafted, [R, K].
+
+    The requests that did not stand behind them, and have no drafts to look at: any row will do.
+    """
+    device, num_drafts = drafts.tokens_RK.device, drafts.tokens_RK.shape[1]
+    requests = count // num_drafts
+    steps_K = torch.arange(longest, device=device) * requests
+    requests_R = torch.arange(len(drafts.tokens), device=device).clamp(max=requests - 1)
+    return requests_R[:, None] + steps_K

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dspark.drafters.heads import at_least_fp32
 from dspark.request import Logprob
-from dspark.sampling.filters import apply_top_k
 
 
 def emitted_logprobs(
@@ -55,9 +54,7 @@ def _of_rows(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[Logp
 def _tops(logprobs_MV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
     """The most likely tokens of each row; ties to the lowest ids, those ruled out left away."""
     count = min(count, logprobs_MV.shape[1])
-    kept_MV = logprobs_MV.clone()
-    apply_top_k(kept_MV, torch.full((len(kept_MV),), count, device=kept_MV.device))
-    values_MK, ids_MK = kept_MV.topk(count, dim=1)
+    values_MK, ids_MK = _likeliest(logprobs_MV, count)
     return [
         tuple(
             (token, value)
@@ -68,3 +65,15 @@ def _tops(logprobs_MV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]
         )
         for values, ids in zip(values_MK.tolist(), ids_MK.tolist(), strict=True)
     ]
+
+
+def _likeliest(values_MV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest values of each row and their ids, of equal ones those with the lowest ids."""
+    values_MK, ids_MK = values_MV.topk(count, dim=1)
+    cutoff_M1 = values_MK[:, -1:]
+    if bool(((values_MV >= cutoff_M1).sum(dim=1) > count).any()):
+        tied_MV = values_MV == cutoff_M1
+        places_M1 = count - (values_MV > cutoff_M1).sum(dim=1, keepdim=True)
+        late_MV = tied_MV & (tied_MV.cumsum(dim=1) > places_M1)
+        values_MK, ids_MK = values_MV.masked_fill(late_MV, float("-inf")).topk(count, dim=1)
+    return values_MK, ids_MK

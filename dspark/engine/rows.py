@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,41 +10,57 @@ from torch import Tensor
 from dspark.errors import DSparkError, NumericsError, RequestError
 from dspark.params import SamplingParams
 from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain, rows_without_law
+from dspark.sampling.distribution import Distribution
+from dspark.sampling.processors import Chain, Known, rows_without_law
 
-RowRule = Callable[[Tensor, Chain, TokenCounts | None, Tensor | None], Tensor]
-"""`processors.law` or `processors.greedy_tokens`."""
+RowsT_co = TypeVar("RowsT_co", Tensor, Distribution, covariant=True)
+
+
+class RowRule(Protocol[RowsT_co]):
+    """`processors.law` or `processors.greedy_tokens`."""
+
+    def __call__(
+        self,
+        logits_NC: Tensor,
+        chain: Chain,
+        counts: TokenCounts | None,
+        mask_NV: Tensor | None,
+        known: Known | None,
+        /,
+    ) -> RowsT_co: ...
 
 
 def compute_rows(
-    rule: RowRule,
-    logits_NV: Tensor,
+    rule: RowRule[RowsT_co],
+    logits_NC: Tensor,
     chain: Chain,
     counts: TokenCounts | None,
     mask_NV: Tensor | None,
     faults: dict[int, DSparkError],
-) -> Tensor:
-    """Laws or greedy tokens of all rows that have one, bit for bit as without the others.
+    known: Known | None = None,
+) -> RowsT_co:
+    """Distributions or greedy tokens of all rows that have one, bit for bit as without the others.
 
     Costs nothing while nothing is wrong.
 
     Args:
         rule: what to compute.
-        logits_NV: raw logits.
+        logits_NC: raw logits.
         chain: processors of the same rows (of any rows, where it is plain and greedy).
         counts: token counts of the same rows, where a row has penalties.
         mask_NV: bool, True where a token is allowed.
         faults: rows already known to have no law, by number; those found here are added.
+        known: the tokens of the columns; None where column c is token c.
 
     Returns:
-        What `rule` gives; in the rows that fail token 0, or a law that is one-hot there.
+        What `rule` gives; in the rows that fail token 0, or a law that is one-hot somewhere.
     """
     if not faults:
         try:
-            return rule(logits_NV, chain, counts, mask_NV)
+            return rule(logits_NC, chain, counts, mask_NV, known)
         except (NumericsError, RequestError):
             pass  # some row is at fault: find it
-    broken_N, empty_N = rows_without_law(logits_NV, chain, counts, mask_NV)
+    broken_N, empty_N = rows_without_law(logits_NC, chain, counts, mask_NV, known)
     for row in broken_N.nonzero().flatten().tolist():
         faults.setdefault(row, NumericsError("The logits have NaN or no finite maximum."))
     for row in empty_N.nonzero().flatten().tolist():
@@ -52,17 +68,19 @@ def compute_rows(
             row,
             RequestError("Penalties, logit bias and mask leave no token; allow at least one."),
         )
-    nothing_1V = torch.zeros_like(logits_NV[:1])
-    filler = rule(nothing_1V, Chain.of([SamplingParams()], logits_NV.device), None, None)
-    out = filler.repeat(len(logits_NV), *(1,) * (filler.dim() - 1))
-    sound = [row for row in range(len(logits_NV)) if row not in faults]
-    if sound:
-        rows_M = torch.tensor(sound, device=logits_NV.device)
-        own = chain if chain.greedy and chain.plain else chain.rows(rows_M)
-        out[rows_M] = rule(
-            logits_NV[rows_M],
-            own,
-            None if counts is None else counts.rows(rows_M),
-            None if mask_NV is None else mask_NV[rows_M],
-        )
-    return out
+    count, sound = len(logits_NC), [row for row in range(len(logits_NC)) if row not in faults]
+    if not sound:  # the rows of no request: what comes out is not looked at
+        nothing_NC = torch.zeros_like(logits_NC)
+        greedy = Chain.of([SamplingParams()], logits_NC.device).rows([0] * count)
+        return rule(nothing_NC, greedy, None, None, known)
+    rows_M = torch.tensor(sound, device=logits_NC.device)
+    found = rule(
+        logits_NC[rows_M],
+        chain if chain.greedy and chain.plain else chain.rows(rows_M),
+        None if counts is None else counts.rows(rows_M),
+        None if mask_NV is None else mask_NV[rows_M],
+        None if known is None else known.rows(rows_M),
+    )
+    if isinstance(found, Distribution):
+        return found.spread(rows_M, count)
+    return found.new_zeros(count).index_copy_(0, rows_M, found)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dspark.engine.masks import RowMasks
 from dspark.engine.sequence import ActiveRequest
-from dspark.request import Verifier
+from dspark.request import SamplingParams, Verifier
 from dspark.sampling.counts import TokenCounts
 from dspark.sampling.noise import Stream, seed_tensor, uniform
 from dspark.sampling.processors import Chain
@@ -19,6 +20,16 @@ from dspark.sampling.processors import Chain
 # Bans a token in a draft law as surely as minus infinity, but a draft law that has no other token
 # (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.
 _DRAFT_BAN = -1e9
+
+Kind = Literal["greedy", "narrow", "wide"]
+"""What can come after a request's tokens: one token, the few that filters leave, or all."""
+
+
+def kind_of(params: SamplingParams) -> Kind:
+    """How the distributions of a request are held and judged, whoever else is in the batch."""
+    if params.temperature == 0:
+        return "greedy"
+    return "narrow" if params.has_filters else "wide"
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class RequestLaws:
         seeds_R: their seeds, int64.
         logprobs: how many most likely tokens each wants reported; None for nothing at all.
         counts: token counts where a request has penalties, else None.
+        kinds: how the distributions of each are held.
+        vocab_size: V.
     """
 
     request_ids: tuple[int, ...]
@@ -40,6 +53,8 @@ class RequestLaws:
     seeds_R: Tensor
     logprobs: tuple[int | None, ...]
     counts: TokenCounts | None
+    kinds: tuple[Kind, ...]
+    vocab_size: int
     _chain_rows: dict[tuple[int, ...], Chain] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -63,6 +78,40 @@ class RequestLaws:
             seeds_R=seed_tensor([r.request.params.seed for r in requests], device),
             logprobs=tuple(r.request.params.logprobs for r in requests),
             counts=counts,
+            kinds=tuple(kind_of(r.request.params) for r in requests),
+            vocab_size=vocab_size,
+        )
+
+    @cached_property
+    def groups(self) -> dict[Kind, tuple[Tensor, RequestLaws]]:
+        """The requests of each kind that there is, in order, and their laws without the counts."""
+        groups = dict[Kind, tuple[Tensor, RequestLaws]]()
+        for kind in sorted(set(self.kinds)):
+            numbers = [r for r, own in enumerate(self.kinds) if own == kind]
+            groups[kind] = (torch.tensor(numbers, device=self.seeds_R.device), self._rows(numbers))
+        return groups
+
+    def _rows(self, numbers: Sequence[int]) -> RequestLaws:
+        kinds = tuple(self.kinds[r] for r in numbers)
+
+        def chosen(chain: Chain) -> Chain:
+            return replace(
+                chain.rows(numbers),
+                greedy=all(kind == "greedy" for kind in kinds),
+                sampled=all(kind != "greedy" for kind in kinds),
+                narrow=all(kind != "wide" for kind in kinds),
+                filtered=chain.filtered and any(kind != "wide" for kind in kinds),
+            )
+
+        return RequestLaws(
+            request_ids=tuple(self.request_ids[r] for r in numbers),
+            chain=chosen(self.chain),
+            draft_chain=chosen(self.draft_chain),
+            seeds_R=self.seeds_R[list(numbers)],
+            logprobs=tuple(self.logprobs[r] for r in numbers),
+            counts=None,
+            kinds=kinds,
+            vocab_size=self.vocab_size,
         )
 
     def first(self, count: int) -> RequestLaws:
@@ -72,14 +121,7 @@ class RequestLaws:
         counts = self.counts
         if counts is not None:
             counts = TokenCounts(counts.prompt_NV[:count], counts.output_NV[:count])
-        return RequestLaws(
-            request_ids=self.request_ids[:count],
-            chain=self.chain.rows(range(count)),
-            draft_chain=self.draft_chain.rows(range(count)),
-            seeds_R=self.seeds_R[:count],
-            logprobs=self.logprobs[:count],
-            counts=counts,
-        )
+        return replace(self._rows(range(count)), counts=counts)
 
     def chain_rows(self, lengths: tuple[int, ...], request_N: Tensor) -> Chain:
         """The processors of ragged rows, 1 + length of each request; the last are remembered."""
@@ -149,6 +191,25 @@ class RoundState:
         laws, rounds, anchors = self.laws.first(count), self.rounds[:count], self.anchors[:count]
         masks = None if self.masks is None else self.masks.first(count)
         return RoundState(laws, self.verifier, rounds, anchors, self.num_drafts, masks)
+
+    def groups(self) -> dict[Kind, tuple[Tensor, RoundState]]:
+        """The requests of each kind, in order, and their state; masks are left out."""
+        found = dict[Kind, tuple[Tensor, RoundState]]()
+        for kind, (rows_M, laws) in self.laws.groups.items():
+            if len(self.laws.groups) == 1:
+                return {kind: (rows_M, self)}
+            numbers, counts = rows_M.tolist(), self.laws.counts
+            found[kind] = (
+                rows_M,
+                RoundState(
+                    replace(laws, counts=None if counts is None else counts.rows(rows_M)),
+                    self.verifier,
+                    tuple(self.rounds[r] for r in numbers),
+                    tuple(self.anchors[r] for r in numbers),
+                    self.num_drafts,
+                ),
+            )
+        return found
 
     @cached_property
     def anchors_R(self) -> Tensor:

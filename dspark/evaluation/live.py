@@ -73,10 +73,10 @@ class Witness:
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draft as the drafter does, taking note of its first law; confidences are left out."""
 
-        def watched(step: int, logits_RV: Tensor) -> Tensor:
+        def watched(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
             if step == 0:
-                self.beliefs.append(logits_RV.double().softmax(dim=1).amax(dim=1))
-            return draw(step, logits_RV)
+                self.beliefs.append(logits_RC.double().softmax(dim=1).amax(dim=1))
+            return draw(step, logits_RC, tokens)
 
         return self.drafter.propose(context, replace(batch, confidences=False), watched)
 

@@ -1,71 +1,178 @@
-"""Top-k, top-p and min-p: which tails of a law are cut. Tokens that tie stay lowest id first."""
+"""Top-k, top-p and min-p: the likeliest tokens of a row, which are all that it can draw.
+
+Each filter keeps a beginning of the row's tokens in order of falling score, equal ones by rising
+id. So the likeliest 64 are selected first, and more only of the rows that keep them all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_HEADS = (1024, 16384)  # most top-p sets are smaller, and selecting costs less than sorting all
+_WIDTHS = (64, 512, 4096)
+_GROUP_TOKENS = 16
 
 
-def apply_top_k(scores_NV: Tensor, top_k_N: Tensor) -> None:
-    """Set all but the k highest scores of each row to minus infinity, in place.
+@dataclass(frozen=True)
+class Tails:
+    """What N rows cut off.
+
+    Attributes:
+        top_k_N: int64, as many tokens stay; 0, or as many as there are or more, cuts nothing.
+        top_p_N: float64; then the smallest likeliest set whose mass reaches p, all of it at 1.
+        min_p_N: float64; then tokens at least this fraction as likely as the likeliest.
+    """
+
+    top_k_N: Tensor
+    top_p_N: Tensor
+    min_p_N: Tensor
+
+    def rows(self, index_M: Tensor) -> Tails:
+        """The rows named, in that order."""
+        return Tails(self.top_k_N[index_M], self.top_p_N[index_M], self.min_p_N[index_M])
+
+
+def likeliest(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
+    """The columns that a row's filters leave, and their probabilities.
 
     Args:
-        scores_NV: finite numbers or minus infinity.
-        top_k_N: int64; 0, V or more leave a row as it is.
+        scores_NC: logits over temperature, finite or minus infinity, some finite in each row.
+        tails: what is cut off.
+
+    Returns:
+        (columns [N, M] in ascending order, probabilities [N, M] that sum to 1), where M is the most
+        that any row has left; the others are padded with column C and probability 0. What a row
+        has does not depend on the other rows, in any bit.
     """
-    vocab_size = scores_NV.shape[1]
-    rows_M = torch.nonzero((top_k_N > 0) & (top_k_N < vocab_size)).squeeze(1)
-    if rows_M.numel() == 0:
-        return
-    scores_MV, count_M = scores_NV[rows_M], top_k_N[rows_M]
-    highest_MK = scores_MV.topk(int(count_M.max()), dim=1).values
-    keep_MV = _highest(scores_MV, highest_MK, count_M)
-    scores_NV[rows_M] = scores_MV.masked_fill(~keep_MV, float("-inf"))
-
-
-def apply_top_p_and_min_p(probs_NV: Tensor, top_p_N: Tensor, min_p_N: Tensor) -> None:
-    """Cut the tails of the rows that ask for it and make those rows sum to 1 again, in place.
-
-    Other rows stay bit for bit what they would be in a batch of their own.
-
-    Args:
-        probs_NV: one law per row.
-        top_p_N: float64; the smallest most likely set whose mass reaches p stays, all of it at 1.
-        min_p_N: float64; then tokens at least this fraction as likely as the likeliest stay.
-    """
-    rows_M = torch.nonzero((top_p_N < 1) | (min_p_N > 0)).squeeze(1)
-    if rows_M.numel() == 0:
-        return
-    probs_MV = probs_NV[rows_M]
-    top_p_M1, min_p_M1 = top_p_N[rows_M, None], min_p_N[rows_M, None]
-    if bool((top_p_M1 < 1).any()):
-        probs_MV.masked_fill_(~_nucleus(probs_MV, top_p_M1), 0)
-    floor_M1 = min_p_M1.to(probs_MV.dtype) * probs_MV.amax(dim=1, keepdim=True)
-    probs_MV.masked_fill_(probs_MV < floor_M1, 0)
-    probs_NV[rows_M] = probs_MV / probs_MV.sum(dim=1, keepdim=True)
-
-
-def _nucleus(probs_MV: Tensor, top_p_M1: Tensor) -> Tensor:
-    """Mark the smallest most likely set whose mass reaches p; everything where p is 1."""
-    cut_M1 = top_p_M1 < 1
-    vocab_size = probs_MV.shape[1]
-    for width in (*_HEADS, vocab_size):
-        head_MH = probs_MV.topk(min(width, vocab_size), dim=1).values
-        mass_MH = head_MH.cumsum(dim=1, dtype=torch.float64)
-        if not bool((cut_M1 & (mass_MH[:, -1:] < top_p_M1)).any()):
+    count, everything = scores_NC.shape
+    limit_N = torch.where(tails.top_k_N > 0, tails.top_k_N, everything).clamp(max=everything)
+    whole_NC = None if bool((limit_N < everything).all()) else torch.softmax(scores_NC, dim=1)
+    peak_N = scores_NC.amax(dim=1)
+    parts = list[tuple[Tensor, Tensor, Tensor]]()
+    rows_M = torch.arange(count, device=scores_NC.device)
+    for width in _widths(everything, limit_N):
+        begin = _Beginning.of(scores_NC, whole_NC, peak_N, limit_N, rows_M, width)
+        kept_M, probs_MW = begin.cut(tails.rows(rows_M), limit_N[rows_M])
+        known_M = begin.reaches(kept_M)
+        if bool(known_M.all()):
+            parts.append((rows_M, *_ascending(begin.columns_MW, probs_MW, kept_M, everything)))
             break
-    count_M = 1 + (mass_MH[:, :-1] < top_p_M1).sum(dim=1)
-    return _highest(probs_MV, head_MH, count_M) | ~cut_M1
+        if bool(known_M.any()):
+            found = (begin.columns_MW[known_M], probs_MW[known_M], kept_M[known_M])
+            parts.append((rows_M[known_M], *_ascending(*found, everything)))
+        rows_M = rows_M[~known_M]
+    if len(parts) == 1:
+        return parts[0][1:]
+    most = max(part[1].shape[1] for part in parts)
+    columns_NM = rows_M.new_full((count, most), everything)
+    probs_NM = scores_NC.new_zeros(count, most)
+    for rows, columns, probs in parts:
+        columns_NM[rows, : columns.shape[1]] = columns
+        probs_NM[rows, : columns.shape[1]] = probs
+    return columns_NM, probs_NM
 
 
-def _highest(values_MV: Tensor, sorted_MH: Tensor, count_M: Tensor) -> Tensor:
-    """Mark the count_M[m] highest values of each row, of equal ones those with the lowest ids."""
-    cutoff_M1 = sorted_MH.gather(1, count_M[:, None] - 1)
-    above_MV = values_MV > cutoff_M1
-    tied_MV = values_MV == cutoff_M1
-    places_M1 = count_M[:, None] - above_MV.sum(dim=1, keepdim=True)
-    if bool((tied_MV.sum(dim=1, keepdim=True) > places_M1).any()):
-        tied_MV &= tied_MV.cumsum(dim=1) <= places_M1
-    return above_MV | tied_MV
+def _widths(everything: int, limit_N: Tensor) -> Iterator[int]:
+    # A top-k row is known once it is seen what follows the last that stays.
+    cut_N = limit_N[limit_N < everything]
+    needed = 1 + int(cut_N.max()) if cut_N.numel() else 0
+    yield from (w for w in (*_WIDTHS, everything) if needed <= w < everything)
+    yield everything
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """The W likeliest columns of M rows in order, equal scores by rising column."""
+
+    columns_MW: Tensor
+    scores_MW: Tensor
+    probs_MW: Tensor
+    everything: int
+
+    @classmethod
+    def of(
+        cls,
+        scores_NC: Tensor,
+        whole_NC: Tensor | None,
+        peak_N: Tensor,
+        limit_N: Tensor,
+        rows_M: Tensor,
+        width: int,
+    ) -> _Beginning:
+        everything = scores_NC.shape[1]
+        every_row = len(rows_M) == len(scores_NC)
+        scores_MC = scores_NC if every_row else scores_NC[rows_M]
+        scores_MW, columns_MW = highest(scores_MC, width)
+        if bool((scores_MW[:, 1:] == scores_MW[:, :-1]).any()):
+            columns_MW = columns_MW.sort(dim=1).values
+            order = scores_MC.gather(1, columns_MW).sort(dim=1, descending=True, stable=True)
+            scores_MW, columns_MW = order.values, columns_MW.gather(1, order.indices)
+        # Of a row with top-k, k scores are all; of others, the sum is over all columns.
+        limit_M1 = limit_N[rows_M, None]
+        weights_MW = (scores_MW - peak_N[rows_M, None]).exp_()
+        sums_MW = weights_MW.cumsum(dim=1, dtype=torch.float64)
+        total_M1 = sums_MW.gather(1, (limit_M1 - 1).clamp(max=width - 1))
+        probs_MW = weights_MW / total_M1.to(weights_MW.dtype)
+        if whole_NC is not None:
+            of_all_MW = whole_NC[rows_M[:, None], columns_MW]
+            probs_MW = torch.where(limit_M1 < everything, probs_MW, of_all_MW)
+        return cls(columns_MW, scores_MW, probs_MW, everything)
+
+    def cut(self, tails: Tails, limit_M: Tensor) -> tuple[Tensor, Tensor]:
+        """How many columns stay of each row, and all columns' probabilities after that."""
+        probs_MW = self.probs_MW
+        mass_MW = probs_MW.cumsum(dim=1, dtype=torch.float64)
+        place_W = torch.arange(probs_MW.shape[1], device=probs_MW.device)
+        stays_MW = (place_W < limit_M[:, None]) & (probs_MW > 0)
+        short_MW = (mass_MW[:, :-1] < tails.top_p_N[:, None]) | (tails.top_p_N[:, None] >= 1)
+        stays_MW[:, 1:] &= short_MW
+        stays_MW &= probs_MW >= tails.min_p_N[:, None].to(probs_MW.dtype) * probs_MW[:, :1]
+        kept_M = stays_MW.sum(dim=1)
+        total_M1 = mass_MW.gather(1, kept_M[:, None] - 1)
+        return kept_M, probs_MW / total_M1.to(probs_MW.dtype)
+
+    def reaches(self, kept_M: Tensor) -> Tensor:
+        """Whether no column that was not selected could stay, or stand before one that does.
+
+        Of equal scores at the end of the selection, some may have been left out.
+        """
+        if self.scores_MW.shape[1] == self.everything:
+            return torch.ones_like(kept_M, dtype=torch.bool)
+        last_M = self.scores_MW.gather(1, kept_M[:, None] - 1).squeeze(1)
+        return (last_M > self.scores_MW[:, -1]) | (self.probs_MW[:, -1] == 0)
+
+
+def _ascending(
+    columns_MW: Tensor, probs_MW: Tensor, kept_M: Tensor, everything: int
+) -> tuple[Tensor, Tensor]:
+    """The first columns of each row by rising column, padded."""
+    most = int(kept_M.max())
+    columns_MK, probs_MK = columns_MW[:, :most], probs_MW[:, :most]
+    beyond_MK = torch.arange(most, device=kept_M.device) >= kept_M[:, None]
+    order = columns_MK.masked_fill(beyond_MK, everything).sort(dim=1)
+    return order.values, probs_MK.masked_fill(beyond_MK, 0).gather(1, order.indices)
+
+
+def highest(scores_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest of each row in falling order and their columns, as `torch.topk`.
+
+    The highest stand in groups of columns whose own maxima are among the `count` highest, so only
+    these groups are searched.
+    """
+    columns = scores_NC.shape[1]
+    groups = columns // _GROUP_TOKENS
+    if count * 4 > groups:
+        return scores_NC.topk(count, dim=1)
+    grouped = scores_NC[:, : groups * _GROUP_TOKENS]
+    # Neighbours stand in different groups: maxima of whole rows of numbers are fast to take.
+    maxima_NG = torch.unflatten(grouped, 1, (_GROUP_TOKENS, groups)).amax(dim=1)
+    chosen_NW = maxima_NG.topk(count, dim=1, sorted=False).indices
+    steps_S = torch.arange(0, groups * _GROUP_TOKENS, groups, device=scores_NC.device)
+    places_NP = (chosen_NW[:, None, :] + steps_S[:, None]).flatten(1)
+    rest_P = torch.arange(groups * _GROUP_TOKENS, columns, device=scores_NC.device)
+    places_NP = torch.cat([places_NP, rest_P.expand(len(places_NP), -1)], dim=1)
+    found = scores_NC.gather(1, places_NP).topk(count, dim=1)
+    return found.values, places_NP.gather(1, found.indices)

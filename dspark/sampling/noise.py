@@ -24,9 +24,12 @@ keyed by (seed, position, token).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,6 +55,9 @@ def _signed(number: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
+_SLACK = 1 + 1e-5  # more than rounding to fp32 can hide
+
+FloatArray = npt.NDArray[np.float32]
 
 
 def seed_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -75,22 +81,58 @@ def uniform(seed_N: Tensor, *counters: Tensor | int) -> Tensor:
     return _to_unit(_bits(seed_N, *counters))
 
 
-def gumbel(seed_N: Tensor, position_N: Tensor, vocab_size: int) -> Tensor:
+def gumbel(seed_N: Tensor, position_N: Tensor, tokens_NC: Tensor) -> Tensor:
     """Standard Gumbel noise for the coupled verifier, keyed by (seed, position, token).
 
     Args:
         seed_N: int64 seeds of the rows' requests.
         position_N: int64 absolute positions of the tokens to be drawn.
-        vocab_size: V.
+        tokens_NC: tokens of each row, or [C] for all rows.
 
     Returns:
-        float64 [N, V], -log(-log u). Two logarithms may differ between devices in the last bit,
+        float64 [N, C], -log(-log u). Two logarithms may differ between devices in the last bit,
         the uniforms under them do not.
     """
     row_N = _bits(seed_N, Stream.COUPLED, position_N)
-    tokens_V = torch.arange(vocab_size, device=row_N.device)
-    uniform_NV = _to_unit(_advance(row_N[:, None], tokens_V))
-    return uniform_NV.log_().neg_().log_().neg_()
+    uniform_NC = _to_unit(_advance(row_N[:, None], tokens_NC))
+    return uniform_NC.log_().neg_().log_().neg_()
+
+
+def most_noisy(
+    probs_NC: Tensor, seed_N: Tensor, position_N: Tensor, tokens_C: Tensor | None = None
+) -> Tensor:
+    """The column of argmax(log p + g) of each row [N], the lowest of equal ones.
+
+    A token wins the race of -log(u) / p, and -log(u) is at least 1 - u; so without a logarithm all
+    tokens are ruled out that cannot be as fast as one whose time is known, and noise and logarithms
+    are computed for the few that are left.
+
+    Args:
+        probs_NC: probabilities, not all 0 in any row.
+        seed_N: int64 seeds of the rows' requests.
+        position_N: int64 absolute positions of the tokens to be drawn.
+        tokens_C: the token of each column; None where column c is token c.
+    """
+    if tokens_C is None:
+        tokens_C = torch.arange(probs_NC.shape[1], device=probs_NC.device)
+    if probs_NC.device.type != "cpu":
+        noise_NC = gumbel(seed_N, position_N, tokens_C)
+        return noise_NC.add_(probs_NC.to(torch.float64).log()).argmax(dim=1)
+    steps_C, row_N = (tokens_C + 1) * _GOLDEN, _bits(seed_N, Stream.COUPLED, position_N)
+    best = [_fastest(probs_C, row + steps_C) for probs_C, row in zip(probs_NC, row_N, strict=True)]
+    return torch.tensor(best)
+
+
+def _fastest(probs_C: Tensor, state_C: Tensor) -> int:
+    bits_C = _mix_on_host(state_C)
+    # In units of 2^-32, 1 - u lies above gap - 1 and not above gap.
+    gap_C = torch.from_numpy(_gap(bits_C))
+    first = int((gap_C / probs_C).argmin())
+    time = float(_to_unit(bits_C[first]).log().neg() / probs_C[first].double())
+    longest_C = (probs_C * (time * (1 << 32) * _SLACK)).add_(1)
+    left_L = torch.nonzero(gap_C <= longest_C).squeeze(1)
+    noise_L = _to_unit(bits_C[left_L]).log_().neg_().log_().neg_()
+    return int(left_L[noise_L.add_(probs_C[left_L].to(torch.float64).log()).argmax()])
 
 
 def _bits(seed_N: Tensor, *counters: Tensor | int) -> Tensor:
@@ -111,6 +153,24 @@ def _mix(bits: Tensor) -> Tensor:
     bits = (bits ^ _shift(bits, 30)).mul_(_MIX_1)
     bits = bits.bitwise_xor_(_shift(bits, 27)).mul_(_MIX_2)
     return bits.bitwise_xor_(_shift(bits, 31))
+
+
+def _mix_on_host(state_C: Tensor) -> Tensor:
+    """`_mix` in place: unsigned numbers of numpy need no masks, and are several times as fast."""
+    bits_C = state_C.numpy().view(np.uint64)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
+        bits_C ^= bits_C >> np.uint64(shift)
+        if factor is not None:
+            bits_C *= np.uint64(factor % (1 << 64))
+    return state_C
+
+
+def _gap(bits_C: Tensor) -> FloatArray:
+    """2^32 less the upper 32 bits, in fp32, rounded last."""
+    halves = bits_C.numpy().view(np.uint32)
+    gap: FloatArray = (~halves[int(sys.byteorder == "little") :: 2]).astype(np.float32)
+    gap += 1
+    return gap
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:

@@ -105,7 +105,7 @@ def draft(target, drafter, ids):
     drafter.observe(context, batch, output.features_TF, following)
     rows = []
 
-    def draw(_step, logits_RV):
+    def draw(_step, logits_RV, _tokens=None):
         rows.append(logits_RV[0])
         return logits_RV.argmax(-1)
 

@@ -24,15 +24,19 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"
 
 
 class Greedy:
-    """A draw that takes the argmax, or given tokens, and remembers the logits."""
+    """A draw that takes the argmax, or given tokens, and remembers logits and their tokens."""
 
     def __init__(self, forced=None):
-        self.logits, self.tokens, self.forced = [], [], forced
+        self.logits, self.tokens, self.forced, self.known = [], [], forced, []
 
-    def __call__(self, step: int, logits_RV: Tensor) -> Tensor:
+    def __call__(self, step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
         assert step == len(self.tokens)
-        self.logits.append(logits_RV)
-        tokens_R = logits_RV.argmax(-1)
+        self.logits.append(logits_RC)
+        self.known.append(tokens)
+        tokens_R = logits_RC.argmax(-1)
+        if tokens is not None:
+            known_RC = tokens.expand_as(logits_RC)
+            tokens_R = known_RC.gather(1, tokens_R[:, None]).squeeze(1)
         if self.forced is not None:
             tokens_R = torch.full_like(tokens_R, self.forced[step])
         self.tokens.append(tokens_R)

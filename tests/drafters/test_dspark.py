@@ -217,7 +217,7 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
     double.observe(cache, rows, features, rows.input_ids_T)
     seen = []
 
-    def draw(step, logits):
+    def draw(step, logits, tokens=None):
         seen.append(logits)
         return single.tokens[step]
 

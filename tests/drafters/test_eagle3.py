@@ -171,7 +171,7 @@ def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft):
     following = torch.tensor([*tokens[1:], anchor])
     seen = []
 
-    def draw(step, logits_RV):
+    def draw(step, logits_RV, tokens=None):
         seen.append(logits_RV[0])
         return logits_RV.argmax(-1)
 
@@ -220,7 +220,7 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
     drafter.observe(cache, batch, features[0].double(), following)
     seen = []
 
-    def draw(step, logits_RV):
+    def draw(step, logits_RV, tokens=None):
         seen.append(logits_RV)
         return single.tokens[step]
 

@@ -45,11 +45,10 @@ def test_the_law_is_the_full_drafters_on_known_tokens_and_0_elsewhere(
         draft(reduced, [context()], [1], forced=forced),
         draft(full, [context()], [1], forced=forced),
     )
+    assert all(torch.equal(known, TOKENS) for known in mine[0].known)
     for own, other in zip(mine[0].logits, theirs[0].logits, strict=True):
-        assert own.shape == other.shape == (1, 37)
-        torch.testing.assert_close(own[:, TOKENS], other[:, TOKENS])
-        assert own.softmax(-1)[:, UNKNOWN].eq(0).all()
-        torch.testing.assert_close(own.softmax(-1)[:, TOKENS], other[:, TOKENS].softmax(-1))
+        assert (own.shape, other.shape) == ((1, 8), (1, 37))
+        torch.testing.assert_close(own, other[:, TOKENS])
 
 
 def test_drawn_tokens_are_token_ids_of_the_target(make_reduced, draft):

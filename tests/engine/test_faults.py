@@ -260,10 +260,10 @@ class SomeNan:
     def propose(self, context, batch, draw):
         ill = torch.tensor([self.everyone or tokens[0] == 7 for tokens in batch.tokens])
 
-        def spoil(step, logits_RV):
+        def spoil(step, logits_RC, tokens=None):
             if step >= self.step:
-                logits_RV = logits_RV.masked_fill(ill[:, None], math.nan)
-            return draw(step, logits_RV)
+                logits_RC = logits_RC.masked_fill(ill[:, None], math.nan)
+            return draw(step, logits_RC, tokens)
 
         return self.drafter.propose(context, batch, spoil)
 

@@ -221,9 +221,11 @@ def control(tiny, target, drafter, *, requests=2500, **options) -> float:
 def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, monkeypatch):
     draw = Drawing.__call__
 
-    def misreport(self, step, logits_RV):
-        tokens_R = draw(self, step, logits_RV)
-        self.laws[-1] = self.laws[-1].sqrt() / self.laws[-1].sqrt().sum(dim=1, keepdim=True)
+    def misreport(self, step, logits_RC, tokens=None):
+        tokens_R = draw(self, step, logits_RC, tokens)
+        for laws in self.laws.values():
+            laws[-1].probs_NC.sqrt_()
+            laws[-1].probs_NC.div_(laws[-1].probs_NC.sum(dim=1, keepdim=True))
         return tokens_R
 
     monkeypatch.setattr(Drawing, "__call__", misreport)

@@ -118,7 +118,9 @@ class OtherwiseBlocks(DSparkDrafter):
 
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         scale = float(self.config.sample_from_anchor == self.other)
-        return self.knowing.propose(context, batch, lambda step, logits: draw(step, scale * logits))
+        return self.knowing.propose(
+            context, batch, lambda step, logits, *tokens: draw(step, scale * logits, *tokens)
+        )
 
 
 class KnowingChain(Eagle3Drafter):

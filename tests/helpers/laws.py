@@ -2,6 +2,10 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dspark.sampling.processors import Chain
 
 Law = npt.NDArray[np.float64]
 
@@ -17,3 +21,29 @@ def tempered_top_p(scores_V: Law, temperature: float, top_p: float) -> Law:
         kept[token], mass = True, mass + probs[token]
     law: Law = np.where(kept, probs, 0.0) / probs[kept].sum()
     return law
+
+
+def dense_law(logits_NV: Tensor, chain: Chain) -> Tensor:
+    """Temperature and filters over whole rows: sort everything, sum everything."""
+    rows = []
+    for n, row_V in enumerate(logits_NV):
+        scores_V = row_V / float(chain.temperature_N[n])
+        order_V = scores_V.sort(descending=True, stable=True).indices  # equal ones by rising id
+        kept = int(chain.top_k_N[n]) or len(row_V)
+        probs_V = torch.zeros_like(scores_V)
+        likeliest = order_V[:kept]
+        probs_V[likeliest] = scores_V[likeliest].softmax(0)
+        if float(chain.top_p_N[n]) < 1:
+            mass_V = probs_V[order_V].cumsum(0, dtype=torch.float64)
+            reached_V = torch.cat([mass_V.new_zeros(1), mass_V[:-1]]) >= float(chain.top_p_N[n])
+            probs_V[order_V[reached_V]] = 0
+        probs_V[probs_V < float(chain.min_p_N[n]) * probs_V.max()] = 0
+        rows.append(probs_V / probs_V.sum())
+    return torch.stack(rows)
+
+
+def dense_sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """The first token whose cumulated mass exceeds u times the total."""
+    cdf_NV = probs_NV.cumsum(dim=1, dtype=torch.float64)
+    mass_N = uniforms_N * cdf_NV[:, -1]
+    return (cdf_NV <= mass_N[:, None]).sum(dim=1).clamp(max=probs_NV.shape[1] - 1)

@@ -82,7 +82,7 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
             rows = len(prefixes)
             counts = TokenCounts.of([[1]] * rows, [[2, *x] for x in prefixes], vocab_size)
             chain = processors.Chain.of([params] * rows)
-            laws.append(processors.law(table, chain, counts))
+            laws.append(processors.law(table, chain, counts).dense())
         return tuple(laws)
 
     target_logits = tuple(logits(depth) for depth in range(block_size + 1))
@@ -99,7 +99,7 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
         step = torch.arange(steps).repeat(len(paths))
         counts = state.after_drafts(requests, step, paths)
         rows = worlds.along(tables, paths).flatten(0, 1)
-        laws = processors.law(rows, chain.rows(requests), counts)
+        laws = processors.law(rows, chain.rows(requests), counts).dense()
         return laws.view(len(paths), steps, vocab_size)
 
     p, q = batched(target_logits), batched(draft_logits)

@@ -66,9 +66,9 @@ def test_extreme_bits_stay_inside_the_open_interval():
 def test_gumbel_depends_on_its_key_alone():
     """Not on the batch, the order of rows or the vocabulary's width."""
     seeds, positions = seed_tensor([5, 6, 5]), torch.tensor([0, 9, 1])
-    together = gumbel(seeds, positions, 50)
+    together = gumbel(seeds, positions, torch.arange(50))
     for n in (2, 0, 1):
-        alone = gumbel(seeds[n : n + 1], positions[n : n + 1], 20)
+        alone = gumbel(seeds[n : n + 1], positions[n : n + 1], torch.arange(20))
         assert torch.equal(alone[0], together[n, :20])
     want = -math.log(-math.log(slow_uniform(6, Stream.COUPLED, 9, 17)))
     assert float(together[1, 17]) == pytest.approx(want, abs=1e-12)
@@ -85,7 +85,7 @@ def keyed_series():
         "streams": uniform(one, 0, 0, run),
         "seed and round together": uniform(run, run, 0, Stream.DRAFT),
         "round and slot": uniform(one, run // 8, run % 8, Stream.VERIFY),
-        "tokens": torch.exp(-torch.exp(-gumbel(one, torch.tensor([3]), 1 << 16)[0])),
+        "tokens": torch.exp(-torch.exp(-gumbel(one, torch.tensor([3]), torch.arange(1 << 16))[0])),
         "strided seeds": uniform(run << 40, 0, 0, Stream.DRAFT),
     }
 
@@ -134,7 +134,7 @@ def test_gumbel_max_follows_the_law():
         (torch.arange(trials), torch.zeros(trials, dtype=torch.int64)),
         (torch.zeros(trials, dtype=torch.int64), torch.arange(trials)),
     ):
-        tokens = (law.log() + gumbel(seeds, positions, 4)).argmax(1)
+        tokens = (law.log() + gumbel(seeds, positions, torch.arange(4))).argmax(1)
         counts = torch.bincount(tokens, minlength=4)
         chi2 = float(((counts - law * trials) ** 2 / (law * trials)).sum())
         assert chi2 < 17  # 3 degrees of freedom: p = 7e-4

@@ -16,9 +16,10 @@ from transformers.generation.logits_process import (
 
 from dspark.errors import NumericsError, RequestError
 from dspark.request import SamplingParams
-from dspark.sampling import filters
+from dspark.sampling import filters, processors
 from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain, greedy_tokens, law, sample
+from dspark.sampling.distribution import Dense
+from dspark.sampling.processors import Chain, greedy_tokens
 
 INF = float("inf")
 V = 13
@@ -37,6 +38,14 @@ PARAMS = [
 ]
 PROMPTS = [[1, 2, 2, n % V] for n in range(len(PARAMS))]
 OUTPUTS = [[(3 * n + k) % V for k in range(n % 4)] * 2 for n in range(len(PARAMS))]
+
+
+def law(*args):
+    return processors.law(*args).dense()
+
+
+def sample(probs, uniforms):
+    return Dense.of(probs).draw(uniforms)
 
 
 def random_logits(rows, dtype=torch.float64, seed=0, width=V):
@@ -146,15 +155,15 @@ def test_law_equals_transformers(params, warpers, width):
 
 def test_top_p_beyond_the_sorted_head_grows_it():
     """A flat law over more tokens than the head holds, beside a peaked one."""
-    width = 3 * filters._HEADS[-1]
+    width = 3 * filters._WIDTHS[-1]
     logits = torch.zeros(2, width, dtype=torch.float64)
     logits[1, 17] = 50.0
     got = law(logits, Chain.of([SamplingParams(temperature=1.0, top_p=0.75)] * 2))
     assert int((got[0] > 0).sum()) == 3 * width // 4
     assert (got[1] > 0).nonzero().flatten().tolist() == [17]
-    with_middle = logits[:, : 2 * filters._HEADS[0]]
+    with_middle = logits[:, : 2 * filters._WIDTHS[0]]
     got = law(with_middle, Chain.of([SamplingParams(temperature=1.0, top_p=0.75)] * 2))
-    assert int((got[0] > 0).sum()) == 3 * filters._HEADS[0] // 2
+    assert int((got[0] > 0).sum()) == 3 * filters._WIDTHS[0] // 2
 
 
 def test_ties_go_to_the_lowest_ids_everywhere():

@@ -5,17 +5,29 @@ import torch
 
 from dspark.evaluation.proof import worlds
 from dspark.request import SamplingParams
+from dspark.sampling import verification
+from dspark.sampling.distribution import Dense
 from dspark.sampling.noise import Stream, gumbel, uniform
-from dspark.sampling.processors import Chain, greedy_tokens, law, sample
-from dspark.sampling.verification import (
-    accepted_by_identity,
-    accepted_lengths,
-    coupled_tokens,
-    keep_probabilities,
-    next_law,
-)
+from dspark.sampling.processors import Chain, greedy_tokens, law
+from dspark.sampling.verification import Blocks, accepted_by_identity, accepted_lengths
 
 RULES = ("token", "block")
+
+
+def keep_probabilities(rule, p, q, *rest):
+    return verification.keep_probabilities(rule, Blocks.dense(p), Blocks.dense(q), *rest)
+
+
+def next_law(rule, p, q, *rest):
+    return verification.next_law(rule, Blocks.dense(p), Blocks.dense(q), *rest).dense()
+
+
+def coupled_tokens(law, seeds, positions):
+    return verification.coupled_tokens(Dense.of(law), seeds, positions)
+
+
+def sample(probs, uniforms):
+    return Dense.of(probs).draw(uniforms)
 
 
 def random_round(requests, drafts, vocab_size, seed=0, dtype=torch.float64):
@@ -177,7 +189,7 @@ def test_greedy_equals_every_rule_on_one_hot_laws(rule):
     lengths = torch.randint(0, drafts + 1, (requests,), generator=generator)
     accepted = accepted_by_identity(tokens, x, lengths)
 
-    p = law(logits.flatten(0, 1), chain).view_as(logits)
+    p = law(logits.flatten(0, 1), chain).dense().view_as(logits)
     q = torch.nn.functional.one_hot(x, vocab_size).to(p.dtype)
     keep = keep_probabilities(rule, p, q, x, lengths)
     uniforms = uniform(torch.arange(requests)[:, None], 0, torch.arange(drafts), Stream.VERIFY)
@@ -284,4 +296,4 @@ def test_coupled_never_draws_a_token_of_probability_zero():
     laws = torch.tensor([[0.0, 1e-30, 0.0]]).expand(1000, -1)
     tokens = coupled_tokens(laws, torch.arange(1000), torch.zeros(1000, dtype=torch.int64))
     assert torch.equal(tokens, torch.ones_like(tokens))
-    assert bool((gumbel(torch.arange(1000), tokens, 3).argmax(1) != 1).any())
+    assert bool((gumbel(torch.arange(1000), tokens, torch.arange(3)).argmax(1) != 1).any())

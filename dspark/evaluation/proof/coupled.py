@@ -16,6 +16,7 @@ from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.rounds import Memory, Schedule, View
 from dspark.evaluation.proof.worlds import Distance, Prefix, World
 from dspark.sampling import verification
+from dspark.sampling.distribution import Dense
 from dspark.sampling.noise import seed_tensor
 
 SEEDS, TOKENS = 24, 5
@@ -74,7 +75,7 @@ def _plain(pair: SmallPair, seed_1: Tensor) -> Prefix:
     """Plain decoding's own sample."""
     tokens: Prefix = ()
     while len(tokens) < TOKENS:
-        law_1V = pair(tokens).target[0]
+        law_1V = Dense.of(pair(tokens).target[0])
         tokens += (int(verification.coupled_tokens(law_1V, seed_1, torch.tensor([len(tokens)]))),)
     return tokens
 
@@ -121,11 +122,11 @@ class _Block:
         for k in range(worlds[0].block_size + 1):
             here = list(zip(worlds, places, strict=True))
             judged = torch.stack([(w.judged or w.target)[k][n] for w, n in here])
-            own.append(verification.coupled_tokens(judged, seeds_R, starts_R + k))
+            own.append(verification.coupled_tokens(Dense.of(judged), seeds_R, starts_R + k))
             if k == worlds[0].block_size:
                 break
             law_RV = torch.stack([w.draft[k][n] for w, n in here])
-            drafts.append(verification.coupled_tokens(law_RV, seeds_R, starts_R + k))
+            drafts.append(verification.coupled_tokens(Dense.of(law_RV), seeds_R, starts_R + k))
             probs.append(law_RV.gather(1, drafts[-1][:, None]).squeeze(1))
             logits.append(torch.stack([w.logits[k][n] for w, n in here]))
             places = [

@@ -10,10 +10,17 @@ from dspark.drafters.heads import MARKOV_KINDS, MarkovKind
 from dspark.evaluation.proof import schedules
 from dspark.evaluation.proof.case import Case, exact, of_schedule
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
-from dspark.evaluation.proof.rounds import RULES, Schedule, Verifier, Walk
-from dspark.evaluation.proof.worlds import Distance
+from dspark.evaluation.proof.rounds import (
+    RULES,
+    Schedule,
+    Verifier,
+    Walk,
+    of_known,
+    sparse,
+)
+from dspark.evaluation.proof.worlds import Distance, World, WorldAfter, random_world
 from dspark.request import SamplingParams
-from dspark.sampling.verification import Rule
+from dspark.sampling.verification import Blocks, Rule
 
 ScheduleName = Literal["fixed", "threshold", "prefix", "lagged", "lookahead", "measured"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
@@ -30,6 +37,14 @@ PROCESSED = {
     ),
 }
 
+FORMS = {
+    "p and q by their tokens": (sparse, sparse),
+    "q by its tokens": (Blocks.dense, sparse),
+    "q of known tokens": (Blocks.dense, of_known),
+    "p by its tokens, q of known tokens": (sparse, of_known),
+}
+"""How the target's and the drafter's distributions are held, in worlds with zeros."""
+
 
 def exact_cases(seed: int = 0) -> Iterator[Case]:
     """Every rule, schedule, head and number of requests, and what else must be exact."""
@@ -41,6 +56,8 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
             yield _of_schedule(rule, name, worlds, rounds)
     for rule in RULES:
         yield from _processed(rule, seed)
+    for rule, form in product(RULES, FORMS):
+        yield _in_form(rule, form, seed)
     for rule in RULES:
         yield _greedy(rule, seed)
 
@@ -101,6 +118,21 @@ def _processed(rule: Rule, seed: int) -> Iterator[Case]:
             walk = Walk([pair], Verifier.of(rule), schedules.fixed(2))
             distances.append(Distance.of(walk.law(), walk.targets()))
         yield exact(f"{rule} / fixed / {name}", Distance.farthest(distances))
+
+
+def _in_form(rule: Rule, form: str, seed: int) -> Case:
+    """Distributions that hold only some tokens are verified as those that hold all."""
+    distances = []
+    for world_seed, length in product(range(seed, seed + 2), (1, 2)):
+        world = random_world(world_seed, 4, 2, zeros=True)
+        verifier = Verifier.of(rule, *FORMS[form])
+        walk = Walk([_always(world)], verifier, schedules.fixed(length))
+        distances.append(Distance.of(walk.law(), walk.targets()))
+    return exact(f"{rule} / fixed / {form}", Distance.farthest(distances))
+
+
+def _always(world: World) -> WorldAfter:
+    return lambda _prefix: world
 
 
 def _greedy(rule: Rule, seed: int) -> Case:

@@ -20,8 +20,7 @@ from dspark.evaluation.proof.worlds import (
 )
 from dspark.sampling import verification
 from dspark.sampling.noise import Stream, gumbel, seed_tensor, uniform
-from dspark.sampling.processors import sample
-from dspark.sampling.verification import Rule
+from dspark.sampling.verification import Blocks, Rule
 
 TRIALS, WIDE = 200_000, 16
 CHI_LIMIT = 45.0
@@ -82,13 +81,13 @@ def two_round_law(world: World, rule: Rule, *, keyed_by_position: bool) -> Tenso
         [V**4].
     """
     vocab_size, paths = world.vocab_size, world.paths()
-    p, q = along(world.target[:3], paths), along(world.draft, paths)
+    p, q = (Blocks.dense(along(laws, paths)) for laws in (world.target[:3], world.draft))
     lengths = torch.full((len(paths),), 2)
     keep = verification.keep_probabilities(rule, p, q, paths, lengths)
     total = torch.zeros(vocab_size**4, dtype=torch.float64)
     for uniforms, chance in outcomes(keep):
         kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
-        law = verification.next_law(rule, p, q, paths, lengths, kept)
+        law = verification.next_law(rule, p, q, paths, lengths, kept).dense()
         shares = (world.path_weights() * chance)[:, None] * law
         for n, token in product(range(len(paths)), range(vocab_size)):
             if float(shares[n, token]) == 0:
@@ -111,10 +110,11 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
     """The law of four tokens after `anchor`, where the first uniform is uniform in `bounds`."""
     vocab_size, paths = world.vocab_size, all_paths(world.vocab_size, 2)
     whole = torch.cat([torch.full((len(paths), 1), anchor), paths], dim=1)
-    p = along(world.target, whole)[:, 1:4]
+    p = Blocks.dense(along(world.target, whole)[:, 1:4])
     first = world.draft[1][anchor]
-    q = torch.stack([first.expand(len(paths), -1), world.draft[1][paths[:, 0]]], dim=1)
-    weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(1)
+    q_RKV = torch.stack([first.expand(len(paths), -1), world.draft[1][paths[:, 0]]], dim=1)
+    q = Blocks.dense(q_RKV)
+    weights = q.of(paths).prod(1)
     lengths = torch.full((len(paths),), 2)
     keep = verification.keep_probabilities(rule, p, q, paths, lengths)
     low, high = bounds
@@ -126,7 +126,7 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
         chances = torch.stack([inside, keep[:, 1]], dim=1)
         chance = torch.where(side, chances, 1 - chances).prod(1)
         kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
-        law = verification.next_law(rule, p, q, paths, lengths, kept)
+        law = verification.next_law(rule, p, q, paths, lengths, kept).dense()
         for n, count in enumerate(kept.tolist()):
             depth = count + 2
             rest = sequence_law(world.target, 4 - depth, depth)
@@ -147,8 +147,10 @@ def _shared_gumbel(seed: int) -> Case:
     target, draft = logits.softmax(0), (-logits).softmax(0)
     seeds = seed_tensor(range(seed, seed + TRIALS))
     zeros = torch.zeros(TRIALS, dtype=torch.int64)
-    p, q = target.expand(TRIALS, 2, -1), draft.expand(TRIALS, 1, -1)
-    noise = gumbel(seeds, zeros, WIDE)
+    p, q = (
+        Blocks.dense(law.expand(TRIALS, places, -1)) for law, places in ((target, 2), (draft, 1))
+    )
+    noise = gumbel(seeds, zeros, torch.arange(WIDE))
 
     def counts(drafts: Tensor, *, shared: bool) -> Tensor:
         lengths = torch.ones_like(zeros)
@@ -157,11 +159,11 @@ def _shared_gumbel(seed: int) -> Case:
         kept = verification.accepted_lengths("token", keep, tests, lengths)
         law = verification.next_law("token", p, q, drafts[:, None], lengths, kept)
         fresh = uniform(seeds, 0, 0, Stream.NEXT)
-        next_ = (law.log() + noise).argmax(1) if shared else sample(law, fresh)
+        next_ = (law.dense().log() + noise).argmax(1) if shared else law.draw(fresh)
         return torch.bincount(torch.where(kept > 0, drafts, next_), minlength=WIDE).double()
 
     wrong = counts((draft.log() + noise).argmax(1), shared=True)
-    right = counts(sample(q[:, 0], uniform(seeds, 0, 0, Stream.DRAFT)), shared=False)
+    right = counts(q.distribution.draw(uniform(seeds, 0, 0, Stream.DRAFT)), shared=False)
     chi_wrong, chi_right = (
         float(((seen - target * TRIALS) ** 2 / (target * TRIALS)).sum()) for seen in (wrong, right)
     )

@@ -25,7 +25,7 @@ from dspark.evaluation.proof.worlds import Laws, Prefix, World, all_paths
 from dspark.request import SamplingParams
 from dspark.sampling import processors
 from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain
+from dspark.sampling.processors import Chain, Known
 
 WIDTH, RANK = 8, 3
 CERTAIN = 40.0
@@ -152,7 +152,7 @@ class SmallPair:
         after = all_paths(self.vocab_size, depth).tolist()
         outputs = [[*prefix, *x] for x in after]
         counts = TokenCounts.of([[0]] * len(after), outputs, self.vocab_size)
-        return processors.law(self._table(prefix, depth), self._chain(len(after)), counts)
+        return processors.law(self._table(prefix, depth), self._chain(len(after)), counts).dense()
 
     @cached_property
     def _paths(self) -> Tensor:
@@ -181,7 +181,7 @@ class SmallPair:
             table = self._table(prefix, step)
             rows = table.repeat_interleave(len(self._paths) // len(table), dim=0)
             whole = processors.law(rows, self._chain(len(rows)), self._counts(prefix, step))
-            laws.append(self._by_prefix(whole, step))
+            laws.append(self._by_prefix(whole.dense(), step))
         return tuple(laws)
 
     def _drafted(self, prefix: Prefix) -> tuple[Laws, Laws]:
@@ -198,9 +198,11 @@ class SmallPair:
         self._drafter.observe(context, batch_of_rows, features, batch_of_rows.input_ids_T)
         laws = []
 
-        def draw(step: int, logits_RV: Tensor) -> Tensor:
-            whole = processors.law(logits_RV, self._chain(count), self._counts(prefix, step))
-            laws.append(self._by_prefix(whole, step))
+        def draw(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
+            known = None if tokens is None else Known(tokens, self.vocab_size)
+            counts = self._counts(prefix, step)
+            whole = processors.law(logits_RC, self._chain(count), counts, None, known)
+            laws.append(self._by_prefix(whole.dense(), step))
             return self._paths[:, step]
 
         batch = DraftBatch(

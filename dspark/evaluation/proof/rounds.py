@@ -28,11 +28,36 @@ from dspark.evaluation.proof.worlds import (
     target_law,
 )
 from dspark.sampling import verification
-from dspark.sampling.verification import Rule
+from dspark.sampling.distribution import Dense, Sparse
+from dspark.sampling.verification import Blocks, Rule
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RULES: tuple[Rule, ...] = ("token", "block")
+Form = Callable[[Tensor], Blocks]
+"""Probabilities [R, L, V] in the form in which they are verified."""
+
+
+def sparse(probs_RLV: Tensor) -> Blocks:
+    """Distributions held by the tokens that have mass, rows padded as in a batch."""
+    blocks = Blocks.dense(probs_RLV)
+    probs_NV = probs_RLV.flatten(0, 1)
+    vocab_size = probs_NV.shape[1]
+    tokens_NV = torch.arange(vocab_size).expand_as(probs_NV).masked_fill(probs_NV <= 0, vocab_size)
+    tokens_NC = tokens_NV.sort(dim=1).values[:, : int((probs_NV > 0).sum(dim=1).max()) + 1]
+    padded_NC = tokens_NC == vocab_size
+    tokens_NC = tokens_NC.clamp(max=vocab_size - 1)
+    probs_NC = probs_NV.gather(1, tokens_NC).masked_fill(padded_NC, 0)
+    return Blocks(Sparse(probs_NC, vocab_size, tokens_NC), blocks.row_RL)
+
+
+def of_known(probs_RLV: Tensor) -> Blocks:
+    """Distributions over the tokens that have mass anywhere, as of a reduced vocabulary."""
+    blocks = Blocks.dense(probs_RLV)
+    probs_NV = probs_RLV.flatten(0, 1)
+    known_C = torch.nonzero((probs_NV > 0).any(dim=0)).squeeze(1)
+    law = Dense(probs_NV[:, known_C], probs_NV.shape[1], known_C)
+    return Blocks(law, blocks.row_RL)
 
 
 @dataclass(frozen=True)
@@ -44,13 +69,18 @@ class Verifier:
     next_law: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
     @classmethod
-    def of(cls, rule: Rule) -> Verifier:
-        """The production functions of a rule."""
-        return cls(
-            partial(verification.keep_probabilities, rule),
-            partial(verification.accepted_lengths, rule),
-            partial(verification.next_law, rule),
-        )
+    def of(cls, rule: Rule, target: Form = Blocks.dense, draft: Form = Blocks.dense) -> Verifier:
+        """The production functions of a rule, given distributions in some form."""
+
+        def keep(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor) -> Tensor:
+            blocks = target(p), draft(q)
+            return verification.keep_probabilities(rule, *blocks, drafts, lengths)
+
+        def next_law(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
+            blocks = target(p), draft(q)
+            return verification.next_law(rule, *blocks, drafts, lengths, kept).dense()
+
+        return cls(keep, partial(verification.accepted_lengths, rule), next_law)
 
 
 @dataclass(frozen=True)
