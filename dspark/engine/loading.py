@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.files import resolve
+from dspark.drafters.gguf_file import is_gguf
+from dspark.drafters.gguf_tokenizer import refuse_other_tokens
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CheckpointError, DataError, DSparkWarning
@@ -39,9 +41,9 @@ def load(
 
     Args:
         target: a directory, a hub id, or "bundled".
-        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup;
-            "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None takes
-            the drafter attached to the target's directory, or none where there is none.
+        draft: a directory, a hub id or a GGUF file; "none" for plain decoding, "ngram" for prompt
+            lookup; "bundled-dflash", "bundled-eagle3" or "bundled-mtp" for the bundled model; None
+            takes the drafter attached to the target's directory, or none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.
@@ -115,7 +117,12 @@ def _with_draft(
     drafter.to(target.device)
     drafter.bind(target.parts(), num_target_layers=target.num_layers)
     drafter.eval()
-    directory = resolve(draft, revision, offline)
+    if is_gguf(draft):
+        tokenizer = target.tokenizer
+        refuse_other_tokens(draft, None if tokenizer is None else tokenizer.get_vocab())
+        directory = Path(draft).parent
+    else:
+        directory = resolve(draft, revision, offline)
     path = directory / FILE_NAME
     calibration = None
     if path.is_file():
