@@ -1,4 +1,4 @@
-"""llama.cpp's layout of drafters: written, read, refused. Running it: tests/benchmarks/test_peer.py."""
+"""llama.cpp's layout of drafters: written, read, refused; tests/benchmarks/test_peer.py runs it."""
 
 import shutil
 
