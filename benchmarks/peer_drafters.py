@@ -36,9 +36,13 @@ PLAIN = ("--spec-type", "ngram-simple", "--spec-ngram-simple-min-hits", "1000000
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt: our answer with the drafter, and llama.cpp's with it and without."""
+    """One prompt: our answer with the drafter, and llama.cpp's with it and without.
+
+    All begin with our first token; `text` is ours behind it.
+    """
 
     ours: Output
+    text: str
     theirs: SpeculativeRun
     plain: SpeculativeRun
 
@@ -61,14 +65,17 @@ def measure(
     pairs = []
     for i, request in enumerate(requests):
         (ours,) = model.engine([request], schedule="fixed").run([request])
-        prompt = model.target.tokenizer.decode(request.prompt_ids)
-        tokens = request.params.max_new_tokens
-        common = ("-t", str(threads), "-c", str(len(request.prompt_ids) + tokens + 64))
+        # The program drafts from its prompt's last token on; our engine draws one token first.
+        begun = (*request.prompt_ids, ours.token_ids[0])
+        prompt = model.target.tokenizer.decode(begun)
+        tokens = request.params.max_new_tokens - 1
+        common = ("-t", str(threads), "-c", str(len(begun) + tokens + 64))
         runs = [
             run_speculative(folder, target, drafter, prompt, tokens, (*own, *common))
             for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
         ]
-        pairs.append(Pair(ours, *runs))
+        first = model.target.tokenizer.decode(begun[-1:])
+        pairs.append(Pair(ours, ours.text.removeprefix(first), *runs))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
 
@@ -98,11 +105,11 @@ def compare(pairs: Sequence[Pair], requests: Sequence[Request], seed: int = 0) -
         "ci95": [low, high],
         "equal": low <= 0 <= high,
         "same_prompt_tokens": sum(
-            p.theirs.prompt_tokens == len(r.prompt_ids)
+            p.theirs.prompt_tokens == len(r.prompt_ids) + 1
             for p, r in zip(pairs, requests, strict=True)
         ),
         "same_text_as_plain": sum(same_text(p.theirs.text, p.plain.text) for p in pairs),
-        "same_text_as_ours": sum(same_text(p.ours.text, p.theirs.text) for p in pairs),
+        "same_text_as_ours": sum(same_text(p.text, p.theirs.text) for p in pairs),
     }
 
 
@@ -125,6 +132,7 @@ def main() -> None:
     add("--gguf", type=Path, required=True, metavar="FILE", help="the target")
     add("--gguf-draft", type=Path, required=True, metavar="FILE", help="the drafter")
     add("--data", type=Path, default=Path("../shared/data"), help="folder of prompts")
+    add("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     add("--prompts", type=int, default=12, help="per domain")
     add("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
@@ -132,7 +140,7 @@ def main() -> None:
     draft = args.draft or args.gguf_draft
     model = dspark.load(args.model, draft, dtype=args.dtype or "auto", offline=True)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=0.0, seed=args.seed)
-    sets = [domain_requests(model, args.data, d, args.prompts, params) for d in DOMAINS]
+    sets = [domain_requests(model, args.data, d, args.prompts, params) for d in args.domains]
     requests = [request for row in zip(*sets, strict=True) for request in row]
     pairs = measure(
         model,
