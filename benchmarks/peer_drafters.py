@@ -38,11 +38,13 @@ PLAIN = ("--spec-type", "ngram-simple", "--spec-ngram-simple-min-hits", "1000000
 class Pair:
     """One prompt: our answer with the drafter, and llama.cpp's with it and without.
 
-    All begin with our first token; `text` is ours behind it.
+    All begin with our first token; `text` is ours behind it, and `their_tokens` what llama.cpp
+    gained up to an end token: its own count goes on behind it to the end of the round.
     """
 
     ours: Output
     text: str
+    their_tokens: int
     theirs: SpeculativeRun
     plain: SpeculativeRun
 
@@ -75,16 +77,21 @@ def measure(
             for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
         ]
         first = model.target.tokenizer.decode(begun[-1:])
-        pairs.append(Pair(ours, ours.text.removeprefix(first), *runs))
+        gained = min(runs[0].tokens, _tokens(model, runs[0].text) + 1)
+        pairs.append(Pair(ours, ours.text.removeprefix(first), gained, *runs))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
+
+
+def _tokens(model: Model, text: str) -> int:
+    return len(model.encode(text)) if text else 0
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[float, float]:
     """Accepted lengths of all prompts together, ours and llama.cpp's."""
     ours = sum(p.ours.stats.tokens for p in pairs) / max(sum(p.ours.stats.rounds for p in pairs), 1)
     rounds = sum(p.theirs.rounds for p in pairs)
-    return ours, sum(p.theirs.tokens for p in pairs) / max(rounds, 1)
+    return ours, sum(p.their_tokens for p in pairs) / max(rounds, 1)
 
 
 def compare(pairs: Sequence[Pair], requests: Sequence[Request], seed: int = 0) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_equal_lengths_are_told_from_others():
         for i in range(30):
             theirs = 20 + (i + 2) % 5 + shift
             ours = Output("", ANSWER, (), "stop", Stats(rounds=10, tokens=20 + i % 5))
-            made.append(Pair(ours, ANSWER, run_of(theirs, theirs - 10), run_of(30, 0)))
+            made.append(Pair(ours, ANSWER, theirs, run_of(theirs, theirs - 10), run_of(30, 0)))
         return made
 
     requests = [Request(tuple(range(28)))] * 30
