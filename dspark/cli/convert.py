@@ -22,31 +22,41 @@ if TYPE_CHECKING:
     from dspark.drafters.files import Written
     from dspark.drafters.registry import AnyDrafter
 
-LAYOUTS = ("deepspec", "speculators", "attached")
+GGUF, WEIGHT_TYPES = "gguf", ("bf16", "f16", "q8_0")
+LAYOUTS = ("deepspec", "speculators", "attached", GGUF)
 EXAMPLE = """\
   dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
   dspark convert runs/drafter models/target --to attached
-  dspark convert bundled bundled_drafter --to deepspec"""
+  dspark convert bundled bundled_drafter --to deepspec
+  dspark convert runs/drafter drafter.gguf --to gguf --type q8_0 --target target.gguf"""
 
 
 def add_parser(commands: Commands) -> None:
     """Add `convert`."""
     parser = new_parser(commands, "convert", "rewrite a drafter's checkpoint", EXAMPLE)
     parser.add_argument(
-        "source", metavar="SRC", help="a drafter: a directory, a hub id, smollm2 or bundled"
+        "source",
+        metavar="SRC",
+        help="a drafter: a directory, a GGUF file, a hub id, smollm2 or bundled",
     )
     parser.add_argument(
         "destination",
         metavar="DST",
-        help="directory to write; for attached, the target's directory",
+        help="directory to write; for attached, the target's directory; for gguf, a file",
     )
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
     parser.add_argument(
+        "--type",
+        choices=WEIGHT_TYPES,
+        dest="weight_type",
+        help="of the matrices of a GGUF file (default: bf16)",
+    )
+    parser.add_argument(
         "--target",
         metavar="TARGET",
-        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and says how many "
-        "layers it has and what it is called; by default DST for attached, and SRC where that is a "
-        "target with a drafter attached",
+        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and its tokenizer to a "
+        "GGUF file, and says how many layers it has and what it is called; by default DST for "
+        "attached, and SRC where that is a target with a drafter attached",
     )
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
     parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
@@ -60,6 +70,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from dspark.drafters.target_tables import TargetTables
 
     use_threads(options)
+    _refuse_options_without_effect(options)
     with screen.log.status(f"Reading {options.source} ..."):
         source = options.source
         hub = {"revision": options.revision, "offline": options.offline}
@@ -73,20 +84,53 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
             revision = options.revision if target == source else None
             tables = TargetTables.read(target, revision=revision, offline=options.offline)
             borrow_tables(drafter, tables)
+        elif options.to == GGUF:
+            raise UsageError(
+                "A GGUF file holds its target's tokenizer; name the target's GGUF file or "
+                "directory with --target."
+            )
         elif drafter.own_embedding_VH is None or drafter.own_head_VH is None:
             raise UsageError(
                 f"{options.source} holds no embedding or no head, which the layout {options.to} "
                 "does; name its target with --target."
             )
     with screen.log.status(f"Writing {options.destination} ..."):
-        written = _save(drafter, options)
+        written = _save(drafter, target, options)
     line = f"Wrote {written.directory}: {written.tensors} tensors, {written.bytes / 1e6:.1f} MB."
     screen.out.print(Text(line), soft_wrap=True)
-    return {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
+    report = {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
+    if options.to == GGUF:
+        from dspark.drafters.gguf_layout import spec_flags
+
+        report["llama_cpp"] = f"-md {options.destination} {spec_flags(drafter)}"
+        screen.out.print(Text(f"For llama.cpp: {report['llama_cpp']}"), soft_wrap=True)
+    return report
 
 
-def _save(drafter: AnyDrafter, options: argparse.Namespace) -> Written:
+def _refuse_options_without_effect(options: argparse.Namespace) -> None:
+    if options.to == GGUF and options.dtype != "auto":
+        raise UsageError(
+            f"--dtype {options.dtype} has no effect on a GGUF file; choose a --type: "
+            f"{', '.join(WEIGHT_TYPES)}."
+        )
+    if options.to != GGUF and options.weight_type is not None:
+        raise UsageError(f"--type {options.weight_type} is for --to {GGUF} only; choose a --dtype.")
+    if options.to == GGUF and not options.destination.endswith(".gguf"):
+        raise UsageError(f"{options.destination} must end in .gguf, since it is a file to write.")
+
+
+def _save(drafter: AnyDrafter, target: str | None, options: argparse.Namespace) -> Written:
     import torch
+
+    if options.to == GGUF:
+        from dspark.drafters.checkpoint import save_gguf
+        from dspark.drafters.gguf_tokenizer import tokenizer_fields
+
+        assert target is not None  # refused above
+        vocab = drafter.config.vocab_size
+        fields = tokenizer_fields(target, vocab, offline=options.offline)
+        kind = options.weight_type or WEIGHT_TYPES[0]
+        return save_gguf(drafter, options.destination, fields, weight_type=kind)
 
     from dspark.drafters.checkpoint import save_attached, save_published, save_speculators
 

@@ -4,6 +4,7 @@ Published, as `deepspec` writes it (FORMAT_FACTS.md A), and `speculators` (G): a
 config.json and model.safetensors (or shards with an index), embedding and head included. Attached:
 the target's directory, with the drafter's two files in `dspark/` and without embedding and head.
 Any may be read without them; the target's are borrowed at bind. Tensors have the same names in all.
+GGUF, llama.cpp's: one file with names and keys of its own (`gguf_layout`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from dspark.drafters.files import (
     resolve,
     write,
 )
+from dspark.drafters.gguf_file import Field, GgufFile, is_gguf, write_gguf
+from dspark.drafters.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
+from dspark.drafters.gguf_layout import from_gguf, to_gguf
 from dspark.drafters.registry import (
     ATTACHED,
     DEEPSPEC,
@@ -49,7 +53,7 @@ def load_drafter(
     """Load a drafter, in the checkpoint's dtype, on the CPU, in evaluation mode, unbound.
 
     Args:
-        source: a directory of any layout, or a hub id.
+        source: a directory of any layout, a hub id, or a GGUF file.
         revision: branch, tag or commit on the hub.
         offline: use the local hub cache only.
 
@@ -57,6 +61,8 @@ def load_drafter(
         CheckpointError: files are missing, damaged, pickled, or do not agree with config.json.
         CompatibilityError: the architecture or an option of it is not supported.
     """
+    if is_gguf(source):
+        return _load_gguf(Path(source))
     directory = resolve(source, revision, offline)
     config_path = directory / CONFIG
     family, config = read_config(read_json(config_path), str(config_path))
@@ -64,6 +70,14 @@ def load_drafter(
     with torch.device("meta"):
         drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
     return _fill(drafter, state, directory)
+
+
+def _load_gguf(path: Path) -> AnyDrafter:
+    found = from_gguf(GgufFile.open(path))
+    family, config = read_config(found.config, str(path))
+    with torch.device("meta"):
+        drafter: AnyDrafter = family.build(config, found.state.keys(), str(path))
+    return _fill(drafter, found.state, path)
 
 
 def borrow_tables(drafter: AnyDrafter, tables: TargetTables) -> None:
@@ -106,6 +120,36 @@ def save_speculators(
     Args, Raises: as `save_published`.
     """
     return _save(drafter, Path(directory), SPECULATORS, _all_tables(drafter), dtype)
+
+
+def save_gguf(
+    drafter: AnyDrafter,
+    path: str | Path,
+    tokenizer: Mapping[str, Field],
+    *,
+    weight_type: str = "bf16",
+) -> Written:
+    """Write llama.cpp's layout, without embedding and head where they are the target's.
+
+    Args:
+        drafter: bound to its target, in memory or by `borrow_tables`.
+        path: the file.
+        tokenizer: the target's (`gguf_tokenizer.tokenizer_fields`).
+        weight_type: of matrices: bf16, f16 or q8_0.
+
+    Raises:
+        CompatibilityError: llama.cpp has no place for something of the drafter.
+        CheckpointError: the file is there and holds another model than a drafter.
+        UsageError: the package `gguf` is not installed.
+    """
+    path = Path(path)
+    if path.is_file() and GgufFile.open(path).architecture not in GGUF_ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} holds a model that is no drafter, which would be lost; name another file."
+        )
+    data = write_config(drafter, ATTACHED, weight_type)
+    architecture, fields, tensors = to_gguf(drafter, data)
+    return write_gguf(path, architecture, {**tokenizer, **fields}, tensors, weight_type)
 
 
 def save_attached(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.files import resolve
+from dspark.drafters.gguf_file import is_gguf
+from dspark.drafters.gguf_tokenizer import refuse_other_tokens
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkWarning
@@ -40,10 +42,10 @@ def load(
     Args:
         target: a directory, a `.gguf` file or a directory that holds one, a hub id, "smollm2" or
             "bundled".
-        draft: a directory or hub id; "none" for plain decoding, "ngram" for prompt lookup;
-            "smollm2", "bundled", "bundled-dflash", "bundled-eagle3" or "bundled-mtp", which ship;
-            None takes the drafter attached to the target's directory (beside a `.gguf` file), or
-            none where there is none.
+        draft: a directory, a `.gguf` file or a hub id; "none" for plain decoding, "ngram" for
+            prompt lookup; "smollm2", "bundled", "bundled-dflash", "bundled-eagle3" or
+            "bundled-mtp", which ship; None takes the drafter attached to the target's directory
+            (beside a `.gguf` file), or none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.
@@ -120,7 +122,12 @@ def _with_draft(
     drafter.to(target.device)
     drafter.bind(target.parts(), num_target_layers=target.num_layers)
     drafter.eval()
-    directory = resolve(draft, revision, offline)
+    if is_gguf(draft):
+        tokenizer = target.tokenizer
+        refuse_other_tokens(draft, None if tokenizer is None else tokenizer.get_vocab())
+        directory = Path(draft).parent
+    else:
+        directory = resolve(draft, revision, offline)
     path = directory / FILE_NAME
     calibration = None
     if path.is_file():

@@ -109,3 +109,35 @@ def test_a_destination_that_is_no_target_is_status_1(dspark, pair, tmp_path):
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
     result = dspark("convert", pair.drafter, tmp_path, "--to", "attached")
     assert "embed_tokens.weight" in result.err
+
+
+def test_a_gguf_file_drafts_like_its_source(dspark, pair, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "out.gguf"
+    words = ("convert", pair.drafter, path, "--to", "gguf", "--target", pair.target)
+    result = dspark(*words, "--type", "f16", "--json")
+    assert result.json["bytes"] == path.stat().st_size
+    assert result.json["llama_cpp"] == f"-md {path} --spec-type draft-dspark --spec-draft-n-max 4"
+    words = ("--max-new-tokens", 8, "--prompt", "a table", "--json")
+    one = dspark("generate", pair.target, "--draft", path, *words).json
+    two = dspark("generate", pair.target, "--draft", pair.drafter, *words).json
+    assert one["outputs"] == two["outputs"]
+    words = ("convert", path, tmp_path / "back", "--to", "attached", "--target", pair.target)
+    assert dspark(*words[:-2]).status == 1  # `back` is no target's directory
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("out.gguf", "--to", "gguf"), "--target"),
+        (("out", "--to", "gguf", "--target", "bundled"), "must end in .gguf"),
+        (("out.gguf", "--to", "gguf", "--target", "bundled", "--dtype", "float16"), "--type"),
+        (("out", "--to", "deepspec", "--type", "f16"), "for --to gguf only"),
+    ],
+)
+def test_options_without_effect_are_usage_errors(dspark, pair, tmp_path, words, sentence):
+    result = dspark("convert", pair.drafter, tmp_path / words[0], *words[1:])
+    assert result.status == 2
+    assert sentence in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / words[0]).exists()
