@@ -27,7 +27,7 @@ from dspark.drafters.files import (
     resolve,
     write,
 )
-from dspark.drafters.gguf_file import Field, GgufFile, is_gguf, write_gguf
+from dspark.drafters.gguf_file import Field, GgufFile, write_gguf
 from dspark.drafters.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from dspark.drafters.gguf_layout import from_gguf, to_gguf
 from dspark.drafters.registry import (

@@ -51,18 +51,6 @@ def _kind(value: Any) -> str:
     return "UINT32" if isinstance(value, int) else "FLOAT32"
 
 
-def is_gguf(source: str | Path) -> bool:
-    """Whether a source names a GGUF file: by its suffix, or by the first bytes of a file."""
-    path = Path(source)
-    if path.suffix == SUFFIX:
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
-
-
 @dataclass(frozen=True)
 class GgufFile:
     """An open GGUF file; tensors are read when they are asked for.

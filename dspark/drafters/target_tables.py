@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.files import CONFIG, INDEX, fetch, read_json, read_named
-from dspark.drafters.gguf_file import GgufFile, is_gguf
+from dspark.drafters.gguf_file import GgufFile
 from dspark.drafters.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError
+from dspark.sources.gguf import is_gguf
 from dspark.sources.names import public_name, target_source
 
 _GGUF_EMBEDDING, _GGUF_HEAD = "token_embd.weight", "output.weight"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.files import resolve
-from dspark.drafters.gguf_file import is_gguf
 from dspark.drafters.gguf_tokenizer import refuse_other_tokens
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources import smollm2
+from dspark.sources.gguf import is_gguf
 from dspark.targets.fast.packing import QuantizeName, WeightsName
 from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
