@@ -54,8 +54,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--target",
         metavar="TARGET",
-        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and its tokenizer to a "
-        "GGUF file, and says how many layers it has and what it is called; by default DST for "
+        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and its tokenizer to "
+        "a GGUF file, and says how many layers it has and what it is called; by default DST for "
         "attached, and SRC where that is a target with a drafter attached",
     )
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")

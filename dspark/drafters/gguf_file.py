@@ -20,7 +20,6 @@ from torch import Tensor
 from dspark.drafters.files import Written
 from dspark.errors import CheckpointError, CompatibilityError, UsageError, first_line
 
-SUFFIX = ".gguf"
 WEIGHT_TYPES = {"bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}
 """Types of stored matrices by the names that llama.cpp's tools give them."""
 _FILE_TYPES = {"f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type, informative

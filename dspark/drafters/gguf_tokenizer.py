@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dspark.drafters.files import CONFIG, fetch, read_json
-from dspark.drafters.gguf_file import Field, GgufFile, is_gguf
+from dspark.drafters.gguf_file import Field, GgufFile
 from dspark.drafters.gguf_layout import MASK, TOKENS
 from dspark.errors import CompatibilityError
+from dspark.sources.gguf import is_gguf
 
 _PREFIX, _KINDS = "tokenizer.", "tokenizer.ggml.token_type"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
