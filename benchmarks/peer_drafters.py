@@ -39,7 +39,7 @@ class Pair:
     """One prompt: our answer with the drafter, and llama.cpp's with it and without.
 
     All begin with our first token; `text` is ours behind it, and `their_tokens` what llama.cpp
-    gained up to an end token: its own count goes on behind it to the end of the round.
+    gained up to an end token and the limit: its own count goes on to the end of the round.
     """
 
     ours: Output
@@ -73,11 +73,12 @@ def measure(
         tokens = request.params.max_new_tokens - 1
         common = ("-t", str(threads), "-c", str(len(begun) + tokens + 64))
         runs = [
-            run_speculative(folder, target, drafter, prompt, tokens, (*own, *common))
+            # It goes on until it has more tokens than it was told.
+            run_speculative(folder, target, drafter, prompt, tokens - 1, (*own, *common))
             for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
         ]
         first = model.target.tokenizer.decode(begun[-1:])
-        gained = min(runs[0].tokens, _tokens(model, runs[0].text) + 1)
+        gained = min(runs[0].tokens, _tokens(model, runs[0].text) + 1, tokens)
         pairs.append(Pair(ours, ours.text.removeprefix(first), gained, *runs))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs

@@ -176,7 +176,7 @@ def _rank(config: DSparkConfig | Eagle3Config) -> int:
     return config.markov_rank if isinstance(config, DSparkConfig) else 0
 
 
-def _refuse(beyond: Mapping[str, bool], config: DSparkConfig | Eagle3Config) -> None:
+def _refuse(beyond: dict[str, bool], config: DSparkConfig | Eagle3Config) -> None:
     backbone, last = config.backbone, config.num_target_layers - 1
     architectures = [str(name) for name in config.extra.get(TARGET_ARCHITECTURES, ())]
     found = [name for name, there in (_beyond_layers(backbone) | beyond).items() if there]

@@ -130,7 +130,7 @@ def _special_tokens(directory: Path, ids: Mapping[str, int]) -> dict[str, Field]
     for theirs, ours in _SPECIAL.items():
         token = config.get(ours)
         text = token.get("content") if isinstance(token, Mapping) else token
-        if text in ids:
+        if isinstance(text, str) and text in ids:
             found[f"tokenizer.ggml.{theirs}_token_id"] = Field.of(ids[text])
     return found
 
