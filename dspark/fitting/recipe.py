@@ -12,6 +12,7 @@ from typing import Any
 from dspark.drafters.config import evenly_spaced_taps
 from dspark.errors import CompatibilityError, UsageError
 from dspark.targets.target import Target
+from dspark.training.warm_start import has_copyable_layers
 
 BLOCK_SIZE = 7
 FEWEST_SUPERVISED = 8
@@ -189,6 +190,7 @@ def recipe_of(
         "block_size": BLOCK_SIZE,
         "markov_rank": shape.rank,
         "target_layer_ids": list(shape.taps),
+        "initial_layers": "target" if has_copyable_layers(target) else "random",
     }
     if shape.draft_vocabulary is not None:
         drafter["draft_vocab_size"] = shape.draft_vocabulary

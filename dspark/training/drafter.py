@@ -15,7 +15,13 @@ from dspark.targets.target import Target
 from dspark.training.anchors import AnchorBlocks, sample_anchors
 from dspark.training.drafter_settings import BlockSettings, DSparkSettings
 from dspark.training.losses import block_loss, position_weights
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.online import (
+    DTYPES,
+    OnlineSamples,
+    backbone_shapes,
+    export,
+    with_plain_weights,
+)
 from dspark.training.recipe import BlockRecipe
 from dspark.training.warm_start import start_from_last_layers
 
@@ -103,7 +109,7 @@ class DrafterObjective:
             draft_tokens=self.samples.draft_tokens,
         )
         if recipe.drafter.initial_layers == "target":
-            start_from_last_layers(self.drafter, target)
+            start_from_last_layers(self.drafter, with_plain_weights(target, recipe))
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0

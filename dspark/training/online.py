@@ -212,3 +212,14 @@ def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target
     if recipe.features.source == "cache" and recipe.evaluation is None:
         return load_without_layers(recipe.target, device=device, dtype=dtype)
     return Target.load(recipe.target, device=device, dtype=dtype, weights="plain")
+
+
+def with_plain_weights(target: Target, recipe: DrafterRecipe) -> Target:
+    """The target itself, or where its layers have given up their weights to packed ones, another.
+
+    Raises:
+        CheckpointError: the recipe's target cannot be loaded.
+    """
+    if target.weights == "plain":
+        return target
+    return Target.load(recipe.target, device="cpu", dtype=target.dtype, weights="plain")

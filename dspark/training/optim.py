@@ -191,15 +191,15 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         """Update the parameters as torch does."""
         if all(_has_fast_bf16(p.device) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
+            return super().step(closure)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return None
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        grad, state, momentum = parameter.grad, self.state[parameter], group["momentum"]
+    def _update(self, parameter: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+        state, momentum = self.state[parameter], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)

@@ -11,6 +11,13 @@ from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
 
+_COPIED = (
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+
 
 def start_from(drafter: AnyDrafter, source: str) -> list[str]:
     """Copy the weights of a checkpoint of any layout.
@@ -58,6 +65,12 @@ def start_from(drafter: AnyDrafter, source: str) -> list[str]:
     return sorted(set(mine) - set(theirs))
 
 
+def has_copyable_layers(target: Target) -> bool:
+    """Whether a target's layers have the parts that `start_from_last_layers` copies, by name."""
+    names = {name for name, _ in target.layers[-1].named_parameters()}
+    return all(f"{part}.weight" in names for part in _COPIED)
+
+
 @torch.no_grad()
 def start_from_last_layers(drafter: ParallelBackbone, target: Target) -> None:
     """Copy the target's last decoder layers into a drafter's layers.
@@ -69,7 +82,7 @@ def start_from_last_layers(drafter: ParallelBackbone, target: Target) -> None:
 
     Args:
         drafter: new, with as many layers as are copied.
-        target: whose layers they are.
+        target: whose layers they are, with plain weights.
 
     Raises:
         CompatibilityError: the target has fewer layers, or layers of another shape or other parts.
@@ -86,7 +99,7 @@ def start_from_last_layers(drafter: ParallelBackbone, target: Target) -> None:
     width = drafter.backbone_config.hidden_size
     drafter.fc.weight.zero_()
     drafter.fc.weight[:, -width:].fill_diagonal_(1.0)
-    drafter.hidden_norm.weight.copy_(own[0].input_layernorm.weight)
+    drafter.hidden_norm.weight.copy_(own[0].get_parameter("input_layernorm.weight"))
 
 
 def _copy_layer(layer: nn.Module, source: nn.Module, norm_offset: float) -> None:

@@ -11,8 +11,8 @@ from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoint import borrow_tables, load_drafter, save_gguf
 from dspark.drafters.gguf_tokenizer import tokenizer_fields
 from dspark.drafters.target_tables import TargetTables
-from dspark.engine.loading import BUNDLED, BUNDLED_DRAFTERS
 from dspark.request import SamplingParams
+from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
 
 pytest.importorskip("gguf")
 pytestmark = [
