@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.files import CONFIG, INDEX, fetch, read_json, read_named
-from dspark.drafters.gguf_file import GgufFile
 from dspark.drafters.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError
-from dspark.sources.gguf import is_gguf
 from dspark.sources.names import public_name, target_source
 
-_GGUF_EMBEDDING, _GGUF_HEAD = "token_embd.weight", "output.weight"
 _EMBEDDING, _HEAD, _TIED = "embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 
 
@@ -67,8 +64,6 @@ class TargetTables:
             CheckpointError: files are missing or damaged, or hold no such tables.
             CompatibilityError: a GGUF cannot be loaded here.
         """
-        if is_gguf(source):
-            return cls._from_gguf(GgufFile.open(source))
         place = target_source(source, offline=offline)
         directory = Path(place)
         if not directory.is_dir():
@@ -102,23 +97,6 @@ class TargetTables:
             num_layers=layers,
             embedding_VH=embedding,
             head_VH=embedding if head is None else head,
-        )
-
-    @classmethod
-    def _from_gguf(cls, file: GgufFile) -> TargetTables:
-        layers = file.get(f"{file.architecture}.block_count")
-        if _GGUF_EMBEDDING not in file.names() or type(layers) is not int:
-            raise CheckpointError(
-                f"{file.path} has no {_GGUF_EMBEDDING} or no number of layers; give the target's "
-                "GGUF file."
-            )
-        embedding = file.tensor(_GGUF_EMBEDDING)
-        return cls(
-            name=str(file.path),
-            architectures=(file.architecture,),
-            num_layers=layers,
-            embedding_VH=embedding,
-            head_VH=file.tensor(_GGUF_HEAD) if _GGUF_HEAD in file.names() else embedding,
         )
 
     def as_dtype(self, dtype: torch.dtype) -> TargetTables:

@@ -15,6 +15,7 @@ from dspark.errors import DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources import smollm2
 from dspark.sources.gguf import is_gguf
+from dspark.sources.names import drafter_source
 from dspark.targets.fast.packing import QuantizeName, WeightsName
 from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
@@ -116,8 +117,9 @@ def _with_draft(
             if source == smollm2.NAME:
                 _logger.info("This installation has no drafter of smollm2: it decodes plainly.")
             return Model(target)
-        draft = source
-    revision = revision if draft == source else None
+        draft = drafter_source(source)
+    else:
+        revision = None
     drafter = load_drafter(draft, revision=revision, offline=offline)
     drafter.to(target.device)
     drafter.bind(target.parts(), num_target_layers=target.num_layers)

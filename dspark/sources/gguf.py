@@ -198,6 +198,9 @@ def _convert(path: Path, header: GgufHeader, dtype: str, directory: Path) -> Non
     with contextlib.redirect_stderr(io.StringIO()), _memoised_reading():
         try:
             config = transformers.AutoConfig.from_pretrained(path.parent, **kwargs)
+            head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
+            if head_dim is not None and getattr(config, "head_dim", head_dim) != head_dim:
+                config.head_dim = int(head_dim)  # left out for some architectures
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 config=config,

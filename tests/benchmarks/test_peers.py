@@ -153,7 +153,7 @@ def test_contexts_and_batches_and_their_figure(run, tmp_path):
 
 def test_options_that_do_not_fit_are_refused(run):
     with pytest.raises(UsageError, match="weights"):
-        run(peers, *FEW, "--weights", "packed")
+        run(peers, *FEW, "--weights", "heavy")
     for words in (("--gguf", "F16=x.gguf"), ("--llama-cpp", "bin"), ("--gguf-draft", "x.gguf")):
         with pytest.raises(SystemExit):
             run(peers, *FEW, *words)

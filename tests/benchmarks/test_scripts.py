@@ -27,7 +27,7 @@ def test_bundled_compares_all_ways(run):
 
 
 def test_protection_compares_bad_drafters_with_plain_decoding(run):
-    line = run(protection, "--quick", "--slow-ms", "2")
+    line = run(protection, "--quick", "--slow-ms", "2", use_data=False)
     for kind in protection.DRAFTERS:
         for load in protection.QUICK["load"]:
             row = line[f"{kind}, {load}"]

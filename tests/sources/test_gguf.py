@@ -25,7 +25,7 @@ from dspark.sources.gguf_header import GgufHeader
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
-from tests.helpers.gguf import LAYERS, write_gguf
+from tests.helpers.gguf import LAYERS, tiny_llama_with_tokenizer, write_gguf
 
 ROWS = [[4, 5, 6, 17, 250, 33, 34], [7, 8]]
 
@@ -252,3 +252,13 @@ def test_smollm2_gguf_is_the_model_that_transformers_reads():
     ids = target.tokenizer("<|im_start|>user\nHi<|im_end|>\n")["input_ids"]
     assert ids == [1, 4093, 198, 26843, 2, 198]
     assert target.eos_token_ids == {2}
+
+
+def test_weights_of_other_shapes_than_the_header_says_are_refused(twins, tmp_path):
+    model, _ = tiny_llama_with_tokenizer()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 48))
+    path = write_gguf(tmp_path / "odd.gguf", model, twins.tokenizer)
+    with pytest.raises(CompatibilityError, match="which transformers .* cannot load"):
+        Target.load(path, device="cpu")
