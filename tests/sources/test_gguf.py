@@ -260,5 +260,5 @@ def test_weights_of_other_shapes_than_the_header_says_are_refused(twins, tmp_pat
         for layer in model.model.layers:
             layer.mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 48))
     path = write_gguf(tmp_path / "odd.gguf", model, twins.tokenizer)
-    with pytest.raises(CompatibilityError, match="which transformers .* cannot load"):
+    with pytest.raises(CompatibilityError, match=r"which transformers .* cannot load"):
         Target.load(path, device="cpu")
