@@ -69,7 +69,8 @@ class _Norm:
     @cached_property
     def _factor(self) -> Tensor:
         """The weight, for numbers divided by the root of the sum of squares."""
-        return self.weight.detach() * len(self.weight) ** 0.5
+        factor: Tensor = self.weight.detach() * len(self.weight) ** 0.5
+        return factor
 
 
 @dataclass(frozen=True)
