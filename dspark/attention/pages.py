@@ -187,6 +187,11 @@ class PagedCache:
             keys.index_copy_(2, rows_T, key_1GTD)
             values.index_copy_(2, rows_T, value_1GTD)
             return
+        if len(runs) == 1:
+            [(row, _, count)] = runs
+            keys.narrow(2, row, count).copy_(key_1GTD)
+            values.narrow(2, row, count).copy_(value_1GTD)
+            return
         for row, token, count in runs:
             keys.narrow(2, row, count).copy_(key_1GTD.narrow(2, token, count))
             values.narrow(2, row, count).copy_(value_1GTD.narrow(2, token, count))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark.drafters.base import BorrowedParts
 from dspark.drafters.heads import at_least_fp32
-from dspark.drafters.layers import Pack, Product
+from dspark.drafters.layers import Pack, Product, packed
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,16 @@ class Borrowed:
             head_bias_V=None if bias is None else bias[ids],
         )
 
+    def packed(self) -> Borrowed:
+        """The same with a packed head, for decoding.
+
+        Its values may be rounded, since drafts are verified. A head whose product is here
+        already, or on weights that stay plain, is left as it is.
+        """
+        if self.pack is None or self.head is not None:
+            return self
+        return replace(self, head=packed(self.pack, self.head_VH, self.head_bias_V))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embedding rows [.., H]."""
         rows = F.embedding(tokens, self.embedding_VH)
@@ -77,6 +87,15 @@ class Borrowed:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return at_least_fp32(logits)
+
+    def logits_by_rows(self, hidden: Tensor) -> Tensor:
+        """`logits` [.., V] of states [.., H], as one product of rows.
+
+        Given a slice of more than two dimensions, torch multiplies batch by batch instead, and
+        copies the head for it.
+        """
+        logits = self.logits(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
 
 def own_table(own: Tensor | None, target: Tensor, name: str) -> Tensor | None:

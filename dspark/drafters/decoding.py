@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
+from dspark.drafters.borrowed import Borrowed
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead
 from dspark.drafters.layers import Pack, packed, rotary
@@ -50,6 +51,7 @@ class DecodePlan:
     Attributes:
         weights: the backbone's, those with a common input fused; copies, packed where the
             target's are.
+        borrowed: embedding and head; a head of the drafter's own is packed likewise.
         markov_head: the drafter's own module, or a copy: in another dtype, on another device, or
             with its second table packed.
         confidence_head: likewise.
@@ -59,6 +61,7 @@ class DecodePlan:
     """
 
     weights: BackboneWeights
+    borrowed: Borrowed
     markov_head: MarkovHead | None
     confidence_head: ConfidenceHead | None
     rotary: RotaryTable
@@ -73,8 +76,7 @@ class DecodePlan:
         confidence_head: ConfidenceHead | None,
         *,
         masks: Tensor,
-        like: Tensor,
-        pack: Pack | None = None,
+        borrowed: Borrowed,
     ) -> DecodePlan:
         """Make the plan.
 
@@ -83,9 +85,10 @@ class DecodePlan:
             markov_head: the drafter's head, if any.
             confidence_head: likewise.
             masks: input embeddings [block_size - 1, H] of the slots after the anchor.
-            like: gives dtype and device of everything.
-            pack: lays weights out as the target's are; None leaves them plain.
+            borrowed: its embedding gives dtype and device of everything, and its `pack` lays
+                weights out as the target's are.
         """
+        like, pack = borrowed.embedding_VH, borrowed.pack
         weights = BackboneWeights.of(_backbone_like(backbone, like))
         markov_head = _like(markov_head, like)
         if pack is not None:
@@ -93,6 +96,7 @@ class DecodePlan:
             markov_head = None if markov_head is None else _with_packed_bias(markov_head, pack)
         return cls(
             weights=weights,
+            borrowed=borrowed.packed(),
             markov_head=markov_head,
             confidence_head=_like(confidence_head, like),
             rotary=RotaryTable(backbone.backbone_config, like),

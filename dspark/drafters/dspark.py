@@ -179,7 +179,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         hidden_by_step = hidden_RKH.transpose(0, 1).contiguous()
-        logits_by_step = self.base_logits(hidden_by_step).unbind(0)
+        logits_by_step = plan.borrowed.logits_by_rows(hidden_by_step).unbind(0)
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
@@ -232,8 +232,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                     self.markov_head,
                     self.confidence_head,
                     masks=self._mask_slots(self.config.block_size - 1),
-                    like=self.borrowed.embedding_VH,
-                    pack=self.borrowed.pack,
+                    borrowed=self.borrowed,
                 )
         return self._plan
 

@@ -22,6 +22,7 @@ from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.borrowed import Borrowed
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.decoding import RotaryTable
 from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
@@ -88,9 +89,10 @@ class Eagle3Config:
 
 @dataclass(frozen=True)
 class _DecodePlan:
-    """What decoding computes once: weights in the right dtype, and `rotary` by position."""
+    """What decoding computes once: weights in the right dtype and layout, `rotary` by position."""
 
     weights: Eagle3Weights
+    borrowed: Borrowed
     rotary: RotaryTable
 
 
@@ -182,7 +184,7 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             embedded_RH = self.borrowed.embed(tokens_R)
             rotary_rows = rotary_table[rows.positions_T - _SHIFT]
             hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
-            logits = self.base_logits(plan.weights.final(hidden_RH))
+            logits = plan.borrowed.logits_by_rows(plan.weights.final(hidden_RH))
             tokens_R = draw(step, logits, self.draft_tokens)
         return Proposal()
 
@@ -192,5 +194,8 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
                 weights = Eagle3Weights.of(self).like(like)
-                self._plan = _DecodePlan(weights, RotaryTable(self.config.backbone, like))
+                if self.borrowed.pack is not None:
+                    weights = weights.packed(self.borrowed.pack)
+                table = RotaryTable(self.config.backbone, like)
+                self._plan = _DecodePlan(weights, self.borrowed.packed(), table)
         return self._plan

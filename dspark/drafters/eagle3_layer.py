@@ -17,11 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.drafters.config import BackboneConfig
-from dspark.drafters.layers import Layer, LayerWeights, RMSNorm, norm
+from dspark.drafters.layers import (
+    Layer,
+    LayerWeights,
+    Pack,
+    Product,
+    RMSNorm,
+    norm,
+    packed,
+    project,
+)
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
@@ -51,7 +59,7 @@ class Eagle3Weights:
     """All weights, and the computation."""
 
     config: BackboneConfig
-    fc: Tensor
+    fc: Tensor | Product
     hidden_norm_H: Tensor
     layer: LayerWeights
     norm_H: Tensor
@@ -73,15 +81,19 @@ class Eagle3Weights:
         """The same in dtype and on the device of `other`."""
         return replace(
             self,
-            fc=self.fc.to(other),
+            fc=self.fc.to(other) if isinstance(self.fc, Tensor) else self.fc,
             hidden_norm_H=self.hidden_norm_H.to(other),
             layer=self.layer.like(other),
             norm_H=self.norm_H.to(other),
         )
 
+    def packed(self, pack: Pack) -> Eagle3Weights:
+        """The same with its projections packed, for decoding."""
+        return replace(self, fc=packed(pack, self.fc), layer=self.layer.packed(pack, looks=True))
+
     def project(self, features: Tensor) -> Tensor:
         """The first hidden states [.., H] of captured features [.., F]."""
-        return F.linear(features, self.fc)
+        return project(features, self.fc)
 
     def key_value(
         self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor

@@ -105,6 +105,7 @@ class LayerWeights:
     input_norm_H: Tensor
     qkv: Tensor | Product  # the value's rows only where it has its own
     qkv_bias: Tensor | None
+    key_value_rows: Product | None  # those of `qkv` behind the query's, where they are packed too
     query_key_norm: Tensor | None  # [A + G, D]
     output: Tensor | Product
     output_bias: Tensor | None
@@ -135,6 +136,7 @@ class LayerWeights:
             input_norm_H=layer.input_layernorm.weight,
             qkv=torch.cat([p.weight for p in projections]),
             qkv_bias=torch.cat([p.bias for p in projections]) if config.attention_bias else None,
+            key_value_rows=None,
             query_key_norm=query_key_norm,
             output=attention.o_proj.weight,
             output_bias=attention.o_proj.bias,
@@ -152,10 +154,16 @@ class LayerWeights:
         moved: dict[str, Any] = {n: x.to(other) for n, x in named.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
-    def packed(self, pack: Pack) -> LayerWeights:
-        """The same with its projections packed, for decoding."""
+    def packed(self, pack: Pack, *, looks: bool = False) -> LayerWeights:
+        """The same with its projections packed, for decoding.
+
+        Args:
+            pack: lays weights out as the target's are.
+            looks: `key_value` is needed too.
+        """
         return replace(
             self,
+            key_value_rows=packed(pack, *self._key_value_rows()) if looks else None,
             qkv=packed(pack, self.qkv, self.qkv_bias),
             output=packed(pack, self.output, self.output_bias),
             gate_up=packed(pack, self.gate_up),
@@ -181,15 +189,22 @@ class LayerWeights:
 
     def key_value(self, x: Tensor, cosine_sine: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Key and value [.., G, D] of rows that are only looked at; args as `heads`."""
-        assert isinstance(self.qkv, Tensor), "packed weights have no rows"
         config, first = self.config, self.config.num_heads
-        bias = None if self.qkv_bias is None else self.qkv_bias[first * config.head_dim :]
-        rows = F.linear(x, self.qkv[first * config.head_dim :], bias)
+        if self.key_value_rows is None:
+            rows = F.linear(x, *self._key_value_rows())
+        else:
+            rows = self.key_value_rows(x)
         rows = rows.view((*rows.shape[:-1], -1, config.head_dim))
         key, value = rows[..., : config.num_kv_heads, :], rows[..., -config.num_kv_heads :, :]
         key_norm = None if self.query_key_norm is None else self.query_key_norm[first:]
         key = turned(key, key_norm, cosine_sine, config)
         return key, value_of(value, config)
+
+    def _key_value_rows(self) -> tuple[Tensor, Tensor | None]:
+        """The rows of weight and bias that make keys and values."""
+        assert isinstance(self.qkv, Tensor), "packed weights have no rows"
+        first = self.config.num_heads * self.config.head_dim
+        return self.qkv[first:], None if self.qkv_bias is None else self.qkv_bias[first:]
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The layer's output [.., H].

@@ -205,7 +205,7 @@ class TargetBound(nn.Module, Generic[ConfigT]):
 
         [.., V], or [.., Vd] with a reduced vocabulary: see `draft_tokens`.
         """
-        return _by_rows(self.borrowed, hidden_NH)
+        return self.borrowed.logits_by_rows(hidden_NH)
 
     @property
     def draft_tokens(self) -> Tensor | None:
@@ -224,18 +224,8 @@ class TargetBound(nn.Module, Generic[ConfigT]):
         Raises:
             CompatibilityError: the drafter is not bound.
         """
-        return _by_rows(self._target or self.borrowed, hidden_NH)
+        return (self._target or self.borrowed).logits_by_rows(hidden_NH)
 
     @abstractmethod
     def _drop_plan(self) -> None:
         """Forget the fused weights."""
-
-
-def _by_rows(head: Borrowed, hidden: Tensor) -> Tensor:
-    """Logits [.., V] of states [.., H], as one product of rows.
-
-    Given a slice of more than two dimensions, torch multiplies batch by batch instead, and copies
-    the head for it.
-    """
-    logits = head.logits(hidden.reshape(-1, hidden.shape[-1]))
-    return logits.view(*hidden.shape[:-1], logits.shape[-1])

@@ -116,7 +116,7 @@ def ttt_passes(drafter: Eagle3Drafter, features_TF: Tensor, chains: ChainRows) -
         chains: what the passes read, on the features' device.
     """
     weights = Eagle3Weights.of(drafter)
-    config, dtype = weights.config, weights.fc.dtype
+    config, dtype = weights.config, drafter.fc.weight.dtype
     hidden_TH = weights.project(features_TF.to(dtype))
     keys, values, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
 

@@ -133,11 +133,9 @@ def test_with_a_reduced_vocabulary_the_law_is_the_full_one_on_known_tokens(
     forced = [2, 3, 7, 11, 20]
     mine, _ = draft(reduced, features, anchors, tokens=tokens, forced=forced)
     theirs, _ = draft(full, features, anchors, tokens=tokens, forced=forced)
+    assert all(torch.equal(tokens, known) for tokens in mine.known)
     for own, other in zip(mine.logits, theirs.logits, strict=True):
-        torch.testing.assert_close(own[:, known], other[:, known])
-        law = own.softmax(-1)
-        torch.testing.assert_close(law[:, known], other[:, known].softmax(-1))
-        assert law.sum(-1).allclose(law[:, known].sum(-1))
+        torch.testing.assert_close(own, other[:, known])
     with pytest.raises(CompatibilityError, match="draft_tokens"):
         make_eagle3(draft_vocab_size=8)
 

@@ -140,6 +140,15 @@ def drafts_of(drafter, draft):
     return torch.stack(draw.logits)
 
 
+def assert_same_drafts(loaded, drafter, draft):
+    """Up to rounding: files are mapped into memory, and MKL sums in another order where a table
+    does not begin at a multiple of 16 bytes. An error goes by the largest logit, not its own.
+    """
+    got, expected = drafts_of(loaded, draft), drafts_of(drafter, draft)
+    atol = 4e-6 * float(expected.abs().max())
+    torch.testing.assert_close(got, expected, atol=atol, rtol=1.3e-6)
+
+
 @pytest.mark.parametrize("kind", ["gemma4", "gemma4 k_eq_v"])
 def test_gemma4_files_are_read_and_written_back(
     make_eagle3_layer, make_parts, draft, tmp_path, kind
@@ -164,7 +173,7 @@ def test_gemma4_files_are_read_and_written_back(
     loaded = load_drafter(tmp_path)
     loaded.bind(make_parts(embedding_scale=4.0, logit_softcap=1.5))
     assert loaded.config.backbone == drafter.config.backbone
-    torch.testing.assert_close(drafts_of(loaded, draft), drafts_of(drafter, draft))
+    assert_same_drafts(loaded, drafter, draft)
     save_published(loaded, tmp_path / "again", dtype=None)
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == data
     with pytest.raises(CompatibilityError, match="Gemma4's layers"):
@@ -221,7 +230,7 @@ def test_legacy_files_are_read(legacy, make_parts, draft):
     loaded = load_drafter(directory)
     assert replace(loaded.config, extra={}, max_position_embeddings=40960) == drafter.config
     loaded.bind(make_parts())
-    torch.testing.assert_close(drafts_of(loaded, draft), drafts_of(drafter, draft))
+    assert_same_drafts(loaded, drafter, draft)
     change(directory, eagle_config=..., eagle_aux_hidden_state_layer_ids=[0, 2, 5])
     assert load_drafter(directory).taps == (-1, 1, 4)
     change(directory, eagle_aux_hidden_state_layer_ids=..., target_layer_ids=[-1, 1, 4])
@@ -256,7 +265,7 @@ def test_legacy_drafters_travel_attached_and_as_speculators(legacy, make_parts, 
         again = load_drafter(tmp_path / place)
         again.bind(make_parts())
         assert replace(again.config, extra={}) == replace(loaded.config, extra={})
-        torch.testing.assert_close(drafts_of(again, draft), drafts_of(drafter, draft))
+        assert_same_drafts(again, drafter, draft)
 
 
 @pytest.mark.parametrize("kind", ["qwen3 normed", "llama normed"])
@@ -273,7 +282,7 @@ def test_a_residual_after_the_norm_travels_too(
         loaded = load_drafter(place)
         loaded.bind(make_parts())
         assert loaded.config.backbone == drafter.config.backbone
-        torch.testing.assert_close(drafts_of(loaded, draft), drafts_of(drafter, draft))
+        assert_same_drafts(loaded, drafter, draft)
 
 
 def test_a_reduced_vocabulary_has_no_place_in_the_published_layout(make_eagle3_layer, tmp_path):

@@ -73,7 +73,7 @@ def draft(drafter, parts):
     rows = RaggedBatch.build([(table, 0, [0, 1, 2])])
     drafter.observe(cache, rows, features, rows.input_ids_T)
     batch = DraftBatch((table,), torch.tensor([4]), (3,), ([1, 2, 3, 4],), 2)
-    return drafter.propose(cache, batch, lambda _, logits: logits.argmax(-1))
+    return drafter.propose(cache, batch, lambda _, logits, __=None: logits.argmax(-1))
 
 
 def test_a_tied_table_is_held_once(checkpoint, make_parts):

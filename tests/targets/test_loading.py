@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable
 from dspark.errors import CheckpointError, CompatibilityError, UsageError
+from dspark.targets import loading
+from dspark.targets.fast import short
 from dspark.targets.loading import resolve_device, resolve_dtype
 from dspark.targets.target import Target
 
@@ -192,3 +194,57 @@ def test_devices_and_dtypes():
     for wrong in ("int8", torch.int8):
         with pytest.raises(UsageError, match="dtype is"):
             resolve_dtype(wrong, cpu)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """`quicker_cpu_dtype` on a processor with instructions for bfloat16 and given seconds."""
+
+    def run(short_seconds, outputs=1024, inputs=512):
+        asked = []
+
+        def seconds(packers, weight):
+            asked.append((tuple(packer.kind for packer in packers), weight.dtype, weight.shape))
+            return short_seconds if weight.dtype == torch.bfloat16 else 1.0
+
+        monkeypatch.setattr(short, "onednn_works", lambda dtype: True)
+        monkeypatch.setattr(short, "fastest_seconds", seconds)
+        short.quicker_cpu_dtype.cache_clear()
+        found = {short.quicker_cpu_dtype(outputs, inputs) for _ in range(3)}
+        short.quicker_cpu_dtype.cache_clear()
+        assert len(found) == 1
+        return found.pop(), asked
+
+    return run
+
+
+def test_auto_takes_bfloat16_on_a_cpu_where_it_is_measured_faster(timed):
+    dtype, asked = timed(0.8)
+    assert dtype == torch.bfloat16
+    assert [kinds for kinds, _, _ in asked] == [("onednn",), ("plain", "fp16", "onednn")]
+    assert timed(0.9)[0] == torch.float32
+    assert timed(0.5, 64, 64) == (torch.float32, [])
+    assert timed(0.5, 2**15, 2**12)[1][0][2] == (2**12, 2**12)
+
+
+def test_auto_measures_nothing_without_instructions_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(short, "onednn_works", lambda dtype: False)
+    monkeypatch.setattr(short, "fastest_seconds", None)
+    short.quicker_cpu_dtype.cache_clear()
+    assert short.quicker_cpu_dtype(1024, 512) == torch.float32
+    short.quicker_cpu_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_only_a_bfloat16_checkpoint_is_run_in_bfloat16_on_a_cpu(
+    tiny_model, tmp_path, monkeypatch, saved
+):
+    tiny_model("qwen3").to(saved).save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "quicker_cpu_dtype", lambda outputs, inputs: torch.bfloat16)
+    loaded = {
+        "auto": Target.load(tmp_path, device="cpu"),
+        "named": Target.load(tmp_path, device="cpu", dtype="float32"),
+        "invariant": Target.load(tmp_path, device="cpu", batch_invariant=True),
+    }
+    dtypes = {name: target.parts().embedding_VH.dtype for name, target in loaded.items()}
+    assert dtypes == {"auto": saved, "named": torch.float32, "invariant": torch.float32}

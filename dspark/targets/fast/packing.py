@@ -179,6 +179,11 @@ def _fastest(kinds: Sequence[Kind], like: Tensor) -> Kind:
     return kinds[best] if seconds[0] > _MARGIN * seconds[best] else kinds[0]
 
 
+def fastest_seconds(packers: Sequence[Packer], weight: Tensor) -> float:
+    """What the rows of a try-out take by the fastest of some kinds; one that fails is plain."""
+    return min(_seconds(packer.pack([weight]), weight) for packer in packers)
+
+
 def _seconds(product: Product, weight: Tensor) -> float:
     """What the rows of a try-out take together, at their quickest."""
     total = 0.0

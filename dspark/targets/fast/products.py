@@ -100,7 +100,7 @@ def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
 
     def product(x: Tensor) -> Tensor:
         x = x.float()
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, True).clamp_min_(_TINY)
         out: Tensor = linear(x / largest, step, zero, held)
         out *= largest
         return (out if bias is None else out + bias).to(dtype)
