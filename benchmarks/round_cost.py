@@ -174,9 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[args.dtype or "float32"]
     target = Target.load(args.model, device="cpu", dtype=dtype)
     rows = []
-    say(
-        f"{'setting':14} {'known':>6} {'top':>4} {'R':>3}  round  forward  draft  draws  verify  share"
-    )
+    parts = "round  forward  draft  draws  verify  share"
+    say(f"{'setting':14} {'known':>6} {'top':>4} {'R':>3}  {parts}")
     for known in args.draft_vocab:
         drafter = random_drafter(target, known or None)
         measure(target, drafter, "T0", 1, 1)  # scales the drafter by its whole logits

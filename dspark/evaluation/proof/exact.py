@@ -86,8 +86,8 @@ def _of_schedule(
     distances, lengths = [], 0
     for pairs in worlds:
         first, *others = _settings(name, pairs)
-        walk = Walk(pairs, Verifier.of(rule), first)
-        for walk in (walk, *map(walk.under, others)):
+        one = Walk(pairs, Verifier.of(rule), first)
+        for walk in (one, *map(one.under, others)):
             distances.append(Distance.of(walk.law(rounds), walk.targets()))
             lengths = max(lengths, len(walk.lengths_seen))
     head, requests = worlds[0][0].head, len(worlds[0])
