@@ -1,9 +1,10 @@
 """What a round costs beside the target's forward: drafting, distributions, draws, verification.
 
 A target and a random DSpark drafter of two layers (rank 128, seven drafts; its logits are scaled to
-the spread of a trained one, so that top-p keeps some tens of tokens) decode 1, 8 and 32 requests at
-several settings, with the whole vocabulary and with 8,192 draft tokens. Milliseconds are medians
-over rounds; `share` is what is left of a round without the target's forward.
+the spread of a trained one, so that top-p keeps some tens of tokens) go on with 1, 8 and 32 pieces
+of a text at several settings: with the whole vocabulary, with 8,192 draft tokens, and with the
+likeliest candidates of each slot alone. Milliseconds are medians over rounds; `share` is what is
+left of a round without the target's forward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +33,12 @@ from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.targets.target import Target
 
-DRAFTS, SPREAD, PROMPT_TOKENS = 7, 4.75, 48
+DRAFTS, SPREAD, PROMPT_TOKENS = 7, 4.75, 16
+TEXT = (
+    "The harbour froze in the first week of January, and for eleven days no boat left the town. "
+    "People walked across the ice to the island, where the baker had opened his shop again, and "
+    "came back with bread under their coats. On the twelfth day the wind turned to the south."
+)
 SETTINGS: dict[str, tuple[Verifier, dict[str, float]]] = {
     "T0": ("block", {"temperature": 0.0}),
     "T1-top-p": ("block", {"temperature": 1.0, "top_p": 0.95}),
@@ -129,13 +136,9 @@ def measure(
     """Median milliseconds of the parts of a round."""
     verifier, params = SETTINGS[setting]
     engine = Engine(target, drafter, max_requests=requests, max_length=256, verifier=verifier)
-    tokens = (
-        torch.randint(
-            10, 20000, (requests, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)
-        )
-        % target.vocab_size
-    )
-    for number, prompt in enumerate(tokens.tolist()):
+    tokens = target.tokenizer.encode(TEXT)
+    for number in range(requests):
+        prompt = tokens[number : number + PROMPT_TOKENS]
         engine.add(Request(tuple(prompt), SamplingParams(200, seed=number, **params)))
     found: list[dict[str, float]] = []
     with timed() as clock:
@@ -162,6 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="target directory")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--draft-vocab", type=int, nargs="+", default=[0, 8192], help="0: all")
+    parser.add_argument(
+        "--draft-top-k", type=int, nargs="+", default=[0, 64], help="candidates of a slot; 0: all"
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
@@ -169,18 +175,23 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[args.dtype or "float32"]
     target = Target.load(args.model, device="cpu", dtype=dtype)
     rows = []
-    say(f"{'setting':14} {'known':>6} {'R':>3}  round  forward  draft  draws  verify  share")
+    parts = "round  forward  draft  draws  verify  share"
+    say(f"{'setting':14} {'known':>6} {'top':>4} {'R':>3}  {parts}")
     for known in args.draft_vocab:
         drafter = random_drafter(target, known or None)
-        for requests in args.requests:
-            for setting in args.settings:
-                found = measure(target, drafter, setting, requests, args.rounds)
-                rows.append({"setting": setting, "known": known, "requests": requests, **found})
-                say(
-                    f"{setting:14} {known or target.vocab_size:6} {requests:3} "
-                    f"{found['round']:6.1f} {found['forward']:8.1f} {found['draft']:6.1f} "
-                    f"{found['draws']:6.1f} {found['verify']:7.1f} {found['share']:6.2f}"
-                )
+        measure(target, drafter, "T0", 1, 1)  # scales the drafter by its whole logits
+        ways = product(args.requests, args.draft_top_k, args.settings)
+        for requests, top_k, setting in ways:
+            drafter.draft_top_k = top_k or None
+            found = measure(target, drafter, setting, requests, args.rounds)
+            named = {"setting": setting, "known": known, "top_k": top_k, "requests": requests}
+            rows.append(named | found)
+            say(
+                f"{setting:14} {known or target.vocab_size:6} {top_k or '-':>4} {requests:3} "
+                f"{found['round']:6.1f} {found['forward']:8.1f} {found['draft']:6.1f} "
+                f"{found['draws']:6.1f} {found['verify']:7.1f} {found['share']:6.2f}"
+            )
+        drafter.draft_top_k = None
     emit("round_cost", environment(dtype), {"rows": rows})
 
 

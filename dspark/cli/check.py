@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         model = load_model(options, options.draft, screen)
     except (CheckpointError, CompatibilityError) as error:
         # The target's own errors are raised here; what is left is the drafter's.
-        load_model(options, "none", screen)
+        load_model(argparse.Namespace(**vars(options) | {"draft_top_k": None}), "none", screen)
         return _show(CheckReport((Finding.refusal(error),)), screen)
     from dspark.evaluation.check import PROMPTS, check
 

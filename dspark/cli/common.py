@@ -156,6 +156,18 @@ def add_pair_options(
         help=f"a drafter's directory or hub id{others}; by default the drafter attached to "
         f"TARGET{missing}",
     )
+    add_draft_top_k(parser)
+
+
+def add_draft_top_k(parser: argparse.ArgumentParser) -> None:
+    """Add `--draft-top-k`."""
+    parser.add_argument(
+        "--draft-top-k",
+        type=int,
+        metavar="N",
+        help="draft from the N likeliest tokens of each slot before the Markov head's bias, which "
+        "is then computed for these only (default: from all)",
+    )
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:
@@ -245,6 +257,9 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
     Raises:
         CheckpointError, CompatibilityError, UsageError: as `dspark.load`.
     """
+    draft_top_k: int | None = getattr(options, "draft_top_k", None)
+    if draft_top_k is not None:
+        check_positive(options, "draft_top_k")
     with screen.log.status(f"Loading {options.target} ..."):
         from dspark.engine.loading import load
 
@@ -262,6 +277,7 @@ def load_model(options: argparse.Namespace, draft: str | None, screen: Screen) -
             compile=options.compile,
             weights=options.weights,
             quantize=options.quantize,
+            draft_top_k=draft_top_k,
         )
     dtype = str(model.target.parts().embedding_VH.dtype).removeprefix("torch.")
     if (options.dtype, model.target.device.type, dtype) == ("auto", "cpu", "bfloat16"):

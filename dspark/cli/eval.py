@@ -72,7 +72,9 @@ def _evaluate(
         runs += _runs(options, model, (first_name, first_draft), tasks, bar)
         for name, draft in others:
             assert draft is not None
-            model = load_draft(model.target, draft, offline=options.offline)
+            model = load_draft(
+                model.target, draft, offline=options.offline, draft_top_k=options.draft_top_k
+            )
             runs += _runs(options, model, (name, draft), tasks, bar)
     return runs
 

@@ -12,6 +12,7 @@ from dspark.cli.common import (
     TARGET_HELP,
     Commands,
     add_common_options,
+    add_draft_top_k,
     add_loading_options,
     check_positive,
     new_parser,
@@ -45,6 +46,7 @@ def eval_parser(commands: Commands) -> argparse.ArgumentParser:
         "and then compared on the same prompts; NAME is for the report (default: the drafter "
         "attached to TARGET)",
     )
+    add_draft_top_k(parser)
     _add_task_options(parser)
     _add_decoding_options(parser)
     _add_sweep_options(parser)

@@ -1,9 +1,15 @@
 """The DSpark drafter: parallel backbone, sequential head, confidence (METHOD.md 2).
 
+With `draft_top_k` N the drafts of a slot come from the N likeliest tokens of its base logits: the
+sequential head then looks at N tokens in place of the vocabulary, and the distribution that is
+reported is the one over these N, so verification stays exact.
+
 With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +31,9 @@ from dspark.errors import CompatibilityError
 class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     """A drafter as a module; its state dict is the published one without embedding and head.
 
+    Attributes:
+        draft_top_k: candidates of each slot; None for every token that the drafter knows.
+
     Args:
         config: what to build.
     """
@@ -44,6 +53,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             self.confidence_head = ConfidenceHead(width, read)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
+        self.draft_top_k: int | None = None
         self._plan: DecodePlan | None = None
 
     @property
@@ -179,16 +189,17 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         hidden_RKH = self._block_hidden(plan, context, batch)
         hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
         hidden_by_step = hidden_RKH.transpose(0, 1).contiguous()
-        logits_by_step = plan.borrowed.logits_by_rows(hidden_by_step).unbind(0)
+        base_KRC = plan.borrowed.logits_by_rows(hidden_by_step)
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
-            tokens += [draw(k, x, self.draft_tokens) for k, x in enumerate(logits_by_step)]
+            tokens += [draw(k, x, self.draft_tokens) for k, x in enumerate(base_KRC)]
         else:
             state = head.initial_state(hidden_RKH)
-            for k, base in enumerate(logits_by_step):
+            slots = _Slots.of(base_KRC, self.draft_tokens, self.draft_top_k)
+            for k in range(batch.num_drafts):
                 feature_Rr, state = head.step(previous, hidden_by_step[k], state)
-                previous = draw(k, base.add_(head.bias(feature_Rr)), self.draft_tokens)
+                previous = draw(k, slots.logits(k, head, feature_Rr), slots.tokens(k))
                 tokens.append(previous)
         if plan.confidence_head is None or not batch.confidences:
             return Proposal()
@@ -235,6 +246,41 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
                     borrowed=self.borrowed,
                 )
         return self._plan
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The base logits [K, R, C] of a block and what they are of.
+
+    Attributes:
+        base_KRC: of all that the drafter knows, or of the candidates of every slot.
+        columns_KRC: the columns of the candidates, ascending; None without.
+        known_V: the tokens of the columns, where they are not the vocabulary.
+    """
+
+    base_KRC: Tensor
+    columns_KRC: Tensor | None
+    known_V: Tensor | None
+
+    @classmethod
+    def of(cls, base_KRV: Tensor, known_V: Tensor | None, top_k: int | None) -> _Slots:
+        if top_k is None or top_k >= base_KRV.shape[-1]:
+            return cls(base_KRV, None, known_V)
+        columns_KRC = base_KRV.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+        return cls(base_KRV.gather(-1, columns_KRC), columns_KRC, known_V)
+
+    def logits(self, step: int, head: MarkovHead, feature_Rr: Tensor) -> Tensor:
+        """Logits [R, C] of a slot's draft; its base logits are used up."""
+        if self.columns_KRC is None:
+            return self.base_KRC[step].add_(head.bias(feature_Rr))
+        return self.base_KRC[step].add_(head.bias_of(feature_Rr, self.columns_KRC[step]))
+
+    def tokens(self, step: int) -> Tensor | None:
+        """The tokens of these columns, [C] or [R, C]; None where they are the vocabulary."""
+        if self.columns_KRC is None:
+            return self.known_V
+        columns_RC = self.columns_KRC[step]
+        return columns_RC if self.known_V is None else self.known_V[columns_RC]
 
 
 def _confidence(

@@ -63,6 +63,11 @@ class MarkovHead(nn.Module):
         """Bias [..., V] that a feature adds to the logits of the tokens that the drafter knows."""
         return F.linear(feature_Nr, self.markov_w2.weight)
 
+    def bias_of(self, feature_Rr: Tensor, columns_RN: Tensor) -> Tensor:
+        """Columns [R, N] of the bias, each request's own; only their rows of W2 are read."""
+        rows_RNr = F.embedding(columns_RN, self.markov_w2.weight)
+        return torch.matmul(rows_RNr, feature_Rr.unsqueeze(-1)).squeeze(-1)
+
 
 class GatedHead(MarkovHead):
     """Gated head: u = g * e, g = sigmoid(W [h; e]), e = W1[x] (FORMAT_FACTS.md A.6)."""

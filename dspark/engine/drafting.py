@@ -134,6 +134,8 @@ class Drawing:
         The confidence of drafters that have none of their own, as the logit of c_k. It knows no
         processor and not the token it judges, so schedules may look at it (docs/losslessness.md).
         """
+        if self.logits[0].shape[1] == 1:  # a single candidate has no rival
+            return torch.zeros(len(self.logits[0]), len(self.logits))
         best_RK2 = [logits_RV.topk(2, dim=1).values for logits_RV in self.logits]
         return torch.stack([at_least_fp32(b[:, 0]) - b[:, 1] for b in best_RK2], dim=1)
 

@@ -37,6 +37,7 @@ def load(
     compile: bool = False,
     weights: WeightsName = "auto",
     quantize: QuantizeName | None = None,
+    draft_top_k: int | None = None,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -62,6 +63,7 @@ def load(
             kernels once, which makes steps faster; auto does so where it is measured to be.
         quantize: int8: run target and drafter in 8-bit integers on a CPU. Decoding is then
             lossless with respect to the quantised target.
+        draft_top_k: as `Model`.
 
     Raises:
         CheckpointError: a checkpoint is missing, incomplete or damaged.
@@ -82,21 +84,24 @@ def load(
         weights=weights,
         quantize=quantize,
     )
-    return _with_draft(target, draft, loaded, revision, offline)
+    return _with_draft(target, draft, loaded, revision, offline, draft_top_k)
 
 
-def load_draft(target: Target, draft: str | Path, *, offline: bool = False) -> Model:
+def load_draft(
+    target: Target, draft: str | Path, *, offline: bool = False, draft_top_k: int | None = None
+) -> Model:
     """Pair a target that is in memory with a further drafter.
 
     Args:
         target: may serve in other pairs at the same time.
         draft: as in `load`, but not None.
         offline: use only what is on this machine.
+        draft_top_k: as `Model`.
 
     Raises:
-        CheckpointError, CompatibilityError: as `load`.
+        CheckpointError, CompatibilityError, UsageError: as `load`.
     """
-    return _with_draft(draft, draft, target, None, offline)
+    return _with_draft(draft, draft, target, None, offline, draft_top_k)
 
 
 def _with_draft(
@@ -105,18 +110,19 @@ def _with_draft(
     target: Target,
     revision: str | None,
     offline: bool,
+    draft_top_k: int | None,
 ) -> Model:
     if draft == "none":
-        return Model(target)
+        return Model(target, draft_top_k=draft_top_k)
     if draft == "ngram":
         lookup = NgramDrafter()
         lookup.bind(target.parts())
-        return Model(target, lookup, name="ngram")
+        return Model(target, lookup, name="ngram", draft_top_k=draft_top_k)
     if draft is None:
         if not has_attached_drafter(source, revision=revision, offline=offline):
             if source == smollm2.NAME:
                 _logger.info("This installation has no drafter of smollm2: it decodes plainly.")
-            return Model(target)
+            return Model(target, draft_top_k=draft_top_k)
         draft = drafter_source(source)
     else:
         revision = None
@@ -137,4 +143,11 @@ def _with_draft(
             calibration = Calibration.load(path)
         except DataError as error:
             warnings.warn(DSparkWarning(str(error)), stacklevel=3)
-    return Model(target, drafter, name=str(draft), directory=directory, calibration=calibration)
+    return Model(
+        target,
+        drafter,
+        name=str(draft),
+        directory=directory,
+        calibration=calibration,
+        draft_top_k=draft_top_k,
+    )

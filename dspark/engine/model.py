@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from dspark.drafters.base import Drafter
+from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.options import split_options
 from dspark.engine.profile import Progress, machine_key, measure_costs
@@ -34,6 +35,11 @@ class Model:
         directory: where the drafter lies, if it lies anywhere.
         calibration: of the drafter's confidences.
         costs: of this machine; by default those that `dspark profile` left in the user's cache.
+        draft_top_k: draft from this many candidates of each slot, the likeliest before the Markov
+            head's bias, from now on; None leaves the drafter as it is.
+
+    Raises:
+        UsageError: `draft_top_k` is below 1, or the drafter has no Markov head.
     """
 
     def __init__(
@@ -45,7 +51,10 @@ class Model:
         directory: Path | None = None,
         calibration: Calibration | None = None,
         costs: CostTable | None = None,
+        draft_top_k: int | None = None,
     ) -> None:
+        if draft_top_k is not None:
+            _restrict(drafter, draft_top_k)
         self.target = target
         self.drafter = drafter
         self.name = name
@@ -56,7 +65,14 @@ class Model:
     @property
     def machine(self) -> MachineKey:
         """What a cost table of this pair, here and now, belongs to."""
-        return machine_key(self.target, self.name)
+        restricted = self.draft_top_k
+        suffix = "" if restricted is None else f" top-{restricted}"
+        return machine_key(self.target, self.name + suffix)
+
+    @property
+    def draft_top_k(self) -> int | None:
+        """Candidates of each slot; None for all that the drafter knows."""
+        return self.drafter.draft_top_k if isinstance(self.drafter, DSparkDrafter) else None
 
     @property
     def costs(self) -> CostTable | None:
@@ -327,3 +343,13 @@ def stream_pieces(engine: Engine, request: Request) -> Iterator[Piece]:
             yield from event.pieces
             if event.output is not None:
                 event.output.checked()
+
+
+def _restrict(drafter: Drafter | None, top_k: int) -> None:
+    """Have a drafter draft from the `top_k` likeliest tokens of a slot."""
+    if top_k < 1:
+        raise UsageError(f"draft_top_k is {top_k}, but must be at least 1.")
+    if not isinstance(drafter, DSparkDrafter) or drafter.markov_head is None:
+        what = "there is no drafter" if drafter is None else "the drafter has no Markov head"
+        raise UsageError(f"draft_top_k is {top_k}, but {what}; leave it out.")
+    drafter.draft_top_k = top_k

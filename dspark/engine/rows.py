@@ -71,8 +71,10 @@ def compute_rows(
     count, sound = len(logits_NC), [row for row in range(len(logits_NC)) if row not in faults]
     if not sound:  # the rows of no request: what comes out is not looked at
         nothing_NC = torch.zeros_like(logits_NC)
-        greedy = Chain.of([SamplingParams()], logits_NC.device).rows([0] * count)
-        return rule(nothing_NC, greedy, None, None, known)
+        temperature = 0.0 if chain.narrow else 1.0  # what comes out has the form of the others
+        params = [SamplingParams(temperature=temperature)]
+        anything = Chain.of(params, logits_NC.device).rows([0] * count)
+        return rule(nothing_NC, anything, None, None, known)
     rows_M = torch.tensor(sound, device=logits_NC.device)
     found = rule(
         logits_NC[rows_M],

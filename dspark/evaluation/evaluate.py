@@ -248,6 +248,7 @@ def settings_of(model: Model, target: str, name: str, draft: str, **options: Any
         draft=draft,
         draft_weights=draft_fingerprint(model),
         dtype=dtype_name(model.target),
+        draft_top_k=model.draft_top_k,
         **({"temperature": 0.0} | options),
     )
 

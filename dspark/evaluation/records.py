@@ -37,6 +37,7 @@ class Settings:
         thinking: the chat template's thinking mode; None leaves it as it is.
         raw: texts without the chat template.
         turns: turns of a conversation at most; None for all.
+        draft_top_k: as `Model`.
     """
 
     target: str
@@ -58,6 +59,7 @@ class Settings:
     thinking: bool | None = False
     raw: bool = False
     turns: int | None = None
+    draft_top_k: int | None = None
 
     @property
     def key(self) -> str:

@@ -18,6 +18,12 @@ def copied_bytes(profiled) -> int:
     return sum(4 * math.prod(event.input_shapes[0]) for event in copies)
 
 
+def heads_by_batch(profiled, columns) -> int:
+    """Products that take the head once per slot or request: `bmm` copies it inside, unseen."""
+    products = [event for event in profiled.events() if event.name == "aten::bmm"]
+    return sum(columns in event.input_shapes[1] for event in products)
+
+
 @pytest.fixture(scope="module")
 def wide(tiny):
     target = tiny.make_target(vocab=VOCAB)
@@ -56,4 +62,5 @@ def test_a_round_of_fewer_drafts_than_a_block_has_copies_little(
             rounds += 1
     logits = 4 * VOCAB * requests * (drafter.block_size + 1)  # of one round
     assert rounds > 0
+    assert heads_by_batch(profiled, VOCAB if known is None else len(known)) == 0
     assert copied_bytes(profiled) < most * rounds * logits

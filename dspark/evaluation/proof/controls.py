@@ -50,7 +50,7 @@ ROUNDED = 1e-5
 def control_cases(seed: int = 0) -> Iterator[Case]:
     """Every wrong variant that enumeration can show."""
     yield _first_failure(seed)
-    for control_of in (_stop_node, _drawn_in_bf16, _stale_rows):
+    for control_of in (_stop_node, _drawn_in_bf16, _stale_rows, _unrestricted):
         yield from (control_of(rule, seed) for rule in RULES)
     for of_schedule in (_drawn_probability, _behind_failure, _ties_by_value, _global_search):
         yield from (of_schedule(rule, seed) for rule in RULES)
@@ -146,6 +146,23 @@ def _stale_rows(rule: Rule, seed: int) -> Case:
         for stale in (True, False)
     )
     return control(f"{rule}: penalties blind to the drafts", wrong, right)
+
+
+def _unrestricted(rule: Rule, seed: int) -> Case:
+    """Drafts come from a slot's two likeliest tokens, but the law of all four is reported."""
+    full, verifier = schedules.fixed(2), Verifier.of(rule)
+    wrong, right = (
+        Distance.farthest(
+            [
+                _measure(
+                    [SmallPair(s, 4, 2, draft_top_k=2, unrestricted=unrestricted)], verifier, full
+                )
+                for s in range(seed, seed + 3)
+            ]
+        )
+        for unrestricted in (True, False)
+    )
+    return control(f"{rule}: q of all tokens, drawn from candidates", wrong, right)
 
 
 def _drawn_probability(rule: Rule, seed: int) -> Case:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def coupled_cases(seed: int = 0) -> Iterator[Case]:
     for head in MARKOV_KINDS:
         yield from _coupled(head, seed)
     pairs = _pairs("vanilla", seed)
-    wrong, _seen = _differing(pairs, schedules.fixed(3), seed, keyed_by_slot=True)
+    wrong, _seen = _differing(_Drawn(pairs, keyed_by_slot=True), schedules.fixed(3), seed)
     yield control("coupled: noise keyed by the slot in the block", wrong)
 
 
@@ -37,7 +37,7 @@ def _pairs(head: MarkovKind, seed: int) -> list[SmallPair]:
 
 def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
     """A global search over this round, wrong elsewhere, is right here like any other schedule."""
-    pairs, costs = _pairs(head, seed), schedules.step_costs(6).values()
+    drawn, costs = _Drawn(_pairs(head, seed)), schedules.step_costs(6).values()
     ways = {
         "fixed": [schedules.fixed(3)],
         "threshold": [schedules.threshold(0.7)],
@@ -47,15 +47,13 @@ def _coupled(head: MarkovKind, seed: int) -> Iterator[Case]:
         "global search": [schedules.searched_globally(step_ms) for step_ms in costs],
     }
     for name, settings in ways.items():
-        found = [_differing(pairs, schedule, seed) for schedule in settings]
+        found = [_differing(drawn, schedule, seed) for schedule in settings]
         distance = Distance.farthest([distance for distance, _seen in found])
         lengths = max(seen for _distance, seen in found)
         yield of_schedule("coupled", name, head, 2, distance, lengths)
 
 
-def _differing(
-    pairs: Sequence[SmallPair], schedule: Schedule, seed: int, *, keyed_by_slot: bool = False
-) -> tuple[Distance, int]:
+def _differing(drawn: _Drawn, schedule: Schedule, seed: int) -> tuple[Distance, int]:
     """The share of outputs, and of pairs of outputs, that are not plain decoding's own.
 
     Returns:
@@ -63,16 +61,48 @@ def _differing(
     """
     different, seen = [], set[tuple[int, ...]]()
     for first in range(seed, seed + 2 * SEEDS, 2):
-        seeds = seed_tensor([first, first + 1])
-        outputs = _speculative(pairs, schedule, seeds, seen, keyed_by_slot=keyed_by_slot)
-        plain = [_plain(pair, seeds[r : r + 1]) for r, pair in enumerate(pairs)]
+        outputs = _speculative(drawn, schedule, first, seen)
+        plain = drawn.plain(first)
         different.append([ours != theirs for ours, theirs in zip(outputs, plain, strict=True)])
     shares = np.array(different)
     return Distance(float(shares.mean(axis=0).max()), float(shares.any(axis=1).mean())), len(seen)
 
 
+@dataclass
+class _Drawn:
+    """What requests with seeds `first`, `first + 1` draw; it hangs on no schedule.
+
+    Attributes:
+        pairs: of the requests.
+        keyed_by_slot: key noise by the slot in the block (a wrong variant).
+    """
+
+    pairs: Sequence[SmallPair]
+    keyed_by_slot: bool = False
+    _plain: dict[int, list[Prefix]] = field(default_factory=dict)
+    _blocks: dict[tuple[int, tuple[Prefix, ...]], _Block] = field(default_factory=dict)
+
+    def plain(self, first: int) -> list[Prefix]:
+        """Plain decoding's own samples."""
+        if first not in self._plain:
+            seeds_R = self._seeds(first)
+            own = [_plain(pair, seeds_R[r : r + 1]) for r, pair in enumerate(self.pairs)]
+            self._plain[first] = own
+        return self._plain[first]
+
+    def block(self, first: int, outputs: tuple[Prefix, ...]) -> _Block:
+        """What is drafted and judged after these outputs."""
+        if (first, outputs) not in self._blocks:
+            worlds = [pair(done) for pair, done in zip(self.pairs, outputs, strict=True)]
+            starts_R = torch.tensor([0 if self.keyed_by_slot else len(done) for done in outputs])
+            self._blocks[first, outputs] = _Block.draw(worlds, self._seeds(first), starts_R)
+        return self._blocks[first, outputs]
+
+    def _seeds(self, first: int) -> Tensor:
+        return seed_tensor(list(range(first, first + len(self.pairs))))
+
+
 def _plain(pair: SmallPair, seed_1: Tensor) -> Prefix:
-    """Plain decoding's own sample."""
     tokens: Prefix = ()
     while len(tokens) < TOKENS:
         law_1V = Dense.of(pair(tokens).target[0])
@@ -81,20 +111,13 @@ def _plain(pair: SmallPair, seed_1: Tensor) -> Prefix:
 
 
 def _speculative(
-    pairs: Sequence[SmallPair],
-    schedule: Schedule,
-    seeds_R: Tensor,
-    seen: set[tuple[int, ...]],
-    *,
-    keyed_by_slot: bool,
+    drawn: _Drawn, schedule: Schedule, first: int, seen: set[tuple[int, ...]]
 ) -> list[Prefix]:
     """The first tokens of requests that share their rounds; one that is done idles along."""
-    outputs: list[Prefix] = [()] * len(pairs)
+    outputs: list[Prefix] = [()] * len(drawn.pairs)
     memory: Memory = None
     while min(map(len, outputs)) < TOKENS:
-        worlds = [pair(done) for pair, done in zip(pairs, outputs, strict=True)]
-        starts_R = torch.tensor([0 if keyed_by_slot else len(done) for done in outputs])
-        block = _Block.draw(worlds, seeds_R, starts_R)
+        block = drawn.block(first, tuple(outputs))
         lengths = schedule.lengths(block.view, memory)
         seen.add(tuple(map(int, lengths)))
         accepted = verification.accepted_by_identity(

@@ -58,6 +58,8 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
         yield from _processed(rule, seed)
     for rule, form in product(RULES, FORMS):
         yield _in_form(rule, form, seed)
+    for rule, head in product(RULES, MARKOV_KINDS):
+        yield _of_candidates(rule, head, seed)
     for rule in RULES:
         yield _greedy(rule, seed)
 
@@ -83,8 +85,9 @@ def _of_schedule(
     """One cell of the table: the worst of several worlds and settings of the schedule."""
     distances, lengths = [], 0
     for pairs in worlds:
-        for schedule in _settings(name, pairs):
-            walk = Walk(pairs, Verifier.of(rule), schedule)
+        first, *others = _settings(name, pairs)
+        one = Walk(pairs, Verifier.of(rule), first)
+        for walk in (one, *map(one.under, others)):
             distances.append(Distance.of(walk.law(rounds), walk.targets()))
             lengths = max(lengths, len(walk.lengths_seen))
     head, requests = worlds[0][0].head, len(worlds[0])
@@ -129,6 +132,16 @@ def _in_form(rule: Rule, form: str, seed: int) -> Case:
         walk = Walk([_always(world)], verifier, schedules.fixed(length))
         distances.append(Distance.of(walk.law(), walk.targets()))
     return exact(f"{rule} / fixed / {form}", Distance.farthest(distances))
+
+
+def _of_candidates(rule: Rule, head: MarkovKind, seed: int) -> Case:
+    """Drafts from a slot's likeliest tokens are verified by the distribution over these."""
+    distances = []
+    for pair_seed in range(seed, seed + 3):
+        pair = SmallPair(pair_seed, 4, 2, head, draft_top_k=2)
+        walk = Walk([pair], Verifier.of(rule, Blocks.dense, sparse), schedules.fixed(2))
+        distances.append(Distance.of(walk.law(), walk.targets()))
+    return exact(f"{rule} / fixed / {head} / 2 of 4 candidates", Distance.farthest(distances))
 
 
 def _always(world: World) -> WorldAfter:

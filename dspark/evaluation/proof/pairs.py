@@ -62,6 +62,8 @@ class SmallPair:
         tied: round the confidence logits to a few values, one of them `CERTAIN`, so that
             survivals tie, within a request and between requests.
         stale: judge every row with the token counts of the anchor's row (a wrong variant).
+        draft_top_k: candidates that the drafter draws from; None for all.
+        unrestricted: report what it would have drawn from without (a wrong variant).
     """
 
     seed: int
@@ -72,6 +74,8 @@ class SmallPair:
     params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.8))
     tied: bool = False
     stale: bool = False
+    draft_top_k: int | None = None
+    unrestricted: bool = False
     _worlds: dict[Prefix, World] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,8 +137,9 @@ class SmallPair:
 
     def _world(self, prefix: Prefix) -> World:
         target = tuple(self._plain(prefix, depth) for depth in range(self.horizon - len(prefix)))
-        draft, logits = self._drafted(prefix)
-        return World(target, draft, logits, judged=self._judged(prefix))
+        drawn, logits = self._drafted(prefix, self.draft_top_k)
+        draft = self._drafted(prefix, None)[0] if self.unrestricted else drawn
+        return World(target, draft, logits, drawn, self._judged(prefix))
 
     def _table(self, prefix: Prefix, depth: int) -> Tensor:
         """The target's logits `depth` tokens after a prefix, [V**depth, V]."""
@@ -184,7 +189,7 @@ class SmallPair:
             laws.append(self._by_prefix(whole.dense(), step))
         return tuple(laws)
 
-    def _drafted(self, prefix: Prefix) -> tuple[Laws, Laws]:
+    def _drafted(self, prefix: Prefix, top_k: int | None) -> tuple[Laws, Laws]:
         """The drafter's laws and confidence logits, from one proposal along every path."""
         count, rows = len(self._paths), len(prefix) + 1
         tokens = (0, *prefix)
@@ -212,6 +217,7 @@ class SmallPair:
             tokens=(tokens,) * count,
             num_drafts=self.block_size,
         )
+        self._drafter.draft_top_k = top_k
         proposal = self._drafter.propose(context, batch, draw)
         assert proposal.confidence_logits_RK is not None  # the configuration has the head
         columns = proposal.confidence_logits_RK.unbind(1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import product
 
 import numpy as np
@@ -30,6 +30,7 @@ from dspark.evaluation.proof.worlds import (
 from dspark.sampling import verification
 from dspark.sampling.distribution import Dense, Sparse
 from dspark.sampling.verification import Blocks, Rule
+from dspark.scheduling import survival as chances
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -97,6 +98,11 @@ class View:
     drafts_RK: IntArray
     draft_probs_RK: FloatArray
 
+    @cached_property
+    def survivals_RK(self) -> FloatArray:
+        """What a schedule may make of the confidences."""
+        return chances.survival(chances.confidence(self.logits_RK))
+
 
 Memory = Hashable
 """What a schedule knows of earlier rounds; None before the first."""
@@ -136,15 +142,15 @@ def verdicts(world: World, verifier: Verifier) -> Tensor:
     drafts = world.paths()
     p, q = world.rows()
     rows, block_size = torch.arange(len(drafts)), world.block_size
-    chances = torch.zeros(len(drafts), block_size + 1, block_size + 1, world.vocab_size).double()
+    found = torch.zeros(len(drafts), block_size + 1, block_size + 1, world.vocab_size).double()
     for length in range(block_size + 1):
         lengths = torch.full((len(drafts),), length)
         keep = verifier.keep(p, q, drafts, lengths)
         for uniforms, weight in outcomes(keep):
             accepted = verifier.decide(keep, uniforms, lengths)
             following = verifier.next_law(p, q, drafts, lengths, accepted)
-            chances[rows, length, accepted] += weight[:, None] * following
-    return chances
+            found[rows, length, accepted] += weight[:, None] * following
+    return found
 
 
 def continued(world: World, verdicts_NLAV: Tensor) -> Tensor:
@@ -178,7 +184,14 @@ class Walk:
     schedule: Schedule
     lengths_seen: set[tuple[int, ...]] = field(default_factory=set)
     _rounds: dict[tuple[int, Prefix], _Round] = field(default_factory=dict)
+    _paths: dict[tuple[Prefix, ...], list[_Paths]] = field(default_factory=dict)
     _laws: dict[tuple[Hashable, ...], Tensor] = field(default_factory=dict)
+
+    def under(self, schedule: Schedule) -> Walk:
+        """The same under another schedule; what hangs on no schedule is computed once."""
+        return Walk(
+            self.requests, self.verifier, schedule, _rounds=self._rounds, _paths=self._paths
+        )
 
     def law(self, rounds: int = 1) -> Tensor:
         """The joint law of the next T tokens of every request, [V**T] * R."""
@@ -200,9 +213,9 @@ class Walk:
         here = self._round_of_each(prefixes)
         weights: dict[tuple[int, ...], Tensor] = {}
         shape = [len(each.weights_N) for each in here]
-        for choice, chance, _view, lengths in self._choices(here, memory):
+        for paths, lengths in self._choices(prefixes, memory):
             share = weights.setdefault(lengths, torch.zeros(shape, dtype=torch.float64))
-            share[choice] = chance
+            share[paths.choice] = paths.chance
         total = torch.zeros(1, dtype=torch.float64)
         for lengths, share in weights.items():
             # Each product consumes the first axis, a request's paths, and appends its sequences.
@@ -215,41 +228,37 @@ class Walk:
     def _earlier(self, prefixes: tuple[Prefix, ...], memory: Memory, rounds: int) -> Tensor:
         here = self._round_of_each(prefixes)
         total = torch.zeros([each.world.vocab_size**each.world.horizon for each in here]).double()
-        for choice, chance, view, lengths in self._choices(here, memory):
+        for paths, lengths in self._choices(prefixes, memory):
             ends = [
                 each.ends(path, length)
-                for each, path, length in zip(here, choice, lengths, strict=True)
+                for each, path, length in zip(here, paths.choice, lengths, strict=True)
             ]
+            memories: dict[tuple[int, ...], Memory] = {}
             for verdict in product(*ends):
-                accepted = np.array([len(end.committed) - 1 for end in verdict])
-                remembered = self.schedule.remember(view, accepted, np.array(lengths))
+                accepted = tuple(len(end.committed) - 1 for end in verdict)
+                if accepted not in memories:
+                    memories[accepted] = self.schedule.remember(
+                        paths.view, np.array(accepted), np.array(lengths)
+                    )
+                remembered = memories[accepted]
                 after = tuple(
                     (*old, *end.committed) for old, end in zip(prefixes, verdict, strict=True)
                 )
-                share = chance * float(np.prod([end.chance for end in verdict]))
+                share = paths.chance * float(np.prod([end.chance for end in verdict]))
                 where = tuple(end.sequences for end in verdict)
                 total[where] += share * self._law(after, remembered, rounds - 1)
         return total
 
     def _choices(
-        self, here: Sequence[_Round], memory: Memory
-    ) -> Iterator[tuple[tuple[int, ...], float, View, tuple[int, ...]]]:
-        """Every choice of a path per request: its numbers, chance, view and lengths."""
-        for choice in product(*(range(len(each.weights_N)) for each in here)):
-            chance = float(
-                np.prod([each.weights_N[n] for each, n in zip(here, choice, strict=True)])
-            )
-            if chance == 0:
-                continue
-            pairs = list(zip(here, choice, strict=True))
-            view = View(
-                np.stack([each.logits_NK[n] for each, n in pairs]),
-                np.stack([each.drafts_NK[n] for each, n in pairs]),
-                np.stack([each.draft_probs_NK[n] for each, n in pairs]),
-            )
-            lengths = tuple(map(int, self.schedule.lengths(view, memory)))
+        self, prefixes: tuple[Prefix, ...], memory: Memory
+    ) -> Iterator[tuple[_Paths, tuple[int, ...]]]:
+        """Every choice of a path per request, and its lengths."""
+        if prefixes not in self._paths:
+            self._paths[prefixes] = list(_Paths.of(self._round_of_each(prefixes)))
+        for paths in self._paths[prefixes]:
+            lengths = tuple(map(int, self.schedule.lengths(paths.view, memory)))
             self.lengths_seen.add(lengths)
-            yield choice, chance, view, lengths
+            yield paths, lengths
 
     def _round_of_each(self, prefixes: tuple[Prefix, ...]) -> list[_Round]:
         for r, prefix in enumerate(prefixes):
@@ -268,6 +277,29 @@ class _End:
 
 
 @dataclass(frozen=True)
+class _Paths:
+    """A path per request: their numbers, chance and view."""
+
+    choice: tuple[int, ...]
+    chance: float
+    view: View
+
+    @classmethod
+    def of(cls, here: Sequence[_Round]) -> Iterator[_Paths]:
+        """Every choice that can happen."""
+        for choice in product(*(range(len(each.weights_N)) for each in here)):
+            pairs = list(zip(here, choice, strict=True))
+            chance = float(np.prod([each.weights_N[n] for each, n in pairs]))
+            if chance > 0:
+                view = View(
+                    np.stack([each.logits_NK[n] for each, n in pairs]),
+                    np.stack([each.drafts_NK[n] for each, n in pairs]),
+                    np.stack([each.draft_probs_NK[n] for each, n in pairs]),
+                )
+                yield cls(choice, chance, view)
+
+
+@dataclass(frozen=True)
 class _Round:
     """A world with everything about it that is computed once."""
 
@@ -281,11 +313,11 @@ class _Round:
 
     @classmethod
     def of(cls, world: World, verifier: Verifier) -> _Round:
-        chances = verdicts(world, verifier)
+        verdicts_NLAV = verdicts(world, verifier)
         return cls(
             world,
-            chances,
-            continued(world, chances),
+            verdicts_NLAV,
+            continued(world, verdicts_NLAV),
             world.path_weights().numpy(),
             world.path_logits().numpy(),
             world.paths().numpy(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -113,11 +114,13 @@ def lagged(step_ms: npt.ArrayLike) -> Schedule:
     before acts on the lengths too.
     """
 
+    @cache
+    def budget(earlier_RK: tuple[tuple[float, ...], ...]) -> int:
+        return admission.best_budget(earlier_RK, step_ms)
+
     def lengths(view: View, memory: Memory) -> IntArray:
         known = _known(view, memory)
-        return admission.fill_budget(
-            known.now(view), admission.best_budget(known.earlier_RK, step_ms)
-        )
+        return admission.fill_budget(known.now(view), budget(known.earlier_RK))
 
     return Schedule(lengths, _Finished.after)
 
@@ -153,16 +156,21 @@ def measured(step_ms: npt.ArrayLike) -> Schedule:
         points = [CostPoint(requests + n, requests, costs_N[n], 0.0) for n in range(len(costs_N))]
         return StepTimes(CostTable(tuple(points), machine), drafts)
 
+    @cache
+    def budget(earlier_RK: tuple[tuple[float, ...], ...], step_ms_N: tuple[float, ...]) -> int:
+        return admission.best_budget(earlier_RK, step_ms_N)
+
     def lengths(view: View, memory: Memory) -> IntArray:
         requests, drafts = view.logits_RK.shape
-        known, now_N = memory, tuple(times(requests, drafts).verify_ms(requests, len(costs_N)))
-        if memory is None:
-            known = _Timed(_Finished.unknown(view), now_N)
+        known = memory
+        if known is None:
+            now_N = times(requests, drafts).verify_ms(requests, len(costs_N))
+            known = _Timed(_Finished.unknown(view), tuple(now_N.tolist()))
         assert isinstance(known, _Timed)
         if known.step_ms_N is None:
             return admission.fixed_lengths(requests, 0)
-        budget = admission.best_budget(known.finished.earlier_RK, known.step_ms_N)
-        return admission.fill_budget(known.finished.now(view), budget)
+        most = budget(known.finished.earlier_RK, known.step_ms_N)
+        return admission.fill_budget(known.finished.now(view), most)
 
     def remember(view: View, accepted_R: IntArray, verified_R: IntArray) -> Memory:
         requests, drafts = view.logits_RK.shape
@@ -194,7 +202,7 @@ def searched_globally(step_ms: npt.ArrayLike) -> Schedule:
 
 def survivals(view: View) -> FloatArray:
     """Survivals [R, K] of a view."""
-    return chances.survival(chances.confidence(view.logits_RK))
+    return view.survivals_RK
 
 
 def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:

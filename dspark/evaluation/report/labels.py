@@ -23,6 +23,7 @@ _NAMES = {
     "thinking": "thinking {}",
     "raw": "raw {}",
     "turns": "turns {}",
+    "draft_top_k": "{} candidates",
     "seed": "seed {}",
     "target_weights": "target {}",
     "draft_weights": "weights {}",
