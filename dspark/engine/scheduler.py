@@ -105,7 +105,8 @@ class Scheduler:
 
     Args:
         schedule: which, and its settings.
-        verifier: of the engine; under `coupled` lengths may depend on anything.
+        verifier: of the engine, for requests that are not `reproducible`; under `coupled` lengths
+            may depend on anything.
         num_drafts: drafts per round at most, K.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
@@ -140,7 +141,7 @@ class Scheduler:
         }
         self._kind: TemperatureClass = "greedy"
         self._protection = Protection()
-        self._scalings = _scalings(calibration, num_drafts, verifier)
+        self._scalings = _scalings(calibration, num_drafts)
         typical_K = _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
@@ -363,15 +364,20 @@ class Scheduler:
             self._margins_DK = logits_DK
             return confidence(self._logistic.apply(logits_DK))
         confidence_DK = confidence(logits_DK)
-        for name, scaling in self._scalings.items():
-            rows = [
-                row
-                for row, request in enumerate(requests)
-                if temperature_class(request.request.params.temperature) == name
-            ]
-            if rows:
-                confidence_DK[rows] = scaling.apply(logits_DK[rows])
+        rows_of = dict[tuple[Verifier, TemperatureClass], list[int]]()
+        for row, request in enumerate(requests):
+            rows_of.setdefault(self._entry(request), []).append(row)
+        for entry, rows in rows_of.items():
+            if entry in self._scalings:
+                confidence_DK[rows] = self._scalings[entry].apply(logits_DK[rows])
         return confidence_DK
+
+    def _entry(self, request: ActiveRequest) -> tuple[Verifier, TemperatureClass]:
+        """The entry of the calibration that a request takes: its own verifier's if there is one."""
+        kind = temperature_class(request.request.params.temperature)
+        if request.request.reproducible and ("coupled", kind) in self._scalings:
+            return "coupled", kind
+        return self.verifier, kind
 
 
 def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
@@ -381,13 +387,13 @@ def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
 
 
 def _scalings(
-    calibration: Calibration | None, num_drafts: int, verifier: Verifier
-) -> dict[str, TemperatureScaling]:
-    """The calibration's temperatures for each temperature class that it has an entry of."""
+    calibration: Calibration | None, num_drafts: int
+) -> dict[tuple[Verifier, TemperatureClass], TemperatureScaling]:
+    """The calibration's temperatures for each verifier and class that it has an entry of."""
     return {
-        entry.temperature_class: entry.scaling
+        (entry.verifier, entry.temperature_class): entry.scaling
         for entry in (calibration.entries if calibration else ())
-        if (entry.block_size, entry.verifier) == (num_drafts, verifier)
+        if entry.block_size == num_drafts
     }
 
 
