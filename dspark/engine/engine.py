@@ -245,6 +245,7 @@ class Engine:
         events = self._expire()
         roster = self.roster
         roster.admit()
+        self._rest()
         roster.make_room()
         if roster.running:
             plan = plan_step(roster.running, self.step_tokens, self.num_drafts)
@@ -252,6 +253,24 @@ class Engine:
             if not roster.running:  # idle from here on: time to prove that nothing leaked
                 self.memory.check()
         return events
+
+    def _rest(self) -> None:
+        """Have requests decoded plainly that end before the drafter is tried again.
+
+        Nothing is kept for the drafter then. Prompts that others could share are read for it all
+        the same.
+        """
+        if self._speculator is None:
+            return
+        roster, scheduler = self.roster, self._speculator.scheduler
+        rounds = scheduler.rest(sum(request.ready for request in roster.running))
+        if not rounds:
+            return
+        for request in roster.running:
+            unshared = request.ready or not self.memory.pool.reuse
+            if unshared and not request.plain and request.room < rounds:
+                request.decode_plainly(request.cached)
+        roster.running.sort(key=lambda request: request.plain)  # who drafts comes first
 
     def _play(self, plan: StepPlan) -> list[Event]:
         requests, laws, state = plan.judged, None, None

@@ -164,6 +164,10 @@ class Scheduler:
         lagged = self.schedule.name == "lagged" and self.verifier != "coupled"
         return self._budget if lagged else None
 
+    def rest(self, num_requests: int) -> float:
+        """Rounds of so many requests in which nothing is drafted for certain."""
+        return self._protection.rest(num_requests) if self.schedule.protects else 0.0
+
     def limits(self, requests: Sequence[ActiveRequest], most: Sequence[int]) -> list[int]:
         """Drafts of each request to ask for, decided from earlier rounds only.
 
@@ -175,7 +179,8 @@ class Scheduler:
         ready = [request for request in requests if request.drafts]
         if not ready or not self.schedule.protects:
             return list(most)
-        if not self._protection.allows(len(ready)):
+        playing = sum(request.ready for request in requests)
+        if not self._protection.allows(playing, tries=len(ready) == playing):
             return self._none(most)
         if not self._weighs(len(ready)):
             return list(most)
