@@ -39,7 +39,7 @@ from dspark.scheduling.prefix import (
     threshold_lengths,
     throughput,
 )
-from dspark.scheduling.protection import Protection
+from dspark.scheduling.protection import OLD, Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 from dspark.scheduling.survival import confidence, survival
 from dspark.scheduling.switch import DraftSwitch
@@ -337,7 +337,7 @@ class Scheduler:
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
         self._protection.learn(seen)
-        if self._times:
+        if self._times and self._protection.rest(len(ready)) < OLD:
             self._times[_kind(ready)].learn(seen)
 
     def forget(self, request_id: int) -> None:

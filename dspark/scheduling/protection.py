@@ -82,10 +82,11 @@ class Protection:
             return
         account = self._account(seen.requests)
         if not seen.drafted:
-            account.plain.learn(seen, FADE ** (1 + account.since_plain))
-            account.since_plain, account.fresh = 0, account.since_plain > 0
             if account.pauses:
                 account.credit += account.share
+            if not account.pauses or self.rest(seen.requests) < OLD:  # else it is old by the try
+                account.plain.learn(seen, FADE ** (1 + account.since_plain))
+            account.since_plain, account.fresh = 0, account.since_plain > 0
             return
         account.since_plain += 1
         if account.plain.tells(seen):
