@@ -154,6 +154,7 @@ def test_lagged_budget_knows_nothing_of_this_round():
         SimpleNamespace(
             request_id=i,
             drafts=True,
+            ready=True,
             request=SimpleNamespace(params=SamplingParams(8, temperature=1), reproducible=False),
         )
         for i in range(2)
@@ -220,6 +221,7 @@ def test_calibration_is_applied_to_its_own_temperature_class_only():
         SimpleNamespace(
             request_id=i,
             drafts=True,
+            ready=True,
             request=SimpleNamespace(params=SamplingParams(8, temperature=t), reproducible=False),
         )
         for i, t in enumerate((1.0, 0.0))
