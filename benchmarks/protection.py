@@ -54,8 +54,9 @@ class Adversary(DSparkDrafter):
         started = time.perf_counter()
         wrong_R1 = torch.tensor(batch.lengths)[:, None] >= self.wrong_after
 
-        def turned(step: int, logits_RV: Tensor) -> Tensor:
-            return draw(step, torch.where(wrong_R1, logits_RV.roll(1, dims=1), logits_RV))
+        def turned(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
+            logits_RC = torch.where(wrong_R1, logits_RC.roll(1, dims=1), logits_RC)
+            return draw(step, logits_RC, tokens)
 
         proposal = super().propose(context, batch, turned)
         if proposal.confidence_logits_RK is not None:
@@ -92,6 +93,8 @@ def measure(model: Model, pool: Sequence[Request], load: int, args: Any) -> dict
         )
         for each, schedule in ((Model(model.target), None), (model, args.schedule))
     )
+    assert ours._speculator is not None
+    shield = ours._speculator.shield
     ratios, shares = [], []
     closed_loop(plain, lambda i: pool[i % len(pool)], users=load, count=load)  # warms up
     for repeat in range(args.repeats + 1):
@@ -105,6 +108,8 @@ def measure(model: Model, pool: Sequence[Request], load: int, args: Any) -> dict
                 count=max(args.requests, 2 * load),
             )
         ratios.append(runs[True].tokens_per_s / runs[False].tokens_per_s)
+        if shield.fault is not None:  # a drafter that is switched off costs nothing
+            raise shield.fault
         stats = runs[True].stats
         shares.append(stats.verified / max(stats.rounds, 1))
     return {

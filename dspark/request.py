@@ -67,6 +67,9 @@ class Request:
         mask: which tokens may come next; None allows all.
         timeout_s: seconds from `Engine.add` after which the request ends with what it has, also
             while it waits; None sets no limit.
+        reproducible: whether its output hangs on prompt, parameters and seed alone, not on load,
+            schedule, block size or drafter: it is then verified by `coupled`, whatever the
+            engine's verifier, and its tokens are those of plain decoding.
 
     Raises:
         RequestError: the prompt is empty, or holds what is no token id.
@@ -77,6 +80,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     mask: TokenMask | None = None
     timeout_s: float | None = None
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

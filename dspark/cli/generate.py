@@ -19,7 +19,7 @@ from dspark.cli.options import add_drafting_options
 from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
 from dspark.cli.starting import measure_costs, tell_schedule
 from dspark.errors import UsageError
-from dspark.request import Output, Request, SamplingParams
+from dspark.request import Output, Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
     from dspark.cli.comparison import Difference
@@ -81,7 +81,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    group = add_drafting_options(parser)
+    group = add_drafting_options(
+        parser,
+        verifier=None,
+        verifier_help="default: block; coupled where --seed is given and tokens are sampled, whose "
+        "output is plain decoding's. With token or block a seed reproduces under --schedule off, "
+        "fixed and threshold only",
+    )
     group.add_argument(
         "--batch-size", type=int, default=8, metavar="R", help="requests at once (default: 8)"
     )
@@ -92,6 +98,7 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
+    options.verifier = options.verifier or _default_verifier(options)
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -128,6 +135,11 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         report |= _compare(model, engine_options, requests, decoded, screen)
     _summarise(report, screen)
     return report
+
+
+def _default_verifier(options: argparse.Namespace) -> Verifier:
+    """A seed that is named names a text, whatever load and schedule."""
+    return "coupled" if options.seed is not None and options.temperature > 0 else "block"
 
 
 def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:

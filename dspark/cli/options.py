@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dspark.engine.schedule import SCHEDULES
-from dspark.request import VERIFIERS
+from dspark.request import VERIFIERS, Verifier
 
 
-def add_drafting_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_drafting_options(
+    parser: argparse.ArgumentParser, *, verifier: Verifier | None, verifier_help: str
+) -> argparse._ArgumentGroup:
     """Add how a drafter is used: block, verifier, schedule; the group, for what else belongs."""
     group = parser.add_argument_group("speculation")
     group.add_argument(
         "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
     )
-    group.add_argument(
-        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
-    )
+    group.add_argument("--verifier", choices=VERIFIERS, default=verifier, help=verifier_help)
     group.add_argument(
         "--schedule",
         choices=SCHEDULES,

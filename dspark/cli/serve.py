@@ -134,7 +134,12 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = add_drafting_options(parser)
+    group = add_drafting_options(
+        parser,
+        verifier="block",
+        verifier_help="of requests without a seed; those with one are verified by coupled "
+        "(default: %(default)s)",
+    )
     group.add_argument(
         "--step-tokens",
         type=int,

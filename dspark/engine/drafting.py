@@ -35,7 +35,8 @@ class Drawing:
         state: laws and keys of randomness.
         keeps_logits: whether `margins` may be asked for.
         tokens: what was drawn, per step [R].
-        laws: what it was drawn from, per step: of each kind of requests but the greedy.
+        laws: what it was drawn from, per step: of each kind of requests but the greedy
+            and the coupled, whose drafts are judged without them.
         logits: what came in, per step [R, C]; empty unless `keeps_logits`.
         sound: drafts of a request that are of use, where fewer than were drawn: behind them its
             logits were no numbers, or its mask allows none of the drafter's tokens.
@@ -99,16 +100,18 @@ class Drawing:
         """Draw draft `step` of the requests of one kind, `rows_M` of all, and keep their laws."""
         chain = state.laws.draft_chain
         counts = self._counts(state.laws.counts, step, rows_M)
-        if kind == "greedy":
+        if kind.form == "greedy":
             return compute_rows(greedy_tokens, logits_MC, chain, counts, mask_MV, faults, known)
-        room_MC = None if kind == "narrow" else self._room_of(step, logits_MC)
+        coupled = kind.verifier == "coupled"
+        keeps_room = kind.form == "wide" and not coupled
+        room_MC = self._room_of(step, logits_MC) if keeps_room else None
         rule = partial(law, out=room_MC)
         found = compute_rows(rule, logits_MC, chain, counts, mask_MV, faults, known)
+        if coupled:
+            return coupled_tokens(found, state.laws.seeds_R, state.anchors_R + step + 1)
         if room_MC is not None and found.probs_NC.data_ptr() != room_MC.data_ptr():
             found = replace(found, probs_NC=room_MC.copy_(found.probs_NC))
         self.laws.setdefault(kind, []).append(found)
-        if state.verifier == "coupled":
-            return coupled_tokens(found, state.laws.seeds_R, state.anchors_R + step + 1)
         return found.draw(state.draft_uniform(step))
 
     def _room_of(self, step: int, logits_MC: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ class Drafts:
     Attributes:
         tokens_RK: draft tokens; K may be 0, and rows behind a request's length hold anything.
         laws: the distributions they were drawn from, of each kind of the requests that drafted but
-            the greedy: first of all these requests at the first step, and so on.
+            the greedy and the coupled: first of all these at the first step, and so on.
         tokens: per request, the draft tokens that are verified.
         proposed: per request, how many drafts it was offered.
         confidence_logits_RK: of all that was drawn, before calibration, if anyone reads them;

@@ -38,7 +38,8 @@ class Engine:
             bound to the target.
         max_requests: requests in a round at most; more wait in the queue.
         max_length: tokens of prompt and output together; the target's context by default.
-        verifier: token, block or coupled.
+        verifier: token, block or coupled, of the requests that are not `reproducible`; these are
+            verified by coupled. Without a drafter all draw as they do.
         schedule: how many drafts are verified, all by default; `off` leaves the drafter out. One
             that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
@@ -244,6 +245,7 @@ class Engine:
         events = self._expire()
         roster = self.roster
         roster.admit()
+        self._rest()
         roster.make_room()
         if roster.running:
             plan = plan_step(roster.running, self.step_tokens, self.num_drafts)
@@ -252,11 +254,29 @@ class Engine:
                 self.memory.check()
         return events
 
+    def _rest(self) -> None:
+        """Have requests decoded plainly that end before the drafter is tried again.
+
+        Nothing is kept for the drafter then. Prompts that others could share are read for it all
+        the same.
+        """
+        if self._speculator is None:
+            return
+        roster, scheduler = self.roster, self._speculator.scheduler
+        rounds = scheduler.rest(sum(request.ready for request in roster.running))
+        if not rounds:
+            return
+        for request in roster.running:
+            unshared = request.ready or not self.memory.pool.reuse
+            if unshared and not request.plain and request.room < rounds:
+                request.decode_plainly(request.cached)
+        roster.running.sort(key=lambda request: request.plain)  # who drafts comes first
+
     def _play(self, plan: StepPlan) -> list[Event]:
         requests, laws, state = plan.judged, None, None
         if requests:
             laws, vocab_size = self._laws_of(requests), self.target.vocab_size
-            state = RoundState.of(requests, laws, self.verifier, self.num_drafts, vocab_size)
+            state = RoundState.of(requests, laws, self.num_drafts, vocab_size)
         pieces, times = play(plan, state, self.target, self.memory.cache, self._speculator)
         if laws is not None:
             laws.commit([[piece.token_id for piece in new] for new in pieces])
@@ -282,7 +302,9 @@ class Engine:
         """The laws of the running requests, rebuilt only when other requests run."""
         ids = tuple(request.request_id for request in requests)
         if self._laws is None or self._laws.request_ids != ids:
-            self._laws = RequestLaws.of(requests, self.target.vocab_size, self.target.device)
+            verifier: Verifier = self.verifier if self.drafter is not None else "coupled"
+            vocab_size, device = self.target.vocab_size, self.target.device
+            self._laws = RequestLaws.of(requests, verifier, vocab_size, device)
         return self._laws
 
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:

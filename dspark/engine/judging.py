@@ -129,11 +129,11 @@ def _verify_kind(
         if counts_N is not None:
             counts_N = counts_N.after_drafts(table.request_N, table.step_N, drafts.tokens_RK)
     tokens_N = law_N = None
-    if kind == "greedy":
+    if kind.form == "greedy":
         tokens_N = compute_rows(greedy_tokens, logits_NV, chain_N, counts_N, mask_NV, faults)
     else:
         law_N = compute_rows(law, logits_NV, chain_N, counts_N, mask_NV, faults)
-        if state.verifier == "coupled":
+        if kind.verifier == "coupled":
             positions_N = state.anchors_R[table.request_N] + table.step_N + 1
             tokens_N = coupled_tokens(law_N, laws.seeds_R[table.request_N], positions_N)
     ends = _first_faults(faults, lengths)
@@ -144,7 +144,7 @@ def _verify_kind(
         verdict = _by_identity(tokens_N, table, drafts)
     else:
         assert law_N is not None
-        verdict = _by_rejection(law_N, drafts.laws.get(kind), table, drafts, state)
+        verdict = _by_rejection(law_N, drafts.laws.get(kind), table, drafts, state, _rule(kind))
     return _with_faults(verdict, ends, faults, lengths) if ends else verdict
 
 
@@ -232,6 +232,10 @@ def _row_table(lengths: tuple[int, ...], device: torch.device) -> _RowTable:
     )
 
 
+def _rule(kind: Kind) -> Rule:
+    return "token" if kind.verifier == "token" else "block"
+
+
 def _by_identity(own_N: Tensor, table: _RowTable, drafts: Drafts) -> Verdict:
     """Keep drafts while they are the target's own tokens."""
     own_RL = own_N[table.row_RL]
@@ -250,13 +254,13 @@ def _by_rejection(
     table: _RowTable,
     drafts: Drafts,
     state: RoundState,
+    rule: Rule,
 ) -> Verdict:
     """Keep drafts by the rule of the verifier, and correct the law of the token after them."""
     lengths_R = table.lengths_R
     if table.longest == 0 or drafted is None:
         tokens_R = law_N.draw(state.next_uniform(lengths_R))
         return Verdict([[token] for token in tokens_R.tolist()], [0] * len(tokens_R))
-    rule: Rule = "token" if state.verifier == "token" else "block"
     drafts_RK = drafts.tokens_RK[:, : table.longest]
     p = Blocks(law_N, table.row_RL)
     q = Blocks(drafted, _drafted_rows(drafts, len(drafted), table.longest))

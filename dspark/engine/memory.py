@@ -128,8 +128,9 @@ class Memory:
             valid = valid if written is None else min(valid, written)
         if request.finish_reason == "error":
             self._discard(request)
-        elif not request.plain:
-            self._register(request, valid)
+        else:
+            self._register(request, min(valid, request.observed) if request.plain else valid)
+            request.observed = 0
         self.pool.release(request.table.pages)
         request.table, request.cached, request.shared = BlockTable(), 0, 0
 

@@ -25,6 +25,9 @@ def split_options(
 ) -> tuple[SamplingParams, dict[str, Any], dict[str, Any]]:
     """Part the options of `generate` into sampling parameters, a request's own and the engine's.
 
+    Sampling with a named seed is verified by `coupled`, unless a verifier is named too: its text is
+    then plain decoding's, whatever the load and the schedule.
+
     Raises:
         UsageError: an option is unknown, or has a value that cannot be used.
     """
@@ -33,4 +36,7 @@ def split_options(
         {name: rest.pop(name) for name in names if name in rest}
         for names in (REQUEST_OPTIONS, ENGINE_OPTIONS)
     )
-    return SamplingParams.of(rest), limits, engine_options
+    params = SamplingParams.of(rest)
+    if "seed" in rest and params.temperature > 0:
+        engine_options.setdefault("verifier", "coupled")
+    return params, limits, engine_options

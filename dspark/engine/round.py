@@ -94,7 +94,8 @@ def play(
             drafts = _draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
     batch, judged = target_batch(plan, drafts, target.device)
-    taps = speculator.drafter.taps if speculator else ()
+    observes = speculator is not None and not all(request.plain for request in plan.running)
+    taps = speculator.drafter.taps if speculator is not None and observes else ()
     output = target.forward(batch, cache, taps=taps, logit_rows=judged)
     verdict = Verdict((), ())
     if state is not None:

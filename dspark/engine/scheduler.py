@@ -39,7 +39,7 @@ from dspark.scheduling.prefix import (
     threshold_lengths,
     throughput,
 )
-from dspark.scheduling.protection import Protection
+from dspark.scheduling.protection import OLD, Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 from dspark.scheduling.survival import confidence, survival
 from dspark.scheduling.switch import DraftSwitch
@@ -105,7 +105,8 @@ class Scheduler:
 
     Args:
         schedule: which, and its settings.
-        verifier: of the engine; under `coupled` lengths may depend on anything.
+        verifier: of the engine, for requests that are not `reproducible`; under `coupled` lengths
+            may depend on anything.
         num_drafts: drafts per round at most, K.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
@@ -140,7 +141,7 @@ class Scheduler:
         }
         self._kind: TemperatureClass = "greedy"
         self._protection = Protection()
-        self._scalings = _scalings(calibration, num_drafts, verifier)
+        self._scalings = _scalings(calibration, num_drafts)
         typical_K = _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
@@ -163,6 +164,10 @@ class Scheduler:
         lagged = self.schedule.name == "lagged" and self.verifier != "coupled"
         return self._budget if lagged else None
 
+    def rest(self, num_requests: int) -> float:
+        """Rounds of so many requests in which nothing is drafted for certain."""
+        return self._protection.rest(num_requests) if self.schedule.protects else 0.0
+
     def limits(self, requests: Sequence[ActiveRequest], most: Sequence[int]) -> list[int]:
         """Drafts of each request to ask for, decided from earlier rounds only.
 
@@ -174,7 +179,8 @@ class Scheduler:
         ready = [request for request in requests if request.drafts]
         if not ready or not self.schedule.protects:
             return list(most)
-        if not self._protection.allows(len(ready)):
+        playing = sum(request.ready for request in requests)
+        if not self._protection.allows(playing, tries=len(ready) == playing):
             return self._none(most)
         if not self._weighs(len(ready)):
             return list(most)
@@ -331,7 +337,7 @@ class Scheduler:
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
         self._protection.learn(seen)
-        if self._times:
+        if self._times and self._protection.rest(len(ready)) < OLD:
             self._times[_kind(ready)].learn(seen)
 
     def forget(self, request_id: int) -> None:
@@ -363,15 +369,20 @@ class Scheduler:
             self._margins_DK = logits_DK
             return confidence(self._logistic.apply(logits_DK))
         confidence_DK = confidence(logits_DK)
-        for name, scaling in self._scalings.items():
-            rows = [
-                row
-                for row, request in enumerate(requests)
-                if temperature_class(request.request.params.temperature) == name
-            ]
-            if rows:
-                confidence_DK[rows] = scaling.apply(logits_DK[rows])
+        rows_of = dict[tuple[Verifier, TemperatureClass], list[int]]()
+        for row, request in enumerate(requests):
+            rows_of.setdefault(self._entry(request), []).append(row)
+        for entry, rows in rows_of.items():
+            if entry in self._scalings:
+                confidence_DK[rows] = self._scalings[entry].apply(logits_DK[rows])
         return confidence_DK
+
+    def _entry(self, request: ActiveRequest) -> tuple[Verifier, TemperatureClass]:
+        """The entry of the calibration that a request takes: its own verifier's if there is one."""
+        kind = temperature_class(request.request.params.temperature)
+        if request.request.reproducible and ("coupled", kind) in self._scalings:
+            return "coupled", kind
+        return self.verifier, kind
 
 
 def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
@@ -381,13 +392,13 @@ def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
 
 
 def _scalings(
-    calibration: Calibration | None, num_drafts: int, verifier: Verifier
-) -> dict[str, TemperatureScaling]:
-    """The calibration's temperatures for each temperature class that it has an entry of."""
+    calibration: Calibration | None, num_drafts: int
+) -> dict[tuple[Verifier, TemperatureClass], TemperatureScaling]:
+    """The calibration's temperatures for each verifier and class that it has an entry of."""
     return {
-        entry.temperature_class: entry.scaling
+        (entry.verifier, entry.temperature_class): entry.scaling
         for entry in (calibration.entries if calibration else ())
-        if (entry.block_size, entry.verifier) == (num_drafts, verifier)
+        if entry.block_size == num_drafts
     }
 
 

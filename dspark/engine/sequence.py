@@ -61,7 +61,9 @@ class ActiveRequest:
         round: number of the next round; randomness is keyed by it.
         first_id: number of the first of the answers that were asked for together.
         deadline: when it ends at the latest, on the engine's clock; None for never.
-        plain: whether the drafter has failed it, so that it decodes plainly to its end.
+        plain: whether it decodes plainly to its end: the drafter has failed it, or pauses for so
+            long that it could not draft again.
+        observed: tokens whose rows the drafter has nevertheless, where it is plain.
         logprobs: of the generated tokens, if it asked.
         fault: what ended it, if that was an error.
     """
@@ -84,6 +86,7 @@ class ActiveRequest:
     first_id: int = -1
     deadline: float | None = None
     plain: bool = False
+    observed: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     fault: DSparkError | None = None
 
@@ -164,9 +167,13 @@ class ActiveRequest:
 
     def skip_round(self) -> tuple[Piece, ...]:
         """Commit nothing of a round that came to nothing, and draft no more."""
-        self.plain = True
+        self.decode_plainly()
         self.round += 1
         return ()
+
+    def decode_plainly(self, observed: int = 0) -> None:
+        """Draft no more; the drafter has the rows of the first `observed` tokens."""
+        self.plain, self.observed = True, observed
 
     def _push_or_fail(self, token: int) -> str:
         try:

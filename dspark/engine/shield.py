@@ -43,7 +43,7 @@ class Shield:
                 raise
             self.record(error)
             for request in requests:
-                request.plain = True
+                request.decode_plainly()
 
     def record(self, error: Exception) -> None:
         """Count a fault, or raise it."""

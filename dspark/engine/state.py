@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dspark.engine.masks import RowMasks
 from dspark.engine.sequence import ActiveRequest
-from dspark.request import SamplingParams, Verifier
+from dspark.request import Request, Verifier
 from dspark.sampling.counts import TokenCounts
 from dspark.sampling.noise import Stream, seed_tensor, uniform
 from dspark.sampling.processors import Chain
@@ -21,15 +21,29 @@ from dspark.sampling.processors import Chain
 # (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.
 _DRAFT_BAN = -1e9
 
-Kind = Literal["greedy", "narrow", "wide"]
+Form = Literal["greedy", "narrow", "wide"]
 """What can come after a request's tokens: one token, the few that filters leave, or all."""
 
 
-def kind_of(params: SamplingParams) -> Kind:
-    """How the distributions of a request are held and judged, whoever else is in the batch."""
-    if params.temperature == 0:
-        return "greedy"
-    return "narrow" if params.has_filters else "wide"
+class Kind(NamedTuple):
+    """How the distributions of a request are held and judged, whoever else is in the batch.
+
+    Attributes:
+        form: what can come after its tokens.
+        verifier: by which rule drafts are judged; greedy requests all count as `coupled`, since
+            drafts stay there, too, while they are the target's own tokens.
+    """
+
+    form: Form
+    verifier: Verifier
+
+    @classmethod
+    def of(cls, request: Request, verifier: Verifier) -> Kind:
+        """The kind of a request where the engine's verifier is this one."""
+        if request.params.temperature == 0:
+            return cls("greedy", "coupled")
+        form: Form = "narrow" if request.params.has_filters else "wide"
+        return cls(form, "coupled" if request.reproducible else verifier)
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class RequestLaws:
         seeds_R: their seeds, int64.
         logprobs: how many most likely tokens each wants reported; None for nothing at all.
         counts: token counts where a request has penalties, else None.
-        kinds: how the distributions of each are held.
+        kinds: how the distributions of each are held and judged.
         vocab_size: V.
     """
 
@@ -59,9 +73,13 @@ class RequestLaws:
 
     @classmethod
     def of(
-        cls, requests: Sequence[ActiveRequest], vocab_size: int, device: torch.device
+        cls,
+        requests: Sequence[ActiveRequest],
+        verifier: Verifier,
+        vocab_size: int,
+        device: torch.device,
     ) -> RequestLaws:
-        """Read the parameters and tokens of `requests`."""
+        """Read the parameters and tokens of `requests`; `verifier` is the engine's."""
         chain = Chain.of([r.request.params for r in requests], device)
         draft_chain, counts = chain, None
         if chain.max_bias_token >= 0:
@@ -78,7 +96,7 @@ class RequestLaws:
             seeds_R=seed_tensor([r.request.params.seed for r in requests], device),
             logprobs=tuple(r.request.params.logprobs for r in requests),
             counts=counts,
-            kinds=tuple(kind_of(r.request.params) for r in requests),
+            kinds=tuple(Kind.of(r.request, verifier) for r in requests),
             vocab_size=vocab_size,
         )
 
@@ -93,14 +111,15 @@ class RequestLaws:
 
     def _rows(self, numbers: Sequence[int]) -> RequestLaws:
         kinds = tuple(self.kinds[r] for r in numbers)
+        forms = {kind.form for kind in kinds}
 
         def chosen(chain: Chain) -> Chain:
             return replace(
                 chain.rows(numbers),
-                greedy=all(kind == "greedy" for kind in kinds),
-                sampled=all(kind != "greedy" for kind in kinds),
-                narrow=all(kind != "wide" for kind in kinds),
-                filtered=chain.filtered and any(kind != "wide" for kind in kinds),
+                greedy=forms <= {"greedy"},
+                sampled="greedy" not in forms,
+                narrow="wide" not in forms,
+                filtered=chain.filtered and not forms <= {"wide"},
             )
 
         return RequestLaws(
@@ -150,8 +169,7 @@ class RoundState:
     Coupled noise is keyed by (seed, position, token) instead, and shared.
 
     Attributes:
-        laws: processors, seeds and counts.
-        verifier: which rule decides.
+        laws: processors, verifiers, seeds and counts.
         rounds: round number of each request.
         anchors: position of each anchor (the last committed token).
         num_drafts: drafts per request at most, K.
@@ -159,7 +177,6 @@ class RoundState:
     """
 
     laws: RequestLaws
-    verifier: Verifier
     rounds: tuple[int, ...]
     anchors: tuple[int, ...]
     num_drafts: int
@@ -170,14 +187,12 @@ class RoundState:
         cls,
         requests: Sequence[ActiveRequest],
         laws: RequestLaws,
-        verifier: Verifier,
         num_drafts: int,
         vocab_size: int,
     ) -> RoundState:
         """Read where `requests` stand."""
         return cls(
             laws=laws,
-            verifier=verifier,
             rounds=tuple(r.round for r in requests),
             anchors=tuple(len(r.tokens) - 1 for r in requests),
             num_drafts=num_drafts,
@@ -190,7 +205,7 @@ class RoundState:
             return self
         laws, rounds, anchors = self.laws.first(count), self.rounds[:count], self.anchors[:count]
         masks = None if self.masks is None else self.masks.first(count)
-        return RoundState(laws, self.verifier, rounds, anchors, self.num_drafts, masks)
+        return RoundState(laws, rounds, anchors, self.num_drafts, masks)
 
     def groups(self) -> dict[Kind, tuple[Tensor, RoundState]]:
         """The requests of each kind, in order, and their state; masks are left out."""
@@ -203,7 +218,6 @@ class RoundState:
                 rows_M,
                 RoundState(
                     replace(laws, counts=None if counts is None else counts.rows(rows_M)),
-                    self.verifier,
                     tuple(self.rounds[r] for r in numbers),
                     tuple(self.anchors[r] for r in numbers),
                     self.num_drafts,

@@ -112,7 +112,7 @@ class Dense(Distribution):
     def at(self, rows_M: Tensor, tokens_MC: Tensor) -> Tensor:
         if self.columns_C is None:
             return self.probs_NC[rows_M[:, None], tokens_MC]
-        place_MC = torch.searchsorted(self.columns_C, tokens_MC)
+        place_MC = torch.searchsorted(self.columns_C, tokens_MC.contiguous())
         place_MC.clamp_(max=self.columns_C.numel() - 1)
         probs_MC = self.probs_NC[rows_M[:, None], place_MC]
         return probs_MC.masked_fill_(self.columns_C[place_MC] != tokens_MC, 0)
@@ -193,7 +193,8 @@ class Sparse(Distribution):
 
     def at(self, rows_M: Tensor, tokens_MC: Tensor) -> Tensor:
         held_MD = self.tokens_NC[rows_M]
-        place_MC = torch.searchsorted(held_MD, tokens_MC).clamp_(max=held_MD.shape[1] - 1)
+        place_MC = torch.searchsorted(held_MD, tokens_MC.contiguous())
+        place_MC.clamp_(max=held_MD.shape[1] - 1)
         probs_MC = self.probs_NC[rows_M].gather(1, place_MC)
         return probs_MC.masked_fill_(held_MD.gather(1, place_MC) != tokens_MC, 0)
 

@@ -43,14 +43,26 @@ class Protection:
         self._accounts: dict[int, _Account] = {}
         self.refreshes = False
 
-    def allows(self, requests: int) -> bool:
-        """Whether so many requests draft in this round."""
+    def rest(self, requests: int) -> float:
+        """Plain rounds of so many requests until the next try; 0 where drafting does not pause."""
+        account = self._accounts.get(requests.bit_length())
+        if account is None or not account.pauses:
+            return 0.0
+        return max(TRY - account.credit, 0.0) / account.share
+
+    def allows(self, requests: int, *, tries: bool = True) -> bool:
+        """Whether so many requests draft in this round.
+
+        Args:
+            requests: how many take part.
+            tries: whether a pause may end: all of them can draft, so that it would show something.
+        """
         self.refreshes = False
         account = self._account(requests)
         if not account.plain.known:
             return False
         if account.pauses:
-            account.pauses = account.credit < TRY
+            account.pauses = account.credit < TRY or not tries
             return not account.pauses
         if account.credit < 0:
             if account.since_plain < OLD:
@@ -70,10 +82,11 @@ class Protection:
             return
         account = self._account(seen.requests)
         if not seen.drafted:
-            account.plain.learn(seen, FADE ** (1 + account.since_plain))
-            account.since_plain, account.fresh = 0, account.since_plain > 0
             if account.pauses:
-                account.credit += SHARE / 2 ** min(account.failures - 1, HALVINGS)
+                account.credit += account.share
+            if not account.pauses or self.rest(seen.requests) < OLD:  # else it is old by the try
+                account.plain.learn(seen, FADE ** (1 + account.since_plain))
+            account.since_plain, account.fresh = 0, account.since_plain > 0
             return
         account.since_plain += 1
         if account.plain.tells(seen):
@@ -147,3 +160,8 @@ class _Account:
     since_plain: int = 0
     fresh: bool = False
     plain: _PlainTimes = field(default_factory=_PlainTimes)
+
+    @property
+    def share(self) -> float:
+        """What a plain round pays in while drafting pauses."""
+        return SHARE * 0.5 ** float(min(self.failures - 1, HALVINGS))

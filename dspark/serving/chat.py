@@ -156,7 +156,11 @@ async def chat_completions(
     format_mask = await mask_of(fields, context)
     calls_mask = await calls_mask_of(fields, use, rendered, template, context)
     request = Request(
-        rendered.token_ids, params, format_mask or calls_mask, fields.timeout(context)
+        rendered.token_ids,
+        params,
+        format_mask or calls_mask,
+        fields.timeout(context),
+        reproducible=fields.seed is not None,
     )
     facts: dict[str, Any] = http.state.facts
     if context.settings.log_prompts:

@@ -105,6 +105,7 @@ async def completions(
                 params.with_seed(sample_seed(params.seed, i * params.n)),
                 await mask_of(fields, context),
                 fields.timeout(context),
+                reproducible=fields.seed is not None,
             )
             for i, ids in enumerate(encoded)
         ]

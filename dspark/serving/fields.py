@@ -97,7 +97,8 @@ class SharedFields(Strict):
         stop: strings that end the answer.
         stop_token_ids: token ids that do (not of OpenAI).
         ignore_eos: go on at the model's own end tokens (not of OpenAI).
-        seed: names the randomness; without one it is drawn.
+        seed: names the randomness, and has the request verified by `coupled`; without one it is
+            drawn.
         n: answers.
         timeout_s: seconds after which the answer ends as it is (not of OpenAI).
         stream, stream_options: server-sent events, and whether they end with the usage.

@@ -163,8 +163,7 @@ def test_piped_in_and_out_as_a_program(pair):
 
 
 def test_options_reach_the_sampler(dspark, pair):
-    words = ["--prompt", "two", "--raw", *SHORT, "--schedule", "fixed", "--json"]
-    words += ["--temperature", 5]
+    words = ["--prompt", "two", "--raw", *SHORT, "--json", "--temperature", 5]
     first, again = (
         dspark("generate", pair.attached, *words, "--seed", 3).json["outputs"] for _ in range(2)
     )
@@ -187,13 +186,12 @@ def test_stop_strings_end_the_text(dspark, pair):
 
 def test_several_answers_each_of_its_own_seed(dspark, pair):
     words = ["generate", pair.attached, "--raw", *SHORT, "--temperature", 1, "--json"]
-    words += ["--schedule", "fixed"]
     result = dspark(*words, "--prompt", "two", "--prompt", "one", "--n", 3, "--seed", 4)
     outputs = result.json["outputs"]
     assert [output["prompt"] for output in outputs] == ["two"] * 3 + ["one"] * 3
     assert len({output["text"] for output in outputs}) == 6
     model = package.load(pair.attached)
-    options = {"max_new_tokens": 12, "temperature": 1.0, "schedule": "fixed"}
+    options = {"max_new_tokens": 12, "temperature": 1.0}
     answers = [
         answer
         for i, prompt in enumerate(("two", "one"))

@@ -6,6 +6,8 @@ from itertools import product
 
 import pytest
 
+from dspark.engine.schedule import Schedule
+
 NEW_TOKENS = 12
 
 
@@ -54,9 +56,11 @@ def test_tokens_do_not_hang_on_the_drafter(tiny, target, prompts, plain, kind):
 
 
 def test_the_sample_is_one(tiny, target, prompts, plain):
-    """Control: other seeds, and other verifiers, give other tokens."""
+    """Control: other seeds, and other verifiers with a drafter, give other tokens."""
     assert len(set(plain)) == len(plain)
     other = tiny.make_requests(prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=101)
     assert tiny.token_ids(tiny.decode(target, None, other, verifier="coupled")) != plain
-    same = tiny.make_requests(prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=100)
-    assert tiny.token_ids(tiny.decode(target, None, same)) != plain
+    params = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "top_p": 0.95}
+    same = tiny.make_requests(prompts, **params, presence_penalty=0.2, seed=100)
+    block = tiny.decode(target, tiny.MarkovDrafter(64), same, schedule=Schedule("fixed"))
+    assert tiny.token_ids(block) != plain

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -202,6 +203,33 @@ def trimmed(outputs):
     stats = [output.stats for kind in outputs for output in kind]
     accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
     assert 0.1 * verified < accepted < verified < 0.95 * sum(s.drafted for s in stats)
+
+
+def test_each_request_has_a_verifier_of_its_own(tiny, small):
+    """Block beside coupled in every round: both follow the law, and each judges by its own rule."""
+    drafter = tiny.MarkovDrafter(VOCAB)
+    schedule = Scheduler(
+        Schedule("lagged"), "block", drafter.block_size, Calibration(), jagged_costs()
+    )
+    engine = Engine(small, drafter, max_requests=192, max_length=16, schedule=schedule)
+    requests = [
+        Request(
+            prompt,
+            SamplingParams(5 + i % 4, seed=1000 * i + kind, **params),
+            reproducible=bool(i % 2),
+        )
+        for i in range(2 * 700)
+        for kind, (prompt, params) in enumerate(KINDS)
+    ]
+    outputs = engine.run(requests)
+    for reproducible in (False, True):
+        mine = [i for i, request in enumerate(requests) if request.reproducible == reproducible]
+        own = [outputs[i] for i in mine]
+        assert max(deviations(tiny, small, [own[k::3] for k in range(3)])) < EXACT
+        some = [replace(requests[i], reproducible=True) for i in mine[:300]]
+        plain = tiny.decode(small, None, some, max_length=16, max_requests=64)
+        same = tiny.token_ids(plain) == tiny.token_ids(own[:300])
+        assert same == reproducible
 
 
 def test_coupled_follows_the_law_too(tiny, small):

@@ -74,7 +74,7 @@ def test_generate_one_and_many(model):
 
 
 def test_prompts_of_a_list_draw_with_seeds_of_their_own(model):
-    options = {"temperature": 1.0, "schedule": "fixed", **OPTIONS}
+    options = {"temperature": 1.0, **OPTIONS}
     first, second = model.generate(["the cat"] * 2, seed=5, **options)
     assert first.token_ids != second.token_ids
     assert model.generate("the cat", seed=6, **options).token_ids == second.token_ids

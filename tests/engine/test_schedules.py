@@ -48,7 +48,9 @@ class OfTable(Scheduler):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._protection = SimpleNamespace(allows=lambda _requests: True, refreshes=False)
+        self._protection = SimpleNamespace(
+            allows=lambda _requests, tries: True, rest=lambda _requests: 0.0, refreshes=False
+        )
 
     def _learn_times(self, *_):
         pass
@@ -152,7 +154,8 @@ def test_lagged_budget_knows_nothing_of_this_round():
         SimpleNamespace(
             request_id=i,
             drafts=True,
-            request=SimpleNamespace(params=SamplingParams(8, temperature=1)),
+            ready=True,
+            request=SimpleNamespace(params=SamplingParams(8, temperature=1), reproducible=False),
         )
         for i in range(2)
     ]
@@ -177,7 +180,10 @@ def test_blocks_are_no_deeper_than_pays(single_share, depth):
     ]
     requests = [
         SimpleNamespace(
-            request_id=i, drafts=True, request=SimpleNamespace(params=SamplingParams(8))
+            request_id=i,
+            drafts=True,
+            ready=True,
+            request=SimpleNamespace(params=SamplingParams(8), reproducible=False),
         )
         for i in range(2)
     ]
@@ -215,7 +221,8 @@ def test_calibration_is_applied_to_its_own_temperature_class_only():
         SimpleNamespace(
             request_id=i,
             drafts=True,
-            request=SimpleNamespace(params=SamplingParams(8, temperature=t)),
+            ready=True,
+            request=SimpleNamespace(params=SamplingParams(8, temperature=t), reproducible=False),
         )
         for i, t in enumerate((1.0, 0.0))
     ]

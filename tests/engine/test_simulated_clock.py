@@ -74,7 +74,7 @@ def decode(schedule, machine, requests, *, rounds=240, useful=True, noise=0.1, s
                 request_id=i,
                 drafts=True,
                 ready=True,
-                request=SimpleNamespace(params=SamplingParams(8), mask=None),
+                request=SimpleNamespace(params=SamplingParams(8), mask=None, reproducible=False),
             )
             for i in ids
         ]

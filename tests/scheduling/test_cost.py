@@ -50,7 +50,7 @@ def test_nothing_is_known_beyond_the_last_probe():
         lambda: table.off_ms(0),
         lambda: table.draft_ms(9),
     ):
-        with pytest.raises(UsageError, match="'fixed'"):
+        with pytest.raises(UsageError, match="'auto'"):
             call()
     with pytest.raises(UsageError, match="drafts is -1"):
         table.step_ms(2, -1)
@@ -143,7 +143,7 @@ def test_save_and_load_in_the_users_cache(tmp_path, monkeypatch):
 )
 def test_a_table_of_another_machine_is_refused(tmp_path, field, value):
     path = a_noisy_table(0).save(tmp_path / "costs.json")
-    with pytest.raises(CompatibilityError, match=f"{field} .*'fixed'"):
+    with pytest.raises(CompatibilityError, match=f"{field} .*'auto'"):
         CostTable.load(path, replace(MACHINE, **{field: value}))
 
 
@@ -172,13 +172,13 @@ def test_files_that_are_no_tables_are_refused_with_the_fallback(tmp_path):
     ]
     for text in bad:
         path.write_text(text)
-        with pytest.raises(DataError, match="'fixed'") as caught:
+        with pytest.raises(DataError, match="'auto'") as caught:
             CostTable.load(path)
         assert str(path) in str(caught.value)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="'fixed'"):
+    with pytest.raises(DataError, match="'auto'"):
         CostTable.load(path)
-    with pytest.raises(DataError, match=r"empty.*'fixed'"):
+    with pytest.raises(DataError, match=r"empty.*'auto'"):
         CostTable((), MACHINE)
 
 
