@@ -164,4 +164,4 @@ class _Account:
     @property
     def share(self) -> float:
         """What a plain round pays in while drafting pauses."""
-        return SHARE * 0.5 ** float(min(self.failures - 1, HALVINGS))
+        return SHARE / float(1 << max(min(self.failures - 1, HALVINGS), 0))

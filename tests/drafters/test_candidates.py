@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dspark.drafters.borrowed import Borrowed
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 
@@ -16,14 +17,14 @@ def contexts(*lengths):
 
 def masked(drafter, top_k, monkeypatch):
     """The reference: every row is computed whole, then all but its candidates are masked."""
-    plain = drafter.base_logits
+    plain = Borrowed.logits_by_rows
 
-    def base_logits(hidden_KRH):
-        base = plain(hidden_KRH)
+    def logits_by_rows(borrowed, hidden_KRH):
+        base = plain(borrowed, hidden_KRH)
         least = base.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
         return base.masked_fill(base < least, float("-inf"))
 
-    monkeypatch.setattr(drafter, "base_logits", base_logits)
+    monkeypatch.setattr(Borrowed, "logits_by_rows", logits_by_rows)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])

@@ -135,8 +135,14 @@ def running(
     port: int = 0,
     **options: Any,
 ) -> Iterator[Live]:
-    """A server of its own."""
-    options = {"max_requests": 4, "max_length": 256, "max_queue": 16, **options}
+    """A server of its own; what its rounds do hangs on no clock."""
+    options = {
+        "max_requests": 4,
+        "max_length": 256,
+        "max_queue": 16,
+        "schedule": "fixed",
+        **options,
+    }
     settings = settings or Settings("bundled", drain_s=5.0)
     live = start(model.open_engine(**options), settings, drafters, port)
     try:
@@ -162,7 +168,8 @@ def offline(model: Model) -> Any:
     """The output of a prompt without any server."""
 
     def decode(text: str, *, raw: bool = False, **params: Any) -> Any:
-        request = Request(model.encode(text, raw=raw), SamplingParams(**params))
+        given = SamplingParams(**params)
+        request = Request(model.encode(text, raw=raw), given, reproducible="seed" in params)
         return model.engine([request], schedule="fixed").run([request])
 
     return decode

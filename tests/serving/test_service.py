@@ -29,7 +29,9 @@ def play(model, kit):
     """Run a coroutine function on a started service, and stop that."""
 
     def run(work, **options):
-        engine = model.open_engine(**{"max_requests": 4, "max_length": 256, **options})
+        engine = model.open_engine(
+            **{"max_requests": 4, "max_length": 256, "schedule": "fixed", **options}
+        )
 
         async def main():
             service = EngineService(engine)
