@@ -29,6 +29,7 @@ from dspark.engine.model import Model
 from dspark.evaluation.check import PROMPTS
 from dspark.evaluation.closed_loop import closed_loop
 from dspark.evaluation.live import render
+from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
 from dspark.training.drafter import drafter_config
 from dspark.training.drafter_settings import DSparkSettings
@@ -72,7 +73,9 @@ def adversary(model: Model, kind: str, args: argparse.Namespace) -> Model:
     target, own = model.target, model.drafter
     if kind == "random" or not isinstance(own, DSparkDrafter):
         generator = torch.Generator().manual_seed(args.seed)
-        config = drafter_config(target, DSparkSettings(num_layers=2))
+        config = drafter_config(
+            target, DSparkSettings(num_layers=2, target_layer_ids=choose_taps(target.num_layers))
+        )
         drafter = Adversary.from_target(target.parts(), config, generator=generator)
     else:
         drafter = Adversary(own.config)

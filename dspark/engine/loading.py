@@ -123,9 +123,9 @@ def _with_draft(
             if source == smollm2.NAME:
                 _logger.info("This installation has no drafter of smollm2: it decodes plainly.")
             return Model(target, draft_top_k=draft_top_k)
-        draft = drafter_source(source)
+        name, draft = str(source), drafter_source(source)
     else:
-        revision = None
+        name, revision = str(draft), None
     drafter = load_drafter(draft, revision=revision, offline=offline)
     drafter.to(target.device)
     drafter.bind(target.parts(), num_target_layers=target.num_layers)
@@ -146,7 +146,7 @@ def _with_draft(
     return Model(
         target,
         drafter,
-        name=str(draft),
+        name=name,
         directory=directory,
         calibration=calibration,
         draft_top_k=draft_top_k,

@@ -99,14 +99,18 @@ def test_a_model_that_never_ends_its_prompts_has_them_cut_in_bounded_time(own, t
     longest = writer.most_tokens
     assert longest < 64
     out = tmp_path / "p.jsonl"
-    written = [w for _, w in writer.write(range(8))]
+    written = [w for _, w in writer.write(range(32))]
     assert max(len(w.ids) for w in written) <= longest
     report = write_self_prompts(writer, out, count=3)
     assert report.cut
     assert "does not end its prompts itself" in report.sentences("M")[0]
-    for record in lines(out):
-        ids = own(record["turns"][0], add_special_tokens=False)["input_ids"]
-        assert len(ids) <= CUT_TOKENS[1]
+    # Tokens of a random model are no whole characters: their text may have more tokens than they.
+    cuts = {
+        own.decode(w.ids[:count], skip_special_tokens=True).strip()
+        for w in written
+        for count in range(CUT_TOKENS[0], CUT_TOKENS[1] + 1)
+    }
+    assert {record["turns"][0] for record in lines(out)} <= cuts
 
 
 TEXTS = [
