@@ -55,7 +55,7 @@ def distracted_drafter(tiny, target, name="dspark"):
     own, better = drafter.propose, tiny.TargetDrafter(target, spoil=4)
 
     def propose(context, batch, draw):
-        own(context, batch, lambda step, logits_RV: logits_RV.argmax(-1))
+        own(context, batch, lambda step, logits_RV, tokens=None: logits_RV.argmax(-1))
         return better.propose(context, batch, draw)
 
     drafter.propose = propose
