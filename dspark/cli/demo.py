@@ -81,8 +81,7 @@ SHOWS = {
         threads=1,
         repeats=3,
         note="The model is tiny: it shows the method, not knowledge, and a plain step of it is "
-        "mostly dispatch overhead; the figure that the README leads with is measured at "
-        "Qwen3-0.6B shapes.",
+        "mostly dispatch overhead; docs/bundled_figures.md has figures at Qwen3-0.6B shapes.",
     ),
 }
 
