@@ -263,7 +263,8 @@ def stops_at_first_failure(_rule, *rest, right=verification.accepted_lengths):
 
 
 def never_corrects(_rule, p, _q, _drafts, _lengths, accepted):
-    return p[torch.arange(len(accepted)), accepted]
+    rows = p.row_RL[torch.arange(len(accepted)), accepted]
+    return verification.Dense.of(p.distribution.dense()[rows])
 
 
 def keeps_too_much(*args, right=verification.keep_probabilities):
