@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from dspark.cli.common import (
-    TARGET_HELP,
-    Commands,
-    Screen,
-    add_common_options,
-    new_parser,
-    use_threads,
-)
+from dspark.cli.inputs import use_threads
+from dspark.cli.options import TARGET_HELP, Command, Common, Loading, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,40 +24,38 @@ EXAMPLE = """\
   dspark convert runs/drafter drafter.gguf --to gguf --type q8_0 --target target.gguf"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `convert`."""
-    parser = new_parser(commands, "convert", "rewrite a drafter's checkpoint", EXAMPLE)
-    parser.add_argument(
-        "source",
+@dataclass(frozen=True)
+class Options(Common):
+    """Options of `convert`."""
+
+    source: str = option(
+        "",
+        "a drafter: a directory, a GGUF file, a hub id, smollm2 or bundled",
+        positional=True,
         metavar="SRC",
-        help="a drafter: a directory, a GGUF file, a hub id, smollm2 or bundled",
     )
-    parser.add_argument(
-        "destination",
+    destination: str = option(
+        "",
+        "directory to write; for attached, the target's directory; for gguf, a file",
+        positional=True,
         metavar="DST",
-        help="directory to write; for attached, the target's directory; for gguf, a file",
     )
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
-    parser.add_argument(
-        "--type",
-        choices=WEIGHT_TYPES,
-        dest="weight_type",
-        help="of the matrices of a GGUF file (default: bf16)",
+    to: str = option("", "the layout to write", required=True, choices=LAYOUTS)
+    weight_type: str | None = option(
+        None, "of the matrices of a GGUF file (default: bf16)", flag="--type", choices=WEIGHT_TYPES
     )
-    parser.add_argument(
-        "--target",
-        metavar="TARGET",
-        help=f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and its tokenizer to "
-        "a GGUF file, and says how many layers it has and what it is called; by default DST for "
+    target: str | None = option(
+        None,
+        f"{TARGET_HELP}; lends embedding and head where SRC lacks them, and its tokenizer to a "
+        "GGUF file, and says how many layers it has and what it is called; by default DST for "
         "attached, and SRC where that is a target with a drafter attached",
+        metavar="TARGET",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
-    parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
-    add_common_options(parser)
-    parser.set_defaults(run=run)
+    revision: str | None = pick(Loading, "revision", help="branch, tag or commit of SRC on the hub")
+    offline: bool = pick(Loading, "offline")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
     from dspark.drafters.target_tables import TargetTables
@@ -73,7 +64,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     _refuse_options_without_effect(options)
     with screen.log.status(f"Reading {options.source} ..."):
         source = options.source
-        hub = {"revision": options.revision, "offline": options.offline}
+        hub: dict[str, Any] = {"revision": options.revision, "offline": options.offline}
         drafter = load_drafter(source, **hub)
         target = options.target
         if target is None and options.to == "attached":
@@ -97,17 +88,17 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     with screen.log.status(f"Writing {options.destination} ..."):
         written = _save(drafter, target, options)
     line = f"Wrote {written.directory}: {written.tensors} tensors, {written.bytes / 1e6:.1f} MB."
-    screen.out.print(Text(line), soft_wrap=True)
+    screen.say(line)
     report = {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
     if options.to == GGUF:
         from dspark.drafters.gguf_layout import spec_flags
 
         report["llama_cpp"] = f"-md {options.destination} {spec_flags(drafter)}"
-        screen.out.print(Text(f"For llama.cpp: {report['llama_cpp']}"), soft_wrap=True)
+        screen.say(f"For llama.cpp: {report['llama_cpp']}")
     return report
 
 
-def _refuse_options_without_effect(options: argparse.Namespace) -> None:
+def _refuse_options_without_effect(options: Options) -> None:
     if options.to == GGUF and options.dtype != "auto":
         raise UsageError(
             f"--dtype {options.dtype} has no effect on a GGUF file; choose a --type: "
@@ -119,7 +110,7 @@ def _refuse_options_without_effect(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.destination} must end in .gguf, since it is a file to write.")
 
 
-def _save(drafter: AnyDrafter, target: str | None, options: argparse.Namespace) -> Written:
+def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
     import torch
 
     if options.to == GGUF:
@@ -134,10 +125,11 @@ def _save(drafter: AnyDrafter, target: str | None, options: argparse.Namespace) 
 
     from dspark.drafters.checkpoint import save_attached, save_published, save_speculators
 
-    save = {
-        "deepspec": save_published,
-        "speculators": save_speculators,
-        "attached": save_attached,
-    }[options.to]
+    save = {"deepspec": save_published, "speculators": save_speculators, "attached": save_attached}[
+        options.to
+    ]
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     return save(drafter, Path(options.destination), dtype=dtype)
+
+
+COMMAND = Command("convert", "rewrite a drafter's checkpoint", EXAMPLE, Options, run)

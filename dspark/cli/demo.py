@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_mode_options,
-    load_model,
-    new_parser,
-)
-from dspark.cli.options import add_no_profile
-from dspark.cli.starting import measure_costs
+from dspark.cli.inputs import load_model, measure_costs
+from dspark.cli.options import Command, Loading, Sampling, Speculation, option, pick
+from dspark.cli.screen import Screen, printable
 from dspark.data.formats import BOXED
 from dspark.errors import CheckpointError, CompatibilityError
-from dspark.request import Request, SamplingParams
+from dspark.request import Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.cli.decoding import Decoded, EngineOptions
+    from dspark.cli.decoding import Show as Told
     from dspark.engine.model import Model
+    from dspark.engine.sequence import Piece
 
 EXAMPLE = """\
   dspark demo
@@ -86,99 +85,77 @@ SHOWS = {
 }
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `demo`."""
-    parser = new_parser(
-        commands, "demo", "decode with a chat model, plainly and with DSpark", EXAMPLE
+@dataclass(frozen=True)
+class Options(Loading):
+    """Options of `demo`; revision and trust_remote_code do nothing for models that ship."""
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model: Literal["smollm2", "bundled"] | None = option(
+        None,
+        "smollm2 (SmolLM2-135M-Instruct, by default), or the tiny bundled model, which takes its "
+        "place where it is not available",
     )
-    parser.add_argument(
-        "--model",
-        choices=tuple(SHOWS),
-        help="smollm2 (SmolLM2-135M-Instruct, by default), or the tiny bundled model, which takes "
-        "its place where it cannot be had",
+    max_new_tokens: int | None = pick(
+        Sampling, "max_new_tokens", None, help="default: 128 with smollm2, 96 with bundled"
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="default: 128 with smollm2, 96 with bundled",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
-    )
-    parser.add_argument("--only", choices=DOMAINS, help="one prompt instead of all three")
-    parser.add_argument("--offline", action="store_true", help="use what is on this machine only")
-    add_mode_options(parser)
-    add_no_profile(parser)
-    add_common_options(parser)
-    parser.set_defaults(
-        run=run,
-        revision=None,
-        trust_remote_code=False,
-        schedule=None,
-        verifier="block",
-        block_size=None,
-    )
+    temperature: float = pick(Sampling, "temperature")
+    only: Literal["math", "code", "chat"] | None = option(None, "one prompt instead of all three")
+    no_profile: bool = pick(Speculation, "no_profile")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object.
 
     Raises:
         CheckpointError: the model is missing, or has no drafter.
     """
-    model = _load(options, screen)
-    shown = SHOWS[options.target]
+    name, model = _load(options, screen)
+    shown = SHOWS[name]
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens or shown.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed or 0,
     )
-    from dspark.cli.comparison import comparable, compare_report
-    from dspark.cli.decoding import EngineOptions
+    from dspark.cli.decoding import EngineOptions, comparable, compare_report
 
     engine_options = EngineOptions(batch_size=1)
-    measure_costs(options, model, [Request((0,), params)], 1, screen)
+    speculation = Speculation(no_profile=options.no_profile)
+    measure_costs(speculation, model, [Request((0,), params)], 1, screen)
     must_agree = comparable(params.temperature, engine_options.verifier)
     runs: list[Decoded] = []
     plain_runs: list[Decoded] = []
     domains: dict[str, dict[str, Any]] = {}
-    for name in [options.only] if options.only else DOMAINS:
-        prompt = shown.prompts[name]
+    for domain in [options.only] if options.only else DOMAINS:
+        prompt = shown.prompts[domain]
         request = Request(model.encode([{"role": "user", "content": prompt}]), params)
-        screen.out.rule(name, align="left")
+        screen.out.rule(domain, align="left")
         screen.out.print(Text(prompt, "italic"))
         both = _watch if shown.repeats == 1 else _decode_and_replay
         plain, ours = both(model, engine_options, request, prompt, shown.repeats, screen)
-        domains[name] = compare_report([ours], [plain], comparable=must_agree)
-        screen.out.print(_verdict(model, request, plain, ours, domains[name]["identical"]))
+        domains[domain] = compare_report([ours], [plain], comparable=must_agree)
+        screen.out.print(_verdict(model, request, plain, ours, domains[domain]["identical"]))
         plain_runs.append(plain)
         runs.append(ours)
     report = compare_report(runs, plain_runs, comparable=must_agree)
     screen.out.print(_table(domains if options.only else domains | {"all": report}))
     screen.out.print(shown.note, style="dim")
-    return report | {"domains": domains, "model": options.target}
+    return report | {"domains": domains, "model": name}
 
 
-def _load(options: argparse.Namespace, screen: Screen) -> Model:
-    """The model asked for, or the bundled one where nobody asked and the real one is not here.
-
-    Sets the target and the threads of `options`.
-    """
-    threads = options.threads
+def _load(options: Options, screen: Screen) -> tuple[str, Model]:
+    """The model asked for, or the bundled one where nobody asked and the real one is not here."""
     for name in (options.model,) if options.model else tuple(SHOWS):
-        options.target = name
-        options.threads = SHOWS[name].threads if threads is None else threads
+        threads = SHOWS[name].threads if options.threads is None else options.threads
         try:
-            model = load_model(options, None, screen)
+            model = load_model(name, None, replace(options, threads=threads), screen)
             if model.drafter is None:
                 raise CheckpointError(f"{name} has no drafter attached; reinstall dspark.")
-            return model
+            return name, model
         except (CheckpointError, CompatibilityError) as error:
             if name in (options.model, "bundled"):
                 raise
-            sentence = f"{error} The tiny bundled model takes its place."
-            screen.log.print(Text(sentence, "yellow"), soft_wrap=True)
+            screen.warn(f"{error} The tiny bundled model takes its place.")
     raise AssertionError("the bundled model is loaded or refused")
 
 
@@ -192,7 +169,6 @@ def _watch(
 ) -> tuple[Decoded, Decoded]:
     """Decode plainly, then with DSpark, each shown as it goes."""
     from dspark.cli.decoding import decode, warm_up
-    from dspark.cli.replay import Watched
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
     with screen.log.status("Warming up ..."):
@@ -216,7 +192,6 @@ def _decode_and_replay(
 ) -> tuple[Decoded, Decoded]:
     """Decode plainly and with DSpark in turn, several times; the run of median time of each."""
     from dspark.cli.decoding import decode, warm_up
-    from dspark.cli.replay import Side, replay
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
     with screen.log.status("Decoding plainly and with DSpark in turn ..."):
@@ -239,10 +214,10 @@ def _verdict(
     model: Model, request: Request, plain: Decoded, ours: Decoded, identical: bool | None
 ) -> Text:
     if identical is None:
-        return Text("Sampled: the same law, but other draws, so the texts differ.\n")
+        return Text("Sampled: the same distribution, but other draws, so the texts differ.\n")
     if identical:
         return Text("Identical, token by token.\n", "green")
-    from dspark.cli.comparison import differences
+    from dspark.cli.decoding import differences
 
     target = model.target
     (difference,) = differences(target, [request], ours.outputs, plain.outputs)
@@ -270,3 +245,129 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _percent(shares: Sequence[float | None]) -> str:
     return " ".join("-" if share is None else f"{100 * share:.0f}" for share in shares)
+
+
+# The display
+
+DRAFTED = "green"
+REPLAY_SECONDS = 4.0
+_FRAMES_PER_SECOND = 20
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs, and what it is called.
+
+    For a replay both are decoded first, one after the other, so that neither the other run nor the
+    display takes time from them; the replay then keeps their measured pace, stretched alike.
+    """
+
+    title: str
+    run: Decoded
+
+    def text_at(self, seconds: float) -> Text:
+        """What had been decoded by then; accepted drafts are coloured."""
+        text = Text(overflow="fold")
+        for moment, pieces in self.run.moments:
+            if moment > seconds:
+                break
+            for piece in pieces:
+                text.append(printable(piece.text), DRAFTED if piece.drafted else "")
+        return text
+
+    def panel_at(self, seconds: float) -> Panel:
+        """The text, with the run's time so far."""
+        shown = min(seconds, self.run.seconds)
+        note = f"{shown:.2f} s"
+        if seconds >= self.run.seconds:
+            note += f", {self.run.tokens_per_s:.0f} tokens/s"
+        return Panel(self.text_at(seconds), title=self.title, subtitle=note)
+
+
+class Watched:
+    """Panels side by side that runs fill one after the other; elsewhere than on a terminal, text.
+
+    The time of showing is not counted in a run's.
+    """
+
+    def __init__(self, titles: Sequence[str], console: Console) -> None:
+        self.titles, self.console = titles, console
+        self.texts = [Text(overflow="fold") for _ in titles]
+        self.live = (
+            Live(self._frame(), console=console, auto_refresh=False)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Watched:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, side: int) -> Told:
+        """What to tell of the steps of one run."""
+        if self.live is None:
+            self.console.print(f"[{self.titles[side]}]", style="bold", markup=False)
+
+        def step(_index: int, pieces: Sequence[Piece], output: Output | None) -> None:
+            for piece in pieces:
+                self.texts[side].append(printable(piece.text), DRAFTED if piece.drafted else "")
+                if self.live is None:
+                    self.console.file.write(printable(piece.text))
+            if self.live is not None:
+                self.live.update(self._frame(), refresh=True)
+            else:
+                self.console.file.write("\n" if output is not None else "")
+                self.console.file.flush()
+
+        return step
+
+    def _frame(self) -> Table:
+        grid = Table.grid(expand=True)
+        grid.caption = "Decoded in turn. Green: drafted and accepted."
+        for _ in self.titles:
+            grid.add_column(ratio=1)
+        sides = zip(self.titles, self.texts, strict=True)
+        grid.add_row(*[Panel(text, title=title) for title, text in sides])
+        return grid
+
+
+def replay(sides: Sequence[Side], console: Console) -> None:
+    """Play the runs side by side on a terminal; elsewhere print them one after the other."""
+    if not console.is_terminal:
+        for side in sides:
+            console.print(f"[{side.title}]", style="bold", markup=False)
+            console.print(side.text_at(side.run.seconds), soft_wrap=True)
+        return
+    longest = max(side.run.seconds for side in sides)
+    stretch = REPLAY_SECONDS / longest
+    started = time.monotonic()
+    with Live(_frame(sides, 0.0, stretch), console=console, auto_refresh=False) as live:
+        while (seconds := (time.monotonic() - started) / stretch) < longest:
+            live.update(_frame(sides, seconds, stretch), refresh=True)
+            time.sleep(1 / _FRAMES_PER_SECOND)
+        live.update(_frame(sides, longest, stretch), refresh=True)
+
+
+def _frame(sides: Sequence[Side], seconds: float, stretch: float) -> Table:
+    grid = Table.grid(expand=True)
+    pace = f"replayed together at {1 / stretch:.2g} x their speed"
+    grid.caption = f"Timed in turn, {pace}. Green: drafted and accepted."
+    for _ in sides:
+        grid.add_column(ratio=1)
+    grid.add_row(*[side.panel_at(seconds) for side in sides])
+    return grid
+
+
+COMMAND = Command(
+    "demo", "decode with a chat model, plainly and with DSpark", EXAMPLE, Options, run
+)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    load_model,
-    new_parser,
-)
+from dspark.cli.inputs import load_model
+from dspark.cli.options import Command, Loading, Pair, option, pick
+from dspark.cli.screen import Screen, table
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,43 +26,36 @@ EXAMPLE = """\
   dspark fit ./model --budget 8h --dry-run"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `fit`."""
-    summary = "make a drafter for a model: prompts, answers, training, calibration, evaluation"
-    parser = new_parser(commands, "fit", summary, EXAMPLE)
-    parser.add_argument(
-        "target", metavar="MODEL", help="a directory, a hub id, or bundled: what gets a drafter"
+@dataclass(frozen=True)
+class Options(Loading):
+    """Options of `fit`."""
+
+    target: str = pick(
+        Pair,
+        "target",
+        help="a directory, a hub id, or bundled: the model that gets a drafter",
+        metavar="MODEL",
     )
-    parser.add_argument(
-        "--prompts",
-        action="append",
-        default=[],
+    prompts: tuple[str, ...] = option(
+        (),
+        "a JSON-lines file, a folder of them, or a data set; repeatable (default: the model writes "
+        "its prompts itself)",
         metavar="F",
-        help="a JSON-lines file, a folder of them, or a data set; repeatable (default: the model "
-        "writes its prompts itself)",
     )
-    parser.add_argument(
-        "--budget", default="30m", metavar="T", help="time in all, as 30m or 8h (default: 30m)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the run, where the drafter stays then; the same command goes on there "
+    budget: str = option("30m", "time in all, as 30m or 8h (default: {default})", metavar="T")
+    out: Path | None = option(
+        None,
+        "folder of the run, where the drafter then stays; the same command continues there "
         "(default: fit-NAME, and the drafter is attached to a MODEL that is a directory without "
         "one)",
+        metavar="DIR",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would be done, with its times, memory and disk, and stop",
+    dry_run: bool = option(
+        False, "say what would be done, with its times, memory and disk, and stop"
     )
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     started = time.perf_counter()
     from dspark.fitting.budget import parse_budget
@@ -79,7 +66,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     wish = Wish(
         options.target,
         parse_budget(options.budget),
-        tuple(options.prompts),
+        options.prompts,
         options.out,
         options.seed or 0,
         options.offline,
@@ -87,7 +74,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     )
 
     def load() -> Any:
-        return load_model(options, "none", screen)
+        return load_model(options.target, "none", options, screen)
 
     if options.dry_run:
         plan = dry_run(wish, load, _Lines(screen))
@@ -116,7 +103,7 @@ class _Lines:
 
     def say(self, sentence: str) -> None:
         """Print it."""
-        self._screen.log.print(Text(sentence), soft_wrap=True)
+        self._screen.remark(sentence)
 
 
 class _Display(_Lines):
@@ -191,28 +178,24 @@ def _show_plan(plan: Plan, folder: Path, screen: Screen) -> None:
     from dspark.fitting.budget import duration
     from dspark.fitting.plan import plan_rows
 
-    table = Table("stage", "what", box=None, pad_edge=False)
-    table.add_column("time", justify="right", no_wrap=True)
+    shown = table("stage", "what")
+    shown.add_column("time", justify="right", no_wrap=True)
     for name, what, took in plan_rows(plan):
-        table.add_row(name, escape(what), took)
-    screen.out.print(table)
-    screen.out.print(
-        Text(
-            f"In all {duration(plan.budget_s)}, {plan.memory_bytes / 1e9:.2g} GB of memory and "
-            f"{plan.disk_bytes / 1e9:.2g} GB of disk in {folder}. Nothing was started."
-        ),
-        soft_wrap=True,
+        shown.add_row(name, escape(what), took)
+    screen.out.print(shown)
+    screen.say(
+        f"In all {duration(plan.budget_s)}, {plan.memory_bytes / 1e9:.2g} GB of memory and "
+        f"{plan.disk_bytes / 1e9:.2g} GB of disk in {folder}. Nothing was started."
     )
 
 
 def _show(result: Mapping[str, Any], screen: Screen) -> None:
-    table = Table("domain", "temperature", box=None, pad_edge=False)
-    for name in ("accepted length", "95 %", "speed-up", "95 %"):
-        table.add_column(name, justify="right")
+    numbers = ("accepted length", "95 %", "speed-up", "95 %")
+    shown = table("domain", "temperature", right=numbers)
     for domain, rows in result["domains"].items():
         for key, temperature in (("t0", "0"), ("t1", "1")):
             row = rows[key]
-            table.add_row(
+            shown.add_row(
                 escape(domain),
                 temperature,
                 _number(row["accepted_length"]),
@@ -220,15 +203,15 @@ def _show(result: Mapping[str, Any], screen: Screen) -> None:
                 _number(row["speedup"]),
                 _ends(row["speedup_ci95"]),
             )
-    screen.out.print(table)
+    screen.out.print(shown)
     if result["ece"] is not None:
-        screen.out.print(f"Calibration error on held-out prompts: {100 * result['ece']:.1f} %.")
+        screen.say(f"Calibration error on held-out prompts: {100 * result['ece']:.1f} %.")
     for limit in result["limits"].values():
-        screen.out.print(Text(limit["sentence"]), soft_wrap=True)
+        screen.say(limit["sentence"])
     place = result["attached"] or f"{result['output_dir']}/dspark"
-    screen.out.print(Text(f"The drafter is in {place}. To serve it:"), soft_wrap=True)
+    screen.say(f"The drafter is in {place}. To serve it:")
     for engine, command in result["commands"].items():
-        screen.out.print(Text(f"  {engine:<11}{command}"), soft_wrap=True)
+        screen.say(f"  {engine:<11}{command}")
 
 
 def _number(value: float | None) -> str:
@@ -237,3 +220,12 @@ def _number(value: float | None) -> str:
 
 def _ends(ends: list[float] | None) -> str:
     return "-" if ends is None else "-".join(map(_number, ends))
+
+
+COMMAND = Command(
+    "fit",
+    "make a drafter for a model: prompts, answers, training, calibration, evaluation",
+    EXAMPLE,
+    Options,
+    run,
+)

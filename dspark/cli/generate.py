@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    add_pair_options,
-    load_model,
-    new_parser,
+from dspark.cli.inputs import PromptText, load_pair, measure_costs, named_prompts, tell_schedule
+from dspark.cli.options import (
+    Batch,
+    Command,
+    PairOrPlain,
+    Prompts,
+    Sampling,
+    Speculation,
+    option,
+    pick,
 )
-from dspark.cli.options import add_drafting_options
-from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
-from dspark.cli.starting import measure_costs, tell_schedule
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
-    from dspark.cli.comparison import Difference
-    from dspark.cli.decoding import Decoded, EngineOptions
+    from dspark.cli.decoding import Decoded, Difference, EngineOptions
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
     from dspark.engine.sequence import Piece
@@ -34,88 +33,51 @@ EXAMPLE = """\
 DRAFTED = "green"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `generate`."""
-    parser = new_parser(commands, "generate", "continue prompts with a model", EXAMPLE)
-    add_pair_options(parser, plain=True)
-    add_prompt_options(parser)
-    _add_sampling_options(parser)
-    _add_decoding_options(parser)
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class _Answers(Sampling):
+    TITLE: ClassVar = "sampling"
 
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the best"
-    )
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 (default) is off")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default) is off")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="0 (default) is off")
-    for name, off in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0)):
-        group.add_argument(
-            f"--{name}-penalty",
-            type=float,
-            default=off,
-            metavar="X",
-            help=f"{off:g} (default) is off",
-        )
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="S", help="ends the output; repeatable"
-    )
-    group.add_argument(
-        "--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)"
-    )
-    group.add_argument(
-        "--logprobs",
-        type=int,
+    stop: tuple[str, ...] = option((), "ends the output; repeatable", metavar="S")
+    n: int = option(1, "answers to each prompt (default: {default})", metavar="N")
+    logprobs: int | None = option(
+        None,
+        "with --json: each token's log-probability, and those of the L most likely tokens",
         metavar="L",
-        help="with --json: each token's log-probability, and those of the L most likely tokens",
     )
-    group.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds after which an answer ends as it is"
-    )
+    timeout: float | None = option(None, "seconds after which an answer ends as it is", metavar="S")
 
 
-def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    group = add_drafting_options(
-        parser,
-        verifier=None,
-        verifier_help="default: block; coupled where --seed is given and tokens are sampled, whose "
-        "output is plain decoding's. With token or block a seed reproduces under --schedule off, "
-        "fixed and threshold only",
+@dataclass(frozen=True)
+class _Decoding(Speculation, Batch):
+    TITLE: ClassVar = "speculation"
+
+    verifier: Verifier | None = pick(  # type: ignore[assignment]
+        Speculation,
+        "verifier",
+        None,
+        help="default: block; coupled where --seed is given and tokens are sampled, whose output "
+        "is plain decoding's. With token or block a seed reproduces under --schedule off, fixed "
+        "and threshold only",
     )
-    group.add_argument(
-        "--batch-size", type=int, default=8, metavar="R", help="requests at once (default: 8)"
-    )
-    group.add_argument(
-        "--compare", action="store_true", help="also decode plainly, and compare speed and output"
-    )
+    compare: bool = option(False, "also decode plainly, and compare speed and output")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(Prompts, _Answers, _Decoding, PairOrPlain):
+    """Options of `generate`."""
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    options.verifier = options.verifier or _default_verifier(options)
+    verifier = options.verifier or _default_verifier(options)
+    options = replace(options, verifier=verifier)
+    named = {each.name: getattr(options, each.name) for each in fields(Sampling)}
     params = SamplingParams(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        stop=tuple(options.stop),
-        seed=options.seed or 0,
-        n=options.n,
-        logprobs=options.logprobs,
+        **named, stop=options.stop, seed=options.seed or 0, n=options.n, logprobs=options.logprobs
     )
     _check_options(options)
-    prompts = read_prompt_texts(options)
-    model = load_model(options, options.draft, screen)
+    prompts = named_prompts(options)
+    model = load_pair(options, screen)
     from dspark.cli.decoding import run_report, warm_up
 
     engine_options = _engine_options(options, model)
@@ -137,18 +99,16 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     return report
 
 
-def _default_verifier(options: argparse.Namespace) -> Verifier:
+def _default_verifier(options: Options) -> Verifier:
     """A seed that is named names a text, whatever load and schedule."""
     return "coupled" if options.seed is not None and options.temperature > 0 else "block"
 
 
-def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
+def _engine_options(options: Options, model: Model) -> EngineOptions:
     """Check what only makes sense with a drafter, or with one schedule."""
     from dspark.cli.decoding import EngineOptions
     from dspark.engine.schedule import Schedule
 
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size is {options.batch_size}, but must be at least 1.")
     Schedule(options.schedule or "fixed", options.threshold)  # refuses what does not go together
     idle = model.drafter is None or options.schedule == "off"
     for name, given in (
@@ -161,7 +121,7 @@ def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
                 f"{name} is {given}, but nothing is drafted here; give a drafter with --draft."
             )
     return EngineOptions(
-        verifier=options.verifier,
+        verifier=options.verifier or _default_verifier(options),
         schedule=options.schedule,
         threshold=options.threshold,
         block_size=options.block_size,
@@ -169,7 +129,7 @@ def _engine_options(options: argparse.Namespace, model: Model) -> EngineOptions:
     )
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def _check_options(options: Options) -> None:
     """Refuse what would not act, or would not mean anything."""
     if options.logprobs is not None and not options.json:
         raise UsageError(f"--logprobs is {options.logprobs}, but only --json shows them; add it.")
@@ -180,10 +140,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _requests(
-    model: Model,
-    prompts: Sequence[PromptText],
-    params: SamplingParams,
-    options: argparse.Namespace,
+    model: Model, prompts: Sequence[PromptText], params: SamplingParams, options: Options
 ) -> list[Request]:
     """One request per answer; prompt i draws with seed + i."""
     return [
@@ -237,8 +194,7 @@ def _compare(
     screen: Screen,
 ) -> dict[str, Any]:
     """Decode plainly, and set both beside each other."""
-    from dspark.cli.comparison import comparable, compare_report, differences
-    from dspark.cli.decoding import decode, warm_up
+    from dspark.cli.decoding import comparable, compare_report, decode, differences, warm_up
 
     plain_engine = engine_options.plain_engine(model, requests)
     with screen.log.status("Decoding plainly ..."):
@@ -254,7 +210,7 @@ def _compare(
     for difference in found:
         target = model.target
         sentence = difference.sentence(target.dtype, batch_invariant=target.batch_invariant)
-        screen.log.print(sentence, style="yellow")
+        screen.warn(sentence)
     report["differences"] = [
         {"request": d.request, "position": d.position, "top2_gap": d.top2_gap} for d in found
     ]
@@ -272,11 +228,14 @@ def _summarise(report: dict[str, Any], screen: Screen) -> None:
             f"{report['speedup']:.2f} x plain decoding ({report['plain_tokens_per_s']:.1f} "
             f"tokens/s), {verdict(report['identical'])}"
         )
-    screen.log.print("; ".join(parts) + ".", style="dim", soft_wrap=True)
+    screen.remark("; ".join(parts) + ".", "dim")
 
 
 def verdict(identical: bool | None) -> str:
     """Say whether the outputs agree."""
     if identical is None:
-        return "same law, other draws"
+        return "same distribution, other draws"
     return "identical output" if identical else "DIFFERENT output"
+
+
+COMMAND = Command("generate", "continue prompts with a model", EXAMPLE, Options, run)

@@ -1,27 +1,154 @@
-"""Before the first request: the cost table of this machine, and which schedule serves."""
+"""What commands start from: prompts, a loaded model, and what steps cost on this machine."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rich.progress import Progress
-
-from dspark.cli.common import Screen
+from dspark.cli.options import Common, Loading, Pair, Prompts, Speculation
+from dspark.cli.screen import Screen
+from dspark.errors import DataError, UsageError
 from dspark.request import Request
 
 if TYPE_CHECKING:
+    from dspark.data.conversations import Message
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
     from dspark.scheduling.calibration import TemperatureClass
 
+# What a kind of packed weights means, said at the start.
+_WEIGHTS = {
+    "fp16": "the checkpoint's values in 16 bits, computed in 32",
+    "onednn": "laid out for oneDNN",
+    "int8": "quantised to 8 bits: outputs are those of the quantised model",
+}
 # A visit of all points that has begun is finished, so measuring may take somewhat longer.
-LIMIT_S = 5.0
+_LIMIT_S = 5.0
 
 
-def kinds_of(requests: Sequence[Request] | None) -> set[TemperatureClass]:
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt as it was given.
+
+    Attributes:
+        text: the text, or the last turn of a dialogue.
+        messages: the dialogue, empty for a text.
+    """
+
+    text: str
+    messages: Sequence[Message] = field(default=())
+
+    def encode(self, model: Model, *, raw: bool) -> tuple[int, ...]:
+        """Token ids: by the chat template where there is one, unless `raw`.
+
+        Raises:
+            RequestError: nothing to encode, or no template for a dialogue.
+            UsageError: `raw` is asked of a dialogue of several messages.
+        """
+        if raw and len(self.messages) > 1:
+            raise UsageError(
+                f"--raw takes texts, but a prompt is a dialogue of {len(self.messages)} messages; "
+                "leave --raw out."
+            )
+        if len(self.messages) > 1:
+            return model.encode(self.messages)
+        return model.encode(self.text, raw=raw)
+
+
+def prompts_of_file(path: str) -> list[PromptText]:
+    """The prompts of a JSON-lines file.
+
+    Raises:
+        DataError: it is missing or malformed.
+    """
+    from dspark.data.conversations import read_prompts
+
+    return [PromptText(prompt.text, prompt.messages or ()) for prompt in read_prompts(path)]
+
+
+def named_prompts(options: Prompts) -> list[PromptText]:
+    """The prompts that the options name.
+
+    Raises:
+        UsageError: none is named, and standard input is a terminal.
+        DataError: the file is missing or malformed, or standard input is not text.
+    """
+    if options.prompt:
+        return [PromptText(text) for text in options.prompt]
+    if options.prompts is not None:
+        return prompts_of_file(options.prompts)
+    if sys.stdin.isatty():
+        raise UsageError("There is no prompt; give --prompt TEXT, --prompts FILE or a pipe.")
+    try:
+        return [PromptText(sys.stdin.read().removesuffix("\n"))]
+    except UnicodeDecodeError as error:
+        raise DataError(f"Standard input is not {error.encoding} text; convert it.") from error
+
+
+def use_threads(options: Common) -> None:
+    """Apply `--threads`."""
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def load_pair(options: Pair, screen: Screen) -> Model:
+    """Load the target and the drafter that the options name.
+
+    Raises:
+        CheckpointError, CompatibilityError, UsageError: as `dspark.load`.
+    """
+    return load_model(
+        options.target, options.draft, options, screen, draft_top_k=options.draft_top_k
+    )
+
+
+def load_model(
+    target: str,
+    draft: str | None,
+    options: Loading,
+    screen: Screen,
+    *,
+    draft_top_k: int | None = None,
+) -> Model:
+    """Load a target with a drafter.
+
+    Raises:
+        CheckpointError, CompatibilityError, UsageError: as `dspark.load`.
+    """
+    with screen.log.status(f"Loading {target} ..."):
+        from dspark.engine.loading import load
+
+        use_threads(options)
+        model = load(
+            target,
+            draft,
+            device=options.device,
+            dtype=options.dtype,
+            revision=options.revision,
+            offline=options.offline,
+            trust_remote_code=options.trust_remote_code,
+            batch_invariant=options.batch_invariant,
+            cuda_graphs=options.cuda_graphs,
+            compile=options.compile,
+            weights=options.weights,
+            quantize=options.quantize,
+            draft_top_k=draft_top_k,
+        )
+    loaded = model.target
+    dtype = str(loaded.parts().embedding_VH.dtype).removeprefix("torch.")
+    if (options.dtype, loaded.device.type, dtype) == ("auto", "cpu", "bfloat16"):
+        screen.remark("Dtype: bfloat16, which is measured to be faster here than float32.")
+    if loaded.weights != "plain":
+        screen.remark(f"Weights: {loaded.weights} ({_WEIGHTS[loaded.weights_kind]}).")
+    return model
+
+
+def _classes_of(requests: Sequence[Request] | None) -> set[TemperatureClass]:
     """Temperature classes of requests; both where they are yet to come."""
     from dspark.scheduling.calibration import temperature_class
 
@@ -31,7 +158,7 @@ def kinds_of(requests: Sequence[Request] | None) -> set[TemperatureClass]:
 
 
 def measure_costs(
-    options: argparse.Namespace,
+    options: Speculation,
     model: Model,
     requests: Sequence[Request] | None,
     at_once: int,
@@ -40,7 +167,7 @@ def measure_costs(
     """Measure the cost table where a better schedule could serve with it; it is kept.
 
     Args:
-        options: with `schedule`, `verifier`, `block_size` and `no_profile`.
+        options: how the drafter is used.
         model: the pair.
         requests: to be decoded; None where they are yet to come.
         at_once: requests in a round at most.
@@ -48,27 +175,19 @@ def measure_costs(
     """
     from dspark.engine.schedule_choice import cover_costs, wants_costs
 
-    kinds = kinds_of(requests)
+    schedule, block_size = options.schedule, options.block_size
     wanted = wants_costs(
-        model, kinds, options.schedule, options.verifier, options.block_size, at_once
+        model, _classes_of(requests), schedule, options.verifier, block_size, at_once
     )
     if options.no_profile or not wanted:
         return
     started = time.perf_counter()
-    with Progress(console=screen.log, transient=True) as bar:
-        task = bar.add_task("measuring what steps cost", total=None)
-        cover_costs(
-            model,
-            at_once,
-            block_size=options.block_size,
-            limit_s=LIMIT_S,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with screen.progress("measuring what steps cost") as tell:
+        cover_costs(model, at_once, block_size=block_size, limit_s=_LIMIT_S, progress=tell)
     what = "1 request costs" if at_once == 1 else f"up to {at_once} requests cost"
-    screen.log.print(
+    screen.remark(
         f"Measured what steps of {what} on this machine, in {time.perf_counter() - started:.0f} s; "
-        "kept in the user's cache (--no-profile skips it).",
-        soft_wrap=True,
+        "kept in the user's cache (--no-profile skips it)."
     )
 
 
@@ -79,5 +198,4 @@ def tell_schedule(
     from dspark.engine.schedule_choice import reason
 
     if model.drafter is not None:
-        sentence = reason(model, engine, kinds_of(requests))
-        screen.log.print(sentence, style="dim", soft_wrap=True, markup=False, highlight=False)
+        screen.remark(reason(model, engine, _classes_of(requests)), "dim")

@@ -10,26 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from rich.text import Text
-
 from dspark import __version__
-from dspark.cli import (
-    bench,
-    calibrate,
-    check,
-    convert,
-    data,
-    demo,
-    eval,
-    fit,
-    generate,
-    profile,
-    prove,
-    report,
-    serve,
-    train,
-)
-from dspark.cli.common import Screen, showing_remarks, without_nan
+from dspark.cli import convert, data, demo, fit, generate, serve, train
+from dspark.cli.measure import bench, calibrate, check, eval, profile, prove, report
+from dspark.cli.options import read_options
+from dspark.cli.screen import Screen, showing_remarks, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -47,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         all else goes to standard error.
     """
     try:
-        options = _parse(argv)
-        return options if isinstance(options, int) else _run(options)
+        found = _parse(argv)
+        return found if isinstance(found, int) else _run(found)
     except BrokenPipeError:
         # Whoever read our output has gone; keep the interpreter from flushing into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each names its function as `run`."""
+    """The parser of all subcommands; each sets `command`."""
     parser = argparse.ArgumentParser(
         prog="dspark",
         description="Speculative decoding that makes a language model faster and changes nothing.",
@@ -74,34 +59,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    everything = (
+    for module in (
         demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, prove,
         data, convert,
-    )  # fmt: skip
-    for command in everything:
-        command.add_parser(commands)
+    ):  # fmt: skip
+        module.COMMAND.add_to(commands)
     return parser
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace | int:
-    """The options; the exit status where argparse has printed help, or what is wrong."""
+    """The parsed words; the exit status where argparse has printed help, or what is wrong."""
     try:
-        options = build_parser().parse_args(argv)
+        found = build_parser().parse_args(argv)
     except SystemExit as stop:
         sys.stdout.flush()
         return stop.code if isinstance(stop.code, int) else WRONG_USAGE
-    options.words = tuple(sys.argv[1:] if argv is None else argv)
-    return options
+    found.words = tuple(sys.argv[1:] if argv is None else argv)
+    return found
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(found: argparse.Namespace) -> int:
+    command = found.command
+    options = read_options(command.options, found)
     stdout = sys.stdout
     rest = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     screen = Screen()
 
     def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
         if issubclass(category, DSparkWarning):
-            screen.log.print(Text(str(message), "yellow"), soft_wrap=True)
+            screen.warn(str(message))
         else:
             shown(message, category, *rest)  # type: ignore[arg-type]
 
@@ -109,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     with rest, showing_remarks(screen), warnings.catch_warnings():
         warnings.simplefilter("always", DSparkWarning)
         warnings.showwarning = show  # type: ignore[assignment]
-        result = options.run(options, screen)
+        result = command.run(options, screen)
     if options.json:
         print(json.dumps(without_nan(result), allow_nan=False), file=stdout)
     stdout.flush()

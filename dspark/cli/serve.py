@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    add_pair_options,
-    check_positive,
-    load_model,
-    new_parser,
-)
-from dspark.cli.options import add_drafting_options
-from dspark.cli.starting import measure_costs, tell_schedule
+from dspark.cli.inputs import load_pair, measure_costs, tell_schedule
+from dspark.cli.options import Command, PairOrPlain, Speculation, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
+from dspark.request import Verifier
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
@@ -31,132 +23,104 @@ EXAMPLE = """\
 MISSING = "dspark serve needs fastapi and uvicorn; install the extra dspark[serve]."
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `serve`."""
-    parser = new_parser(commands, "serve", "serve a model over OpenAI's HTTP interface", EXAMPLE)
-    add_pair_options(parser, plain=True)
-    _add_server_options(parser)
-    _add_limit_options(parser)
-    _add_engine_options(parser)
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class _Server:
+    TITLE: ClassVar = "server"
 
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", metavar="H", help="default: %(default)s")
-    group.add_argument(
-        "--port", type=int, default=8000, metavar="P", help="0 takes any (default: %(default)s)"
+    host: str = option("127.0.0.1", "default: {default}", metavar="H")
+    port: int = option(8000, "0 takes any (default: {default})", metavar="P")
+    served_model_name: str | None = option(
+        None, "what requests call it (default: TARGET)", metavar="NAME"
     )
-    group.add_argument(
-        "--served-model-name", metavar="NAME", help="what requests call it (default: TARGET)"
-    )
-    group.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
+    api_key: tuple[str, ...] = option(
+        (),
+        "a key that requests must bear; repeatable; others on this machine can see it",
         metavar="K",
-        help="a key that requests must bear; repeatable; others on this machine can see it",
     )
-    group.add_argument("--api-key-file", metavar="FILE", help="the same, one key a line")
-    group.add_argument(
-        "--cors-origin",
-        action="append",
-        default=[],
+    api_key_file: str | None = option(None, "the same, one key a line", metavar="FILE")
+    cors_origin: tuple[str, ...] = option(
+        (),
+        "a web origin whose pages may read the answers; repeatable (default: none)",
         metavar="URL",
-        help="a web origin whose pages may read the answers; repeatable (default: none)",
     )
-    group.add_argument(
-        "--page-draft",
-        action="append",
-        default=[],
+    page_draft: tuple[str, ...] = option(
+        (),
+        "a further drafter that the live page offers; repeatable (ngram, and the bundled model's, "
+        "are there by themselves)",
         metavar="D",
-        help="a further drafter that the live page offers; repeatable (ngram, and the bundled "
-        "model's, are there by themselves)",
     )
-    group.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="JSON lines on standard error (default: %(default)s)",
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "JSON lines on standard error (default: {default})"
     )
-    group.add_argument(
-        "--log-prompts", action="store_true", help="also log the texts of prompts and answers"
-    )
-    group.add_argument(
-        "--drain",
-        type=float,
-        default=30.0,
+    log_prompts: bool = option(False, "also log the texts of prompts and answers")
+    drain: float = option(
+        30.0,
+        "seconds that open answers have once the server is to stop (default: {default})",
         metavar="S",
-        help="seconds that open answers have once the server is to stop (default: 30)",
     )
 
 
-def _add_limit_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("limits")
-    group.add_argument(
-        "--max-requests", type=int, default=8, metavar="R", help="answers at once (default: 8)"
-    )
-    group.add_argument(
-        "--max-queue",
-        type=int,
-        default=256,
+@dataclass(frozen=True)
+class _Limits:
+    TITLE: ClassVar = "limits"
+
+    max_requests: int = option(8, "answers at once (default: {default})", metavar="R", least=1)
+    max_queue: int = option(
+        256,
+        "answers that may wait beyond those; more get status 429 (default: {default})",
         metavar="N",
-        help="answers that may wait beyond those; more get status 429 (default: 256)",
     )
-    group.add_argument(
-        "--max-model-len",
-        type=int,
+    max_model_len: int | None = option(
+        None,
+        "tokens of prompt and answer together (default: the model's context)",
         metavar="N",
-        help="tokens of prompt and answer together (default: the model's context)",
+        least=1,
     )
-    group.add_argument(
-        "--max-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="new tokens where a request does not say (default: 256)",
+    max_tokens: int = option(
+        256, "new tokens where a request does not say (default: {default})", metavar="N", least=1
     )
-    group.add_argument(
-        "--request-timeout", type=float, metavar="S", help="seconds after which an answer ends"
+    request_timeout: float | None = option(None, "seconds after which an answer ends", metavar="S")
+    rate_limit: int | None = option(
+        None, "requests a minute of each key or address", metavar="N", least=1
     )
-    group.add_argument(
-        "--rate-limit", type=int, metavar="N", help="requests a minute of each key or address"
-    )
-    group.add_argument(
-        "--max-body-bytes",
-        type=int,
-        default=4 << 20,
-        metavar="N",
-        help="size of a request (default: 4 MiB)",
+    max_body_bytes: int = option(
+        4 << 20, "size of a request (default: 4 MiB)", metavar="N", least=1
     )
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = add_drafting_options(
-        parser,
-        verifier="block",
-        verifier_help="of requests without a seed; those with one are verified by coupled "
-        "(default: %(default)s)",
+@dataclass(frozen=True)
+class _Engine(Speculation):
+    TITLE: ClassVar = "speculation"
+
+    verifier: Verifier = pick(
+        Speculation,
+        "verifier",
+        help="of requests without a seed; those with one are verified by coupled (default: "
+        "{default})",
     )
-    group.add_argument(
-        "--step-tokens",
-        type=int,
+    block_size: int | None = pick(Speculation, "block_size", least=1)
+    step_tokens: int | None = option(
+        None,
+        "rows of a step, prompts' included: fewer shorten the pauses that a long prompt makes for "
+        "others (default: 512 on a CPU, else 2048)",
         metavar="N",
-        help="rows of a step, prompts' included: fewer shorten the pauses that a long prompt "
-        "makes for others (default: 512 on a CPU, else 2048)",
+        least=1,
     )
-    group.add_argument(
-        "--cache-tokens",
-        type=int,
+    cache_tokens: int | None = option(
+        None,
+        "rows of the cache (default: room for --max-requests of --max-model-len, as far as memory "
+        "allows)",
         metavar="N",
-        help="rows of the cache (default: room for --max-requests of --max-model-len, as far as "
-        "memory allows)",
+        least=1,
     )
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(_Server, _Limits, _Engine, PairOrPlain):
+    """Options of `serve`."""
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Serve until told to stop; the JSON object then says what was done.
 
     Raises:
@@ -165,8 +129,6 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     needed = ("fastapi", "uvicorn", "httptools", "prometheus_client")
     if any(importlib.util.find_spec(name) is None for name in needed):
         raise UsageError(MISSING)
-    check_positive(options, "max_requests", "max_model_len", "max_tokens", "block_size")
-    check_positive(options, "max_body_bytes", "rate_limit", "step_tokens", "cache_tokens")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     from dspark.serving.logs import start_logging
@@ -175,16 +137,14 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     settings = _settings(options)
     with bind(options.host, options.port) as address:
-        model = load_model(options, options.draft, screen)
+        model = load_pair(options, screen)
         service = EngineService(_engine(options, model, screen))
         drafters = _drafters(options, model)
         start_logging(options.log_level)
         server = Server(service, settings, drafters)
-        screen.log.print(
-            f"Serving {settings.model_name} on http://{options.host}:{address.getsockname()[1]}; "
-            "Ctrl-C stops.",
-            soft_wrap=True,
-            markup=False,
+        port = address.getsockname()[1]
+        screen.remark(
+            f"Serving {settings.model_name} on http://{options.host}:{port}; Ctrl-C stops."
         )
         server.run([address])
     tally = server.service.tally
@@ -196,14 +156,14 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     }
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(options: Options) -> Settings:
     from dspark.serving.server import read_keys
     from dspark.serving.settings import Settings
 
     return Settings(
         model_name=options.served_model_name or options.target,
         api_keys=read_keys(options.api_key, options.api_key_file),
-        cors_origins=tuple(options.cors_origin),
+        cors_origins=options.cors_origin,
         max_body_bytes=options.max_body_bytes,
         requests_per_minute=options.rate_limit,
         request_timeout_s=options.request_timeout,
@@ -214,7 +174,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _drafters(options: argparse.Namespace, model: Model) -> dict[str, Model]:
+def _drafters(options: Options, model: Model) -> dict[str, Model]:
     """What the live page offers, the model's own drafter first."""
     from dspark.engine.loading import load_draft
     from dspark.sources.names import BUNDLED_DRAFTERS
@@ -229,7 +189,7 @@ def _drafters(options: argparse.Namespace, model: Model) -> dict[str, Model]:
     return found
 
 
-def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine:
+def _engine(options: Options, model: Model, screen: Screen) -> Engine:
     if model.drafter is None and options.schedule not in (None, "off"):
         raise UsageError(
             f"--schedule is {options.schedule}, but nothing is drafted here; give a drafter with "
@@ -252,3 +212,6 @@ def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine
         )
     tell_schedule(model, engine, None, screen)
     return engine
+
+
+COMMAND = Command("serve", "serve a model over OpenAI's HTTP interface", EXAMPLE, Options, run)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
-from dspark.cli.options import add_recipe_options, recipe_overrides
+from dspark.cli.inputs import use_threads
+from dspark.cli.options import Command, Recipe, option
+from dspark.cli.screen import Screen
 
 if TYPE_CHECKING:
     from dspark.training.budget import Budget
@@ -20,28 +19,20 @@ EXAMPLE = """\
   torchrun --nproc-per-node 8 -m dspark train dspark_qwen3_8b --set samples.root=answers"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `train`."""
-    parser = new_parser(commands, "train", "train a drafter by a recipe", EXAMPLE)
-    add_recipe_options(parser, "run.steps=100")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint of output_dir"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what the run will cost in time, memory and disk, and stop",
-    )
-    add_common_options(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options(Recipe):
+    """Options of `train`."""
+
+    resume: bool = option(False, "continue from the last checkpoint of output_dir")
+    dry_run: bool = option(False, "say what the run will cost in time, memory and disk, and stop")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     from dspark.training.run import plan_recipe, run_recipe
 
     use_threads(options)
-    overrides, judge = recipe_overrides(options), _judge()
+    overrides, judge = options.overrides, _judge()
     if options.dry_run:
         budget = plan_recipe(
             options.recipe, overrides, device=options.device, console=screen.log, judge=judge
@@ -56,7 +47,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         judge=judge,
     )
     done = f"Done: step {result.steps}, loss {result.loss:.4f}; the weights are in "
-    screen.out.print(Text(f"{done}{result.output_dir}."), soft_wrap=True)
+    screen.say(f"{done}{result.output_dir}.")
     return {
         "steps": result.steps,
         "loss": result.loss,
@@ -95,3 +86,6 @@ def _judge() -> Judge:
         decode=lambda target, drafter, requests: accepted(Model(target), drafter, requests),
         encode=lambda target, prompts: render(Model(target), prompts),
     )
+
+
+COMMAND = Command("train", "train a drafter by a recipe", EXAMPLE, Options, run)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dspark.cli import bench, bench_options
+from dspark.cli.measure import bench
 from dspark.drafters.checkpoint import save_published
 from dspark.evaluation.load import CONTENDERS
 from dspark.targets.target import Target
@@ -143,4 +143,4 @@ def test_a_target_without_drafter_decodes_plainly_or_says_what_is_missing(dspark
 
 
 def test_the_command_knows_every_way():
-    assert bench_options.ALL_SCHEDULES == CONTENDERS
+    assert bench.ALL_SCHEDULES == CONTENDERS

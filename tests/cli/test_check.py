@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dspark.cli.check import closing
+from dspark.cli.measure.check import closing
 from dspark.evaluation.findings import CheckReport, Finding, LiveRun
 
 KEYS = {"ok", "expected_speedup", "findings"}

@@ -5,9 +5,9 @@ import itertools
 import pytest
 from rich.console import Console
 
-from dspark.cli import replay as replay_module
+from dspark.cli import demo as replay_module
 from dspark.cli.decoding import Decoded, run_report
-from dspark.cli.replay import Side, replay
+from dspark.cli.demo import Side, replay
 from dspark.engine.sequence import Piece
 from dspark.errors import CheckpointError
 from dspark.request import Output, Stats
@@ -105,7 +105,7 @@ def test_one_domain_sampled(dspark, real):
     assert result.json["identical"] is None
     shown = dspark(*words)
     assert shown.status == 0
-    assert "Sampled: the same law" in shown.out
+    assert "Sampled: the same distribution" in shown.out
 
 
 def test_without_a_bundled_model_or_its_drafter(dspark, pair, monkeypatch, tmp_path):

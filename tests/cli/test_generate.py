@@ -9,9 +9,9 @@ from rich.console import Console
 
 import dspark as package
 from dspark.cli import generate as command
-from dspark.cli.common import Screen
-from dspark.cli.comparison import Difference, comparable, differences
-from dspark.cli.prompts import PromptText
+from dspark.cli.decoding import Difference, comparable, differences
+from dspark.cli.inputs import PromptText
+from dspark.cli.screen import Screen
 from dspark.drafters.checkpoint import save_attached
 from dspark.errors import UsageError
 from dspark.request import Output, Request, Stats
@@ -94,7 +94,7 @@ def test_compare_at_temperature_1(dspark, pair, verifier, identical):
     words = ["--prompt", "two", *SHORT, "--temperature", 1, "--verifier", verifier]
     result = dspark("generate", pair.attached, *words, "--compare", "--json")
     assert result.json["identical"] is identical
-    assert ("same law, other draws" in result.err) == (identical is None)
+    assert ("same distribution, other draws" in result.err) == (identical is None)
 
 
 def test_compare_batches_both_ways_alike(dspark, pair, tmp_path):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_errors_become_statuses(dspark, monkeypatch, error, status, sentence):
     def fail(_options, _screen):
         raise error
 
-    monkeypatch.setattr(generate, "run", fail)
+    monkeypatch.setattr(generate, "COMMAND", replace(generate.COMMAND, run=fail))
     result = dspark("generate", "x", "--prompt", "a", "--json")
     assert result.status == status
     assert result.out == ""
@@ -93,7 +94,7 @@ def test_under_json_all_else_goes_to_standard_error(dspark, monkeypatch):
         screen.out.print("shown")
         return {"loss": float("nan"), "rows": [float("inf"), 1.5]}
 
-    monkeypatch.setattr(generate, "run", chatter)
+    monkeypatch.setattr(generate, "COMMAND", replace(generate.COMMAND, run=chatter))
     result = dspark("generate", "x", "--json")
     assert result.out == '{"loss": null, "rows": [null, 1.5]}\n'
     assert result.err == "printed\nshown\n"

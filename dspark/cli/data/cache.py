@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
-from dspark.cli.options import add_recipe_options, recipe_overrides
+from dspark.cli.inputs import use_threads
+from dspark.cli.options import Command, Recipe, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,31 +21,28 @@ EXAMPLE = """\
   dspark train bundled_dspark --set features.source=cache --set features.path=runs/features"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `data cache`."""
-    parser = new_parser(
-        commands, "cache", "compute the target's features of a recipe's samples to disk", EXAMPLE
+@dataclass(frozen=True)
+class Options(Recipe):
+    """Options of `data cache`."""
+
+    set_keys: tuple[str, ...] = pick(
+        Recipe,
+        "set_keys",
+        help="change a key of the recipe, as in features.max_bytes=2000000000; repeatable",
     )
-    add_recipe_options(parser, "features.max_bytes=2000000000")
-    parser.add_argument(
-        "--out", metavar="DIR", help="the cache (default: the recipe's features.path)"
+    out: str | None = option(None, "the cache (default: the recipe's features.path)", metavar="DIR")
+    check: bool = option(
+        False, "first check every sample in the cache, and compute damaged ones anew"
     )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="first check every sample in the cache, and compute damaged ones anew",
-    )
-    add_common_options(parser)
-    parser.set_defaults(run=run_cache)
 
 
-def run_cache(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
-    """Run `data cache`; its JSON object."""
+def run(options: Options, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
     from dspark.training.feature_build import build_features, mend_features
     from dspark.training.recipe import DrafterRecipe, load_recipe
 
     use_threads(options)
-    overrides = recipe_overrides(options)
+    overrides = options.overrides
     if options.out is not None:
         recipe = load_recipe(options.recipe, overrides)
         if isinstance(recipe, DrafterRecipe) and recipe.features.source == "online":
@@ -58,17 +55,19 @@ def run_cache(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         )
     damaged = mend_features(recipe) if options.check else 0
     if options.check:
-        screen.log.print(Text(f"{damaged} damaged samples."), soft_wrap=True)
+        screen.remark(f"{damaged} damaged samples.")
     columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, TimeRemainingColumn(), console=screen.log) as bar:
         task = bar.add_task("", total=None)
         report = build_features(
             recipe,
             device=options.device,
-            announce=lambda estimate: _announce(bar.console, estimate),
+            announce=lambda estimate: bar.console.print(
+                Text(_announcement(estimate)), soft_wrap=True
+            ),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    screen.out.print(Text(_summary(report, recipe.features.path)), soft_wrap=True)
+    screen.say(_summary(report, recipe.features.path))
     return {
         "records": report.records,
         "failed": report.failed,
@@ -81,19 +80,18 @@ def run_cache(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     }
 
 
-def _announce(console: Console, estimate: Estimate) -> None:
-    """Print what is left to do before it is done."""
+def _announcement(estimate: Estimate) -> str:
+    """What is left to do, told before it is done."""
     limit = estimate.max_bytes
     kept = ""
     if limit is not None and limit < estimate.bytes:
         kept = f"; features.max_bytes leaves room for {_size(limit)} of that"
-    line = (
+    return (
         f"{estimate.samples} samples, {estimate.tokens} tokens: about {_size(estimate.bytes)} "
         f"({estimate.bytes_per_token:.0f} bytes a token) and {_duration(estimate.seconds)} "
         f"({estimate.seconds_per_1000_tokens:.2g} s per 1,000 tokens); "
         f"{_size(estimate.free_bytes)} of the disk are free{kept}."
     )
-    console.print(Text(line), soft_wrap=True)
 
 
 def _summary(report: BuildReport, out: str) -> str:
@@ -118,3 +116,8 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+COMMAND = Command(
+    "cache", "compute the target's features of a recipe's samples to disk", EXAMPLE, Options, run
+)

@@ -1,88 +1,93 @@
-"""`dspark data prompts`: collects prompts."""
+"""`dspark data prompts`: collects prompts, or lets a model write them."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.text import Text
-
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    check_positive,
-    new_parser,
-)
-from dspark.cli.self_prompts import add_self_options, check_self_options, run_self
+from dspark.cli.inputs import use_threads
+from dspark.cli.options import Batch, Command, Common, Loading, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
     from dspark.data.collect import CollectReport
 
+COUNT, BATCH_SIZE = 1000, 16
+_OF_SOURCES = ("heldout", "heldout_share", "against", "ngram", "split", "config", "limit", "strict")
 EXAMPLE = """\
   dspark data prompts mlabonne/open-perfectblend --against eval/ --out prompts.jsonl \\
     --heldout heldout.jsonl
   dspark data prompts --self bundled --count 200 --out prompts.jsonl"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `data prompts`."""
-    parser = new_parser(
-        commands,
-        "prompts",
-        "collect prompts, without duplicates and without those of evaluation sets",
-        EXAMPLE,
+@dataclass(frozen=True)
+class _Self:
+    TITLE: ClassVar = "prompts by the model itself, in place of sources"
+
+    writer: str | None = option(
+        None,
+        "a directory, a hub id or bundled, which writes prompts behind the user header of its own "
+        "chat template",
+        flag="--self",
+        metavar="MODEL",
     )
-    parser.add_argument(
-        "sources",
+    count: int | None = option(
+        None, f"number of prompts to write (default: {COUNT})", metavar="N", least=1
+    )
+    batch_size: int | None = pick(
+        Batch, "batch_size", None, help=f"requests at once (default: {BATCH_SIZE})"
+    )
+
+
+@dataclass(frozen=True)
+class Options(_Self, Common):
+    """Options of `data prompts`."""
+
+    sources: tuple[str, ...] = option(
+        (),
+        "a JSON-lines file, a folder of them, or a data set: a folder, or its name on the hub",
+        positional=True,
         nargs="*",
         metavar="SOURCE",
-        help="a JSON-lines file, a folder of them, or a data set: a folder, or its name on the hub",
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, .gz compresses")
-    parser.add_argument("--heldout", metavar="FILE", help="where held-out prompts go")
-    parser.add_argument(
-        "--heldout-share", type=float, metavar="S", help="of the prompts (default: 0.05)"
-    )
-    parser.add_argument(
-        "--against",
-        action="append",
-        default=[],
+    out: Path = option(None, "JSON lines, .gz compresses", metavar="FILE", required=True)
+    heldout: Path | None = option(None, "where held-out prompts go", metavar="FILE")
+    heldout_share: float | None = option(None, "of the prompts (default: 0.05)", metavar="S")
+    against: tuple[str, ...] = option(
+        (),
+        "an evaluation set whose prompts are left out, or a folder of them; repeatable",
         metavar="PATH",
-        help="an evaluation set that prompts must not stand in, or a folder of them; repeatable",
     )
-    parser.add_argument(
-        "--ngram",
-        type=int,
+    ngram: int | None = option(
+        None,
+        "a prompt is left out if it shares so many neighbouring words with --against (default: 13)",
         metavar="N",
-        help="so many neighbouring words in common with --against are too many (default: 13)",
+        least=1,
     )
-    parser.add_argument("--split", help="of data sets (default: train)")
-    parser.add_argument("--config", metavar="NAME", help="of data sets that have several")
-    parser.add_argument("--revision", help="branch, tag or commit of a data set, or of MODEL")
-    parser.add_argument(
-        "--offline", action="store_true", help="of the hub read what is on this machine only"
+    split: str | None = option(None, "of data sets (default: train)")
+    config: str | None = option(None, "of data sets that have several", metavar="NAME")
+    revision: str | None = pick(
+        Loading, "revision", help="branch, tag or commit of a data set, or of MODEL"
     )
-    parser.add_argument(
-        "--limit",
-        type=int,
+    offline: bool = pick(Loading, "offline")
+    limit: int | None = option(
+        None,
+        "read at most so many lines; of data sets no more is fetched than that needs",
         metavar="N",
-        help="read at most so many lines; of data sets no more is fetched than that needs",
+        least=1,
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
-    add_self_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
+    strict: bool = option(False, "stop at the first malformed line")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    _check(options)
     if options.writer is not None:
-        return run_self(options, screen)
+        _check_self(options)
+        return _write_prompts(options.writer, options, screen)
+    _check(options)
     from dspark.data.collect import Split, collect_prompts
     from dspark.data.contamination import evaluation_texts
     from dspark.data.hub import DataSet
@@ -99,21 +104,19 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         )
         for source in options.sources
     )
-    out = Path(options.out)
+    out = options.out
     with screen.log.status("Reading ...") as status:
         report = collect_prompts(
             islice(rows, options.limit),
             out,
-            split=Split(Path(options.heldout), share, options.seed or 0)
-            if options.heldout
-            else None,
+            split=Split(options.heldout, share, options.seed or 0) if options.heldout else None,
             against=evaluation_texts(options.against, options.ngram or 13)
             if options.against
             else None,
             strict=options.strict,
             progress=lambda so_far: status.update(f"{so_far.input:,} lines ..."),
         )
-    screen.out.print(Text(_sentence(report, out, options.heldout)), soft_wrap=True)
+    screen.say(_sentence(report, out, options.heldout))
     return {
         "records": report.records,
         "failed": report.malformed,
@@ -130,9 +133,20 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     }
 
 
-def _check(options: argparse.Namespace) -> None:
-    check_positive(options, "limit", "ngram")
-    check_self_options(options)
+def _check_self(options: Options) -> None:
+    if options.sources:
+        raise UsageError("--self writes prompts and reads none; leave SOURCE or --self out.")
+    for name in _OF_SOURCES:
+        if getattr(options, name):
+            raise UsageError(f"--{name.replace('_', '-')} acts only without --self.")
+
+
+def _check(options: Options) -> None:
+    if not options.sources:
+        raise UsageError("There is no SOURCE; name one, or a MODEL with --self.")
+    for name in ("count", "batch_size"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} acts only together with --self.")
     share = options.heldout_share
     if share is not None and not 0 < share < 1:
         raise UsageError(f"--heldout-share is {share}, but must be between 0 and 1.")
@@ -140,11 +154,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--heldout-share needs --heldout FILE, where held-out prompts go.")
     if options.ngram is not None and not options.against:
         raise UsageError("--ngram needs --against PATH, the evaluation sets to compare with.")
-    if options.heldout and Path(options.heldout) == Path(options.out):
+    if options.heldout and options.heldout == options.out:
         raise UsageError(f"--heldout and --out are both {options.out}; name two files.")
 
 
-def _sentence(report: CollectReport, out: Path, heldout: str | None) -> str:
+def _sentence(report: CollectReport, out: Path, heldout: Path | None) -> str:
     left_out = [
         f"{count:,} {what}"
         for what, count in (
@@ -162,3 +176,49 @@ def _sentence(report: CollectReport, out: Path, heldout: str | None) -> str:
     dropped = sum(report.dropped_turns.values())
     turns = f"; {dropped:,} turns of other roles dropped" if dropped else ""
     return f"{report.input:,} lines: {kept}{rest}{turns}."
+
+
+def _write_prompts(name: str, options: Options, screen: Screen) -> dict[str, Any]:
+    """Let a model write prompts."""
+    from dspark.data.regenerate import journal_path
+    from dspark.data.self_prompts import SelfPrompts, write_self_prompts
+    from dspark.engine.loading import load
+
+    use_threads(options)
+    with screen.log.status(f"Loading {name} ..."):
+        model = load(
+            name,
+            "none",
+            device=options.device,
+            dtype=options.dtype,
+            revision=options.revision,
+            offline=options.offline,
+        )
+    out = options.out
+    writer = SelfPrompts(model, options.seed or 0, options.batch_size or BATCH_SIZE)
+    if journal_path(out).exists():
+        screen.remark(f"Going on with {journal_path(out)}.")
+    with screen.progress("prompts", counted=True) as tell:
+        report = write_self_prompts(writer, out, count=options.count or COUNT, progress=tell)
+    for sentence in report.sentences(name):
+        screen.say(sentence)
+    return {
+        "records": report.records,
+        "failed": 0,
+        "bytes": report.bytes,
+        "bytes_per_token": None,
+        "tries": report.tries,
+        "dropped": dict(report.dropped),
+        "cut": report.cut,
+        "chat_template": report.is_chat,
+        "out": str(out),
+    }
+
+
+COMMAND = Command(
+    "prompts",
+    "collect prompts, without duplicates and without those of evaluation sets",
+    EXAMPLE,
+    Options,
+    run,
+)

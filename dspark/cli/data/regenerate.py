@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
-from dspark.cli.common import (
-    TARGET_HELP,
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    check_positive,
-    load_model,
-    new_parser,
-)
+from dspark.cli.inputs import load_model
+from dspark.cli.options import PROMPTS_HELP, Batch, Command, Loading, Pair, Sampling, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.data.answering import Sampling
+    from dspark.data.answering import Sampling as ChosenSampling
     from dspark.data.regenerate import RegenerateReport, Responder
     from dspark.data.wanted import Wanted
 
@@ -43,131 +33,110 @@ ENGINE_ONLY = (
 SERVER_ONLY = ("server_model", "concurrency", "api_key_env", "timeout", "retries")
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `data regenerate`."""
-    parser = new_parser(
-        commands, "regenerate", "answer the prompts of a file with the target itself", EXAMPLE
-    )
-    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-    parser.add_argument(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help="JSON lines with `messages`, `turns` or `prompt`",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="JSON lines, .gz compresses (default: regenerated.jsonl)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="read at most so many lines")
-    parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
-    _add_answer_options(parser)
-    _add_filter_options(parser)
-    _add_engine_options(parser)
-    _add_server_options(parser)
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_answer_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
+@dataclass(frozen=True)
+class _Answers:
+    TITLE: ClassVar = (
         "answers (by default as the model's generation_config.json recommends, else temperature 1)"
     )
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--min-p", type=float, metavar="M")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)"
+
+    temperature: float | None = pick(
+        Sampling, "temperature", None, help="0 takes the most likely token"
     )
-    group.add_argument(
-        "--thinking",
-        choices=("on", "off", "default"),
-        default="default",
-        help="`enable_thinking` of the chat template (default: left to the template)",
+    top_p: float | None = pick(Sampling, "top_p", None, help=None)
+    top_k: int | None = pick(Sampling, "top_k", None, help=None)
+    min_p: float | None = pick(Sampling, "min_p", None, help=None)
+    max_new_tokens: int = pick(
+        Sampling, "max_new_tokens", help="per answer (default: {default})", least=1
+    )
+    thinking: Literal["on", "off", "default"] = option(
+        "default", "`enable_thinking` of the chat template (default: left to the template)"
     )
 
 
-def _add_filter_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("answers that are not kept")
-    group.add_argument(
-        "--only-finished", action="store_true", help="drop answers cut at --max-new-tokens"
+@dataclass(frozen=True)
+class _Filters:
+    TITLE: ClassVar = "answers that are not kept"
+
+    only_finished: bool = option(False, "drop answers cut at --max-new-tokens")
+    drop_repeated_tokens: int | None = option(
+        None, "drop answers that repeat N neighbouring tokens", metavar="N", least=0
     )
-    for unit in ("tokens", "words"):
-        group.add_argument(
-            f"--drop-repeated-{unit}",
-            type=int,
-            metavar="N",
-            help=f"drop answers in which N neighbouring {unit} stand twice",
-        )
-    group.add_argument(
-        "--drop-containing",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="drop answers that contain TEXT; repeatable",
+    drop_repeated_words: int | None = option(
+        None, "drop answers that repeat N neighbouring words", metavar="N", least=0
+    )
+    drop_containing: tuple[str, ...] = option(
+        (), "drop answers that contain TEXT; repeatable", metavar="TEXT"
     )
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("by this machine")
-    group.add_argument(
-        "--draft", metavar="D", help="a drafter, which makes it faster (default: the attached one)"
+@dataclass(frozen=True)
+class _Engine:
+    TITLE: ClassVar = "by this machine"
+
+    draft: str | None = pick(
+        Pair, "draft", help="a drafter, which makes it faster (default: the attached one)"
     )
-    group.add_argument("--batch-size", type=int, metavar="R", help="requests at once (default: 16)")
+    batch_size: int | None = pick(Batch, "batch_size", None, help="requests at once (default: 16)")
 
 
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("by servers")
-    group.add_argument(
-        "--server",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="a server of TARGET with OpenAI's API; repeatable, to share the work",
+@dataclass(frozen=True)
+class _Servers:
+    TITLE: ClassVar = "by servers"
+
+    server: tuple[str, ...] = option(
+        (), "a server of TARGET with OpenAI's API; repeatable, to share the work", metavar="URL"
     )
-    group.add_argument(
-        "--server-model", metavar="NAME", help="TARGET's name there (default: the one it has)"
+    server_model: str | None = option(
+        None, "TARGET's name there (default: the one it has)", metavar="NAME"
     )
-    group.add_argument(
-        "--concurrency", type=int, metavar="R", help="requests at once, per server (default: 32)"
+    concurrency: int | None = option(
+        None, "requests at once, per server (default: 32)", metavar="R", least=1
     )
-    group.add_argument(
-        "--api-key-env", metavar="VARIABLE", help="the environment variable that holds the key"
+    api_key_env: str | None = option(
+        None, "the environment variable that holds the key", metavar="VARIABLE"
     )
-    group.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds for a reply (default: 600)"
-    )
-    group.add_argument(
-        "--retries", type=int, metavar="N", help="calls made again after a fault (default: 4)"
+    timeout: float | None = option(None, "seconds for a reply (default: 600)", metavar="S")
+    retries: int | None = option(
+        None, "calls made again after a fault (default: 4)", metavar="N", least=0
     )
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(_Answers, _Filters, _Engine, _Servers, Loading):
+    """Options of `data regenerate`."""
+
+    target: str = pick(Pair, "target")
+    prompts: str = option("", PROMPTS_HELP, metavar="FILE", required=True)
+    out: Path = option(
+        Path("regenerated.jsonl"), "JSON lines, .gz compresses (default: {default})", metavar="FILE"
+    )
+    limit: int | None = option(None, "read at most so many lines", metavar="N", least=1)
+    strict: bool = option(False, "stop at the first malformed line")
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     _check(options)
     from dspark.data.regenerate import journal_path, regenerate
 
-    out = Path(options.out or "regenerated.jsonl")
+    out = options.out
     responder = _by_servers(options, screen) if options.server else _by_engine(options, screen)
     if journal_path(out).exists():
-        screen.log.print(Text(f"Going on with {journal_path(out)}."), soft_wrap=True)
-    columns = (TextColumn("lines"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        screen.remark(f"Going on with {journal_path(out)}.")
     try:
-        with Progress(*columns, console=screen.log) as bar:
-            task = bar.add_task("", total=None)
+        with screen.progress("lines", counted=True) as tell:
             report = regenerate(
                 responder,
                 options.prompts,
                 out,
                 limit=options.limit,
                 strict=options.strict,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=tell,
             )
     except KeyboardInterrupt:
-        screen.log.print("What is done is kept; the same command goes on from here.")
+        screen.remark("What is done is kept; the same command continues from here.")
         raise
-    screen.out.print(Text(_sentence(report, out)), soft_wrap=True)
+    screen.say(_sentence(report, out))
     return {
         "records": report.records,
         "failed": report.failed,
@@ -187,36 +156,28 @@ def _sentence(report: RegenerateReport, out: Path) -> str:
     return f"{report.records} records in {out}{failed}{skipped}."
 
 
-def _check(options: argparse.Namespace) -> None:
-    check_positive(options, "limit", "batch_size", "concurrency", "max_new_tokens")
-    for name in ("drop_repeated_tokens", "drop_repeated_words", "retries"):
-        value = getattr(options, name)
-        if value is not None and value < 0:
-            raise UsageError(f"{_flag(name)} is {value}, but must be at least 0.")
+def _check(options: Options) -> None:
     if options.timeout is not None and not options.timeout > 0:
         raise UsageError(f"--timeout is {options.timeout}, but must be above 0.")
     for name in ENGINE_ONLY if options.server else SERVER_ONLY:
         if getattr(options, name) not in (None, False):
             other = "without" if options.server else "together with"
-            raise UsageError(f"{_flag(name)} acts only {other} --server; leave one of them out.")
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} acts only {other} --server; leave one of them out.")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _wanted(options: argparse.Namespace) -> Wanted:
+def _wanted(options: Options) -> Wanted:
     from dspark.data.wanted import Wanted
 
     return Wanted(
         finished=options.only_finished,
         token_gram=options.drop_repeated_tokens or 0,
         word_gram=options.drop_repeated_words or 0,
-        without=tuple(options.drop_containing),
+        without=options.drop_containing,
     )
 
 
-def _sampling(options: argparse.Namespace, source: str, screen: Screen) -> Sampling:
+def _sampling(options: Options, source: str, screen: Screen) -> ChosenSampling:
     from dspark.data.answering import choose_sampling, recommended_sampling
 
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "min_p")}
@@ -224,18 +185,18 @@ def _sampling(options: argparse.Namespace, source: str, screen: Screen) -> Sampl
     sampling = choose_sampling(given, recommended)
     if sampling.recommended:
         names = ", ".join(f"{name} {sampling.values[name]:g}" for name in sampling.recommended)
-        screen.log.print(Text(f"As {source} recommends: {names}."), soft_wrap=True)
+        screen.remark(f"As {source} recommends: {names}.")
     return sampling
 
 
-def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
+def _by_engine(options: Options, screen: Screen) -> Responder:
     from dspark.data.answering import template_options
     from dspark.data.by_engine import EngineResponder
 
     sampling = _sampling(options, options.target, screen)
     params = sampling.params(options.max_new_tokens, options.seed or 0)
     return EngineResponder(
-        load_model(options, options.draft, screen),
+        load_model(options.target, options.draft, options, screen),
         params,
         _wanted(options),
         template_options(options.thinking),
@@ -243,9 +204,7 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
     )
 
 
-def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
-    from dataclasses import replace
-
+def _by_servers(options: Options, screen: Screen) -> Responder:
     from dspark.data.answering import template_options
     from dspark.data.by_server import ServerResponder
     from dspark.data.server import ChatServer, served_model, server_url
@@ -277,3 +236,8 @@ def _api_key(variable: str | None) -> str | None:
     if not key:
         raise UsageError(f"--api-key-env is {variable}, but that variable is empty; set it.")
     return key
+
+
+COMMAND = Command(
+    "regenerate", "answer the prompts of a file with the target itself", EXAMPLE, Options, run
+)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.progress import Progress
-from rich.table import Table
 
-from dspark.cli.bench_options import BUNDLED_MTP, SCHEDULES, bench_parser
-from dspark.cli.common import Commands, Screen, check_positive, load_model, without_nan
+from dspark.cli.inputs import load_pair
+from dspark.cli.options import (
+    PROMPTS_HELP,
+    Command,
+    Pair,
+    Sampling,
+    Speculation,
+    comma_list,
+    number,
+    option,
+    pick,
+)
+from dspark.cli.screen import Screen, table, without_nan
 from dspark.errors import UsageError
-from dspark.request import Request, SamplingParams
+from dspark.request import Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
@@ -21,22 +33,104 @@ if TYPE_CHECKING:
     from dspark.evaluation.load import Contender, ContenderName, Runs, Workload
     from dspark.evaluation.load_report import LoadRow
 
+EXAMPLE = """\
+  dspark bench bundled --threads 1 --out bench
+  dspark bench ./target --draft ./drafter --mtp ./mtp --prompts questions.jsonl \\
+      --concurrency 1,4,16,64 --floors 20,40 --json"""
+SCHEDULES: tuple[ContenderName, ...] = ("off", "fixed", "mtp1", "prefix", "lagged")
+ALL_SCHEDULES = (*SCHEDULES, "lookahead")
+BUNDLED_MTP = "bundled-mtp"
 NO_MTP = "mtp1 is left out: there is no MTP drafter; give one with --mtp."
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `bench`."""
-    bench_parser(commands).set_defaults(run=run)
+def _user(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1 << 16:
+        raise ValueError(text)
+    return int(text)
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def _users(text: str) -> tuple[int, ...]:
+    return tuple(sorted(comma_list(_user, "positive integers like 1,2,4")(text)))
+
+
+def _schedule(name: str) -> str:
+    if name not in ALL_SCHEDULES:
+        raise ValueError(name)
+    return name
+
+
+@dataclass(frozen=True)
+class _Load:
+    TITLE: ClassVar = "load"
+    ABOUT: ClassVar = (
+        "A closed loop: each user sends its next request the moment its answer ends, until the "
+        "counted requests, the same for every schedule, are answered; all users are busy all the "
+        "time."
+    )
+
+    concurrency: tuple[int, ...] = option(
+        (1, 2, 4, 8), "numbers of users (default: 1,2,4,8)", read=_users, metavar="C,C"
+    )
+    schedule: Any = option(
+        None,
+        f"of {', '.join(ALL_SCHEDULES)} (default: {','.join(SCHEDULES)})",
+        read=comma_list(_schedule, f"names among {', '.join(ALL_SCHEDULES)}"),
+        metavar="S,S",
+    )
+    requests: int = option(
+        16,
+        "counted at each concurrency, or twice the users if that is more (default: {default})",
+        metavar="N",
+        least=1,
+    )
+    repeats: int = option(3, "medians count (default: {default})", metavar="R", least=1)
+    no_profile: bool = pick(Speculation, "no_profile")
+    floors: tuple[float, ...] = option(
+        (),
+        "per-user tokens/s at which throughput is told (default: five that were measured between)",
+        read=comma_list(partial(number, above=True), "numbers above 0 like 20,40"),
+        metavar="F,F",
+    )
+
+
+@dataclass(frozen=True)
+class _Requests:
+    TITLE: ClassVar = "requests"
+
+    prompts: str | None = option(
+        None, f"{PROMPTS_HELP}; by default a few built-in questions", metavar="FILE"
+    )
+    max_new_tokens: int = pick(
+        Sampling, "max_new_tokens", 64, help="per request (default: {default})", least=1
+    )
+    temperature: float = pick(Sampling, "temperature")
+    verifier: Verifier = pick(Speculation, "verifier")
+
+
+@dataclass(frozen=True)
+class Options(_Load, _Requests, Pair):
+    """Options of `bench`."""
+
+    mtp: str | None = option(
+        None,
+        "the drafter of mtp1, one draft a round (default: the pair's own where it is an MTP "
+        f"drafter; {BUNDLED_MTP} for bundled)",
+        metavar="DRAFT",
+    )
+    out: Path | None = option(
+        None,
+        "write load.json, and a figure as load.png and load.svg, into this directory",
+        metavar="DIR",
+    )
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    check_positive(options, "requests", "repeats", "max_new_tokens")
-    model = load_model(options, options.draft, screen)
+    model = load_pair(options, screen)
     workload = _workload(options, model)
     ways = _contenders(options, model, screen)
     measured = _cover_costs(ways, max(options.concurrency), screen)
-    from dspark.cli.comparison import comparable
+    from dspark.cli.decoding import comparable
     from dspark.evaluation.load_report import load_report, load_rows
 
     runs = _sweep(options, ways, workload, screen)
@@ -48,7 +142,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     return report
 
 
-def _workload(options: argparse.Namespace, model: Model) -> Workload:
+def _workload(options: Options, model: Model) -> Workload:
     from dspark.data.conversations import read_prompts
     from dspark.evaluation.check import PROMPTS
     from dspark.evaluation.live import render
@@ -65,14 +159,14 @@ def _workload(options: argparse.Namespace, model: Model) -> Workload:
     return Workload(pool, options.requests)
 
 
-def _contenders(options: argparse.Namespace, model: Model, screen: Screen) -> list[Contender]:
+def _contenders(options: Options, model: Model, screen: Screen) -> list[Contender]:
     """Every way that was asked for; of the default ones, those that are possible."""
     from dspark.evaluation.load import contenders
 
-    names: tuple[ContenderName, ...] = options.schedule or SCHEDULES
+    names = options.schedule or SCHEDULES
     mtp = _mtp(options, model) if "mtp1" in names else None
     if options.schedule is None and mtp is None:
-        screen.log.print(NO_MTP, style="yellow")
+        screen.warn(NO_MTP)
         names = tuple(name for name in names if name != "mtp1")
     if options.no_profile:
         names = _without_unmeasured(model, names, options, screen)
@@ -80,10 +174,7 @@ def _contenders(options: argparse.Namespace, model: Model, screen: Screen) -> li
 
 
 def _without_unmeasured(
-    model: Model,
-    names: tuple[ContenderName, ...],
-    options: argparse.Namespace,
-    screen: Screen,
+    model: Model, names: tuple[ContenderName, ...], options: Options, screen: Screen
 ) -> tuple[ContenderName, ...]:
     """The contenders that can run without a cost table, where there is none."""
     from dspark.evaluation.load import has_costs
@@ -97,11 +188,11 @@ def _without_unmeasured(
     )
     if options.schedule is not None:
         raise UsageError(f"{sentence}; leave one of the two out.")
-    screen.log.print(f"{sentence}: they are left out.", style="yellow", soft_wrap=True)
+    screen.warn(f"{sentence}: they are left out.")
     return tuple(name for name in names if name not in weighing)
 
 
-def _mtp(options: argparse.Namespace, model: Model) -> Model | None:
+def _mtp(options: Options, model: Model) -> Model | None:
     from dspark.engine.loading import load_draft
     from dspark.evaluation.load import is_mtp
 
@@ -121,21 +212,14 @@ def _cover_costs(ways: Sequence[Contender], most: int, screen: Screen) -> bool:
         return False
     from dspark.evaluation.load import cover_costs
 
-    with Progress(console=screen.log, transient=True) as bar:
-        task = bar.add_task("measuring what steps cost", total=None)
-        measured = cover_costs(
-            weighing[0].model,
-            most,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with screen.progress("measuring what steps cost") as tell:
+        measured = cover_costs(weighing[0].model, most, progress=tell)
     what = "Measured" if measured else "Known already:"
-    screen.log.print(f"{what} what steps of up to {most} requests cost on this machine.")
+    screen.remark(f"{what} what steps of up to {most} requests cost on this machine.")
     return measured
 
 
-def _sweep(
-    options: argparse.Namespace, ways: Sequence[Contender], workload: Workload, screen: Screen
-) -> Runs:
+def _sweep(options: Options, ways: Sequence[Contender], workload: Workload, screen: Screen) -> Runs:
     from dspark.evaluation.load import sweep
 
     with Progress(console=screen.log, transient=True) as bar:
@@ -156,17 +240,16 @@ def _sweep(
         )
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def _settings(options: Options) -> dict[str, Any]:
     names = ("target", "draft", "mtp", "prompts", "max_new_tokens", "temperature", "verifier")
     return {name: getattr(options, name) for name in names}
 
 
 def _show(report: Mapping[str, Any], screen: Screen) -> None:
-    table = Table("users", "schedule", box=None, pad_edge=False)
-    for name in ("tokens/s", "95 %", "per user", "TTFT ms", "accepted", "verified"):
-        table.add_column(name, justify="right")
+    numbers = ("tokens/s", "95 %", "per user", "TTFT ms", "accepted", "verified")
+    rows = table("users", "schedule", right=numbers)
     for row in report["rows"]:
-        table.add_row(
+        rows.add_row(
             str(row["concurrency"]),
             row["schedule"],
             _number(row["tokens_per_s"]),
@@ -176,14 +259,14 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
             f"{row['accepted_length']:.2f}",
             f"{row['verified_per_request']:.2f}",
         )
-    screen.out.print(table)
+    screen.out.print(rows)
     names = list(dict.fromkeys(row["schedule"] for row in report["rows"]))
-    table = Table("per user at least", *names, box=None, pad_edge=False)
+    floors = table("per user at least", *names)
     for floor in report["at_floor"]:
         speeds = (floor["tokens_per_s"].get(name) for name in names)
-        table.add_row(_number(floor["tokens_per_s_per_user"]), *map(_number, speeds))
+        floors.add_row(_number(floor["tokens_per_s_per_user"]), *map(_number, speeds))
     screen.out.print("\nThroughput, tokens/s, at floors of per-user speed:")
-    screen.out.print(table)
+    screen.out.print(floors)
     gains = [gain for gain in report["over_mtp1"] if gain["gain"] is not None]
     if gains:
         screen.out.print("\nPer-user speed over MTP-1 at the same throughput:")
@@ -198,7 +281,7 @@ def _number(value: float | None) -> str:
 
 
 def _write(
-    options: argparse.Namespace,
+    options: Options,
     model: Model,
     rows: Sequence[LoadRow],
     report: Mapping[str, Any],
@@ -217,7 +300,15 @@ def _write(
         title = f"{options.target} on {model.machine.hardware}, {model.machine.dtype}"
         paths += save_figure(rows, title, options.out)
     else:
-        screen.log.print(MISSING, style="yellow", soft_wrap=True, markup=False)
-    written = f"\nWritten: {', '.join(map(str, paths))}."
-    screen.out.print(written, soft_wrap=True, markup=False)
+        screen.warn(MISSING)
+    screen.say(f"\nWritten: {', '.join(map(str, paths))}.")
     return [str(path) for path in paths]
+
+
+COMMAND = Command(
+    "bench",
+    "measure throughput and per-user speed under load, every schedule in turn",
+    EXAMPLE,
+    Options,
+    run,
+)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.table import Table
-
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    add_pair_options,
-    check_positive,
-    load_model,
-    new_parser,
-)
-from dspark.cli.prompts import PromptText, add_prompt_options, read_prompt_texts
+from dspark.cli.inputs import PromptText, load_pair, named_prompts, prompts_of_file
+from dspark.cli.options import Batch, Command, Pair, Prompts, Sampling, Speculation, option, pick
+from dspark.cli.screen import Screen, table
 from dspark.errors import UsageError
-from dspark.request import VERIFIERS, Request, SamplingParams
+from dspark.request import Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
@@ -33,60 +23,54 @@ EXAMPLE = """\
   dspark calibrate ./target --draft ./drafter --prompts questions.jsonl --verifier token"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `calibrate`."""
-    summary = "fit a drafter's confidences to what becomes of its drafts"
-    parser = new_parser(commands, "calibrate", summary, EXAMPLE)
-    add_pair_options(parser, lookup=False)
-    add_prompt_options(parser)
-    group = parser.add_argument_group("rounds")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
-    group.add_argument(
-        "--verifier", choices=VERIFIERS, default="block", help="default: %(default)s"
+@dataclass(frozen=True)
+class _Rounds:
+    TITLE: ClassVar = "rounds"
+
+    temperature: float = pick(Sampling, "temperature")
+    verifier: Verifier = pick(Speculation, "verifier")
+    block_size: int | None = pick(Speculation, "block_size")
+    max_new_tokens: int = pick(
+        Sampling, "max_new_tokens", 128, help="per prompt (default: {default})", least=1
     )
-    group.add_argument(
-        "--block-size", type=int, metavar="K", help="drafts per round (default: the drafter's)"
+    batch_size: int = pick(Batch, "batch_size", 16)
+    rounds: int | None = option(
+        None, "stop after so many (default: all prompts)", metavar="N", least=1
     )
-    group.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)"
+    temperatures_only: bool = option(
+        False, "fit no shifts beside the temperatures: the paper's form, and what SGLang reads"
     )
-    group.add_argument(
-        "--batch-size", type=int, default=16, metavar="R", help="requests at once (default: 16)"
-    )
-    group.add_argument(
-        "--rounds", type=int, metavar="N", help="stop after so many (default: all prompts)"
-    )
-    group.add_argument(
-        "--temperatures-only",
-        action="store_true",
-        help="fit no shifts beside the temperatures: the paper's form, and what SGLang reads",
-    )
-    group.add_argument(
-        "--held-out",
+    held_out: str | None = option(
+        None,
+        "prompts whose rounds the errors are measured on (default: the fit takes the first half of "
+        "all rounds, and the second half is measured)",
         metavar="FILE",
-        help="prompts whose rounds the errors are measured on (default: the fit takes the first "
-        "half of all rounds, and the second half is measured)",
     )
-    group.add_argument(
-        "--out",
-        type=Path,
+    out: Path | None = option(
+        None,
+        "a file whose other entries are kept (default: calibration.json beside the drafter)",
         metavar="FILE",
-        help="a file that other entries stay in (default: calibration.json beside the drafter)",
     )
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(Prompts, _Rounds, Pair):
+    """Options of `calibrate`."""
+
+    draft: str | None = pick(
+        Pair,
+        "draft",
+        help="a drafter's directory or hub id; by default the drafter attached to TARGET",
+    )
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    check_positive(options, "batch_size", "max_new_tokens", "rounds")
     params = SamplingParams(
         options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
     )
-    prompts = read_prompt_texts(options)
-    model = load_model(options, options.draft, screen)
-    from dspark.data.conversations import read_prompts
+    prompts = named_prompts(options)
+    model = load_pair(options, screen)
     from dspark.evaluation.calibration import halves
     from dspark.scheduling.calibration import temperature_class
     from dspark.scheduling.calibration_file import Calibration, calibrate
@@ -97,7 +81,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     if options.held_out is None:
         rounds, held_out = halves(rounds)
     else:
-        others = [PromptText(p.text, p.messages or ()) for p in read_prompts(options.held_out)]
+        others = prompts_of_file(options.held_out)
         held_out = _record(options, model, others, params, screen)
     entry = calibrate(
         rounds,
@@ -108,7 +92,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     )
     known.with_entry(entry).save(path)
     _show(entry, screen)
-    screen.out.print(f"Written to {path}.", soft_wrap=True)
+    screen.say(f"Written to {path}.")
     return {
         "temperatures": list(entry.scaling.temperatures),
         "shifts": list(entry.scaling.shifts),
@@ -127,7 +111,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
 
 def _record(
-    options: argparse.Namespace,
+    options: Options,
     model: Model,
     prompts: Sequence[PromptText],
     params: SamplingParams,
@@ -151,24 +135,23 @@ def _record(
         )
 
 
-def _out(options: argparse.Namespace, model: Model) -> Path:
+def _out(options: Options, model: Model) -> Path:
     from dspark.scheduling.calibration_file import FILE_NAME
 
     if options.out is not None:
-        return Path(options.out)
+        return options.out
     if model.directory is None:
         raise UsageError("There is no drafter's directory to write to; give a file with --out.")
     return model.directory / FILE_NAME
 
 
 def _show(entry: CalibrationEntry, screen: Screen) -> None:
-    table = Table("position", "temperature", "shift", box=None, pad_edge=False)
-    for name in ("ECE before", "after", "AUC", "Brier before", "after"):
-        table.add_column(name, justify="right")
+    numbers = ("ECE before", "after", "AUC", "Brier before", "after")
+    shown = table("position", "temperature", "shift", right=numbers)
     shifts = entry.scaling.shifts or (0.0,) * entry.block_size
     rows = zip(entry.scaling.temperatures, shifts, entry.before, entry.after, strict=True)
     for k, (temperature, shift, before, after) in enumerate(rows, start=1):
-        table.add_row(
+        shown.add_row(
             str(k),
             f"{temperature:.2f}",
             f"{shift:+.1f}",
@@ -178,4 +161,9 @@ def _show(entry: CalibrationEntry, screen: Screen) -> None:
             f"{before.brier:.3f}",
             f"{after.brier:.3f}",
         )
-    screen.out.print(table)
+    screen.out.print(shown)
+
+
+COMMAND = Command(
+    "calibrate", "fit a drafter's confidences to what becomes of its drafts", EXAMPLE, Options, run
+)

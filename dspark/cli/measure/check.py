@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
 
-from dspark.cli.common import (
-    Commands,
-    Screen,
-    add_common_options,
-    add_loading_options,
-    add_pair_options,
-    check_positive,
-    load_model,
-    new_parser,
-)
+from dspark.cli.inputs import load_model, load_pair
+from dspark.cli.options import PROMPTS_HELP, Batch, Command, Pair, Sampling, option, pick
+from dspark.cli.screen import Screen
 from dspark.errors import CheckpointError, CompatibilityError
 
 if TYPE_CHECKING:
@@ -30,44 +22,37 @@ EXAMPLE = """\
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `check`."""
-    summary = "find out whether a drafter fits a target and is worth it on this machine"
-    parser = new_parser(commands, "check", summary, EXAMPLE)
-    add_pair_options(parser)
-    group = parser.add_argument_group("live run")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="JSON lines with `turns`, `messages` or `prompt`; by default a few built-in questions",
+@dataclass(frozen=True)
+class _LiveRun:
+    TITLE: ClassVar = "live run"
+
+    prompts: str | None = option(
+        None, f"{PROMPTS_HELP}; by default a few built-in questions", metavar="FILE"
     )
-    group.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="per prompt (default: 32)"
+    max_new_tokens: int = pick(
+        Sampling, "max_new_tokens", 32, help="per prompt (default: {default})", least=1
     )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="R",
-        help="requests at once where speed is measured (default: 1)",
+    batch_size: int = pick(
+        Batch, "batch_size", 1, help="requests at once where speed is measured (default: {default})"
     )
-    add_loading_options(parser)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(_LiveRun, Pair):
+    """Options of `check`."""
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    check_positive(options, "batch_size", "max_new_tokens")
     from dspark.data.conversations import read_prompts
     from dspark.evaluation.findings import CheckReport, Finding
 
     prompts = read_prompts(options.prompts) if options.prompts else None
     try:
-        model = load_model(options, options.draft, screen)
+        model = load_pair(options, screen)
     except (CheckpointError, CompatibilityError) as error:
         # The target's own errors are raised here; what is left is the drafter's.
-        load_model(argparse.Namespace(**vars(options) | {"draft_top_k": None}), "none", screen)
+        load_model(options.target, "none", options, screen)
         return _show(CheckReport((Finding.refusal(error),)), screen)
     from dspark.evaluation.check import PROMPTS, check
 
@@ -91,7 +76,7 @@ def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:
             label = Text(finding.severity, STYLES[finding.severity])
             table.add_row(label, Text(finding.what), Text(finding.remedy))
         screen.out.print(table)
-    screen.out.print(closing(report), soft_wrap=True)
+    screen.say(closing(report))
     return {
         "ok": report.ok,
         "expected_speedup": report.expected_speedup,
@@ -130,3 +115,12 @@ def _verdict(report: CheckReport) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+COMMAND = Command(
+    "check",
+    "find out whether a drafter fits a target and is worth it on this machine",
+    EXAMPLE,
+    Options,
+    run,
+)

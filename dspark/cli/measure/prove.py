@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from dspark.cli.common import Commands, Screen, add_common_options, new_parser, use_threads
+from dspark.cli.inputs import use_threads
+from dspark.cli.options import Command, Common
+from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,15 +25,7 @@ EXAMPLE = """\
 WRONG = "bold red"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `prove`."""
-    summary = "enumerate small worlds and show that speculation changes no output"
-    parser = new_parser(commands, "prove", summary, EXAMPLE)
-    add_common_options(parser)
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Common, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     if options.device not in ("auto", "cpu"):
         raise UsageError(
@@ -52,11 +45,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
             status.update(f"Enumerating ... {len(cases)} cases, the last: {case.name}")
     proof, seconds = Proof(tuple(cases)), time.perf_counter() - start
     _show(proof, seconds, screen)
-    return {
-        "ok": proof.ok,
-        "cases": [_record(case) for case in proof.cases],
-        "seconds": seconds,
-    }
+    return {"ok": proof.ok, "cases": [_record(case) for case in proof.cases], "seconds": seconds}
 
 
 def _record(case: Case) -> dict[str, Any]:
@@ -149,3 +138,12 @@ def _closing(proof: Proof, seconds: float) -> Text:
         f"All {len(exact)} exact cases are within {max(c.distance for c in exact):.0e} of plain "
         f"decoding, and all {len(controls)} controls fail as they must; {seconds:.0f} s."
     )
+
+
+COMMAND = Command(
+    "prove",
+    "enumerate small worlds and show that speculation changes no output",
+    EXAMPLE,
+    Common,
+    run,
+)

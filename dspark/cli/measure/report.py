@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.cli.common import Commands, Screen, new_parser
+from dspark.cli.options import Command, Json, option
+from dspark.cli.screen import Screen
 
 EXAMPLE = """\
   dspark report evaluation
   dspark report today yesterday --out both"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add `report`."""
-    summary = "write the report of evaluations from their records, side by side"
-    parser = new_parser(commands, "report", summary, EXAMPLE)
-    parser.add_argument(
-        "directories",
-        metavar="DIR",
-        nargs="+",
-        type=Path,
-        help="a folder that dspark eval --out wrote",
+@dataclass(frozen=True)
+class Options(Json):
+    """Options of `report`."""
+
+    directories: tuple[Path, ...] = option(
+        (), "a folder that dspark eval --out wrote", positional=True, nargs="+", metavar="DIR"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write it (default: the first DIR)"
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="make the last line of standard output a JSON object; all else goes to standard error",
-    )
-    parser.set_defaults(run=run)
+    out: Path | None = option(None, "where to write it (default: the first DIR)", metavar="DIR")
 
 
-def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     return rebuild(options.directories, options.out or options.directories[0], screen)
 
@@ -52,11 +41,15 @@ def rebuild(directories: Sequence[Path], out: Path, screen: Screen) -> dict[str,
     from dspark.evaluation.report.write import write_report
 
     report = report_of(load_runs(directories))
-    written = write_report(report, out, lambda sentence: warn(screen, sentence))
-    screen.out.print(f"Written to {out / 'report.html'}.", soft_wrap=True, markup=False)
+    written = write_report(report, out, screen.warn)
+    screen.say(f"Written to {out / 'report.html'}.")
     return report | {"out": [str(path) for path in written]}
 
 
-def warn(screen: Screen, sentence: str) -> None:
-    """Say what is left out."""
-    screen.log.print(sentence, style="yellow", soft_wrap=True, markup=False)
+COMMAND = Command(
+    "report",
+    "write the report of evaluations from their records, side by side",
+    EXAMPLE,
+    Options,
+    run,
+)
