@@ -36,7 +36,7 @@ from benchmarks.common import (
 from benchmarks.paired_lengths import compare, merged_length
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.data.corpus import read_source
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.loading import load
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams, Stats

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks.common import DTYPES, add_options, emit, environment, model_path
 from benchmarks.placement import QWEN3_06B, Placement, Shape, Weights
 from dspark.attention.layout import RaggedBatch
-from dspark.drafters.checkpoint import load_drafter, save_attached
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter

@@ -40,7 +40,7 @@ from benchmarks.placement import QWEN3_06B, Shape
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, BlockTable
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target

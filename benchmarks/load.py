@@ -33,7 +33,7 @@ from benchmarks.common import (
 from benchmarks.inflate import inflate_drafter, inflate_eagle3, inflate_target
 from benchmarks.placement import Shape
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.evaluation.closed_loop import LoadRun

@@ -24,8 +24,8 @@ import dspark
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
 from benchmarks.llama_cpp import SpeculativeRun, run_speculative
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.gguf_layout import spec_flags
+from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.drafters.checkpoints.gguf import spec_flags
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams
 

@@ -35,8 +35,8 @@ import dspark
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, model_path, say
 from benchmarks.llama_cpp import Process, complete, free_port, server_command
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.gguf_layout import spec_flags
+from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.drafters.checkpoints.gguf import spec_flags
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams

@@ -29,7 +29,7 @@ HEAVY = {
     "transformers": (
         "sources.gguf",  # which becomes a checkpoint by it
         "targets",
-        "drafters.checkpoint",
+        "drafters.checkpoints",
         "data",
         "training.language_model",  # builds the bundled target from scratch: a Qwen3 model
     ),
@@ -41,6 +41,7 @@ HEAVY = {
     "matplotlib": ("evaluation", "simulation"),
     "torch": (
         "sources.gguf",
+        "sources.gguf_file",
         "sources.names",  # a dtype's type alone
         "attention",
         "sampling",
@@ -130,7 +131,7 @@ def test_control_a_bad_import_is_caught(name, source):
     [
         ("cli.main", "from dspark import __version__\nfrom dspark.cli import demo"),
         ("engine.engine", "import torch\nfrom dspark.targets.target import Target"),
-        ("drafters.checkpoint", "import transformers"),
+        ("drafters.checkpoints.checkpoint", "import transformers"),
         ("", "from dspark.request import Output\nfrom dspark.engine import model"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.inputs import use_threads
@@ -12,11 +11,10 @@ from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.drafters.files import Written
-    from dspark.drafters.registry import AnyDrafter
+    from dspark.drafters.checkpoints.files import Written
+    from dspark.drafters.checkpoints.registry import AnyDrafter
 
 GGUF, WEIGHT_TYPES = "gguf", ("bf16", "f16", "q8_0")
-LAYOUTS = ("deepspec", "speculators", "attached", GGUF)
 EXAMPLE = """\
   dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
   dspark convert runs/drafter models/target --to attached
@@ -40,7 +38,13 @@ class Options(Common):
         positional=True,
         metavar="DST",
     )
-    to: str = option("", "the layout to write", required=True, choices=LAYOUTS)
+    to: str = option(
+        "",
+        "the layout to write: deepspec, speculators, attached, gguf, or one that an installed "
+        "package brings",
+        required=True,
+        metavar="LAYOUT",
+    )
     weight_type: str | None = option(
         None, "of the matrices of a GGUF file (default: bf16)", flag="--type", choices=WEIGHT_TYPES
     )
@@ -57,10 +61,19 @@ class Options(Common):
 
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    from dspark.drafters.checkpoint import borrow_tables, has_attached_drafter, load_drafter
-    from dspark.drafters.target_tables import TargetTables
+    from dspark.drafters.checkpoints.checkpoint import (
+        borrow_tables,
+        has_attached_drafter,
+        load_drafter,
+    )
+    from dspark.drafters.checkpoints.registry import layouts
+    from dspark.drafters.checkpoints.target_tables import TargetTables
 
     use_threads(options)
+    known = {name: layout for name, layout in layouts().items() if layout.writers}
+    if options.to not in (*known, GGUF):
+        names = ", ".join((*known, GGUF))
+        raise UsageError(f"--to is {options.to}, but the layouts that are written are {names}.")
     _refuse_options_without_effect(options)
     with screen.log.status(f"Reading {options.source} ..."):
         source = options.source
@@ -80,7 +93,9 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
                 "A GGUF file holds its target's tokenizer; name the target's GGUF file or "
                 "directory with --target."
             )
-        elif drafter.own_embedding_VH is None or drafter.own_head_VH is None:
+        elif known[options.to].holds_tables and (
+            drafter.own_embedding_VH is None or drafter.own_head_VH is None
+        ):
             raise UsageError(
                 f"{options.source} holds no embedding or no head, which the layout {options.to} "
                 "does; name its target with --target."
@@ -91,7 +106,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     screen.say(line)
     report = {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
     if options.to == GGUF:
-        from dspark.drafters.gguf_layout import spec_flags
+        from dspark.drafters.checkpoints.gguf import spec_flags
 
         report["llama_cpp"] = f"-md {options.destination} {spec_flags(drafter)}"
         screen.say(f"For llama.cpp: {report['llama_cpp']}")
@@ -114,8 +129,8 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
     import torch
 
     if options.to == GGUF:
-        from dspark.drafters.checkpoint import save_gguf
-        from dspark.drafters.gguf_tokenizer import tokenizer_fields
+        from dspark.drafters.checkpoints.checkpoint import save_gguf
+        from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
 
         assert target is not None  # refused above
         vocab = drafter.config.vocab_size
@@ -123,13 +138,12 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
         kind = options.weight_type or WEIGHT_TYPES[0]
         return save_gguf(drafter, options.destination, fields, weight_type=kind)
 
-    from dspark.drafters.checkpoint import save_attached, save_published, save_speculators
+    from dspark.drafters.checkpoints.checkpoint import save, save_attached
 
-    save = {"deepspec": save_published, "speculators": save_speculators, "attached": save_attached}[
-        options.to
-    ]
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    return save(drafter, Path(options.destination), dtype=dtype)
+    if options.to == "attached":
+        return save_attached(drafter, options.destination, dtype=dtype)
+    return save(drafter, options.destination, options.to, dtype=dtype)
 
 
 COMMAND = Command("convert", "rewrite a drafter's checkpoint", EXAMPLE, Options, run)

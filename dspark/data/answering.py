@@ -73,7 +73,9 @@ def recommended_sampling(
     if not folder.is_dir():
         if source.count("/") != 1:
             return {}
-        from dspark.drafters.files import fetch  # only hub names need it, and torch with it
+        from dspark.drafters.checkpoints.files import (
+            fetch,  # only hub names need it, and torch with it
+        )
 
         try:
             folder = fetch(source, revision, offline, (GENERATION_CONFIG,))

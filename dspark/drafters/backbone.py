@@ -1,8 +1,8 @@
-"""The parallel block backbone: one pass predicts every slot of a block (METHOD.md 2).
+"""The parallel block backbone: one pass predicts every slot of a block (eqs. 2, 3).
 
 The context c = hidden_norm(fc(features)) is made once and gives every layer keys and values,
 without an input norm; the block's slots attend to all of it and to each other in both directions
-(FORMAT_FACTS.md A.5). Module names are the published state dict's keys (A.2).
+(docs/method.md, 2.1). Module names are the published state dict's keys.
 
 The arithmetic is written once, on `BackboneWeights`, where projections that read the same input are
 one matrix: those of a layer (`layers.LayerWeights`), and the context's keys and values of all

@@ -53,8 +53,8 @@ class BorrowedParts(Protocol):
 class Draw(Protocol):
     """Draws one draft token per request; supplied by the engine.
 
-    It applies each request's processors to the logits, draws from that very law, and remembers
-    token and law for verification.
+    It applies each request's processors to the logits, draws from that very distribution, and
+    remembers token and distribution for verification.
     """
 
     def __call__(self, step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:

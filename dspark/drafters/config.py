@@ -25,7 +25,7 @@ class BackboneConfig:
     """The declared parts of a backbone; the defaults are Qwen3's layer.
 
     A family whose layer differs declares the difference as a field here, and the one forward acts
-    on it: `GEMMA4_PARTS` are Gemma4's (FORMAT_FACTS.md A.3).
+    on it: `GEMMA4_PARTS` are Gemma4's (docs/method.md, 2.1).
 
     Attributes:
         hidden_size: width H, the target's.
@@ -230,7 +230,7 @@ def check_draft_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> Non
 
 
 def evenly_spaced_taps(num_target_layers: int, count: int) -> tuple[int, ...]:
-    """Layer ids evenly from the second to the third last layer (FORMAT_FACTS.md A.1).
+    """Layer ids evenly from the second to the third last layer (docs/method.md, 2.1).
 
     Raises:
         CompatibilityError: the target has too few layers for that many.

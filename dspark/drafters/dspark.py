@@ -1,4 +1,4 @@
-"""The DSpark drafter: parallel backbone, sequential head, confidence (METHOD.md 2).
+"""The DSpark drafter: parallel backbone, sequential head, confidence (docs/method.md, 2).
 
 With `draft_top_k` N the drafts of a slot come from the N likeliest tokens of its base logits: the
 sequential head then looks at N tokens in place of the vocabulary, and the distribution that is
@@ -9,7 +9,10 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +22,17 @@ from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.packed import BlockLayout
 from dspark.attention.pages import CacheShape, PagedCache
-from dspark.drafters.backbone import ParallelBackbone
+from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
-from dspark.drafters.decoding import DecodePlan
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
-from dspark.drafters.target_bound import TargetBound
-from dspark.errors import CompatibilityError
+from dspark.drafters.layers import Pack, RotaryTable, packed
+from dspark.drafters.plugins import DrafterKind
+from dspark.drafters.target_bound import Borrowed, TargetBound
+from dspark.errors import CheckpointError, CompatibilityError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+MASK_EMBEDDING = "mask_embedding.weight"
 
 
 class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
@@ -91,7 +98,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         positions_MK: Tensor,
         layout: BlockLayout,
     ) -> Tensor:
-        """Hidden states of packed blocks, for training (FORMAT_FACTS.md A.5).
+        """Hidden states of packed blocks, for training (docs/method.md, 2.1).
 
         Args:
             features_TF: the target's captured features of all sequences, one after the other.
@@ -300,3 +307,109 @@ def _confidence(
         embedded = embedded.detach()
     logits: Tensor = head(hidden, embedded)
     return logits
+
+
+# What decoding computes once
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A drafter made ready for decoding: fused weights, heads in the right dtype, tables.
+
+    Attributes:
+        weights: the backbone's, those with a common input fused; copies, packed where the
+            target's are.
+        borrowed: embedding and head; a head of the drafter's own is packed likewise.
+        markov_head: the drafter's own module, or a copy: in another dtype, on another device, or
+            with its second table packed.
+        confidence_head: likewise.
+        rotary: `rotary` by position.
+        mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
+        slots_K: 0 .. block_size - 1.
+    """
+
+    weights: BackboneWeights
+    borrowed: Borrowed
+    markov_head: MarkovHead | None
+    confidence_head: ConfidenceHead | None
+    rotary: RotaryTable
+    mask_1KH: Tensor
+    slots_K: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        backbone: ParallelBackbone,
+        markov_head: MarkovHead | None,
+        confidence_head: ConfidenceHead | None,
+        *,
+        masks: Tensor,
+        borrowed: Borrowed,
+    ) -> DecodePlan:
+        """Make the plan.
+
+        Args:
+            backbone: whose weights are fused.
+            markov_head: the drafter's head, if any.
+            confidence_head: likewise.
+            masks: input embeddings [block_size - 1, H] of the slots after the anchor.
+            borrowed: its embedding gives dtype and device of everything, and its `pack` lays
+                weights out as the target's are.
+        """
+        like, pack = borrowed.embedding_VH, borrowed.pack
+        weights = BackboneWeights.of(_backbone_like(backbone, like))
+        markov_head = _like(markov_head, like)
+        if pack is not None:
+            weights = weights.packed(pack)
+            markov_head = None if markov_head is None else _with_packed_bias(markov_head, pack)
+        return cls(
+            weights=weights,
+            borrowed=borrowed.packed(),
+            markov_head=markov_head,
+            confidence_head=_like(confidence_head, like),
+            rotary=RotaryTable(backbone.backbone_config, like),
+            mask_1KH=masks.to(like).unsqueeze(0),
+            slots_K=torch.arange(masks.shape[0] + 1, device=like.device),
+        )
+
+
+def _with_packed_bias(head: MarkovHead, pack: Pack) -> MarkovHead:
+    """The same head, whose product with its second table is packed; it shares all parameters."""
+    head = copy.copy(head)
+    # In the place of the method: a module's own attributes come first.
+    vars(head)["bias"] = packed(pack, head.markov_w2.weight)
+    return head
+
+
+def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:
+    """The module itself where it has the dtype and device of `like`, else a copy that has."""
+    if module is None or all(
+        p.dtype == like.dtype and p.device == like.device for p in module.parameters()
+    ):
+        return module
+    return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
+
+
+def _backbone_like(source: ParallelBackbone, like: Tensor) -> ParallelBackbone:
+    """The backbone alone (a drafter has more), in the dtype and on the device of `like`."""
+    with torch.device("meta"):
+        backbone = ParallelBackbone(source.backbone_config)
+    state = source.state_dict()
+    rows = {name: state[name].to(like) for name in backbone.state_dict()}
+    backbone.load_state_dict(rows, assign=True)
+    return backbone
+
+
+def _build(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:
+    drafter = DSparkDrafter(config)
+    if MASK_EMBEDDING in names and drafter.mask_embedding is None:
+        drafter.mask_embedding = nn.Embedding(1, config.backbone.hidden_size)
+    if MASK_EMBEDDING not in names and drafter.mask_embedding is not None:
+        raise CheckpointError(
+            f"{where} has no mask_token_id and the weights no {MASK_EMBEDDING}; "
+            "one of them must say what fills a block."
+        )
+    return drafter
+
+
+KIND = DrafterKind(drafter=DSparkDrafter, config=DSparkConfig, build=_build)

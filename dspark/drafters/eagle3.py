@@ -1,4 +1,11 @@
-"""The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; FORMAT_FACTS.md A.4).
+"""The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; docs/method.md, 2.4).
+
+A row of the layer is made of two parts: the hidden state h of a token (projected features, or what
+the layer gave a step before) and the embedding of the token after it. Both are normed and laid side
+by side as the input of the attention, so that the q, k and v projections read 2 H numbers; the
+residual is h itself, before its norm (or, with `norm_before_residual`, after). What comes out is
+the next step's h, and, normed, what the head reads. Module names are the published state dict's
+keys; all else of the layer is `layers.Layer`, of whatever family.
 
 Context row i holds the feature of token i and the embedding of token i + 1, and is turned to
 position i; it is stored at position i + 1 (`Drafter.reads_next_token`). The last row's output
@@ -11,22 +18,31 @@ token per round, two tokens verified.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.attention.backends import ragged_attention
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
-from dspark.drafters.borrowed import Borrowed
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
-from dspark.drafters.decoding import RotaryTable
-from dspark.drafters.eagle3_layer import Eagle3Backbone, Eagle3Weights
-from dspark.drafters.target_bound import TargetBound
+from dspark.drafters.layers import (
+    Layer,
+    LayerWeights,
+    Pack,
+    Product,
+    RMSNorm,
+    RotaryTable,
+    norm,
+    packed,
+    project,
+)
+from dspark.drafters.plugins import DrafterKind
+from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CompatibilityError
 
 # Cache layers: the layer's keys and values, and the projected features as keys of width H.
@@ -85,6 +101,114 @@ class Eagle3Config:
                 f"ttt_length is {self.ttt_length} and head_dim {backbone.head_dim}, but they "
                 "must be at least 1 and even."
             )
+
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
+
+
+class Eagle3Layer(Layer):
+    """Holds the layer."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config, input_width=2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size)
+
+
+class Eagle3Backbone(nn.Module):
+    """The parameters of an Eagle3 drafter, under their published names."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone_config = config
+        self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.norm = RMSNorm(config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Eagle3Weights:
+    """All weights, and the computation.
+
+    Training builds them from the parameters at every step (gradients flow through), decoding once.
+    """
+
+    config: BackboneConfig
+    fc: Tensor | Product
+    hidden_norm_H: Tensor
+    layer: LayerWeights
+    norm_H: Tensor
+
+    @classmethod
+    def of(cls, backbone: Eagle3Backbone) -> Eagle3Weights:
+        """The weights of a backbone; gradients flow back to its parameters."""
+        config, layer = backbone.backbone_config, backbone.layers[0]
+        assert isinstance(layer, Eagle3Layer)
+        return cls(
+            config=config,
+            fc=backbone.fc.weight,
+            hidden_norm_H=layer.hidden_norm.weight,
+            layer=LayerWeights.of(layer, config),
+            norm_H=backbone.norm.weight,
+        )
+
+    def like(self, other: Tensor) -> Eagle3Weights:
+        """The same in dtype and on the device of `other`."""
+        return replace(
+            self,
+            fc=self.fc.to(other) if isinstance(self.fc, Tensor) else self.fc,
+            hidden_norm_H=self.hidden_norm_H.to(other),
+            layer=self.layer.like(other),
+            norm_H=self.norm_H.to(other),
+        )
+
+    def packed(self, pack: Pack) -> Eagle3Weights:
+        """The same with its projections packed, for decoding."""
+        return replace(self, fc=packed(pack, self.fc), layer=self.layer.packed(pack, looks=True))
+
+    def project(self, features: Tensor) -> Tensor:
+        """The first hidden states [.., H] of captured features [.., F]."""
+        return project(features, self.fc)
+
+    def key_value(
+        self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [.., G, D] of rows that are only looked at.
+
+        Args:
+            embedded: embeddings [.., H] of the tokens after the rows' own.
+            hidden: hidden states [.., H] of the rows.
+            rotary_rows: `layers.rotary` of their positions.
+        """
+        return self.layer.key_value(self._input(embedded, hidden), rotary_rows.unbind(-3))
+
+    def step(self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix) -> Tensor:
+        """One pass through the layer.
+
+        Args:
+            embedded: embeddings [.., H] of the tokens after the rows' own.
+            hidden: hidden states [.., H] of the rows.
+            rotary_rows: `layers.rotary` of their positions.
+            mix: attends.
+
+        Returns:
+            The next hidden states [.., H], before the final norm.
+        """
+        read = self._input(embedded, hidden)
+        # The input's second half is the normed hidden state.
+        residual = read[..., embedded.shape[-1] :] if self.config.norm_before_residual else hidden
+        return self.layer.finish(residual, mix(*self.layer.heads(read, rotary_rows.unbind(-3))))
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """Hidden states [.., H] as the head reads them."""
+        return norm(hidden, self.norm_H, self.config)
+
+    def _input(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        normed = (
+            norm(embedded, self.layer.input_norm_H, self.config),
+            norm(hidden, self.hidden_norm_H, self.config),
+        )
+        return torch.cat(normed, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -199,3 +323,15 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
                 table = RotaryTable(self.config.backbone, like)
                 self._plan = _DecodePlan(weights, self.borrowed.packed(), table)
         return self._plan
+
+
+def _build(config: Eagle3Config, names: Set[str], where: str) -> Eagle3Drafter:  # noqa: ARG001
+    return Eagle3Drafter(config)
+
+
+KIND = DrafterKind(
+    drafter=Eagle3Drafter,
+    config=Eagle3Config,
+    build=_build,
+    renamed={"midlayer.": "layers.0."},
+)

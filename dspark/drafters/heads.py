@@ -1,7 +1,7 @@
 """The sequential stage: what the tokens already drawn say about the next one.
 
 Every Markov head turns the previous token, and maybe the block's hidden state, into a small
-feature u of width r, and adds u W2^T to the backbone's logits (METHOD.md eqs. 4-6). It has two
+feature u of width r, and adds u W2^T to the backbone's logits (eqs. 4-6). It has two
 forms that must agree: `step`, with the state passed explicitly, for drafting, and `block`, teacher
 forced, for training. Letters: M blocks, K slots, r rank, H width, V vocabulary.
 """
@@ -70,7 +70,7 @@ class MarkovHead(nn.Module):
 
 
 class GatedHead(MarkovHead):
-    """Gated head: u = g * e, g = sigmoid(W [h; e]), e = W1[x] (FORMAT_FACTS.md A.6)."""
+    """Gated head: u = g * e, g = sigmoid(W [h; e]), e = W1[x] (of the published code)."""
 
     def __init__(
         self, vocab_size: int, rank: int, hidden_size: int, draft_vocab_size: int | None = None

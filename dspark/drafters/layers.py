@@ -23,6 +23,9 @@ Pack = Callable[..., Product]
 """(weights [outputs, inputs], biases, exact=...) -> their product"""
 
 
+_FEWEST_POSITIONS = 1024
+
+
 class RMSNorm(nn.Module):
     """Holds the weight of a root-mean-square norm over the last dimension."""
 
@@ -288,3 +291,27 @@ def rotary(positions: Tensor, config: BackboneConfig, dtype: torch.dtype) -> Ten
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of heads x [.., heads, D], with the two halves of `rotary`."""
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
+
+
+class RotaryTable:
+    """Rows of `rotary` by position, computed as far as anyone has asked.
+
+    Args:
+        config: of the backbone.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, config: BackboneConfig, like: Tensor) -> None:
+        self._config, self._like = config, like
+        self._table = self._compute(_FEWEST_POSITIONS)
+
+    def upto(self, positions: int) -> Tensor:
+        """At least so many rows, [positions or more, 2, 1, D]."""
+        if len(self._table) < positions:
+            self._table = self._compute(1 << (positions - 1).bit_length())
+        return self._table
+
+    @torch.inference_mode(False)
+    def _compute(self, positions: int) -> Tensor:
+        numbers = torch.arange(positions, device=self._like.device)
+        return rotary(numbers, self._config, self._like.dtype)

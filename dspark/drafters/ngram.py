@@ -19,6 +19,7 @@ from torch import Tensor
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import CacheShape, PagedCache
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
+from dspark.drafters.plugins import DrafterKind
 from dspark.errors import CompatibilityError, UsageError
 
 # The last tokens whose lookups tell how this request is going, and how many such lookups the
@@ -30,10 +31,10 @@ _PRIOR_LOOKUPS = 2
 class NgramDrafter:
     """A drafter without parameters, taps or cache.
 
-    Its law is one-hot: it hands `draw` the logit of the proposed token alone.
-    Every processor of the engine (temperature, penalties, finite biases, filters) leaves that law
-    as it is, so verification sees the very q that was drawn from. A request without a match
-    proposes nothing (`Proposal.lengths` is 0 there).
+    Its distribution is one-hot: it hands `draw` the logit of the proposed token alone.
+    Every processor of the engine (temperature, penalties, finite biases, filters) leaves that
+    distribution as it is, so verification sees the very q that was drawn from. A request without a
+    match proposes nothing (`Proposal.lengths` is 0 there).
 
     Args:
         block_size: most tokens of a round.
@@ -92,7 +93,7 @@ class NgramDrafter:
         ]
         lengths = tuple(len(draft) for draft in drafts)
         for step in range(max(lengths, default=0)):
-            # A row past its request's end needs some law; its draw is ignored.
+            # A row past its request's end needs some distribution; its draw is ignored.
             proposed_R1 = batch.anchors_R.new_tensor(
                 [draft[step] if step < len(draft) else 0 for draft in drafts]
             ).unsqueeze(1)
@@ -162,3 +163,6 @@ def _copy(tokens: Sequence[int], lag: int, count: int) -> list[int]:
     for i in range(count if lag else 0):
         draft.append(draft[i - lag] if i >= lag else tokens[len(tokens) - lag + i])
     return draft
+
+
+KIND = DrafterKind(create=NgramDrafter)

@@ -6,10 +6,10 @@ import logging
 import warnings
 from pathlib import Path
 
-from dspark.drafters.checkpoint import has_attached_drafter, load_drafter
-from dspark.drafters.files import resolve
-from dspark.drafters.gguf_tokenizer import refuse_other_tokens
-from dspark.drafters.ngram import NgramDrafter
+from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter
+from dspark.drafters.checkpoints.files import resolve
+from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens
+from dspark.drafters.checkpoints.registry import make_drafter
 from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkWarning
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
@@ -114,10 +114,10 @@ def _with_draft(
 ) -> Model:
     if draft == "none":
         return Model(target, draft_top_k=draft_top_k)
-    if draft == "ngram":
-        lookup = NgramDrafter()
-        lookup.bind(target.parts())
-        return Model(target, lookup, name="ngram", draft_top_k=draft_top_k)
+    made = None if draft is None else make_drafter(str(draft))
+    if made is not None:
+        made.bind(target.parts())
+        return Model(target, made, name=str(draft), draft_top_k=draft_top_k)
     if draft is None:
         if not has_attached_drafter(source, revision=revision, offline=offline):
             if source == smollm2.NAME:

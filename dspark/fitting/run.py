@@ -12,7 +12,7 @@ from typing import Any
 
 from dspark.data.durable import only_run
 from dspark.data.self_prompts import opening_of
-from dspark.drafters.checkpoint import has_attached_drafter
+from dspark.drafters.checkpoints.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
 from dspark.fitting import stages

@@ -16,9 +16,9 @@ from dspark.data.json_lines import read_json_lines, write_json_lines
 from dspark.data.regenerate import regenerate
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.data.self_prompts import SelfPrompts, write_self_prompts
-from dspark.drafters.checkpoint import load_drafter, save_attached
-from dspark.drafters.files import ATTACHED_FOLDER
-from dspark.drafters.registry import AnyDrafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
+from dspark.drafters.checkpoints.files import ATTACHED_FOLDER
+from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.engine.model import Model
 from dspark.errors import DataError
 from dspark.evaluation.calibration import record_rounds

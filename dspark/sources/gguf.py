@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.errors import CheckpointError, CompatibilityError, first_line
 from dspark.sources.cache import cache_directory, new_entry
-from dspark.sources.gguf_header import GgufHeader
+from dspark.sources.gguf_file import GgufFile
 
 if TYPE_CHECKING:
     import torch
@@ -79,17 +79,18 @@ def converted(path: Path, dtype: torch.dtype | None = None, *, sha256: str | Non
         CheckpointError: the file is damaged, another one, or the cache cannot be written.
         CompatibilityError: transformers cannot load it, or the extra `gguf` is missing.
     """
-    header = GgufHeader.read(path) if dtype is None else None
+    header = GgufFile.open(path) if dtype is None else None
     name = str(dtype).removeprefix("torch.") if header is None else _own_dtype(header)
     place = cache_directory("gguf") / f"{path.stem}-{_key(path)}-{name}"
     if place.is_dir():
         return place
-    header = header or GgufHeader.read(path)
+    header = header or GgufFile.open(path)
     _require_extra(path)
     _check(path, header)
     if sha256 is not None:
         _check_hash(path, sha256)
-    size = sum(tensor.elements for tensor in header.tensors) * (4 if name == "float32" else 2)
+    elements = sum(tensor.elements for tensor in header.tensors.values())
+    size = elements * (4 if name == "float32" else 2)
     with new_entry(place) as fresh:
         if fresh is not None:
             _check_room(place, size)
@@ -115,10 +116,10 @@ def _key(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _own_dtype(header: GgufHeader) -> str:
+def _own_dtype(header: GgufFile) -> str:
     """The dtype of most numbers: norms are in float32 whatever the rest is."""
     counts: dict[str, int] = {}
-    for tensor in header.tensors:
+    for tensor in header.tensors.values():
         name = _FLOATS.get(tensor.kind, _QUANTISED_AS)
         counts[name] = counts.get(name, 0) + tensor.elements
     return max(counts, key=lambda name: counts[name], default="float32")
@@ -133,30 +134,16 @@ def _require_extra(path: Path) -> None:
         )
 
 
-def _check(path: Path, header: GgufHeader) -> None:
+def _check(path: Path, header: GgufFile) -> None:
     """Refuse a file that is cut short, and what transformers' loader would drop in silence."""
-    from gguf import GGML_QUANT_SIZES
-
-    if int(header.metadata.get("split.count", 1)) > 1:
+    parts = int(header.get("split.count", 1))
+    if parts > 1:
         raise CompatibilityError(
-            f"{path} is one part of {header.metadata['split.count']}; join them first "
-            "(llama-gguf-split --merge)."
+            f"{path} is one part of {parts}; join them first (llama-gguf-split --merge)."
         )
-    sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-    end = 0
-    for tensor in header.tensors:
-        if tensor.kind not in sizes:
-            raise CompatibilityError(
-                f"{path} stores {tensor.name} in the ggml type {tensor.kind}, which the package "
-                "gguf does not know; update it or take another quantisation."
-            )
-        block, bytes_each = sizes[tensor.kind]
-        end = max(end, header.data_start + tensor.offset + tensor.elements // block * bytes_each)
-    size = path.stat().st_size
-    if size < end:
-        raise CheckpointError(f"{path} is cut short ({size:,} of {end:,} bytes); fetch it again.")
-    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    frequencies = any(tensor.name.startswith("rope_freqs") for tensor in header.tensors)
+    header.check_whole()
+    scaling = header.get(f"{header.architecture}.rope.scaling.type", "none")
+    frequencies = any(name.startswith("rope_freqs") for name in header.tensors)
     if header.architecture != "gpt-oss" and (scaling != "none" or frequencies):
         raise CompatibilityError(
             f"{path} scales its rotary positions, which transformers' GGUF loader leaves out; use "
@@ -185,7 +172,7 @@ def _check_room(place: Path, size: int) -> None:
         )
 
 
-def _convert(path: Path, header: GgufHeader, dtype: str, directory: Path) -> None:
+def _convert(path: Path, header: GgufFile, dtype: str, directory: Path) -> None:
     """Read a GGUF with transformers, and save model, tokenizer and chat template."""
     import torch
     import transformers
@@ -198,7 +185,7 @@ def _convert(path: Path, header: GgufHeader, dtype: str, directory: Path) -> Non
     with contextlib.redirect_stderr(io.StringIO()), _memoised_reading():
         try:
             config = transformers.AutoConfig.from_pretrained(path.parent, **kwargs)
-            head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
+            head_dim = header.get(f"{header.architecture}.attention.key_length")
             if head_dim is not None and getattr(config, "head_dim", head_dim) != head_dim:
                 config.head_dim = int(head_dim)  # left out for some architectures
             model, report = transformers.AutoModelForCausalLM.from_pretrained(

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dspark.data.samples import SampleBatch
-from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.eagle3 import Eagle3Drafter, Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.training.chain_attention import chain_attention
 from dspark.training.law_terms import LawWeights

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dspark.data.conversations import Prompt
 from dspark.data.samples import Sample
-from dspark.drafters.registry import AnyDrafter
+from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.errors import RecipeError
 from dspark.request import Request, SamplingParams, Stats
 from dspark.targets.target import Target

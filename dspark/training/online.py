@@ -12,9 +12,9 @@ from torch import Tensor
 from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.stored import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
-from dspark.drafters.checkpoint import save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
+from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
-from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark.drafters.backbone import ParallelBackbone
-from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.registry import AnyDrafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
-from dspark.drafters.checkpoint import save_attached
+from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
 from tests.helpers.targets import tiny_qwen3

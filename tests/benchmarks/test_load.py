@@ -6,7 +6,7 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import load, plain_batch
-from dspark.drafters.checkpoint import save_published
+from dspark.drafters.checkpoints.checkpoint import save_published
 from dspark.engine.engine import Clock
 from dspark.evaluation.closed_loop import Answer, LoadRun
 from dspark.evaluation.load_figure import FORMATS

@@ -8,9 +8,9 @@ import pytest
 import dspark
 from benchmarks.peer_drafters import compare, measure
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.drafters.checkpoint import borrow_tables, load_drafter, save_gguf
-from dspark.drafters.gguf_tokenizer import tokenizer_fields
-from dspark.drafters.target_tables import TargetTables
+from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_gguf
+from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
+from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.request import SamplingParams
 from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
 

@@ -10,7 +10,7 @@ import torch
 
 from dspark.cli.main import main
 from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.checkpoint import save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark

@@ -37,7 +37,7 @@ def real(pair, bundled, monkeypatch):
     """A tiny pair in the place of the real model and its drafter."""
     monkeypatch.setattr(smollm2, "locate", lambda **_: pair.target)
     monkeypatch.setattr(names, "SMOLLM2", pair.drafter)
-    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", pair.drafter)
+    monkeypatch.setattr("dspark.drafters.checkpoints.checkpoint.SMOLLM2", pair.drafter)
 
 
 def test_three_domains_plain_beside_dspark(dspark, bundled):
@@ -92,7 +92,7 @@ def test_without_the_real_model_the_bundled_one_takes_its_place(dspark, bundled,
 
 def test_a_real_model_without_its_drafter_is_no_demo(dspark, real, monkeypatch, tmp_path):
     monkeypatch.setattr(names, "SMOLLM2", tmp_path)
-    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", tmp_path)
+    monkeypatch.setattr("dspark.drafters.checkpoints.checkpoint.SMOLLM2", tmp_path)
     result = dspark("demo", "--only", "chat", "--max-new-tokens", 4, "--json")
     assert result.json["model"] == "bundled"
     assert "smollm2 has no drafter attached; reinstall dspark. The tiny bundled" in result.err

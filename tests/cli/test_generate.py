@@ -12,7 +12,7 @@ from dspark.cli import generate as command
 from dspark.cli.decoding import Difference, comparable, differences
 from dspark.cli.inputs import PromptText
 from dspark.cli.screen import Screen
-from dspark.drafters.checkpoint import save_attached
+from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.errors import UsageError
 from dspark.request import Output, Request, Stats
 from tests.helpers.keys import COMPARE, GENERATE

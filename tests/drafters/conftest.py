@@ -12,7 +12,7 @@ from dspark.attention.packed import BlockLayout
 from dspark.attention.pages import BlockTable, PagedCache
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter

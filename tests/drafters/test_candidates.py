@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.drafters.borrowed import Borrowed
+from dspark.drafters.target_bound import Borrowed
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 

@@ -18,7 +18,12 @@ from transformers.models.gemma4.modeling_gemma4 import (
     apply_rotary_pos_emb,
 )
 
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
+from dspark.drafters.checkpoints.checkpoint import (
+    load_drafter,
+    save_attached,
+    save_published,
+    save_speculators,
+)
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.layers import rotary
 from dspark.errors import CheckpointError, CompatibilityError

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, PagedCache
 from dspark.drafters.base import DraftBatch
-from dspark.drafters.checkpoint import load_drafter, save_attached
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
+from dspark.drafters.checkpoints.published import dspark_to_json
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.published import config_to_json
 
 VOCAB, WIDTH = 16384, 2560
 TABLE_BYTES = VOCAB * WIDTH * 2
@@ -63,7 +63,7 @@ def checkpoint(tmp_path):
     table = filled(VOCAB, WIDTH)
     state |= {"embed_tokens.weight": table, "lm_head.weight": table.clone()}
     save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(CONFIG, "bfloat16")))
+    (tmp_path / "config.json").write_text(json.dumps(dspark_to_json(CONFIG, "bfloat16")))
     return tmp_path, table
 
 

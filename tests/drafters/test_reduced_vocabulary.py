@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_published
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.training.losses import LossWeights, block_loss
 

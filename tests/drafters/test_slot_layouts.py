@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_published
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.training.losses import LossWeights, block_loss
 

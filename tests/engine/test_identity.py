@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.engine import Engine
 from dspark.engine.schedule import Schedule
 from dspark.request import VERIFIERS, Request, SamplingParams, Stats

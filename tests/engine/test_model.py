@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import dspark
-from dspark.drafters.checkpoint import save_attached
+from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.loading import load
 from dspark.engine.model import Model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspark.data.conversations import Prompt
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DataError
 from dspark.evaluation.evaluate import evaluate, settings_of

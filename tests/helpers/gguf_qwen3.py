@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dspark.drafters.files import read_json, read_weights
-from dspark.drafters.gguf_file import Field, write_gguf
-from dspark.drafters.gguf_tokenizer import tokenizer_fields
+from dspark.drafters.checkpoints.files import read_json, read_weights
+from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
+from dspark.sources.gguf_file import Field, write_gguf
 
 _LAYER = {
     "input_layernorm": "attn_norm",

@@ -15,13 +15,13 @@ from gguf import GGMLQuantizationType
 import dspark
 from dspark.attention.layout import RaggedBatch
 from dspark.data.features.identity import target_fingerprint
-from dspark.drafters.checkpoint import has_attached_drafter, save_attached
-from dspark.drafters.target_tables import TargetTables
+from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, save_attached
+from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources import gguf as sources_gguf
 from dspark.sources.cache import cache_directory
 from dspark.sources.gguf import converted, gguf_file
-from dspark.sources.gguf_header import GgufHeader
+from dspark.sources.gguf_file import GgufFile
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
@@ -150,11 +150,11 @@ def test_a_file_cut_short(twins, size, sentence):
 
 def test_every_cut_of_the_header_is_noticed(twins):
     whole = twins.gguf.read_bytes()
-    end = GgufHeader.read(twins.gguf).data_start
+    end = GgufFile.open(twins.gguf).data_start
     for size in range(4, end - 64, 97):
         twins.gguf.write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
-            GgufHeader.read(twins.gguf)
+            GgufFile.open(twins.gguf)
 
 
 def test_what_the_loader_lacks_is_named(twins, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import dspark
 from dspark.data.answering import recommended_sampling
-from dspark.drafters.checkpoint import has_attached_drafter, load_drafter, save_attached
+from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter, save_attached
 from dspark.errors import CheckpointError
 from dspark.sources import hub, names, smollm2
 from dspark.sources.hub import use_cache_only
@@ -61,7 +61,7 @@ def attach(monkeypatch, twins, folder):
     folder.mkdir()
     save_attached(drafter, folder, dtype=None)
     monkeypatch.setattr(names, "SMOLLM2", folder / "dspark")
-    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", folder / "dspark")
+    monkeypatch.setattr("dspark.drafters.checkpoints.checkpoint.SMOLLM2", folder / "dspark")
 
 
 def test_the_installed_wheel_comes_first_and_brings_its_drafter(
@@ -86,7 +86,7 @@ def test_without_its_drafter_it_decodes_plainly_and_says_so(
 ):
     install(monkeypatch, twins)
     monkeypatch.setattr(names, "SMOLLM2", tmp_path / "absent")
-    monkeypatch.setattr("dspark.drafters.checkpoint.SMOLLM2", tmp_path / "absent")
+    monkeypatch.setattr("dspark.drafters.checkpoints.checkpoint.SMOLLM2", tmp_path / "absent")
     caplog.set_level("INFO", "dspark")
     model = dspark.load("smollm2", device="cpu")
     assert model.drafter is None

@@ -8,7 +8,7 @@ from rich.console import Console
 import dspark
 from dspark.data.features.forward import target_features
 from dspark.data.samples import Sample
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.drafter import DrafterObjective, find_mask_token

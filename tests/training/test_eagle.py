@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from torch.nn.attention import flex_attention as flex
 
 from dspark.data.samples import Sample, SampleBatch
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig
-from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.eagle3_layer import Eagle3Weights
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.training import chain_attention as room
 from dspark.training.chain_attention import chain_attention

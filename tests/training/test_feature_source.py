@@ -10,7 +10,7 @@ from dspark.data.features.forward import target_features
 from dspark.data.features.identity import sample_key
 from dspark.data.features.needed import num_context_rows, teacher_rows
 from dspark.data.features.reader import FeatureCache
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget
 from dspark.targets.target import Target

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dspark.data.samples import Sample, SampleBatch
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, sample_anchors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.request import Stats
 from dspark.training.run import Judge, run_recipe
 from tests.helpers.samples import write_samples

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from dspark.drafters.checkpoints.registry import write_config
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.registry import write_config
 from dspark.errors import CompatibilityError, RecipeError
 from dspark.training.drafter import drafter_config
 from dspark.training.eagle_drafter import eagle3_config

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.data.samples import Sample, SampleBatch
-from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.training.anchors import AnchorBlocks
 from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
 from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_speculators
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_speculators
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, RecipeError, TrainingError
 from dspark.evaluation.live import accepted, render

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dspark.data.samples import Sample
-from dspark.drafters.files import CONFIG, INDEX, fetch
+from dspark.drafters.checkpoints.files import CONFIG, INDEX, fetch
 from dspark.errors import CheckpointError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.names import origin

@@ -1,10 +1,8 @@
-"""Drafter checkpoints in every layout: read, write, refuse aloud.
+"""Reads and writes drafter checkpoints in every layout (docs/checkpoints.md).
 
-Published, as `deepspec` writes it (FORMAT_FACTS.md A), and `speculators` (G): a directory with
-config.json and model.safetensors (or shards with an index), embedding and head included. Attached:
-the target's directory, with the drafter's two files in `dspark/` and without embedding and head.
-Any may be read without them; the target's are borrowed at bind. Tensors have the same names in all.
-GGUF, llama.cpp's: one file with names and keys of its own (`gguf_layout`).
+A directory holds config.json and model.safetensors (or shards with an index), with embedding and
+head or without: the target's are then borrowed at bind. A GGUF, llama.cpp's, is one file with names
+and keys of its own (`checkpoints.gguf`).
 """
 
 from __future__ import annotations
@@ -13,11 +11,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspark.drafters.files import (
+from dspark.drafters.checkpoints.files import (
     ATTACHED_FOLDER,
     CONFIG,
     Written,
@@ -27,21 +26,22 @@ from dspark.drafters.files import (
     resolve,
     write,
 )
-from dspark.drafters.gguf_file import Field, GgufFile, write_gguf
-from dspark.drafters.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
-from dspark.drafters.gguf_layout import from_gguf, to_gguf
-from dspark.drafters.registry import (
+from dspark.drafters.checkpoints.gguf import ARCHITECTURES as GGUF_ARCHITECTURES
+from dspark.drafters.checkpoints.gguf import from_gguf, to_gguf
+from dspark.drafters.checkpoints.registry import (
     ATTACHED,
     DEEPSPEC,
     SPECULATORS,
     AnyDrafter,
     is_drafter,
+    layouts,
     read_config,
     write_config,
 )
-from dspark.drafters.target_tables import TargetTables
+from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.errors import CheckpointError
 from dspark.sources.gguf import is_gguf
+from dspark.sources.gguf_file import Field, GgufFile, write_gguf
 from dspark.sources.names import SMOLLM2, drafter_source
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
@@ -64,20 +64,25 @@ def load_drafter(
     if is_gguf(source):
         return _load_gguf(Path(source))
     directory = resolve(source, revision, offline)
-    config_path = directory / CONFIG
-    family, config = read_config(read_json(config_path), str(config_path))
-    state = {_usual(name, family.renamed): x for name, x in read_weights(directory).items()}
-    with torch.device("meta"):
-        drafter: AnyDrafter = family.build(config, state.keys(), str(config_path))
-    return _fill(drafter, state, directory)
+    path = directory / CONFIG
+    return _filled(read_json(path), read_weights(directory), str(path), directory)
 
 
 def _load_gguf(path: Path) -> AnyDrafter:
     found = from_gguf(GgufFile.open(path))
-    family, config = read_config(found.config, str(path))
+    return _filled(found.config, found.state, str(path), path)
+
+
+def _filled(
+    data: Mapping[str, Any], state: Mapping[str, Tensor], where: str, place: Path
+) -> AnyDrafter:
+    """The drafter of a config.json with the tensors of its file."""
+    found = read_config(data, where)
+    assert found.kind.build is not None, "a configuration belongs to a drafter with weights"
+    named = {_usual(name, found.renamed): tensor for name, tensor in state.items()}
     with torch.device("meta"):
-        drafter: AnyDrafter = family.build(config, found.state.keys(), str(path))
-    return _fill(drafter, found.state, path)
+        drafter: AnyDrafter = found.kind.build(found.config, named.keys(), where)
+    return _fill(drafter, named, place)
 
 
 def borrow_tables(drafter: AnyDrafter, tables: TargetTables) -> None:
@@ -89,19 +94,26 @@ def borrow_tables(drafter: AnyDrafter, tables: TargetTables) -> None:
     Raises:
         CompatibilityError: the target is not one that the drafter was made for.
     """
-    drafter.bind(tables.as_dtype(drafter.fc.weight.dtype), num_target_layers=tables.num_layers)
+    drafter.bind(
+        tables.as_dtype(next(drafter.parameters()).dtype), num_target_layers=tables.num_layers
+    )
     extra = {**drafter.config.extra, **tables.named()}
     drafter.config = replace(drafter.config, num_target_layers=tables.num_layers, extra=extra)
 
 
-def save_published(
-    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+def save(
+    drafter: AnyDrafter,
+    directory: str | Path,
+    layout: str = DEEPSPEC,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> Written:
-    """Write the published layout, embedding and head included.
+    """Write a directory of a layout, with embedding and head where the layout holds them.
 
     Args:
         drafter: bound, or loaded with its own embedding and head.
         directory: made if absent.
+        layout: its name: deepspec (the published one), speculators, or a plug-in's.
         dtype: of every weight; None keeps the parameters' own.
 
     Raises:
@@ -109,17 +121,23 @@ def save_published(
             embedding, a window, ...), or it has no embedding and head.
         CheckpointError: the directory holds another model than a drafter.
     """
-    return _save(drafter, Path(directory), DEEPSPEC, _all_tables(drafter), dtype)
+    holds = layouts()[layout].holds_tables
+    tables = _all_tables(drafter) if holds else _own_tables(drafter)
+    return _save(drafter, Path(directory), layout, tables, dtype)
+
+
+def save_published(
+    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
+) -> Written:
+    """Write the published layout; see `save`."""
+    return save(drafter, directory, DEEPSPEC, dtype=dtype)
 
 
 def save_speculators(
     drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> Written:
-    """Write the layout of the speculators library, embedding and head included.
-
-    Args, Raises: as `save_published`.
-    """
-    return _save(drafter, Path(directory), SPECULATORS, _all_tables(drafter), dtype)
+    """Write the layout of the speculators library; see `save`."""
+    return save(drafter, directory, SPECULATORS, dtype=dtype)
 
 
 def save_gguf(
@@ -149,7 +167,8 @@ def save_gguf(
         )
     data = write_config(drafter, ATTACHED, weight_type)
     architecture, fields, tensors = to_gguf(drafter, data)
-    return write_gguf(path, architecture, {**tokenizer, **fields}, tensors, weight_type)
+    size = write_gguf(path, architecture, {**tokenizer, **fields}, tensors, weight_type)
+    return Written(path, len(tensors), size)
 
 
 def save_attached(
@@ -170,9 +189,7 @@ def save_attached(
         target = target.parent
     if not target.is_dir():
         raise CheckpointError(f"{target} is no directory; save the target there first.")
-    own = zip(_TABLES, (drafter.own_embedding_VH, drafter.own_head_VH), strict=True)
-    tables = {name: table for name, table in own if table is not None}
-    return _save(drafter, target / ATTACHED_FOLDER, ATTACHED, tables, dtype)
+    return save(drafter, target / ATTACHED_FOLDER, ATTACHED, dtype=dtype)
 
 
 def has_attached_drafter(
@@ -264,13 +281,19 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _own_tables(drafter: AnyDrafter) -> dict[str, Tensor]:
+    """Embedding and head as far as the drafter has its own."""
+    own = zip(_TABLES, (drafter.own_embedding_VH, drafter.own_head_VH), strict=True)
+    return {name: table for name, table in own if table is not None}
+
+
 def _all_tables(drafter: AnyDrafter) -> dict[str, Tensor]:
     """Embedding and head, the drafter's own or those that it borrows."""
-    embedding, head = drafter.own_embedding_VH, drafter.own_head_VH
-    return {
-        _TABLES[0]: drafter.borrowed.embedding_VH if embedding is None else embedding,
-        _TABLES[1]: drafter.borrowed.head_VH if head is None else head,
-    }
+    own = _own_tables(drafter)
+    if len(own) == len(_TABLES):
+        return own
+    borrowed = zip(_TABLES, (drafter.borrowed.embedding_VH, drafter.borrowed.head_VH), strict=True)
+    return {**dict(borrowed), **own}
 
 
 def _refuse_to_replace(directory: Path) -> None:
@@ -290,7 +313,7 @@ def _save(
     dtype: torch.dtype | None,
 ) -> Written:
     _refuse_to_replace(directory)
-    kept = drafter.fc.weight.dtype if dtype is None else dtype
+    kept = next(drafter.parameters()).dtype if dtype is None else dtype
     data = write_config(drafter, layout, str(kept).removeprefix("torch."))
     named = {**drafter.state_dict(), **tables}
     # A tied embedding and head share memory, which safetensors refuses: each gets its own.

@@ -1,4 +1,4 @@
-"""llama.cpp's GGUF layout of a drafter, and ours, each as the other.
+"""llama.cpp's GGUF layout of a drafter, read and written.
 
 llama.cpp knows two architectures: `dflash` (DFlash, and DSpark with a vanilla Markov head) with
 Qwen3's layer, and `eagle3` with Llama's layer. Keys and tensor names are those that its loader
@@ -19,16 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.drafters.checkpoints.fields import is_gemma4
+from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, RESIDUAL
+from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.gguf_file import Field, GgufFile
-from dspark.drafters.layer_fields import is_gemma4
-from dspark.drafters.published import ARCHITECTURE as DSPARK_ARCHITECTURE
-from dspark.drafters.published_eagle3 import LEGACY_ARCHITECTURE as EAGLE3_ARCHITECTURE
-from dspark.drafters.published_eagle3 import RESIDUAL
-from dspark.drafters.speculators import TARGET_ARCHITECTURES
 from dspark.errors import CheckpointError, CompatibilityError
+from dspark.sources.gguf_file import Field, GgufFile
 
 DFLASH, EAGLE3 = "dflash", "eagle3"
 ARCHITECTURES = (DFLASH, EAGLE3)
@@ -256,6 +254,7 @@ def from_gguf(file: GgufFile) -> GgufDrafter:
             f"{where} is a model of architecture {kind}, which is no drafter that is supported; "
             f"give a GGUF file of architecture {' or '.join(ARCHITECTURES)}."
         )
+    file.check_whole()
     for key, allowed in _ABSENT.items():
         value = file.get(f"{kind}.{key}", allowed[0])
         if value not in allowed:
@@ -269,12 +268,12 @@ def from_gguf(file: GgufFile) -> GgufDrafter:
         config |= _dflash_config(file, read)
     else:
         config |= {
-            "architectures": [EAGLE3_ARCHITECTURE],
+            "architectures": [LLAMA_EAGLE3],
             "model_type": "llama",
             RESIDUAL: bool(read("norm_before_residual", False)),
         }
-    if "d2t" in file.names():
-        config["draft_vocab_size"] = file.shape("d2t")[0]
+    if "d2t" in file.tensors:
+        config["draft_vocab_size"] = file.tensors["d2t"].shape[0]
     return GgufDrafter(config, _state(file, config))
 
 
@@ -334,13 +333,13 @@ def _config(read: _Read) -> dict[str, Any]:
 
 def _dflash_config(file: GgufFile, read: _Read) -> dict[str, Any]:
     """What is DSpark's; llama.cpp tells DSpark from DFlash by the Markov head."""
-    names = file.names()
-    rank = file.shape("markov_w1.weight")[1] if "markov_w1.weight" in names else 0
+    names = file.tensors
+    rank = file.tensors["markov_w1.weight"].shape[1] if "markov_w1.weight" in names else 0
     mask = file.get(MASK)
     if mask is None:
         raise CheckpointError(f"{file.path} lacks {MASK}, which fills a block; write it again.")
     return {
-        "architectures": [DSPARK_ARCHITECTURE],
+        "architectures": [DSPARK],
         "model_type": "qwen3",
         "block_size": read("block_size"),
         "sample_from_anchor": bool(read("sample_from_anchor", rank > 0)),
@@ -354,12 +353,12 @@ def _dflash_config(file: GgufFile, read: _Read) -> dict[str, Any]:
 
 def _state(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
     ours = {theirs: name for name, theirs in {**_TOP, **_layer_names(_layers(config))}.items()}
-    unknown = [name for name in file.names() if name not in ours]
+    unknown = [name for name in file.tensors if name not in ours]
     if unknown:
         raise CompatibilityError(
             f"{file.path} has tensors that no supported drafter has: {', '.join(unknown[:5])}."
         )
-    state = {ours[name]: file.tensor(name) for name in file.names()}
+    state = {ours[name]: file.tensor(name) for name in file.tensors}
     if "d2t" in state:
         tokens, vocab = state["d2t"].long(), int(config["vocab_size"])
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.drafters.files import CONFIG, fetch, read_json
-from dspark.drafters.gguf_file import Field, GgufFile
-from dspark.drafters.gguf_layout import MASK, TOKENS
+from dspark.drafters.checkpoints.files import CONFIG, fetch, read_json
+from dspark.drafters.checkpoints.gguf import MASK, TOKENS
 from dspark.errors import CompatibilityError
 from dspark.sources.gguf import is_gguf
+from dspark.sources.gguf_file import Field, GgufFile
 
 _PREFIX, _KINDS = "tokenizer.", "tokenizer.ggml.token_type"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

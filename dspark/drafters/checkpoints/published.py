@@ -1,27 +1,39 @@
-"""The published config.json and `DSparkConfig`, each as the other (FORMAT_FACTS.md A.1, A.3)."""
+"""The layout of the published checkpoints ("deepspec"), and the attached one, which is like it.
+
+A config.json is the target's, with the drafter's own fields. The published `dflash_*` files have
+the architecture of DSpark's, without heads. Attached, a drafter lies in `dspark/` of its target's
+directory, without embedding and head, and may have what the published stack has no field for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from dspark.drafters.config import DSparkConfig
-from dspark.drafters.json_reader import Reader
-from dspark.drafters.layer_fields import (
+from dspark.drafters.checkpoints.fields import (
     FULL,
     GEMMA4_FIELDS,
     QWEN3_FIELDS,
+    Reader,
     gemma4_layers_from_json,
     is_gemma4,
     model_to_json,
     qwen3_layers_from_json,
 )
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.dspark import MASK_EMBEDDING, DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
-ARCHITECTURE, GEMMA4_ARCHITECTURE = "Qwen3DSparkModel", "Gemma4DSparkModel"
+DSPARK, GEMMA4_DSPARK = "Qwen3DSparkModel", "Gemma4DSparkModel"
+EAGLE3, GEMMA4_EAGLE3 = "Qwen3Eagle3Model", "Gemma4Eagle3Model"
+LLAMA_EAGLE3 = "LlamaForCausalLMEagle3"  # the EAGLE authors' (`checkpoints.eagle`)
+RESIDUAL = "norm_before_residual"
 
 # Every field that acts here beside the layers'; all others are kept in `DSparkConfig.extra`.
-_FIELDS = frozenset(
+_DSPARK_FIELDS = frozenset(
     {
         "architectures",
         "block_size",
@@ -44,7 +56,27 @@ _FIELDS = frozenset(
 )
 
 
-def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
+# Every field that acts here beside the layer's; all others are kept in `Eagle3Config.extra`.
+_EAGLE3_FIELDS = frozenset(
+    {
+        "architectures",
+        "draft_num_hidden_layers",
+        "max_position_embeddings",
+        "vocab_size",
+        "draft_vocab_size",
+        "target_layer_ids",
+        "num_target_layers",
+        "ttt_length",
+        "step_loss_decay",
+        RESIDUAL,
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+    }
+)
+
+
+def dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
     """Read a published configuration.
 
     Args:
@@ -56,7 +88,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         CompatibilityError: an option that is not supported.
     """
     read = Reader(data, where)
-    gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_ARCHITECTURE
+    gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_DSPARK
     taps = read.integers("target_layer_ids")
     mask = data.get("mask_token_id")
     vocab = read.integer("vocab_size")
@@ -69,7 +101,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
     confidence = read.boolean("enable_confidence_head")
     known = vocab if data.get("draft_vocab_size") is None else read.integer("draft_vocab_size")
     layers = gemma4_layers_from_json if gemma4 else qwen3_layers_from_json
-    fields = _FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
+    fields = _DSPARK_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return DSparkConfig(
         backbone=layers(data, where, len(taps)),
         vocab_size=vocab,
@@ -90,7 +122,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
     )
 
 
-def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
+def dspark_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     """The published configuration of a drafter whose weights are stored as `dtype`.
 
     What the published stack knows no field for is written only where it differs from what that
@@ -102,7 +134,7 @@ def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     gemma4 = is_gemma4(config.backbone)
     data: dict[str, Any] = {
         **model_to_json(config.backbone, config.extra),
-        "architectures": [GEMMA4_ARCHITECTURE if gemma4 else ARCHITECTURE],
+        "architectures": [GEMMA4_DSPARK if gemma4 else DSPARK],
         "block_size": config.block_size,
         "dtype": dtype,
         "enable_confidence_head": config.confidence_head,
@@ -126,54 +158,133 @@ def config_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(data.items()))
 
 
-def refuse_beyond_published(config: DSparkConfig) -> None:
+def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
+    """Read a published configuration.
+
+    Args:
+        data: the parsed config.json.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: a field is missing or has a value of the wrong kind.
+        CompatibilityError: an option that is not supported.
+    """
+    read = Reader(data, where)
+    gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_EAGLE3
+    taps = read.integers("target_layer_ids")
+    vocab = read.integer("vocab_size")
+    known = vocab if data.get("draft_vocab_size") is None else read.integer("draft_vocab_size")
+    if gemma4:
+        backbone = gemma4_layers_from_json(data, where, len(taps))
+    else:
+        normed = data.get("model_type") != "llama"
+        backbone = qwen3_layers_from_json(data, where, len(taps), query_key_norms=normed)
+    residual = read.boolean(RESIDUAL, default=False)
+    fields = _EAGLE3_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
+    return Eagle3Config(
+        backbone=replace(backbone, norm_before_residual=residual),
+        vocab_size=vocab,
+        target_layer_ids=tuple(taps),
+        num_target_layers=read.integer("num_target_layers"),
+        ttt_length=read.integer("ttt_length"),
+        step_loss_decay=read.number("step_loss_decay") if "step_loss_decay" in data else 0.8,
+        max_position_embeddings=read.integer("max_position_embeddings", default=40960),
+        draft_vocab_size=None if known == vocab else known,
+        extra={key: value for key, value in data.items() if key not in fields},
+    )
+
+
+def eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
+    """The published configuration of a drafter whose weights are stored as `dtype`.
+
+    `refuse_beyond_published` tells whether the published stack would read it as it is meant.
+    """
+    architecture = GEMMA4_EAGLE3 if is_gemma4(config.backbone) else EAGLE3
+    if not config.backbone.query_key_norms:
+        architecture = LLAMA_EAGLE3
+    data: dict[str, Any] = {
+        **model_to_json(config.backbone, config.extra),
+        "architectures": [architecture],
+        "draft_num_hidden_layers": config.backbone.num_layers,
+        "dtype": dtype,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_target_layers": config.num_target_layers,
+        "step_loss_decay": config.step_loss_decay,
+        "target_layer_ids": list(config.target_layer_ids),
+        "tie_word_embeddings": False,
+        "ttt_length": config.ttt_length,
+        "vocab_size": config.vocab_size,
+    }
+    if config.backbone.norm_before_residual:
+        data[RESIDUAL] = True
+    if config.draft_vocab_size is not None:
+        data["draft_vocab_size"] = config.draft_vocab_size
+    return dict(sorted(data.items()))
+
+
+def refuse_beyond_published(config: DSparkConfig | Eagle3Config) -> None:
     """Refuse what the published stack would silently read as something else.
 
     Raises:
         CompatibilityError: naming it.
     """
-    beyond = {
-        "sample_from_anchor false": not config.sample_from_anchor,
-        f"draft_vocab_size {config.draft_vocab_size}": config.draft_vocab_size is not None,
-        f"sliding_window {config.backbone.sliding_window}": bool(config.backbone.sliding_layers),
-    }
+    beyond = {f"draft_vocab_size {config.draft_vocab_size}": config.draft_vocab_size is not None}
+    if isinstance(config, DSparkConfig):
+        known = f" (it knows {FULL} over the whole vocabulary, from the anchor on)"
+        window = config.backbone.sliding_window
+        beyond["sample_from_anchor false"] = not config.sample_from_anchor
+        beyond[f"sliding_window {window}"] = bool(config.backbone.sliding_layers)
+    else:
+        known = ""
+        beyond[f"{RESIDUAL} true"] = config.backbone.norm_before_residual
+        beyond["Llama's layer"] = not config.backbone.query_key_norms
     found = [name for name, there in beyond.items() if there]
     if found:
         raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, for which the published layout has no place "
-            f"(it knows {FULL} over the whole vocabulary, from the anchor on); save it attached to "
-            "its target, or as speculators."
+            f"The drafter has {' and '.join(found)}, for which the published layout has no place"
+            f"{known}; save it attached to its target, or as speculators."
         )
 
 
-def dflash_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
-    """Read the DFlash authors' configuration: no heads, and a block of 1 + n slots (A.0, G).
-
-    Their `dflash_config` holds `target_layer_ids`, `mask_token_id` and, in some files,
-    `block_size`.
+def refuse_learned_mask(drafter: DSparkDrafter, layout: str) -> None:
+    """Refuse a learned mask embedding, of which only the attached layout knows.
 
     Raises:
-        CheckpointError, CompatibilityError: as `config_from_json`.
+        CompatibilityError: there is one.
     """
-    own = data.get("dflash_config")
-    if not isinstance(own, Mapping):
-        raise CheckpointError(f"{where} has dflash_config {own!r}, but it must be an object.")
-    read = Reader(own, f"dflash_config of {where}")
-    read.only("projector_type", "dflash")
-    read.only("attention_mode", "gqa")
-    read.only("causal", False)
-    if any(kind != FULL for kind in data.get("layer_types") or ()):
+    if drafter.mask_embedding is not None:
         raise CompatibilityError(
-            f"{where} has layer_types {data['layer_types']!r}, but of this dialect only {FULL} is "
-            "supported: its windows move with each slot."
+            f"The drafter has a learned {MASK_EMBEDDING}, for which the {layout} layout has no "
+            "place; save it attached to its target."
         )
-    lifted = {
-        "sample_from_anchor": False,
-        "markov_rank": 0,
-        "enable_confidence_head": False,
-        **{key: value for key, value in own.items() if value is not None},
-    }
-    rest = {key: value for key, value in data.items() if key not in ("dflash_config", "auto_map")}
-    for name in ("projector_type", "attention_mode", "causal"):
-        lifted.pop(name, None)
-    return config_from_json(rest | lifted, where)
+
+
+def _write_dspark(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
+    refuse_learned_mask(drafter, "published")
+    refuse_beyond_published(drafter.config)
+    return dspark_to_json(drafter.config, dtype)
+
+
+def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    refuse_beyond_published(drafter.config)
+    return eagle3_to_json(drafter.config, dtype)
+
+
+LAYOUT = Layout(
+    readers={
+        DSPARK: dspark_from_json,
+        GEMMA4_DSPARK: dspark_from_json,
+        "DSparkDraftModel": dspark_from_json,  # what some writers call the first
+        EAGLE3: eagle3_from_json,
+        GEMMA4_EAGLE3: eagle3_from_json,
+        "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
+    },
+    writers={DSparkDrafter: _write_dspark, Eagle3Drafter: _write_eagle3},
+)
+ATTACHED = Layout(
+    writers={
+        DSparkDrafter: lambda drafter, dtype: dspark_to_json(drafter.config, dtype),
+        Eagle3Drafter: lambda drafter, dtype: eagle3_to_json(drafter.config, dtype),
+    },
+    holds_tables=False,
+)

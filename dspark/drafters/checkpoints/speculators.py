@@ -1,8 +1,10 @@
-"""The config.json of the speculators library and `DSparkConfig`, each as the other.
+"""The layout of the speculators library (github.com/vllm-project/speculators).
 
-FORMAT_FACTS.md G: the drafter's own fields at the top, those of its layers nested in
-`transformer_layer_config`, captured layers counted from 1, and the slots' layout spelled out.
-Tensor names are the published ones.
+The drafter's own fields stand at the top of config.json, those of its layers in
+`transformer_layer_config`; captured layers are counted from 1, and the slots' layout is explicit.
+Tensor names are the published ones. Eagle3's captured layers have a name of their own, and variants
+of its layer are flags, all false for the published layer; its positions start at 1, which is the
+same: the rotary embedding sees differences only.
 """
 
 from __future__ import annotations
@@ -11,19 +13,29 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from dspark.drafters.checkpoints.eagle import AUX_LAYERS, FLAGS, llama_shapes
+from dspark.drafters.checkpoints.fields import QWEN3_FIELDS, Reader, is_gemma4
+from dspark.drafters.checkpoints.published import (
+    RESIDUAL,
+    dspark_from_json,
+    dspark_to_json,
+    eagle3_from_json,
+    eagle3_to_json,
+    refuse_learned_mask,
+)
 from dspark.drafters.config import BackboneConfig, DSparkConfig
-from dspark.drafters.json_reader import Reader
-from dspark.drafters.layer_fields import QWEN3_FIELDS, is_gemma4
-from dspark.drafters.published import config_from_json, config_to_json
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 logger = logging.getLogger(__name__)
 
-DSPARK, DFLASH = "dspark", "dflash"
+DSPARK, DFLASH, EAGLE3 = "dspark", "dflash", "eagle3"
 TARGET_NAME, TARGET_ARCHITECTURES = "target_model_name_or_path", "target_architectures"
 
 # What a nested configuration may leave out: Qwen3's own defaults.
-LAYER_DEFAULTS = {"head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
+_LAYER_DEFAULTS = {"head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 # Fields that have the same name and meaning at the top of either layout.
 _SAME = (
     "block_size",
@@ -50,7 +62,7 @@ _NESTED = {
 _NO_HEADS = {"enable_confidence_head": False, "markov_rank": 0}
 
 
-def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
+def _dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
     """Read a configuration of `speculators_model_type` dspark or dflash.
 
     Without `num_target_layers`, which that library does not write, the target is taken to have no
@@ -81,7 +93,7 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
             f"as wide as its target ({width})."
         )
     flat: dict[str, Any] = {
-        **LAYER_DEFAULTS,
+        **_LAYER_DEFAULTS,
         **layers,
         **(_NO_HEADS if kind == DFLASH else {}),
         "num_target_layers": max([1, *aux]),
@@ -89,12 +101,12 @@ def speculators_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         "num_anchors": data.get("max_anchors", data.get("num_anchors", 512)),
         "sample_from_anchor": _sample_from_anchor(read, kind),
         "target_layer_ids": [i - 1 for i in aux],
-        **verifier_fields(data),
+        **_verifier_fields(data),
     }
-    return _without_moving_state(config_from_json(flat, where), where)
+    return _without_moving_state(dspark_from_json(flat, where), where)
 
 
-def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
+def _dspark_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     """The configuration of a drafter whose weights are stored as `dtype`.
 
     A drafter without heads that throws its anchor's slot away is written as dflash, every other
@@ -103,11 +115,11 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     Raises:
         CompatibilityError: the drafter's layers are not Qwen3's.
     """
-    refuse_gemma4(config.backbone)
+    _refuse_gemma4(config.backbone)
     _without_moving_state(config, "The drafter")
     headless = config.markov_rank == 0 and not config.confidence_head
     kind = DFLASH if headless and not config.sample_from_anchor else DSPARK
-    flat = config_to_json(config, dtype)
+    flat = dspark_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
     top: dict[str, Any] = {
         "architectures": ["DFlashSpeculator" if kind == DFLASH else "DSparkSpeculator"],
@@ -121,11 +133,11 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
         "sample_from_anchor": config.sample_from_anchor,
         "sliding_window_non_causal": not config.backbone.causal_windows
         and bool(config.backbone.sliding_layers),
-        "speculators_config": proposal_fields(kind, config.num_drafts, name, architectures),
+        "speculators_config": _proposal_fields(kind, config.num_drafts, name, architectures),
         "speculators_model_type": kind,
         "target_hidden_size": None,
         "tie_word_embeddings": False,
-        "transformer_layer_config": nested_fields(flat, config.extra),
+        "transformer_layer_config": _nested_fields(flat, config.extra),
     }
     if kind == DSPARK:
         top |= {
@@ -138,7 +150,7 @@ def speculators_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(top.items()))
 
 
-def refuse_gemma4(backbone: BackboneConfig) -> None:
+def _refuse_gemma4(backbone: BackboneConfig) -> None:
     """Refuse layers that the library has no module for.
 
     Raises:
@@ -151,7 +163,7 @@ def refuse_gemma4(backbone: BackboneConfig) -> None:
         )
 
 
-def proposal_fields(
+def _proposal_fields(
     kind: str, tokens: int, name: str | None, architectures: list[str]
 ) -> dict[str, Any]:
     """How `tokens` drafts of a `kind` are verified, and by which target."""
@@ -164,7 +176,7 @@ def proposal_fields(
     }
 
 
-def nested_fields(flat: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def _nested_fields(flat: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a published configuration that belong in `transformer_layer_config`."""
     names = QWEN3_FIELDS | set(extra) | _NESTED
     return {key: flat[key] for key in flat if key in names and key != "sliding_window_non_causal"}
@@ -196,7 +208,7 @@ def _sample_from_anchor(read: Reader, kind: str) -> bool:
     return found
 
 
-def verifier_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+def _verifier_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Name and architectures of the target, as extra fields."""
     try:
         verifier = dict(data["speculators_config"]["verifier"])
@@ -223,3 +235,96 @@ def _without_moving_state(config: DSparkConfig, where: str) -> DSparkConfig:
             "speculators starts a slot earlier; train it with sample_from_anchor true."
         )
     return config
+
+
+def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
+    """Read a configuration of `speculators_model_type` eagle3.
+
+    Without `num_target_layers`, which that library does not write, the target is taken to have no
+    more layers than are captured.
+
+    Args:
+        data: the parsed config.json.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: a field is missing or has a value of the wrong kind.
+        CompatibilityError: an option that is not supported.
+    """
+    layers = data.get("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise CheckpointError(f"{where} has transformer_layer_config {layers!r}, not an object.")
+    read = Reader(data, where)
+    for flag in FLAGS:
+        read.only(flag, False)
+    llama = layers.get("model_type") == "llama"
+    if not llama:
+        Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
+    if data.get("target_hidden_size") is not None:
+        read.only("target_hidden_size", layers.get("hidden_size"))
+    taps = read.integers(AUX_LAYERS)
+    if not taps:
+        raise CheckpointError(f"{where} has no {AUX_LAYERS}.")
+    try:
+        tokens = data["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
+            "how many drafts a round has."
+        ) from error
+    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL)
+    flat: dict[str, Any] = {
+        **_LAYER_DEFAULTS,
+        **(llama_shapes(layers) if llama else layers),
+        "num_target_layers": max([1, *taps]),
+        **{name: data[name] for name in own if data.get(name) is not None},
+        "target_layer_ids": [i - 1 for i in taps],
+        "ttt_length": tokens,
+        **_verifier_fields(data),
+    }
+    return eagle3_from_json(flat, where)
+
+
+def _eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
+    """The configuration of a drafter whose weights are stored as `dtype`.
+
+    Raises:
+        CompatibilityError: the drafter's layer is Gemma4's.
+    """
+    _refuse_gemma4(config.backbone)
+    flat = eagle3_to_json(config, dtype)
+    name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
+    top: dict[str, Any] = {
+        "architectures": ["Eagle3Speculator"],
+        AUX_LAYERS: [i + 1 for i in config.target_layer_ids],
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "dtype": dtype,
+        **dict.fromkeys(FLAGS, False),
+        RESIDUAL: config.backbone.norm_before_residual,
+        "num_target_layers": config.num_target_layers,
+        "speculators_config": _proposal_fields(EAGLE3, config.ttt_length, name, architectures),
+        "speculators_model_type": EAGLE3,
+        "step_loss_decay": config.step_loss_decay,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": _nested_fields(flat, config.extra),
+    }
+    return dict(sorted(top.items()))
+
+
+def _write_dspark(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
+    refuse_learned_mask(drafter, "speculators")
+    return _dspark_to_json(drafter.config, dtype)
+
+
+LAYOUT = Layout(
+    readers={
+        "speculators dspark": _dspark_from_json,
+        "speculators dflash": _dspark_from_json,
+        "speculators eagle3": _eagle3_from_json,
+    },
+    writers={
+        DSparkDrafter: _write_dspark,
+        Eagle3Drafter: lambda drafter, dtype: _eagle3_to_json(drafter.config, dtype),
+    },
+)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.drafters.files import CONFIG, INDEX, fetch, read_json, read_named
-from dspark.drafters.speculators import TARGET_ARCHITECTURES, TARGET_NAME
+from dspark.drafters.checkpoints.files import CONFIG, INDEX, fetch, read_json, read_named
+from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError
 from dspark.sources.names import public_name, target_source
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters import files
-from dspark.drafters.checkpoint import (
+from dspark.drafters.checkpoints import files
+from dspark.drafters.checkpoints.checkpoint import (
     has_attached_drafter,
     load_drafter,
     save_attached,

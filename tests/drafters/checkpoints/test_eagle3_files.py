@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dspark.drafters.checkpoints.published import eagle3_from_json, eagle3_to_json
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters.checkpoint import load_drafter, save_attached, save_published, save_speculators
-from dspark.drafters.published_eagle3 import eagle3_from_json, eagle3_to_json
-from dspark.drafters.registry import read_config
+from dspark.drafters.checkpoints.checkpoint import (
+    load_drafter,
+    save_attached,
+    save_published,
+    save_speculators,
+)
+from dspark.drafters.checkpoints.registry import read_config
 from dspark.errors import CheckpointError, CompatibilityError
 
 KNOWN = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
@@ -126,7 +131,7 @@ def test_what_speculators_leave_out_is_the_least(golden_eagle3, tmp_path):
     data = json.loads((tmp_path / "config.json").read_text())
     for name in ("num_target_layers", "step_loss_decay", "norm_output"):
         del data[name]
-    _, config = read_config(data, "config.json")
+    config = read_config(data, "config.json").config
     assert config.num_target_layers == max(config.target_layer_ids) + 1
 
 
@@ -246,7 +251,7 @@ def test_legacy_shapes_follow_from_others(make_eagle3_layer, legacy):
     directory, _ = legacy
     data = json.loads((directory / "config.json").read_text())
     del data["head_dim"], data["num_key_value_heads"]
-    _, config = read_config(data, "config.json")
+    config = read_config(data, "config.json").config
     assert (config.backbone.head_dim, config.backbone.num_kv_heads) == (4, 4)
 
 

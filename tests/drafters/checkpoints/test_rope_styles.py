@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dspark.drafters.checkpoint import (
+from dspark.drafters.checkpoints.checkpoint import (
     load_drafter,
     save_attached,
     save_published,
