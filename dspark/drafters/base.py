@@ -144,11 +144,7 @@ class Drafter(Protocol):
         ...
 
     def observe(
-        self,
-        context: PagedCache,
-        batch: RaggedBatch,
-        features_TF: Tensor,
-        next_tokens_T: Tensor,
+        self, context: PagedCache, batch: RaggedBatch, features_TF: Tensor, next_tokens_T: Tensor
     ) -> None:
         """Append the context rows of committed tokens.
 

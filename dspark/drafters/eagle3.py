@@ -262,11 +262,7 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
 
     @torch.no_grad()
     def observe(
-        self,
-        context: PagedCache,
-        batch: RaggedBatch,
-        features_TF: Tensor,
-        next_tokens_T: Tensor,
+        self, context: PagedCache, batch: RaggedBatch, features_TF: Tensor, next_tokens_T: Tensor
     ) -> None:
         """Append the rows of committed tokens, each made with the token after it."""
         plan = self._decode_plan()
@@ -330,8 +326,5 @@ def _build(config: Eagle3Config, names: Set[str], where: str) -> Eagle3Drafter: 
 
 
 KIND = DrafterKind(
-    drafter=Eagle3Drafter,
-    config=Eagle3Config,
-    build=_build,
-    renamed={"midlayer.": "layers.0."},
+    drafter=Eagle3Drafter, config=Eagle3Config, build=_build, renamed={"midlayer.": "layers.0."}
 )

@@ -255,10 +255,7 @@ def value_of(value: Tensor, config: BackboneConfig) -> Tensor:
 
 
 def turned(
-    heads: Tensor,
-    norm_weight: Tensor | None,
-    cosine_sine: Sequence[Tensor],
-    config: BackboneConfig,
+    heads: Tensor, norm_weight: Tensor | None, cosine_sine: Sequence[Tensor], config: BackboneConfig
 ) -> Tensor:
     """Query or key heads [.., heads, D], normed where they have norms, turned to their positions.
 

@@ -65,11 +65,7 @@ class NgramDrafter:
         self._bound = True
 
     def observe(
-        self,
-        context: PagedCache,
-        batch: RaggedBatch,
-        features_TF: Tensor,
-        next_tokens_T: Tensor,
+        self, context: PagedCache, batch: RaggedBatch, features_TF: Tensor, next_tokens_T: Tensor
     ) -> None:
         """Nothing to keep: the tokens come with every batch."""
 

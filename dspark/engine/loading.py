@@ -16,8 +16,8 @@ from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources import smollm2
 from dspark.sources.gguf import is_gguf
 from dspark.sources.names import drafter_source
+from dspark.targets.fast.graphs import GraphSwitch
 from dspark.targets.fast.packing import QuantizeName, WeightsName
-from dspark.targets.graphs import GraphSwitch
 from dspark.targets.target import Target
 
 _logger = logging.getLogger(__name__)

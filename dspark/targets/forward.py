@@ -1,17 +1,153 @@
-"""One pass of a batch through a model's decoder, and through its head."""
+"""The forward of a ragged batch: the attention function of every layer, and one pass through them.
+
+transformers hands the attention of a model to a function chosen by name. Ours reads the layout of
+the ragged batch from a keyword argument that the model passes through untouched.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface
 
+from dspark.attention.backends import Rule, cached_attention, fresh_attention
+from dspark.attention.choice import Attend
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import PagedCache
+from dspark.errors import CompatibilityError
 from dspark.targets.families import Anatomy
-from dspark.targets.interface import RaggedCall
+
+IMPLEMENTATION = "dspark_ragged"
+
+# Said by some models beside what `ragged` already carries; they change nothing here.
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "is_causal",
+        "output_router_logits",
+    }
+)
+
+
+class LayoutLostError(CompatibilityError):
+    """The attention of a model was called without the layout of the batch."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the probe notes of one call: the layer, its keys and values, and the options."""
+
+    layer: int
+    key_1GTD: Tensor
+    value_1GTD: Tensor
+    window: int | None
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RaggedCall:
+    """What travels through a model's forward to its attention layers.
+
+    Attributes:
+        batch: layout of the tokens.
+        cache: keys and values; None lets tokens attend only within the batch.
+        attend: the implementation of attention over the cache.
+        cache_layers: cache layer of each decoder layer. Decoder layers that reuse the keys of an
+            earlier layer share its cache layer.
+        writers: whether a decoder layer writes to its cache layer.
+        tile: number of rows that the batch is padded to, behind its own, on its way through the
+            decoder; None for no padding.
+        calls: where the probe takes notes; None outside of it.
+        recorded: whether the step is being recorded, the layout of its batch known on the device
+            only.
+    """
+
+    batch: RaggedBatch
+    cache: PagedCache | None
+    cache_layers: Sequence[int] = ()
+    writers: Sequence[bool] = ()
+    tile: int | None = None
+    calls: list[LayerCall] | None = None
+    attend: Attend = cached_attention
+    recorded: bool = False
+
+
+def ragged_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the layout says who sees what
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 - targets run in evaluation mode
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    ragged: RaggedCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over the flattened row.
+
+    Args:
+        module: the attention module; its `layer_idx` names the layer.
+        query: [1, A, T, D].
+        key: [1, G, T, D].
+        value: [1, G, T, D].
+        attention_mask: unused.
+        scaling: multiplies the scores; None for 1/sqrt(D).
+        dropout: unused.
+        sliding_window: number of keys that a row sees.
+        softcap: soft cap of the scores.
+        s_aux: attention sinks [A].
+        ragged: the layout.
+        **kwargs: options that are refused unless known to be harmless.
+
+    Returns:
+        [1, T, A, D] and no attention weights.
+
+    Raises:
+        LayoutLostError: the layout did not arrive.
+    """
+    if ragged is None:
+        raise LayoutLostError(
+            f"{type(module).__name__} was called without a ragged batch: the model belongs to a "
+            "dspark target; call Target.forward."
+        )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if ragged.calls is not None:
+        unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
+        ragged.calls.append(LayerCall(layer, key, value, sliding_window, tuple(unknown)))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, s_aux, softcap)
+    if ragged.cache is None:
+        return fresh_attention(query, key, value, ragged.batch, rule).transpose(1, 2), None
+    batch, cache_layer = ragged.batch, ragged.cache_layers[layer]
+    own, rows = batch.offsets[-1], query.shape[2]
+    if rows > own:
+        query, key, value = query[:, :, :own], key[:, :, :own], value[:, :, :own]
+    if ragged.writers[layer] and ragged.recorded:
+        by_token = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        ragged.cache.write(cache_layer, batch.rows_T, *by_token)
+    elif ragged.writers[layer]:
+        ragged.cache.write_runs(cache_layer, batch.rows_T, batch.runs, key, value)
+    out_1ATD = ragged.attend(query, ragged.cache, cache_layer, batch, rule)
+    if rows > own:
+        out_1ATD = pad(out_1ATD, (0, 0, 0, rows - own))
+    return out_1ATD.transpose(1, 2), None
+
+
+# No mask function goes with it: transformers then builds no mask, as the layout says who sees what.
+AttentionInterface.register(IMPLEMENTATION, ragged_forward)
 
 
 def apply_head(

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from dspark.errors import CheckpointError, CompatibilityError, UsageError, first_line
 from dspark.sources.hub import use_cache_only
 from dspark.sources.names import target_source
-from dspark.targets.fast.short import quicker_cpu_dtype
+from dspark.targets.fast.packing import quicker_cpu_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -135,11 +135,7 @@ def auto_cpu_dtype(config: Any) -> torch.dtype:
 
 
 def load_model(
-    source: Source,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    *,
-    may_be_short: bool = False,
+    source: Source, dtype: torch.dtype | str, device: torch.device, *, may_be_short: bool = False
 ) -> Any:
     """Load a causal language model, every weight from the checkpoint.
 

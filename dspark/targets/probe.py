@@ -20,8 +20,15 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, CacheShape, PagedCache
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets.families import Anatomy
-from dspark.targets.forward import apply_head, layer_input, run_decoder
-from dspark.targets.interface import IMPLEMENTATION, LayerCall, LayoutLostError, RaggedCall
+from dspark.targets.forward import (
+    IMPLEMENTATION,
+    LayerCall,
+    LayoutLostError,
+    RaggedCall,
+    apply_head,
+    layer_input,
+    run_decoder,
+)
 from dspark.targets.loading import is_quantised
 
 # Tokens of the two probe requests; the first is fed in two pieces of 3 and 2.

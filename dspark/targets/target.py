@@ -14,14 +14,13 @@ from dspark.attention.choice import AttentionBackend, AttentionName, choose_atte
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
 from dspark.errors import UsageError
-from dspark.targets.compiled import compile_layers
 from dspark.targets.families import Anatomy, dissect, eos_token_ids
+from dspark.targets.fast.compiled import compile_layers
+from dspark.targets.fast.graphs import GraphSwitch, Replayer, choose_graphs
 from dspark.targets.fast.install import PLAIN_PATH, FastPath, install_fast_path
+from dspark.targets.fast.norms import fuse_norms
 from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName, check_names
-from dspark.targets.forward import apply_head, run_tapped
-from dspark.targets.fused_norms import fuse_norms
-from dspark.targets.graphs import GraphSwitch, Replayer, choose_graphs
-from dspark.targets.interface import RaggedCall
+from dspark.targets.forward import RaggedCall, apply_head, run_tapped
 from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
 from dspark.targets.loading import (
     Source,
@@ -157,15 +156,15 @@ class Target:
             device: auto, cpu, cuda, cuda:N or mps; auto takes an accelerator where there is one.
             dtype: auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype on
                 accelerators, and takes float32 on CPUs but for bfloat16 checkpoints that are
-                measured to run faster as they are (`targets.fast.short`).
+                measured to run faster as they are (`targets.fast.packing`).
             revision: branch, tag or commit on the hub.
             offline: use only what has been downloaded before.
             trust_remote_code: run model code that comes with the checkpoint.
             attention: auto, plain, flex or varlen (`attention.choice.choose_attention`).
             batch_invariant: make results independent of what else is in a batch.
             cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible
-                (`targets.graphs.choose_graphs`).
-            compile: run the decoder layers through `torch.compile` (`targets.compiled`).
+                (`targets.fast.graphs.choose_graphs`).
+            compile: run the decoder layers through `torch.compile` (`targets.fast.compiled`).
             weights: auto, plain or packed: lay weights out once for the kernels of a CPU, and run
                 known architectures as a flat list of operators; auto does so where it is measured
                 to be faster (`targets.fast`).

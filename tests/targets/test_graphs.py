@@ -16,10 +16,9 @@ from dspark.attention import choice, varlen
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable
 from dspark.errors import UsageError
-from dspark.targets import graphs
-from dspark.targets.graphs import Recording
+from dspark.targets.fast import graphs
+from dspark.targets.fast.graphs import TIERS, Buffers, Recording, pad_to_tier
 from dspark.targets.target import Target
-from dspark.targets.tiers import TIERS, Buffers, pad_to_tier
 
 PAGE, PAGES = 4, 64
 TAPS = (-1, 2)

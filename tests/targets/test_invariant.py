@@ -7,7 +7,7 @@ from torch import nn
 from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable
 from dspark.errors import CompatibilityError
-from dspark.targets import experts
+from dspark.targets import invariant as mode
 from dspark.targets.target import Target
 
 LENGTHS = (30, 17, 9, 40, 5, 21, 33, 12)
@@ -118,14 +118,14 @@ def test_without_a_cache_tokens_see_their_own_segment(tiny_model):
 
 def test_experts_equal_a_loop_over_rows(tiny_model, monkeypatch):
     seen = []
-    tiled = experts.tiled_experts
+    tiled = mode.tiled_experts
 
     def spy(module, hidden_TH, index_TE, weights_TE):
         out = tiled(module, hidden_TH, index_TE, weights_TE)
         seen.append((module, hidden_TH, index_TE, weights_TE, out))
         return out
 
-    monkeypatch.setitem(experts.ExpertsInterface._global_mapping, experts.EXPERTS, spy)
+    monkeypatch.setitem(mode.ExpertsInterface._global_mapping, mode.EXPERTS, spy)
     target = load(tiny_model, "qwen3_moe", torch.float32)
     target.forward(RaggedBatch.fresh([REQUESTS[0]]))
     module, hidden_TH, index_TE, weights_TE, out_TH = seen[-1]

@@ -11,7 +11,7 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable
 from dspark.errors import CheckpointError, CompatibilityError, UsageError
 from dspark.targets import loading
-from dspark.targets.fast import short
+from dspark.targets.fast import packing
 from dspark.targets.loading import resolve_device, resolve_dtype
 from dspark.targets.target import Target
 
@@ -207,11 +207,11 @@ def timed(monkeypatch):
             asked.append((tuple(packer.kind for packer in packers), weight.dtype, weight.shape))
             return short_seconds if weight.dtype == torch.bfloat16 else 1.0
 
-        monkeypatch.setattr(short, "onednn_works", lambda dtype: True)
-        monkeypatch.setattr(short, "fastest_seconds", seconds)
-        short.quicker_cpu_dtype.cache_clear()
-        found = {short.quicker_cpu_dtype(outputs, inputs) for _ in range(3)}
-        short.quicker_cpu_dtype.cache_clear()
+        monkeypatch.setattr(packing, "onednn_works", lambda dtype: True)
+        monkeypatch.setattr(packing, "_fastest_seconds", seconds)
+        packing.quicker_cpu_dtype.cache_clear()
+        found = {packing.quicker_cpu_dtype(outputs, inputs) for _ in range(3)}
+        packing.quicker_cpu_dtype.cache_clear()
         assert len(found) == 1
         return found.pop(), asked
 
@@ -228,11 +228,11 @@ def test_auto_takes_bfloat16_on_a_cpu_where_it_is_measured_faster(timed):
 
 
 def test_auto_measures_nothing_without_instructions_for_bfloat16(monkeypatch):
-    monkeypatch.setattr(short, "onednn_works", lambda dtype: False)
-    monkeypatch.setattr(short, "fastest_seconds", None)
-    short.quicker_cpu_dtype.cache_clear()
-    assert short.quicker_cpu_dtype(1024, 512) == torch.float32
-    short.quicker_cpu_dtype.cache_clear()
+    monkeypatch.setattr(packing, "onednn_works", lambda dtype: False)
+    monkeypatch.setattr(packing, "_fastest_seconds", None)
+    packing.quicker_cpu_dtype.cache_clear()
+    assert packing.quicker_cpu_dtype(1024, 512) == torch.float32
+    packing.quicker_cpu_dtype.cache_clear()
 
 
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])

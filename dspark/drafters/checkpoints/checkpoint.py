@@ -172,10 +172,7 @@ def save_gguf(
 
 
 def save_attached(
-    drafter: AnyDrafter,
-    target_directory: str | Path,
-    *,
-    dtype: torch.dtype | None = torch.bfloat16,
+    drafter: AnyDrafter, target_directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> Written:
     """Write the attached layout: `dspark/` inside the target's directory, or beside its GGUF.
 

@@ -79,7 +79,7 @@ def read_config(data: Mapping[str, Any], where: str) -> Found:
             continue
         config = home.readers[name](data, where)
         for kind in every.values():
-            if kind.config is not None and isinstance(config, kind.config):
+            if kind.config is type(config):
                 return Found(kind, config, {**kind.renamed, **home.renamed})
         raise CompatibilityError(
             f"{where} is of architecture {name}, whose {type(config).__name__} no kind of drafter "
@@ -125,10 +125,11 @@ def write_config(drafter: AnyDrafter, layout: str, dtype: str) -> dict[str, Any]
     Raises:
         CompatibilityError: the layout cannot carry this drafter.
     """
-    writer = layouts()[layout].writers.get(type(drafter))
-    if writer is None and layout == ATTACHED:
+    writers = layouts()[layout].writers
+    writer = next((w for kind, w in writers.items() if isinstance(drafter, kind)), None)
+    if layout == ATTACHED:
         own = (kind.write for kind in kinds().values() if kind.drafter is type(drafter))
-        writer = next(own, None)
+        writer = next(own, None) or writer
     if writer is None:
         raise CompatibilityError(
             f"The {layout} layout has no place for this kind of drafter "

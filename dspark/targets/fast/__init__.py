@@ -1,7 +1,7 @@
-"""The quick path of a decoding step on a CPU.
+"""Ways to run a target faster, each tried out at load against the model's own forward.
 
-A target's modules come in; packed products (`products`), how they are chosen on this machine
-(`packing`) and a flat decoder for the common architectures (`decoder`) come out. `Target` calls it
-at load, and drafters pack their own weights through the target's parts. Everywhere else the plain
-path runs, which computes the same.
+On a CPU: packed products (`products`), chosen by trial on this machine (`packing`), a flat decoder
+for the common architectures (`decoder`), and RMS norms in one call (`norms`). On an accelerator:
+CUDA graphs (`graphs`). Anywhere: `torch.compile` (`compiled`). `Target` calls them at load, and
+drafters pack their own weights through the target's parts. What none of them fits runs as it is.
 """

@@ -18,8 +18,7 @@ from dspark.attention.layout import RaggedBatch
 from dspark.attention.pages import BlockTable, PagedCache
 from dspark.errors import first_line
 from dspark.targets.families import Anatomy
-from dspark.targets.forward import run_decoder
-from dspark.targets.interface import IMPLEMENTATION, RaggedCall, ragged_forward
+from dspark.targets.forward import IMPLEMENTATION, RaggedCall, ragged_forward, run_decoder
 from dspark.targets.probe import CacheLayout, relative_distance
 
 _logger = logging.getLogger(__name__)

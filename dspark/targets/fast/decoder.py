@@ -26,8 +26,7 @@ from dspark.attention.pages import BlockTable, PagedCache
 from dspark.targets.families import Anatomy
 from dspark.targets.fast.packing import PLAIN, Packer
 from dspark.targets.fast.products import Product
-from dspark.targets.forward import run_decoder
-from dspark.targets.interface import RaggedCall
+from dspark.targets.forward import RaggedCall, run_decoder
 from dspark.targets.probe import CacheLayout, relative_distance
 
 # Classes of layers whose forward is the one below, and whether the norms' weights have an offset.
@@ -267,10 +266,7 @@ class FlatDecoder:
             return None, 0.0
         query, key = (_norm(parts[name], offset) for name in ("q_norm", "k_norm"))
         weights = torch.cat(
-            (
-                query.weight.expand(self._heads, -1),
-                key.weight.expand(self._groups, -1),
-            )
+            (query.weight.expand(self._heads, -1), key.weight.expand(self._groups, -1))
         )
         if self._paired:
             weights = weights[:, self._order(weights.device)]

@@ -3,7 +3,8 @@
 A step of few rows launches hundreds of small kernels, and on most models launching them takes the
 host longer than the GPU needs to run them. A graph launches all of them at once, but its shapes
 and addresses are fixed. So the rows of a step are filled up to one of a few tiers, and what
-kernels read of a batch is copied to where it lay at the recording (`targets.tiers`).
+kernels read of a batch is copied to where it lay at the recording (`Buffers`). A row of padding is
+a request of its own, one token on a page that no request has, so no kernel needs to know of it.
 
 Only what a kernel reads on the device is new at a replay. What Python has looked up in the batch
 at the recording would stay as it was: such models are found out at load, by a second batch. A
@@ -12,6 +13,7 @@ step that is no decoding step, and a model that cannot be recorded, run eagerly.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,17 +23,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dspark.attention.backends import Rule
 from dspark.attention.choice import Attend, AttentionBackend
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.layout import RaggedBatch, Segment
+from dspark.attention.padding import SHORT_ROWS
 from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.varlen import MEMO, VarlenLayout, pack_layout
 from dspark.errors import CompatibilityError, UsageError, first_line
 from dspark.targets.families import Anatomy
-from dspark.targets.forward import run_tapped
-from dspark.targets.interface import RaggedCall
+from dspark.targets.forward import RaggedCall, run_tapped
 from dspark.targets.probe import CacheLayout, relative_distance
-from dspark.targets.tiers import Buffers
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +45,101 @@ Run = Callable[[], tuple[Tensor, Tensor | None]]
 # Of a recorded step's hidden states to those of the same step run eagerly, relative.
 _TOLERANCE = 0.2
 _WARM_UPS = 2
+
+
+TIERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""The numbers of rows that steps are filled up to."""
+
+
+def pad_to_tier(batch: RaggedBatch, scratch: BlockTable) -> RaggedBatch:
+    """A batch with rows behind its own, so that it has as many as the smallest tier that fits.
+
+    Args:
+        batch: of 1 to `TIERS[-1]` rows.
+        scratch: a page that no request has.
+
+    Returns:
+        The batch without its empty segments. Each row of padding is token 0 at position 0.
+    """
+    own = batch.offsets[-1]
+    spare = next(tier for tier in TIERS if tier >= own) - own
+    [row] = scratch.rows(0, 1)
+    packed_3T = torch.stack((batch.input_ids_T, batch.positions_T, batch.rows_T))
+    packed_3T = pad(packed_3T, (0, spare))
+    packed_3T[2, own:] = row
+    segments = [s for s in batch.segments if s.length] + [Segment(scratch, 0, 1)] * spare
+    lengths = (segment.length for segment in segments)
+    ids_T, positions_T, rows_T = packed_3T.unbind(0)
+    return RaggedBatch(
+        ids_T,
+        positions_T,
+        rows_T,
+        tuple(segments),
+        tuple(itertools.accumulate(lengths, initial=0)),
+        (*batch.runs, *((row, own + i, 1) for i in range(spare))),
+    )
+
+
+class Buffers:
+    """Memory on the device that holds one batch after another, of any tier: what a graph reads.
+
+    Its batches have their layout on the device only (`static`): whatever asks for their segments
+    finds none.
+
+    Args:
+        cache: whose pages the batches speak of; its last one is no request's.
+        max_context: of the target, in tokens.
+    """
+
+    def __init__(self, cache: PagedCache, max_context: int) -> None:
+        self._scratch = BlockTable((cache.pages - 1,), cache.page_size)
+        width = max(1, min(cache.pages - 1, -(-max_context // cache.page_size)))
+        most, device = TIERS[-1], cache.device
+        self.most_keys = width * cache.page_size
+        # Not of inference mode, outside of which such tensors could not be written to.
+        with torch.inference_mode(False):
+            self._packed_3T = torch.zeros(3, most, dtype=torch.int64, device=device)
+            self._starts_R1 = torch.zeros(most + 1, dtype=torch.int32, device=device)
+            self._used_R = torch.zeros(most, dtype=torch.int32, device=device)
+            self._pages_RP = torch.zeros(most, width, dtype=torch.int32, device=device)
+
+    def holds(self, batch: RaggedBatch) -> bool:
+        """Whether a batch is a decoding step that fits."""
+        short = all(segment.length <= SHORT_ROWS for segment in batch.segments)
+        return 1 <= batch.offsets[-1] <= TIERS[-1] and short and batch.longest <= self.most_keys
+
+    def fill(self, batch: RaggedBatch) -> tuple[int, int]:
+        """Take over a batch that fits.
+
+        Returns:
+            The tier, and the largest number of rows that a segment may have there.
+        """
+        batch = pad_to_tier(batch, self._scratch)
+        tier = batch.offsets[-1]
+        for own, given in zip(
+            self._packed_3T, (batch.input_ids_T, batch.positions_T, batch.rows_T), strict=True
+        ):
+            own[:tier].copy_(given)
+        packed = pack_layout(batch, requests=tier)
+        width = packed.shape[1] - 2
+        self._starts_R1[: tier + 1].copy_(packed[:, 0])
+        self._used_R[:tier].copy_(packed[:-1, 1])
+        # Pages behind these are an earlier batch's; no length reaches there.
+        self._pages_RP[:tier, :width].copy_(packed[:-1, 2:])
+        longest = max(segment.length for segment in batch.segments)
+        return tier, 1 if longest == 1 else SHORT_ROWS
+
+    def static(self, tier: int, most_rows: int) -> RaggedBatch:
+        """The batch that lies here, as tensors that the next one will lie in too."""
+        layout = VarlenLayout(
+            self._starts_R1[: tier + 1],
+            self._used_R[:tier],
+            self._pages_RP[:tier],
+            most_rows,
+            self.most_keys,
+        )
+        ids_T, positions_T, rows_T = self._packed_3T[:, :tier].unbind(0)
+        return RaggedBatch(ids_T, positions_T, rows_T, (), (tier,), (), {MEMO: layout})
 
 
 @dataclass(frozen=True)

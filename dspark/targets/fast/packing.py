@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -41,6 +42,9 @@ _ROWS = (1, 8)
 _REPEATS = 5
 # The second kind must be this much faster than the first, so that noise does not decide.
 _MARGIN = 1.3
+# How much faster bfloat16 must be than float32, which does not round; and the numbers of a weight:
+# below, a model's products hardly count; above, more say nothing new.
+_SHORT_MARGIN, _FEWEST, _MOST = 1.2, 2**18, 2**24
 # Relative distance to the plain product beyond which a packed one is not used.
 _TOLERANCE = {"fp16": 1e-5, "onednn": 1e-5, "int8": 0.1}
 # The same where weights are rounded to 16 bits, and where the plain product rounds its result.
@@ -179,9 +183,32 @@ def _fastest(kinds: Sequence[Kind], like: Tensor) -> Kind:
     return kinds[best] if seconds[0] > _MARGIN * seconds[best] else kinds[0]
 
 
-def fastest_seconds(packers: Sequence[Packer], weight: Tensor) -> float:
+def _fastest_seconds(packers: Sequence[Packer], weight: Tensor) -> float:
     """What the rows of a try-out take by the fastest of some kinds; one that fails is plain."""
     return min(_seconds(packer.pack([weight]), weight) for packer in packers)
+
+
+@cache
+def quicker_cpu_dtype(outputs: int, inputs: int) -> torch.dtype:
+    """bfloat16 where its packed products are measured faster than float32's best, else float32.
+
+    Tried out once per process and shape, with one and with eight rows, and only on a processor
+    that has instructions for bfloat16.
+
+    Args:
+        outputs: of the model's largest weight in a layer.
+        inputs: of the same.
+    """
+    if outputs * inputs < _FEWEST or not onednn_works(torch.bfloat16):
+        return torch.float32
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, min(outputs, _MOST // inputs))
+    with torch.inference_mode():
+        weight = torch.randn(rows, inputs, generator=generator).bfloat16()
+        short = _fastest_seconds([Packer("onednn")], weight)
+        kinds = [Packer("plain"), Packer("fp16"), Packer("onednn")]
+        long = _fastest_seconds(kinds, weight.float())
+    return torch.bfloat16 if _SHORT_MARGIN * short < long else torch.float32
 
 
 def _seconds(product: Product, weight: Tensor) -> float:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dspark.drafters.checkpoints.published import eagle3_from_json, eagle3_to_json
 from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoints.checkpoint import (
@@ -14,6 +13,7 @@ from dspark.drafters.checkpoints.checkpoint import (
     save_published,
     save_speculators,
 )
+from dspark.drafters.checkpoints.published import eagle3_from_json, eagle3_to_json
 from dspark.drafters.checkpoints.registry import read_config
 from dspark.errors import CheckpointError, CompatibilityError
 
