@@ -3,8 +3,8 @@
 Temperature 0: DSpark at batch sizes 1, 3 and 8 against plain decoding at batch size 1.
 Coupled at temperature 1: DSpark under several block sizes and thresholds against plain decoding.
 Every place where outputs part is listed with the gap between the two best scores there: a gap
-below 1e-5 is rounding (LOSSLESS.md, Numerics); above, the exit status is 1. In batch-invariant mode
-there is no such excuse.
+below 1e-5 is rounding (docs/method.md, numerics); above, the exit status is 1. In batch-invariant
+mode there is no such excuse.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Both sides take the same hidden states, teacher states and blocks of random anchors (Qwen3-4B's
 width and vocabulary, rank 256, blocks of 7), and give the same loss and gradients. The plain side
-holds whole [rows, V] tensors as the reference does (FORMAT_FACTS.md B.2, E.16): teacher logits of
+holds whole [rows, V] tensors as the published training code does: teacher logits of
 every slot, and both softmaxes twice in fp32, once for acceptance rates and once for the loss.
 
 Extra memory is the peak above what stood before the step, less the gradients that are its result

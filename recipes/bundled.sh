@@ -2,7 +2,7 @@
 # The bundled model and its four drafters, from the corpus files to the weights: every command, in
 # order, as the shipped weights were made (two CPU cores, a night). Run it from the project's root:
 #   recipes/bundled.sh CORPUS_DIR
-# CORPUS_DIR holds the files that dspark/recipes/bundled_target.yaml names; where each comes from
+# CORPUS_DIR holds the files that dspark/recipes/bundled/bundled_target.yaml names; where each comes from
 # stands in dspark/assets/bundled/README.md. What is finished is left as it is, so it can be rerun.
 set -euo pipefail
 corpus=${1:?"give the directory that holds the corpus files"}

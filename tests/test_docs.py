@@ -105,7 +105,7 @@ def wrong_commands(text: str) -> list[str]:
             if not re.search(rf"{option}\b", said.getvalue()):
                 found.append(f"dspark {' '.join(words)}: {option}")
         recipe = given[1] if name == ["train"] and given[1:] else ""
-        if re.fullmatch(r"[a-z0-9_]+", recipe) and not (RECIPES / f"{recipe}.yaml").exists():
+        if re.fullmatch(r"[a-z0-9_]+", recipe) and not [*RECIPES.glob(f"*/{recipe}.yaml")]:
             found.append(f"dspark {' '.join(words)}: no such recipe")
     return found
 

@@ -54,7 +54,7 @@ def test_a_wheel_holds_every_file_of_the_package(installed):
 
     here = {path for path in files(ROOT) if path.suffix != ".safetensors"}
     assert files(installed) == here
-    assert Path("dspark/recipes/published/dspark.yaml") in here
+    assert Path("dspark/recipes/base/published_dspark.yaml") in here
 
 
 def test_recipes_are_found_by_name_from_a_wheel(installed):

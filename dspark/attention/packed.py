@@ -2,7 +2,7 @@
 
 The contexts of all sequences lie one after the other, and so do the blocks. A slot sees the context
 rows of its own sequence before its anchor (strictly: the target's state at the anchor does not
-exist yet when decoding) and the slots of its own block (FORMAT_FACTS.md A.5); nothing is padded.
+exist yet when decoding) and the slots of its own block (docs/method.md, 2.1); nothing is padded.
 
 On a CPU blocks are worked on in tiles of neighbours, which need no context but their own
 sequence's up to their last anchor; on an accelerator by flex attention, whose block mask skips the

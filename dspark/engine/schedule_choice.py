@@ -5,23 +5,45 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from dspark.drafters.base import Drafter
 from dspark.engine.profile import Progress
 from dspark.engine.schedule import Schedule, ScheduleName
 from dspark.engine.scheduler import Scheduler
 from dspark.errors import CompatibilityError, DataError, DSparkWarning
 from dspark.request import Verifier
 from dspark.scheduling.calibration import TemperatureClass
+from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost import CostTable
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
-    from dspark.engine.model import Model
+
+
+class Pair(Protocol):
+    """What is asked of a target with its drafter (`engine.model.Model`)."""
+
+    @property
+    def drafter(self) -> Drafter | None: ...
+    @property
+    def calibration(self) -> Calibration | None: ...
+    @property
+    def costs(self) -> CostTable | None: ...
+    def profile(
+        self,
+        *,
+        max_requests: int,
+        block_size: int | None,
+        limit_s: float | None,
+        progress: Progress | None,
+    ) -> CostTable:
+        """Measure what rounds cost on this machine."""
+        ...
 
 
 def choose_schedule(
-    model: Model,
+    model: Pair,
     kinds: Set[TemperatureClass],
     name: ScheduleName | None,
     threshold: float | None,
@@ -64,7 +86,7 @@ def choose_schedule(
 
 
 def cover_costs(
-    model: Model,
+    model: Pair,
     at_once: int,
     *,
     block_size: int | None = None,
@@ -99,7 +121,7 @@ def cover_costs(
 
 
 def wants_costs(
-    model: Model,
+    model: Pair,
     kinds: Set[TemperatureClass],
     name: ScheduleName | None,
     verifier: Verifier,
@@ -113,7 +135,7 @@ def wants_costs(
     return not lacks and _covering_costs(model, at_once, quietly=True) is None
 
 
-def reason(model: Model, engine: Engine, kinds: Set[TemperatureClass]) -> str:
+def reason(model: Pair, engine: Engine, kinds: Set[TemperatureClass]) -> str:
     """One sentence: which schedule serves, and why."""
     scheduler = engine.scheduler
     if scheduler is None or model.drafter is None:
@@ -137,7 +159,7 @@ def reason(model: Model, engine: Engine, kinds: Set[TemperatureClass]) -> str:
 
 
 def _lacks(
-    model: Model, kinds: Set[TemperatureClass], verifier: Verifier, block_size: int | None
+    model: Pair, kinds: Set[TemperatureClass], verifier: Verifier, block_size: int | None
 ) -> list[str]:
     """A sentence for every calibration that is missing."""
     assert model.drafter is not None
@@ -146,7 +168,7 @@ def _lacks(
     return model.calibration.lacks(block_size or model.drafter.block_size, verifier, kinds)
 
 
-def _covering_costs(model: Model, at_once: int, *, quietly: bool = False) -> CostTable | None:
+def _covering_costs(model: Pair, at_once: int, *, quietly: bool = False) -> CostTable | None:
     """A cost table for so many requests, if there is one; one that is damaged is warned of."""
     try:
         costs = model.costs

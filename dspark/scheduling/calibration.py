@@ -1,4 +1,4 @@
-"""Sequential temperature scaling (METHOD.md 4): confidences that mean what they say."""
+"""Sequential temperature scaling: confidences as calibrated probabilities (section 3.2.1)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A step of R requests and n drafts sends R + n tokens to the target. Noise must not invent cheap
 tokens, so the table is made monotone; where it was not measured it says nothing, because a table
-that is extrapolated makes tokens look free (ENGINES.md, fault 4). Between two probes a cost is a
+that is extrapolated makes tokens look free. Between two probes a cost is a
 straight line: a stair shows where probes stand on both sides of it.
 """
 

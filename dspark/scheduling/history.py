@@ -21,7 +21,7 @@ class RequestHistory:
 
     Learns from finished rounds only, so that lengths depend on nothing that this round decides.
     Every request is named by a tag that is never used again, such as (slot, generation); an
-    unknown tag counts as survival 1 and factor 1 (LOSSLESS.md, scheduling rule 9).
+    unknown tag counts as survival 1 and factor 1 (docs/method.md, scheduling rule 9).
     """
 
     def __init__(

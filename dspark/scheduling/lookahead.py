@@ -4,7 +4,7 @@ c_1 of a request is a function of its anchor, not of any draft token of this rou
 first survival is known before anything is drawn that a length could bias. Earlier rounds say how
 survival falls from there. The budget is searched globally on that expectation, over stairs as
 well, and filled by the survivals that come true; it knows no draft token, which is the condition
-under which filling is exact (LOSSLESS.md, scheduling rules 1 and 4).
+under which filling is exact (docs/method.md, scheduling rules 1 and 4).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Confidences for drafters without a head: an online logistic on the margin of the draft's logits.
 
 A draft's margin is the gap of the two largest raw logits of its row. Two parameters turn it into
-the chance that the draft stays, and keep learning from finished rounds (ENGINES.md: AUC .884
-against .839 of a trained head).
+the chance that the draft stays, and keep learning from finished rounds (docs/scheduling.md).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class OnlineLogistic:
     """c = sigmoid(slope * margin + intercept), fitted by online Newton steps.
 
     One state serves all requests. What it learns from must be finished rounds, so that lengths
-    depend on nothing that this round decides (LOSSLESS.md, scheduling rule 7).
+    depend on nothing that this round decides (docs/method.md, scheduling rule 7).
 
     Attributes:
         slope: of the margin, never negative, so that order is kept.

@@ -5,7 +5,7 @@ before x_k is drawn, so deciding about draft k from c_1..c_k keeps every output 
 from the probability of the token drawn, or from confidences behind the first that fails, does not.
 
 With R requests and n drafts admitted in all, a step gains R + (their survivals) tokens in
-expectation and takes step_ms[n]; the throughput is the quotient (METHOD.md 5). Drafts are
+expectation and takes step_ms[n]; the throughput is the quotient (section 3.2.2). Drafts are
 admitted in one order, by falling survival, ties by (position, request); survival never rises
 within a request, so prefixes stay whole.
 """

@@ -33,7 +33,7 @@ from dspark.training.run_settings import (
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-"""The folder of the bundled recipes; what several of them extend lies in a folder of its own."""
+"""The bundled recipes, in a folder per target; what several of them extend lies in `base`."""
 
 
 class Source(Settings):
@@ -207,16 +207,23 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: there is no such recipe.
     """
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
+    bundled = _bundled()
+    for path in (Path(name), bundled.get(name), RECIPES / f"{name}.yaml"):
+        if path is not None and path.is_file():
             return path
-    known = ", ".join(recipe_names())
+    known = ", ".join(sorted(bundled))
     raise RecipeError(f"There is no recipe {name!r}; give a YAML file or one of: {known}.")
 
 
 def recipe_names() -> list[str]:
     """The names of the bundled recipes, in alphabetical order."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(_bundled())
+
+
+def _bundled() -> dict[str, Path]:
+    """The files of the bundled recipes by name."""
+    paths = RECIPES.glob("*/*.yaml")
+    return {path.stem: path for path in paths if path.parent.name != "base"}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

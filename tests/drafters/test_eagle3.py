@@ -46,7 +46,7 @@ def gelu_tanh(x):
 
 
 def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
-    """Logits of each draft: one row at a time, heads one by one (FORMAT_FACTS.md A.4, A.3)."""
+    """Logits of each draft: one row at a time, heads one by one (docs/method.md, 2.4)."""
     gemma4 = kind.startswith("gemma4")
     state = drafter.state_dict()
     layer = {n.removeprefix("layers.0."): p for n, p in state.items() if n.startswith("layers.0.")}

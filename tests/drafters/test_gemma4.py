@@ -1,7 +1,7 @@
 """Gemma4's layers in the shared forward, against transformers' own modules.
 
 The reference runs `Gemma4TextDecoderLayer` as it is, with a cache that lays the context's keys and
-values before the block's; only how the context is made (FORMAT_FACTS.md A.5) is written out here.
+values before the block's; only how the context is made (docs/method.md, 2.1) is written out here.
 """
 
 import json

@@ -28,7 +28,7 @@ def slow_order(survival_RK, limits_R):
 
 
 def slow_prefix(survival_RK, step_ms_N, limits_R):
-    """Algorithm 1 as METHOD.md 5 words it."""
+    """Algorithm 1 as the paper words it."""
     lengths = [0] * len(survival_RK)
     tokens, best = float(len(survival_RK)), len(survival_RK) / step_ms_N[0]
     for n, (a, r) in enumerate(slow_order(survival_RK, limits_R), start=1):

@@ -11,7 +11,7 @@ from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.errors import CompatibilityError, RecipeError
 from dspark.training.drafter import drafter_config
 from dspark.training.eagle_drafter import eagle3_config
-from dspark.training.recipe import RECIPES, DrafterRecipe, TargetRecipe, load_recipe
+from dspark.training.recipe import DrafterRecipe, TargetRecipe, load_recipe, recipe_names
 
 MINIMAL = """
 kind: drafter
@@ -28,7 +28,7 @@ def minimal(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", recipe_names())
 def test_bundled_recipes_are_valid(name):
     assert isinstance(load_recipe(name), TargetRecipe | DrafterRecipe)
 

@@ -55,6 +55,11 @@ def layouts() -> dict[str, Layout]:
     return plugins(CHECKPOINTS, Layout) | _LAYOUTS
 
 
+def _readers(every: Mapping[str, DrafterKind]) -> list[Layout | DrafterKind]:
+    """All that read config.json, layouts first."""
+    return [*layouts().values(), *every.values()]
+
+
 def make_drafter(name: str) -> Drafter | None:
     """A new drafter of a kind without weights, as `ngram`; None if the name is none's."""
     kind = _KINDS.get(name) or plugins(DRAFTERS, DrafterKind).get(name)
@@ -73,7 +78,7 @@ def read_config(data: Mapping[str, Any], where: str) -> Found:
         CompatibilityError: the architecture or an option of it is not supported.
     """
     name, every = _architecture(data, where), kinds()
-    homes: list[Layout | DrafterKind] = [*layouts().values(), *every.values()]
+    homes = _readers(every)
     for home in homes:
         if name not in home.readers:
             continue
@@ -110,7 +115,7 @@ def is_drafter(data: Mapping[str, Any]) -> bool:
     return (
         "speculators_model_type" in data
         or any(word in first for word in _DRAFTER_WORDS)
-        or any(first in home.readers for home in (*layouts().values(), *kinds().values()))
+        or any(first in home.readers for home in _readers(kinds()))
     )
 
 
