@@ -20,7 +20,7 @@ from dspark.cli.self_prompts import add_self_options, check_self_options, run_se
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.data.collect import CollectReport
+    from dspark.data.prompts.collect import CollectReport
 
 EXAMPLE = """\
   dspark data prompts mlabonne/open-perfectblend --against eval/ --out prompts.jsonl \\
@@ -83,11 +83,11 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     _check(options)
     if options.writer is not None:
         return run_self(options, screen)
-    from dspark.data.collect import Split, collect_prompts
-    from dspark.data.contamination import evaluation_texts
     from dspark.data.hub import DataSet
+    from dspark.data.prompts.collect import Split, collect_prompts
+    from dspark.data.prompts.dedup import evaluation_texts
+    from dspark.data.prompts.sources import read_rows
     from dspark.data.records import RECORD_KEYS
-    from dspark.data.sources import read_rows
 
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(

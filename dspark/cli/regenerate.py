@@ -23,8 +23,8 @@ from dspark.cli.common import (
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.data.answering import Sampling
-    from dspark.data.regenerate import RegenerateReport, Responder
+    from dspark.data.answers.regenerate import RegenerateReport, Responder
+    from dspark.data.answers.sampling import Sampling
     from dspark.data.wanted import Wanted
 
 EXAMPLE = """\
@@ -146,7 +146,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     _check(options)
-    from dspark.data.regenerate import journal_path, regenerate
+    from dspark.data.answers.regenerate import journal_path, regenerate
 
     out = Path(options.out or "regenerated.jsonl")
     responder = _by_servers(options, screen) if options.server else _by_engine(options, screen)
@@ -217,7 +217,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
 
 
 def _sampling(options: argparse.Namespace, source: str, screen: Screen) -> Sampling:
-    from dspark.data.answering import choose_sampling, recommended_sampling
+    from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     recommended = recommended_sampling(source, revision=options.revision, offline=options.offline)
@@ -229,8 +229,8 @@ def _sampling(options: argparse.Namespace, source: str, screen: Screen) -> Sampl
 
 
 def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
-    from dspark.data.answering import template_options
-    from dspark.data.by_engine import EngineResponder
+    from dspark.data.answers.engine_backend import EngineResponder
+    from dspark.data.answers.sampling import template_options
 
     sampling = _sampling(options, options.target, screen)
     params = sampling.params(options.max_new_tokens, options.seed or 0)
@@ -246,8 +246,8 @@ def _by_engine(options: argparse.Namespace, screen: Screen) -> Responder:
 def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
     from dataclasses import replace
 
-    from dspark.data.answering import template_options
-    from dspark.data.by_server import ServerResponder
+    from dspark.data.answers.sampling import template_options
+    from dspark.data.answers.server_backend import ServerResponder
     from dspark.data.server import ChatServer, served_model, server_url
 
     sampling = _sampling(options, options.target, screen)

@@ -57,8 +57,8 @@ def check_self_options(options: argparse.Namespace) -> None:
 
 def run_self(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    from dspark.data.regenerate import journal_path
-    from dspark.data.self_prompts import SelfPrompts, write_self_prompts
+    from dspark.data.answers.regenerate import journal_path
+    from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
     from dspark.engine.loading import load
 
     use_threads(options)

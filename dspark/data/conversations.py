@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.data.json_lines import read_json_lines, write_json_lines
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
 __all__ = [

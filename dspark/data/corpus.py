@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Message, check_messages
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
 from dspark.data.formats import BOXED, SourceFormat
-from dspark.data.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
 Conversation = tuple[Message, ...]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark.data.files.json_lines import scan_json_lines
 from dspark.data.hub_errors import hub_errors, table_errors
-from dspark.data.json_lines import scan_json_lines
 from dspark.data.rows import Row
 from dspark.errors import DataError
 from dspark.sources.hub import why_unreachable

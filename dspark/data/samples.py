@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark.data.conversations import Dialogue
-from dspark.data.json_lines import scan_json_lines
+from dspark.data.files.json_lines import scan_json_lines
 from dspark.data.templates import Answer, answers_of, kept_answers
 from dspark.errors import DataError, DSparkWarning
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dspark.data.answers.replay import Reply
 from dspark.data.conversations import check_tool_calls, thinking_of
-from dspark.data.script import Reply
 from dspark.data.templates import split_thinking
 from dspark.errors import DataError, UsageError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark.data.script import Reply
+from dspark.data.answers.replay import Reply
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import append_line, writing
+from dspark.data.files.atomic import append_line, writing
 from dspark.errors import DataError
 from dspark.request import Verifier
 

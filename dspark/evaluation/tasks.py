@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.conversations import Prompt, as_prompt
+from dspark.data.files.json_lines import JSON_LINES, read_json_lines, stem
 from dspark.data.formats import BOXED
 from dspark.data.hub import DataSet
-from dspark.data.json_lines import JSON_LINES, read_json_lines, stem
+from dspark.data.prompts.sources import read_rows
 from dspark.data.records import with_input
 from dspark.data.rows import Row
-from dspark.data.sources import read_rows
 from dspark.errors import DataError
 
 Record = Mapping[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from dspark.data.durable import writing
-from dspark.data.json_lines import write_json_lines
+from dspark.data.files.atomic import writing
+from dspark.data.files.json_lines import write_json_lines
 from dspark.engine.model import Model
 from dspark.fitting.recipe import Shape, recipe_of
 from dspark.params import SamplingParams

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dspark.data.conversations import Prompt
-from dspark.data.journal import Journal
+from dspark.data.files.journal import Journal
 from dspark.engine.model import Model
 from dspark.errors import RequestError
 from dspark.evaluation.live import render

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import only_run
-from dspark.data.self_prompts import opening_of
+from dspark.data.files.atomic import only_run
+from dspark.data.prompts.self_prompting import opening_of
 from dspark.drafters.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError

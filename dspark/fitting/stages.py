@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from dspark.data.answering import choose_sampling, recommended_sampling
-from dspark.data.by_engine import EngineResponder
+from dspark.data.answers.engine_backend import EngineResponder
+from dspark.data.answers.regenerate import regenerate
+from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 from dspark.data.conversations import as_prompt
-from dspark.data.json_lines import read_json_lines, write_json_lines
-from dspark.data.regenerate import regenerate
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
+from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
-from dspark.data.self_prompts import SelfPrompts, write_self_prompts
 from dspark.drafters.checkpoint import load_drafter, save_attached
 from dspark.drafters.files import ATTACHED_FOLDER
 from dspark.drafters.registry import AnyDrafter

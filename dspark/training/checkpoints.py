@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from dspark.data.durable import sync_directory
+from dspark.data.files.atomic import sync_directory
 from dspark.errors import CheckpointError, TrainingError, first_line
 from dspark.training.optim import MasterOptimiser
 from dspark.training.parallel import barrier, gather

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dspark.data.features.build import start_cache, wanted_manifest
+from dspark.data.features.cache import FeatureCache, open_cache
 from dspark.data.features.encoder import Encoder
 from dspark.data.features.identity import sample_key, samples_fingerprint, target_fingerprint
 from dspark.data.features.manifest import MANIFEST, SampleRecipe
-from dspark.data.features.reader import FeatureCache, open_cache
 from dspark.data.features.stored import FeatureStore
 from dspark.data.features.writer import CacheWriter
 from dspark.data.samples import Sample

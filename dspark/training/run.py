@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dspark.data.conversations import read_prompts
-from dspark.data.durable import only_run
+from dspark.data.files.atomic import only_run
 from dspark.errors import RecipeError
 from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspark.data.conversations import read_conversations
-from dspark.data.json_lines import read_json_lines
+from dspark.data.files.json_lines import read_json_lines
 from dspark.data.samples import read_samples
 
 WORDS = ("--max-new-tokens", 5, "--json")

@@ -18,15 +18,15 @@ import torch
 
 from dspark.data.features import build, writer
 from dspark.data.features.build import build_cache, mend, wanted_manifest
+from dspark.data.features.cache import FeatureCache, open_cache
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, channel_scales, turning_basis
 from dspark.data.features.forward import by_length, spread, target_features
 from dspark.data.features.identity import sample_key, samples_fingerprint, target_fingerprint
-from dspark.data.features.index import RECORD_BYTES, index_path, shard_path
 from dspark.data.features.manifest import MANIFEST, Coding, Manifest, SampleRecipe
 from dspark.data.features.needed import num_context_rows, teacher_rows
 from dspark.data.features.payload import join, read_sample, split
-from dspark.data.features.reader import FeatureCache, open_cache
 from dspark.data.features.reference import ReferenceCache
+from dspark.data.features.shards import RECORD_BYTES, index_path, shard_path
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import HfApi, errors
 
 from dspark.data.hub import DataSet, data_set_rows
+from dspark.data.prompts.sources import read_rows
 from dspark.data.records import RECORD_KEYS, read_record
-from dspark.data.sources import read_rows
 from dspark.errors import DataError
 
 CARD = """---

@@ -9,8 +9,8 @@ import pytest
 
 import dspark.fitting.run as fitting
 from dspark.cli.main import main
-from dspark.data.durable import only_run
-from dspark.data.json_lines import read_json_lines
+from dspark.data.files.atomic import only_run
+from dspark.data.files.json_lines import read_json_lines
 from dspark.engine.loading import load
 from dspark.errors import DSparkError, UsageError
 from dspark.fitting import stages

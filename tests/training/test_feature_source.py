@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 
 from dspark.data.features import writer
+from dspark.data.features.cache import FeatureCache
 from dspark.data.features.forward import target_features
 from dspark.data.features.identity import sample_key
 from dspark.data.features.needed import num_context_rows, teacher_rows
-from dspark.data.features.reader import FeatureCache
 from dspark.drafters.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget

@@ -131,7 +131,7 @@ def test_a_run_is_resumed_with_its_new_steps(tmp_path):
 
 
 def test_a_second_run_on_one_output_dir_is_refused(tmp_path, monkeypatch):
-    from dspark.data.durable import only_run
+    from dspark.data.files.atomic import only_run
     from dspark.training import run
 
     class Prepared:

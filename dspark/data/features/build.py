@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dspark.data.features.cache import FeatureCache
 from dspark.data.features.encoder import Encoded, Encoder, learn
 from dspark.data.features.forward import by_length, spread, target_features
 from dspark.data.features.identity import sample_key, target_fingerprint
-from dspark.data.features.index import RECORD_BYTES, index_path, parse_records, writers_of
 from dspark.data.features.manifest import MANIFEST, Coding, Manifest, Origin, SampleRecipe
-from dspark.data.features.reader import FeatureCache
+from dspark.data.features.shards import RECORD_BYTES, index_path, parse_records, writers_of
 from dspark.data.features.writer import CacheWriter, rewrite_index
 from dspark.data.samples import Sample
 from dspark.errors import DataError

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.data.durable import sync_directory
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, RowCodec
+from dspark.data.files.atomic import sync_directory
 from dspark.errors import DataError
 
 FORMAT, VERSION = "dspark-features", 1

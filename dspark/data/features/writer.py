@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from dspark.data.durable import sync_directory
 from dspark.data.features.identity import sample_key
-from dspark.data.features.index import (
+from dspark.data.features.shards import (
     RECORD_BYTES,
     Record,
     backed,
@@ -27,6 +26,7 @@ from dspark.data.features.index import (
     shard_path,
     shards_of,
 )
+from dspark.data.files.atomic import sync_directory
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 

@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 
 from dspark.data.features.identity import sample_key
-from dspark.data.features.index import (
+from dspark.data.features.manifest import FORMAT, Manifest, read_manifest
+from dspark.data.features.needed import num_context_rows, teacher_rows
+from dspark.data.features.payload import read_sample, split
+from dspark.data.features.reference import ReferenceCache
+from dspark.data.features.shards import (
     RECORD_BYTES,
     Record,
     backed,
@@ -20,10 +24,6 @@ from dspark.data.features.index import (
     shard_path,
     writers_of,
 )
-from dspark.data.features.manifest import FORMAT, Manifest, read_manifest
-from dspark.data.features.needed import num_context_rows, teacher_rows
-from dspark.data.features.payload import read_sample, split
-from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.stored import FeatureStore, StoredRows
 from dspark.data.samples import Sample
 from dspark.errors import DataError

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from dspark.data.journal import Journal
-from dspark.data.regenerate import journal_path
-from dspark.data.self_prompts import (
+from dspark.data.answers.regenerate import journal_path
+from dspark.data.files.journal import Journal
+from dspark.data.prompts.self_prompting import (
     CUT_TOKENS,
     SelfPrompts,
     Written,

@@ -11,9 +11,9 @@ import time
 import pytest
 
 import dspark.data.server as server_module
-from dspark.data.answering import Sampling
-from dspark.data.by_server import ServerResponder
-from dspark.data.regenerate import journal_path, regenerate
+from dspark.data.answers.regenerate import journal_path, regenerate
+from dspark.data.answers.sampling import Sampling
+from dspark.data.answers.server_backend import ServerResponder
 from dspark.data.server import ChatServer, served_model, server_url
 from dspark.data.wanted import Wanted
 from dspark.errors import DataError, UsageError

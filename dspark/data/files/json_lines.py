@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dspark.data.durable import writing
+from dspark.data.files.atomic import writing
 from dspark.data.rows import Row
 from dspark.errors import DataError
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dspark.data.files.json_lines import JSON_LINES, json_lines_files, scan_json_lines
 from dspark.data.hub import DataSet, data_set_rows
-from dspark.data.json_lines import JSON_LINES, json_lines_files, scan_json_lines
 from dspark.data.rows import Row
 from dspark.errors import DataError
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspark.data.json_lines import json_lines_files, read_json_lines
+from dspark.data.files.json_lines import json_lines_files, read_json_lines
 from dspark.data.records import read_record
 from dspark.data.texts import words_of
 

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from dspark.data.answering import choose_sampling, recommended_sampling
-from dspark.data.by_engine import EngineResponder
+from dspark.data.answers.engine_backend import EngineResponder
+from dspark.data.answers.regenerate import journal_path, regenerate
+from dspark.data.answers.replay import Reply
+from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 from dspark.data.conversations import Dialogue
-from dspark.data.regenerate import journal_path, regenerate
 from dspark.data.samples import conversation_samples, read_samples
-from dspark.data.script import Reply
 from dspark.data.wanted import Wanted, repeats_gram
 from dspark.engine.model import Model
 from dspark.errors import DataError
@@ -161,7 +161,7 @@ def output(model, text, reason="stop"):
 
 def answered(model, monkeypatch, tmp_path, record, texts, options=None):
     """What regeneration makes of a model that says `texts`, one after another."""
-    from dspark.data import by_engine
+    from dspark.data.answers import engine_backend as by_engine
 
     replies = iter(texts)
     wrapped = by_engine._Chunk._reply

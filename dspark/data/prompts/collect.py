@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.contamination import EvaluationTexts
-from dspark.data.json_lines import beside, write_json_lines, write_list
+from dspark.data.files.json_lines import beside, write_json_lines, write_list
+from dspark.data.prompts.dedup import EvaluationTexts
 from dspark.data.records import Found, read_record
 from dspark.data.rows import Row
 from dspark.data.texts import digest, near_text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import append_line, lock_file, writing
+from dspark.data.files.atomic import append_line, lock_file, writing
 from dspark.errors import DataError, UsageError
 
 _KEY = "dspark_journal"

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.journal import Journal
-from dspark.data.json_lines import write_json_lines
-from dspark.data.regenerate import journal_path
+from dspark.data.answers.regenerate import journal_path
+from dspark.data.files.journal import Journal
+from dspark.data.files.json_lines import write_json_lines
 from dspark.data.templates import render
 from dspark.data.texts import digest, near_text, words_of
 from dspark.data.wanted import repeats_gram

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspark.data.answering import Sampling
+from dspark.data.answers.regenerate import Done
+from dspark.data.answers.replay import Script
+from dspark.data.answers.sampling import Sampling
 from dspark.data.conversations import Message
-from dspark.data.regenerate import Done
-from dspark.data.script import Script
 from dspark.data.server import ChatServer, NoReplyError
 from dspark.data.wanted import Wanted
 from dspark.errors import DataError

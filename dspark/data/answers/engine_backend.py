@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from dspark.data.answers.regenerate import Done
+from dspark.data.answers.replay import Reply, Script
 from dspark.data.conversations import Dialogue
-from dspark.data.regenerate import Done
-from dspark.data.script import Reply, Script
 from dspark.data.templates import answer_of, render, split_thinking, thinking_marks
 from dspark.data.wanted import Wanted
 from dspark.engine.engine import Engine
