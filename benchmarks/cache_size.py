@@ -14,7 +14,7 @@ from typing import Any
 
 from dspark.data.features.build import BuildReport
 from dspark.data.features.cache import FeatureCache
-from dspark.data.features.forward import spread, target_features
+from dspark.data.features.encoder import spread, target_features
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
 from dspark.training.feature_build import build_features

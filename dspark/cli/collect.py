@@ -83,11 +83,10 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     _check(options)
     if options.writer is not None:
         return run_self(options, screen)
-    from dspark.data.hub import DataSet
+    from dspark.data.conversations import RECORD_KEYS
     from dspark.data.prompts.collect import Split, collect_prompts
     from dspark.data.prompts.dedup import evaluation_texts
-    from dspark.data.prompts.sources import read_rows
-    from dspark.data.records import RECORD_KEYS
+    from dspark.data.prompts.sources import DataSet, read_rows
 
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(

@@ -71,7 +71,7 @@ class Screen:
             self.out.file.flush()
 
 
-REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.hub")
+REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.prompts.sources")
 """The loggers whose remarks a user of the command should see: what is fetched, and from where."""
 
 

@@ -15,7 +15,7 @@ from dspark.cli.common import (
     check_positive,
     new_parser,
 )
-from dspark.data.formats import FORMATS
+from dspark.data.corpus import FORMATS
 
 EXAMPLE = """\
   dspark data corpus gsm8k --path gsm8k_train.jsonl.gz --out questions.jsonl.gz"""

@@ -20,7 +20,7 @@ from dspark.cli.common import (
 )
 from dspark.cli.options import add_no_profile
 from dspark.cli.starting import measure_costs
-from dspark.data.formats import BOXED
+from dspark.data.corpus import BOXED
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.request import Request, SamplingParams
 

@@ -24,8 +24,8 @@ from dspark.errors import UsageError
 
 if TYPE_CHECKING:
     from dspark.data.answers.regenerate import RegenerateReport, Responder
+    from dspark.data.answers.replay import AnswerFilters
     from dspark.data.answers.sampling import Sampling
-    from dspark.data.wanted import Wanted
 
 EXAMPLE = """\
   dspark data regenerate bundled --prompts questions.jsonl.gz --out answers.jsonl.gz
@@ -205,10 +205,10 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _wanted(options: argparse.Namespace) -> Wanted:
-    from dspark.data.wanted import Wanted
+def _wanted(options: argparse.Namespace) -> AnswerFilters:
+    from dspark.data.answers.replay import AnswerFilters
 
-    return Wanted(
+    return AnswerFilters(
         finished=options.only_finished,
         token_gram=options.drop_repeated_tokens or 0,
         word_gram=options.drop_repeated_words or 0,
@@ -247,8 +247,12 @@ def _by_servers(options: argparse.Namespace, screen: Screen) -> Responder:
     from dataclasses import replace
 
     from dspark.data.answers.sampling import template_options
-    from dspark.data.answers.server_backend import ServerResponder
-    from dspark.data.server import ChatServer, served_model, server_url
+    from dspark.data.answers.server_backend import (
+        ChatServer,
+        ServerResponder,
+        served_model,
+        server_url,
+    )
 
     sampling = _sampling(options, options.target, screen)
     sampling.params(options.max_new_tokens, options.seed or 0)  # refuses values out of range

@@ -1,7 +1,7 @@
 """Training samples: token ids with a loss mask, from conversations or from sampled token ids.
 
-Which characters an assistant wrote is known from how the chat template renders the conversation
-turn by turn (`data/templates.py`); which tokens these became, from the tokenizer's offsets.
+`templates` says which characters an assistant wrote; the tokenizer's offsets say which tokens they
+became.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dspark.data.conversations import Dialogue
 from dspark.data.files.json_lines import scan_json_lines
-from dspark.data.templates import Answer, answers_of, kept_answers
+from dspark.data.templates import Answer, answers_of, kept_answers, special_ids
 from dspark.errors import DataError, DSparkWarning
 
 Span = tuple[int, int]
@@ -100,15 +99,9 @@ def _encode_answer(tokenizer: Any, answer: Answer, *, cut: bool) -> _EncodedAnsw
     end = len(ids)
     mine = range(begin, end)
     mark = next((i for i in reversed(mine) if text[slice(*offsets[i])].strip()), None)
-    if mark is not None and offsets[mark][0] >= answer.said and ids[mark] in _marks(tokenizer):
+    if mark is not None and offsets[mark][0] >= answer.said and ids[mark] in special_ids(tokenizer):
         end = mark if cut else mark + 1
     return _EncodedAnswer(answer, tuple(ids), begin, end)
-
-
-@lru_cache(maxsize=8)
-def _marks(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that no ordinary text becomes."""
-    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:

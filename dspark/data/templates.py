@@ -1,8 +1,8 @@
-"""Chat templates, always the tokenizer's own: what is rendered, and which part of it an answer is.
+"""Chat templates: rendering by the tokenizer's own template, and which characters an answer is.
 
-An answer is what its rendering adds behind the generation prompt: behind what the model was shown
-when it wrote it. Nothing is searched for in rendered text, so a user who writes a template's header
-changes nothing.
+An answer is what its rendering adds after the generation prompt, that is, after what the model was
+shown when it wrote it. Rendered text is never searched for headers, so a user who writes a
+template's header changes nothing.
 """
 
 from __future__ import annotations
@@ -196,6 +196,12 @@ def thinking_and_content(message: Message) -> tuple[str, str]:
     if thinking := message.get("thinking"):
         return str(thinking), content
     return split_thinking(content, "<think>", "</think>")
+
+
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of added and special tokens, which ordinary text never encodes to."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 def split_thinking(text: str, opening: str, closing: str) -> tuple[str, str]:

@@ -14,13 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dspark.data.conversations import Prompt, as_prompt
-from dspark.data.files.json_lines import JSON_LINES, read_json_lines, stem
-from dspark.data.formats import BOXED
-from dspark.data.hub import DataSet
-from dspark.data.prompts.sources import read_rows
-from dspark.data.records import with_input
-from dspark.data.rows import Row
+from dspark.data.conversations import Prompt, as_prompt, with_input
+from dspark.data.corpus import BOXED
+from dspark.data.files.json_lines import JSON_LINES, Row, read_json_lines, stem
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError
 
 Record = Mapping[str, Any]

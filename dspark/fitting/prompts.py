@@ -9,13 +9,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from dspark.data.conversations import Prompt, as_prompt
+from dspark.data.conversations import RECORD_KEYS, Prompt, as_prompt, read_record
 from dspark.data.files.json_lines import read_json_lines, stem, write_json_lines
-from dspark.data.hub import DataSet
 from dspark.data.prompts.collect import train_record
-from dspark.data.prompts.sources import read_rows
-from dspark.data.records import RECORD_KEYS, read_record
-from dspark.data.texts import digest, near_text
+from dspark.data.prompts.dedup import digest, near_text
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError, UsageError
 
 SELF_WRITTEN = "self-written"

@@ -10,9 +10,14 @@ import torch.distributed as dist
 from dspark.data.features.build import start_cache, wanted_manifest
 from dspark.data.features.cache import FeatureCache, open_cache
 from dspark.data.features.encoder import Encoder
-from dspark.data.features.identity import sample_key, samples_fingerprint, target_fingerprint
-from dspark.data.features.manifest import MANIFEST, SampleRecipe
-from dspark.data.features.stored import FeatureStore
+from dspark.data.features.manifest import (
+    MANIFEST,
+    SampleRecipe,
+    sample_key,
+    samples_fingerprint,
+    target_fingerprint,
+)
+from dspark.data.features.rows import FeatureStore
 from dspark.data.features.writer import CacheWriter
 from dspark.data.samples import Sample
 from dspark.errors import DataError, RecipeError

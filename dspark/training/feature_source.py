@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from dspark.data.features.cache import FeatureCache
-from dspark.data.features.encoder import Encoder
-from dspark.data.features.forward import target_features
-from dspark.data.features.identity import sample_key
-from dspark.data.features.stored import FeatureStore, StoredRows
+from dspark.data.features.encoder import Encoder, target_features
+from dspark.data.features.manifest import sample_key
+from dspark.data.features.rows import FeatureStore, StoredRows
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.data.features.reference import ReferenceCache
-from dspark.data.features.stored import FeatureStore
+from dspark.data.features.rows import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoint import save_attached, save_published
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig

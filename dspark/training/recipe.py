@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from dspark.data.formats import SourceFormat
+from dspark.data.corpus import SourceFormat
 from dspark.errors import RecipeError
 from dspark.training.drafter_settings import (
     BlockSettings,

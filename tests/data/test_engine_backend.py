@@ -7,11 +7,10 @@ import pytest
 
 from dspark.data.answers.engine_backend import EngineResponder
 from dspark.data.answers.regenerate import journal_path, regenerate
-from dspark.data.answers.replay import Reply
+from dspark.data.answers.replay import AnswerFilters, Reply, repeats_gram
 from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 from dspark.data.conversations import Dialogue
 from dspark.data.samples import conversation_samples, read_samples
-from dspark.data.wanted import Wanted, repeats_gram
 from dspark.engine.model import Model
 from dspark.errors import DataError
 from dspark.params import SamplingParams
@@ -273,16 +272,16 @@ def test_a_repeated_gram_is_seen():
 @pytest.mark.parametrize(
     ("wanted", "given", "kept"),
     [
-        (Wanted(), reply(reason="length"), True),
-        (Wanted(finished=True), reply(reason="length"), False),
-        (Wanted(finished=True), reply(), True),
-        (Wanted(word_gram=2), reply("a b a b", range(4)), False),
-        (Wanted(word_gram=2), reply("a b", (1, 2, 1, 2)), True),
-        (Wanted(token_gram=2), reply("a b", (1, 2, 1, 2)), False),
-        (Wanted(token_gram=2), reply("a b a b", range(4)), True),
-        (Wanted(token_gram=3, word_gram=3), reply("a b a b", (1, 2, 1, 2)), True),
-        (Wanted(without=("c", "b")), reply("a b"), False),
-        (Wanted(without=("c",)), reply("a b"), True),
+        (AnswerFilters(), reply(reason="length"), True),
+        (AnswerFilters(finished=True), reply(reason="length"), False),
+        (AnswerFilters(finished=True), reply(), True),
+        (AnswerFilters(word_gram=2), reply("a b a b", range(4)), False),
+        (AnswerFilters(word_gram=2), reply("a b", (1, 2, 1, 2)), True),
+        (AnswerFilters(token_gram=2), reply("a b", (1, 2, 1, 2)), False),
+        (AnswerFilters(token_gram=2), reply("a b a b", range(4)), True),
+        (AnswerFilters(token_gram=3, word_gram=3), reply("a b a b", (1, 2, 1, 2)), True),
+        (AnswerFilters(without=("c", "b")), reply("a b"), False),
+        (AnswerFilters(without=("c",)), reply("a b"), True),
     ],
 )
 def test_wanted_answers(wanted, given, kept):

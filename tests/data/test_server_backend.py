@@ -10,12 +10,11 @@ import time
 
 import pytest
 
-import dspark.data.server as server_module
+import dspark.data.answers.server_backend as server_module
 from dspark.data.answers.regenerate import journal_path, regenerate
+from dspark.data.answers.replay import AnswerFilters
 from dspark.data.answers.sampling import Sampling
-from dspark.data.answers.server_backend import ServerResponder
-from dspark.data.server import ChatServer, served_model, server_url
-from dspark.data.wanted import Wanted
+from dspark.data.answers.server_backend import ChatServer, ServerResponder, served_model, server_url
 from dspark.errors import DataError, UsageError
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -180,8 +179,8 @@ def test_faults_that_stay_are_listed_with_the_reason(fake_server, prompts, tmp_p
     with prompts.open("a") as file:
         file.write('{"turns": []}\n{"prompt": "raw"}\n{"turns": ["cut o')
     out = tmp_path / "o.jsonl.gz"
-    wanted = Wanted(finished=True)
-    report = regenerate(responder(fake_server(respond), wanted=wanted, retries=1), prompts, out)
+    filters = AnswerFilters(finished=True)
+    report = regenerate(responder(fake_server(respond), filters=filters, retries=1), prompts, out)
     assert (report.input, report.records, report.failed, report.skipped) == (43, 36, 6, 1)
     assert report.failures == tmp_path / "o_failed.jsonl"
     failures = {record["line"]: record for record in lines(report.failures)}
@@ -318,7 +317,7 @@ def test_changed_prompts_are_told(fake_server, prompts, tmp_path):
     with pytest.raises(DataError, match="in a row"):
         regenerate(responder(fake, retries=0), prompts, out)
     prompts.write_text(prompts.read_text().replace("q", "r"))
-    with pytest.raises(DataError, match=r"line \d+ is not what it was when the run began"):
+    with pytest.raises(DataError, match=r"line \d+ has changed since the run began"):
         regenerate(responder(fake_server(echo)), prompts, out)
 
 
@@ -329,8 +328,10 @@ def test_no_answer_at_all_is_an_error(fake_server, prompts, tmp_path):
     ):
         regenerate(responder(fake_server(lambda body, count: 400)), prompts, out)
     assert not out.exists()
-    with pytest.raises(DataError, match="None of the 40 answers was wanted"):
-        regenerate(responder(fake_server(echo), wanted=Wanted(without=("re:",))), prompts, out)
+    with pytest.raises(DataError, match="The filters rejected all 40 answers"):
+        regenerate(
+            responder(fake_server(echo), filters=AnswerFilters(without=("re:",))), prompts, out
+        )
     assert not out.exists()
     assert not (tmp_path / "o_failed.jsonl").exists()
 

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 import dspark
-from dspark.data.features.forward import target_features
+from dspark.data.features.encoder import target_features
 from dspark.data.samples import Sample
 from dspark.drafters.checkpoint import load_drafter
 from dspark.errors import CompatibilityError, DataError, RecipeError

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from dspark.data.features import writer
 from dspark.data.features.cache import FeatureCache
-from dspark.data.features.forward import target_features
-from dspark.data.features.identity import sample_key
-from dspark.data.features.needed import num_context_rows, teacher_rows
+from dspark.data.features.encoder import target_features
+from dspark.data.features.manifest import sample_key
+from dspark.data.features.rows import num_context_rows, teacher_rows
 from dspark.drafters.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget
@@ -210,7 +210,7 @@ def test_a_full_disk_ends_the_adding_and_not_the_training(settings, monkeypatch,
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write_all", full)
+    monkeypatch.setattr(writer, "write_all", full)
     assert losses(other) == want
     assert [r.message for r in caplog.records if "is full" in r.message][1:] == []
 

@@ -1,4 +1,4 @@
-"""Answers by our own engine: many conversations in flight at once, each turn after turn."""
+"""Engine backend: answers by our own engine, many conversations in flight, turn after turn."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from itertools import islice
 from typing import Any
 
 from dspark.data.answers.regenerate import Done
-from dspark.data.answers.replay import Reply, Script
+from dspark.data.answers.replay import AnswerFilters, Replay, Reply
 from dspark.data.conversations import Dialogue
 from dspark.data.templates import answer_of, render, split_thinking, thinking_marks
-from dspark.data.wanted import Wanted
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.errors import DataError, RequestError
@@ -34,14 +33,14 @@ class EngineResponder:
     Attributes:
         model: the target; a drafter, if it has one, makes it faster.
         params: how to sample; line i draws with seed + i - 1, its later turns with hashes of that.
-        wanted: which answers are kept.
+        filters: which answers are kept.
         template_options: variables of the chat template.
         batch_size: requests at once.
     """
 
     model: Model
     params: SamplingParams
-    wanted: Wanted = field(default_factory=Wanted)
+    filters: AnswerFilters = field(default_factory=AnswerFilters)
     template_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
 
@@ -54,12 +53,12 @@ class EngineResponder:
             **{name: getattr(self.params, name) for name in drawn},
             "seed": self.params.seed,
             "template": dict(self.template_options),
-            "wanted": repr(self.wanted),
+            "wanted": repr(self.filters),
         }
 
-    def answer(self, scripts: Iterator[Script], done: Done) -> None:
-        """Answer every turn of every script."""
-        while chunk := list(islice(scripts, self.batch_size * _CONVERSATIONS_PER_PLACE)):
+    def answer(self, replays: Iterator[Replay], done: Done) -> None:
+        """Answer every turn of every replay."""
+        while chunk := list(islice(replays, self.batch_size * _CONVERSATIONS_PER_PLACE)):
             _Chunk(self, done).run(chunk)
 
 
@@ -69,21 +68,21 @@ class _Chunk:
 
     responder: EngineResponder
     done: Done
-    flying: dict[int, Script] = field(default_factory=dict)
+    flying: dict[int, Replay] = field(default_factory=dict)
 
-    def run(self, scripts: Sequence[Script]) -> None:
+    def run(self, replays: Sequence[Replay]) -> None:
         """Answer all of them."""
         model, batch_size = self.responder.model, self.responder.batch_size
-        opened = [(script, self._open(script)) for script in scripts]
-        asked = [(script, request) for script, request in opened if request is not None]
+        opened = [(replay, self._open(replay)) for replay in replays]
+        asked = [(replay, request) for replay, request in opened if request is not None]
         if not asked:
             return
-        longest = max(self._longest(script, request) for script, request in asked)
+        longest = max(self._longest(replay, request) for replay, request in asked)
         room = Request((0,) * max(longest - self.responder.params.max_new_tokens, 1), self._params)
         requests = [request for _, request in asked]
         engine = model.engine([*requests, room], batch_size=batch_size, schedule="fixed")
-        for script, request in asked:
-            self._add(engine, script, request)
+        for replay, request in asked:
+            self._add(engine, replay, request)
         while engine.has_work:
             for event in engine.step():
                 if event.output is not None:
@@ -93,77 +92,77 @@ class _Chunk:
     def _params(self) -> SamplingParams:
         return self.responder.params
 
-    def _open(self, script: Script) -> Request | None:
-        """The request for the next answer; None where there is none, and the script is done."""
-        if not script.next_turn():
-            self.done(script)
+    def _open(self, replay: Replay) -> Request | None:
+        """The request for the next answer; None where there is none, and the replay is done."""
+        if not replay.next_turn():
+            self.done(replay)
             return None
         try:
-            ids = self._prompt_ids(script)
+            ids = self._prompt_ids(replay)
             if len(ids) >= self.responder.model.target.max_context:
-                script.stop("The prompt fills the model's whole context.")
+                replay.stop("The prompt fills the model's whole context.")
             else:
-                seed = sample_seed(self._params.seed + script.line - 1, script.answers)
+                seed = sample_seed(self._params.seed + replay.line - 1, replay.answers)
                 return Request(ids, self._params.with_seed(seed))
         except (DataError, RequestError) as error:
-            script.stop(str(error))
-        self.done(script)
+            replay.stop(str(error))
+        self.done(replay)
         return None
 
-    def _prompt_ids(self, script: Script) -> tuple[int, ...]:
+    def _prompt_ids(self, replay: Replay) -> tuple[int, ...]:
         model = self.responder.model
-        if script.dialogue is None:
-            script.input_ids = model.encode(script.raw)
-            script.prompt_len = len(script.input_ids)
-            return script.input_ids
+        if replay.dialogue is None:
+            replay.input_ids = model.encode(replay.raw)
+            replay.prompt_len = len(replay.input_ids)
+            return replay.input_ids
         tokenizer = model.target.tokenizer
         if tokenizer is None:
             raise DataError(f"{model.target.name} has no tokenizer; give raw token ids.")
         text = render(
-            tokenizer, script.said, tools=script.tools, options=script.options, generation=True
+            tokenizer, replay.said, tools=replay.tools, options=replay.options, generation=True
         )
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _longest(self, script: Script, request: Request) -> int:
+    def _longest(self, replay: Replay, request: Request) -> int:
         """About how many tokens a conversation may have at its end."""
         target = self.responder.model.target
-        texts = [m["content"] for m in script.to_come if m["role"] != "assistant"]
+        texts = [m["content"] for m in replay.to_come if m["role"] != "assistant"]
         more = sum(len(target.tokenizer(text)["input_ids"]) + _AROUND_MESSAGE for text in texts)
-        answers = 1 + sum(m["role"] == "assistant" for m in script.to_come)
+        answers = 1 + sum(m["role"] == "assistant" for m in replay.to_come)
         longest = len(request.prompt_ids) + more + answers * self._params.max_new_tokens
         return int(min(longest, target.max_context))
 
-    def _add(self, engine: Engine, script: Script, request: Request) -> None:
+    def _add(self, engine: Engine, replay: Replay, request: Request) -> None:
         try:
-            self.flying[engine.add(request)] = script
+            self.flying[engine.add(request)] = replay
         except RequestError as error:
-            script.stop(str(error))
-            self.done(script)
+            replay.stop(str(error))
+            self.done(replay)
 
-    def _ended(self, engine: Engine, script: Script, output: Output) -> None:
+    def _ended(self, engine: Engine, replay: Replay, output: Output) -> None:
         if output.error is not None:
-            script.fail(output.error)
+            replay.fail(output.error)
         else:
-            reply = self._reply(script, output)
-            script.take(reply, keep=self.responder.wanted.keeps(reply))
-        request = self._open(script)
+            reply = self._reply(replay, output)
+            replay.take(reply, keep=self.responder.filters.keeps(reply))
+        request = self._open(replay)
         if request is not None:
-            self._add(engine, script, request)
+            self._add(engine, replay, request)
 
-    def _reply(self, script: Script, output: Output) -> Reply:
+    def _reply(self, replay: Replay, output: Output) -> Reply:
         ids = output.token_ids
         reply = Reply(output.text, output.finish_reason, len(ids), token_ids=ids)
-        if script.dialogue is None:
+        if replay.dialogue is None:
             return reply
-        reply = self._with_thinking(script, reply)
-        if script.place is not None and script.place.get("tool_calls"):
-            return self._with_calls(script, script.place, reply)
+        reply = self._with_thinking(replay, reply)
+        if replay.place is not None and replay.place.get("tool_calls"):
+            return self._with_calls(replay, replay.place, reply)
         return reply
 
-    def _with_thinking(self, script: Script, reply: Reply) -> Reply:
+    def _with_thinking(self, replay: Replay, reply: Reply) -> Reply:
         target = self.responder.model.target
         marks = thinking_marks(target.tokenizer)
-        if marks is None or script.options.get("enable_thinking") is False:
+        if marks is None or replay.options.get("enable_thinking") is False:
             return reply
         opening, closing = marks
         # The marks may be special tokens, which an answer's text does not show.
@@ -175,12 +174,12 @@ class _Chunk:
         began = shown.startswith(opening) if opening else reply.finish_reason == "length"
         return replace(reply, text="", thinking=shown.removeprefix(opening)) if began else reply
 
-    def _with_calls(self, script: Script, place: Mapping[str, Any], reply: Reply) -> Reply:
+    def _with_calls(self, replay: Replay, place: Mapping[str, Any], reply: Reply) -> Reply:
         """The source's calls of tools in place of text that says the same."""
-        dialogue = Dialogue((*script.said, dict(place)), tuple(script.tools), script.options)
+        dialogue = Dialogue((*replay.said, dict(place)), tuple(replay.tools), replay.options)
         tokenizer = self.responder.model.target.tokenizer
         try:
-            answer = answer_of(tokenizer, dialogue, len(script.said))
+            answer = answer_of(tokenizer, dialogue, len(replay.said))
         except DataError:
             return reply
         whole = tokenizer.decode(reply.token_ids, clean_up_tokenization_spaces=False)

@@ -1,7 +1,7 @@
-"""A conversation whose answers are given anew, one after another: what was said, what is to come.
+"""Conversation replay: the turns of a conversation, its answers regenerated one after another.
 
-Whoever answers, our engine or a server, asks `Script.next_turn` for the next answer to give, gives
-it to `Script.take`, and calls `Script.fail` where there is none.
+A backend asks `Replay.next_turn` for the next answer to give, passes the answer to `Replay.take`,
+and calls `Replay.fail` if there is none. `AnswerFilters` says which answers are kept.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspark.data.conversations import Dialogue, Message
-from dspark.data.records import read_record
+from dspark.data.conversations import Dialogue, Message, read_record
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Reply:
 
 
 @dataclass
-class Script:
+class Replay:
     """A conversation on its way.
 
     Attributes:
@@ -93,8 +92,8 @@ class Script:
         source: dict[str, Any],
         where: str,
         options: Mapping[str, Any],
-    ) -> Script:
-        """Make a script of a record, as `records.read_record` reads it.
+    ) -> Replay:
+        """Make a replay of a record, as `records.read_record` reads it.
 
         A conversation that ends with a user's turn gets one answer more.
 
@@ -213,3 +212,38 @@ def _called(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
     """Name and arguments of calls."""
     functions = [call.get("function") or {} for call in calls]
     return [(function.get("name"), function.get("arguments")) for function in functions]
+
+
+@dataclass(frozen=True)
+class AnswerFilters:
+    """Which answers are worth keeping; by default all.
+
+    Attributes:
+        finished: only those that the model ended itself, within the limit of tokens.
+        token_gram: only those in which no row of so many neighbouring tokens stands twice; 0 does
+            not look.
+        word_gram: the same of words, as split at white space.
+        without: only those that contain none of these texts.
+    """
+
+    finished: bool = False
+    token_gram: int = 0
+    word_gram: int = 0
+    without: tuple[str, ...] = ()
+
+    def keeps(self, reply: Reply) -> bool:
+        """Whether an answer is wanted."""
+        if self.finished and reply.finish_reason != "stop":
+            return False
+        if any(text in reply.text for text in self.without):
+            return False
+        rows = ((reply.token_ids, self.token_gram), (reply.text.split(), self.word_gram))
+        return not any(repeats_gram(items, size) for items, size in rows)
+
+
+def repeats_gram(items: Sequence[object], size: int) -> bool:
+    """Whether any `size` neighbouring items stand twice in a row of items; for 0, False."""
+    if size == 0:
+        return False
+    grams = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
+    return len(set(grams)) < len(grams)

@@ -1,4 +1,4 @@
-"""How answers are drawn when they are regenerated: as asked, else as authors recommend."""
+"""Sampling parameters for regeneration: as requested, else as the model's authors recommend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dspark.sources.gguf import is_gguf
 from dspark.sources.names import origin
 
 GENERATION_CONFIG = "generation_config.json"
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+NEUTRAL = {"temperature": None, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
 Thinking = Literal["on", "off", "default"]
 
 
@@ -85,11 +85,8 @@ def recommended_sampling(
         return {}
     if not isinstance(config, dict) or config.get("do_sample") is False:
         return {}
-    values = {name: config.get(name) for name in SAMPLING}
-    return {n: v for n, v in values.items() if isinstance(v, (int, float)) and v != _NEUTRAL[n]}
-
-
-_NEUTRAL = {"temperature": None, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    values = {name: config.get(name) for name in NEUTRAL}
+    return {n: v for n, v in values.items() if isinstance(v, (int, float)) and v != NEUTRAL[n]}
 
 
 def template_options(thinking: Thinking) -> dict[str, Any]:

@@ -1,27 +1,243 @@
-"""Answers by servers with OpenAI's API, in threads: many conversations in flight at once."""
+"""Server backend: answers by servers with OpenAI's chat-completions API, asked from threads.
+
+`ChatServer` makes one HTTP call per reply and retries; `ServerResponder` keeps many conversations
+in flight.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
 import queue
+import random
 import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dspark.data.answers.regenerate import Done
-from dspark.data.answers.replay import Script
-from dspark.data.answers.sampling import Sampling
-from dspark.data.conversations import Message
-from dspark.data.server import ChatServer, NoReplyError
-from dspark.data.wanted import Wanted
-from dspark.errors import DataError
+from dspark.data.answers.replay import AnswerFilters, Replay, Reply
+from dspark.data.answers.sampling import NEUTRAL, Sampling
+from dspark.data.conversations import Message, check_tool_calls, thinking_of
+from dspark.data.templates import split_thinking
+from dspark.errors import DataError, UsageError
 from dspark.params import sample_seed
+
+_FINISHED = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
+# Statuses that say: not now. Any other of the 400s will be the same the next time.
+_LATER = {408, 409, 425, 429}
+# Statuses that say the same to every request: the key, the address or the model is wrong.
+_NEVER = {401, 403, 404}
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_LARGEST_REPLY_BYTES = 1 << 26
+
+
+class NoReplyError(Exception):
+    """One conversation got no answer; `again` if another time may be better."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
+class _Fault(Exception):
+    """One call went wrong: what happened, and the status if there was one."""
+
+    def __init__(self, reason: str, status: int | None = None, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """Servers of one model, and how patient one is with them.
+
+    Attributes:
+        urls: their addresses, each ending in the version ("/v1").
+        model: the model's name there.
+        api_key: sent as a bearer token, if there is one.
+        timeout_s: seconds for one reply.
+        retries: how often a call is made again that found no server, no time or no sense.
+        stop: once set, nobody waits any longer.
+    """
+
+    urls: tuple[str, ...]
+    model: str
+    api_key: str | None = None
+    timeout_s: float = 600.0
+    retries: int = 4
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def chat(self, body: Mapping[str, Any], first: int) -> Reply:
+        """One reply.
+
+        Args:
+            body: the request but for the model's name.
+            first: which of the servers is asked first; a call that failed goes to the next one.
+
+        Raises:
+            NoReplyError: there was none in the end.
+            DataError: a server refuses the key, the address or the model.
+        """
+        draw = random.Random(first)
+        for attempt in range(self.retries + 1):
+            url = self.urls[(first + attempt) % len(self.urls)]
+            try:
+                return _reply(self.call(url + "/chat/completions", {**body, "model": self.model}))
+            except _Fault as fault:
+                if fault.status in _NEVER:
+                    raise DataError(
+                        f"{url} refuses the request: {fault}; check the address, the model's name "
+                        "and the key."
+                    ) from None
+                final = (
+                    fault.status is not None and fault.status < 500 and fault.status not in _LATER
+                )
+                if final:
+                    raise NoReplyError(str(fault), again=False) from None
+                if attempt == self.retries or self.stop.is_set():
+                    raise NoReplyError(f"{url}: {fault}", again=True) from None
+                wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * (0.5 + draw.random())
+                self.stop.wait(min(max(wait_s, fault.wait_s), 2 * _LONGEST_WAIT_S))
+        raise AssertionError("the last attempt returns or raises")
+
+    def call(self, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One HTTP call: the JSON object that came back."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data=data, headers=headers)
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                content = _read(response, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise _Fault(f"no reply within {self.timeout_s:g} s") from None
+            raise _Fault(f"no connection ({reason or type(error).__name__})") from None
+        try:
+            found = json.loads(content)
+        except ValueError:
+            raise _Fault(f"the reply is not JSON: {content[:80]!r}") from None
+        if not isinstance(found, dict):
+            raise _Fault("the reply is not a JSON object")
+        return found
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    parts, size = list[bytes](), 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+        if size > _LARGEST_REPLY_BYTES:
+            raise _Fault(f"the reply has more than {_LARGEST_REPLY_BYTES} bytes")
+    return b"".join(parts)
+
+
+def _refusal(error: urllib.error.HTTPError) -> _Fault:
+    try:
+        body = json.loads(error.read(1 << 16))
+        message = body["error"]["message"] if "error" in body else body["message"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        message = error.reason
+    after = error.headers.get("Retry-After", "")
+    return _Fault(
+        f"status {error.code}, {message}", error.code, float(after) if after.isdecimal() else 0.0
+    )
+
+
+def _reply(found: Mapping[str, Any]) -> Reply:
+    """The answer in a chat completion."""
+    try:
+        choice = found["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+        calls = message.get("tool_calls") or []
+        text = message.get("content")
+        if text is None and (calls or thinking_of(message)):
+            text = ""
+        usage = found.get("usage") or {}
+        tokens = int(usage.get("completion_tokens") or 0)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        raise _Fault("the reply holds no chat completion") from None
+    if not isinstance(text, str):
+        raise _Fault("the reply holds no text")
+    if reason not in _FINISHED:
+        raise _Fault(f"the reply ended with finish_reason {reason!r}")
+    try:
+        calls = check_tool_calls(calls, "the reply")
+    except DataError as error:
+        raise _Fault(str(error)) from None
+    thinking = thinking_of(message)
+    if not thinking:
+        thinking, text = _inline_thinking(text)
+    return Reply(text, _FINISHED[reason], tokens, thinking.strip("\n"), tuple(calls))
+
+
+def _inline_thinking(text: str) -> tuple[str, str]:
+    """Thinking that a server without a parser for it has left in the text."""
+    head, _, _ = text.partition("</think>")
+    opening = "<think>" if "<think>" in head else ""
+    return split_thinking(text, opening, "</think>")
+
+
+def server_url(text: str) -> str:
+    """The address of a server's API, from what a user writes: with "/v1" at its end or without.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise UsageError(
+            f"--server is {text!r}, but must be an address like http://localhost:8000."
+        )
+    url = text.rstrip("/")
+    return url if url.endswith("/v1") else url + "/v1"
+
+
+def served_model(server: ChatServer, wanted: str) -> str:
+    """The name of the model to ask for: the one that is wanted, or the only one there is.
+
+    Raises:
+        DataError: a server does not answer, or has several models and none of this name.
+    """
+    name = wanted
+    for url in server.urls:
+        try:
+            listed = server.call(url + "/models").get("data")
+        except _Fault as fault:
+            if fault.status is not None and fault.status not in {401, 403}:
+                continue  # it answers, but lists no models
+            raise DataError(
+                f"{url} does not answer: {fault}; start the server or correct --server or the key."
+            ) from None
+        models = [m.get("id") for m in listed or () if isinstance(m, dict)]
+        if wanted in models or not models:
+            continue
+        if len(models) > 1:
+            raise DataError(
+                f"{url} has no model {wanted!r}, but {', '.join(map(str, models))}; name one of "
+                "them with --server-model."
+            )
+        name = str(models[0])
+    return name
+
 
 # So many conversations in a row without a reply, beyond one for each thread: nobody is there.
 _PATIENCE = 8
-_VENDOR = ("top_k", "min_p", "repetition_penalty")
-_NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
+_VENDOR = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's, so not sent if neutral
 
 
 @dataclass(frozen=True)
@@ -35,7 +251,7 @@ class ServerResponder:
         sampling: how to draw; what is not said is left to the server.
         max_new_tokens: per answer.
         seed: line i draws with seed + i - 1; None leaves that to the server.
-        wanted: which answers are kept.
+        filters: which answers are kept.
         template_options: variables of the chat template.
         concurrency: requests at once, per server.
     """
@@ -44,7 +260,7 @@ class ServerResponder:
     sampling: Sampling
     max_new_tokens: int = 256
     seed: int | None = None
-    wanted: Wanted = field(default_factory=Wanted)
+    filters: AnswerFilters = field(default_factory=AnswerFilters)
     template_options: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 32
 
@@ -57,33 +273,33 @@ class ServerResponder:
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
             "template": dict(self.template_options),
-            "wanted": repr(self.wanted),
+            "wanted": repr(self.filters),
         }
 
-    def answer(self, scripts: Iterator[Script], done: Done) -> None:
-        """Answer every turn of every script.
+    def answer(self, replays: Iterator[Replay], done: Done) -> None:
+        """Answer every turn of every replay.
 
         Raises:
             DataError: a server refuses every request, or none has answered for a long time.
         """
-        _Crew(self, scripts).run(done)
+        _Crew(self, replays).run(done)
 
-    def body(self, script: Script) -> dict[str, Any]:
+    def body(self, replay: Replay) -> dict[str, Any]:
         """The request for the next answer, but for the model's name."""
         values = dict(self.sampling.values)
         vendor = {name: values.pop(name) for name in _VENDOR if name in values}
         body: dict[str, Any] = {
-            "messages": for_server(script.said),
+            "messages": for_server(replay.said),
             "max_tokens": self.max_new_tokens,
             **values,
-            **{name: value for name, value in vendor.items() if value != _NEUTRAL[name]},
+            **{name: value for name, value in vendor.items() if value != NEUTRAL[name]},
         }
         if self.seed is not None:
-            body["seed"] = sample_seed(self.seed + script.line - 1, script.answers) % (1 << 31)
-        if script.tools:
-            body["tools"] = list(script.tools)
-        if script.options:
-            body["chat_template_kwargs"] = dict(script.options)
+            body["seed"] = sample_seed(self.seed + replay.line - 1, replay.answers) % (1 << 31)
+        if replay.tools:
+            body["tools"] = list(replay.tools)
+        if replay.options:
+            body["chat_template_kwargs"] = dict(replay.options)
         return body
 
 
@@ -114,11 +330,11 @@ def _call_for_server(call: Mapping[str, Any]) -> dict[str, Any]:
 class _Crew:
     """Threads that take conversations from a common row; their results come back over a queue."""
 
-    def __init__(self, responder: ServerResponder, scripts: Iterator[Script]) -> None:
+    def __init__(self, responder: ServerResponder, replays: Iterator[Replay]) -> None:
         self._responder = responder
-        self._scripts = scripts
+        self._scripts = replays
         self._lock = threading.Lock()
-        self._ended: queue.Queue[Script | BaseException | None] = queue.Queue()
+        self._ended: queue.Queue[Replay | BaseException | None] = queue.Queue()
 
     def run(self, done: Done) -> None:
         """Tell `done`, in this thread, of every conversation that has ended."""
@@ -148,28 +364,28 @@ class _Crew:
 
     def _work(self, number: int) -> None:
         try:
-            while (script := self._next()) is not None:
-                self._answer(script, number)
+            while (replay := self._next()) is not None:
+                self._answer(replay, number)
                 if self._responder.server.stop.is_set():
                     return
-                self._ended.put(script)
+                self._ended.put(replay)
         except BaseException as error:
             self._ended.put(error)
         finally:
             self._ended.put(None)
 
-    def _next(self) -> Script | None:
+    def _next(self) -> Replay | None:
         with self._lock:
             return next(self._scripts, None)
 
-    def _answer(self, script: Script, number: int) -> None:
+    def _answer(self, replay: Replay, number: int) -> None:
         responder = self._responder
-        if script.dialogue is None and not script.fault:
-            script.fail("Raw prompts have no chat; leave --server out to answer them.")
-        while script.next_turn():
+        if replay.dialogue is None and not replay.fault:
+            replay.fail("Raw prompts have no chat; leave --server out to answer them.")
+        while replay.next_turn():
             try:
-                reply = responder.server.chat(responder.body(script), number)
+                reply = responder.server.chat(responder.body(replay), number)
             except NoReplyError as error:
-                script.fail(str(error), again=error.again)
+                replay.fail(str(error), again=error.again)
             else:
-                script.take(reply, keep=responder.wanted.keeps(reply))
+                replay.take(reply, keep=responder.filters.keeps(reply))

@@ -1,4 +1,4 @@
-"""Builds a cache: what is missing of its samples, after an estimate of size and time."""
+"""Feature cache builds: the missing samples are computed after an estimate of size and time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.data.features.cache import FeatureCache
-from dspark.data.features.encoder import Encoded, Encoder, learn
-from dspark.data.features.forward import by_length, spread, target_features
-from dspark.data.features.identity import sample_key, target_fingerprint
-from dspark.data.features.manifest import MANIFEST, Coding, Manifest, Origin, SampleRecipe
+from dspark.data.features.encoder import Encoded, Encoder, by_length, learn, spread, target_features
+from dspark.data.features.manifest import (
+    MANIFEST,
+    Coding,
+    Manifest,
+    Origin,
+    SampleRecipe,
+    sample_key,
+    target_fingerprint,
+)
 from dspark.data.features.shards import RECORD_BYTES, index_path, parse_records, writers_of
 from dspark.data.features.writer import CacheWriter, rewrite_index
 from dspark.data.samples import Sample

@@ -1,4 +1,4 @@
-"""Reads a cache: every shard is mapped into memory once, every payload is checked by its sum."""
+"""Reader of a feature cache: shards are memory-mapped once, every payload is checked by its CRC."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 
 import torch
 
-from dspark.data.features.identity import sample_key
-from dspark.data.features.manifest import FORMAT, Manifest, read_manifest
-from dspark.data.features.needed import num_context_rows, teacher_rows
-from dspark.data.features.payload import read_sample, split
+from dspark.data.features.manifest import FORMAT, Manifest, read_manifest, sample_key
 from dspark.data.features.reference import ReferenceCache
+from dspark.data.features.rows import FeatureStore, StoredRows, num_context_rows, teacher_rows
 from dspark.data.features.shards import (
     RECORD_BYTES,
     Record,
     backed,
     index_path,
     parse_records,
+    read_sample,
     shard_path,
+    split,
     writers_of,
 )
-from dspark.data.features.stored import FeatureStore, StoredRows
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 

@@ -1,4 +1,4 @@
-"""From the target's rows to entries of a cache: chosen, quantised on the device, then packed."""
+"""Encoder of a feature cache: target forward, row selection, quantisation, packing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.data.features import payload
+from dspark.attention.layout import RaggedBatch
 from dspark.data.features.codec import Bytes, channel_scales, turning_basis
-from dspark.data.features.forward import spread, target_features
 from dspark.data.features.manifest import Coding, Learned, Manifest
-from dspark.data.features.needed import num_context_rows, teacher_rows
+from dspark.data.features.rows import num_context_rows, teacher_rows
+from dspark.data.features.shards import join
 from dspark.data.features.writer import Entry
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
@@ -95,7 +95,7 @@ class Encoder:
     def _entry(
         self, sample: Sample, features: tuple[Bytes, ...], teacher: tuple[Bytes, ...]
     ) -> Entry:
-        data = payload.join(sample, self._features.pack(features), self._teacher.pack(teacher))
+        data = join(sample, self._features.pack(features), self._teacher.pack(teacher))
         return Entry(sample, len(features[0]), len(teacher[0]), data)
 
 
@@ -122,3 +122,44 @@ def _index(rows: list[int], like: Tensor) -> Tensor:
 
 def _rows(arrays: tuple[Bytes, ...], rows: slice) -> tuple[Bytes, ...]:
     return tuple(array[rows] for array in arrays)
+
+
+@torch.no_grad()
+def target_features(
+    target: Target, samples: Sequence[Sample], taps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Run the target over samples.
+
+    Returns:
+        Features [T, F] of the taps, and states after the final norm [T, H]; T is the sum of the
+        samples' lengths.
+    """
+    batch = RaggedBatch.fresh([s.input_ids for s in samples], target.device)
+    output = target.forward(batch, taps=taps)
+    assert output.features_TF is not None
+    return output.features_TF, output.hidden_TH
+
+
+def by_length(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
+    """Batches of samples of like length, the longest first, each of at most `tokens` tokens.
+
+    A sample that is longer is a batch of its own. Since the first batch is the dearest, a machine
+    that lacks memory for them says so at once.
+    """
+    batches: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda s: len(s.input_ids), reverse=True):
+        length = len(sample.input_ids)
+        if length > room:
+            batches.append([])
+            room = max(tokens, length)
+        batches[-1].append(sample)
+        room -= length
+    return batches
+
+
+def spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Samples from all over a sequence, together of about `tokens` tokens, at least one."""
+    mean = sum(len(s.input_ids) for s in samples) / len(samples)
+    count = min(len(samples), max(1, round(tokens / mean)))
+    return [samples[i * len(samples) // count] for i in range(count)]

@@ -1,11 +1,11 @@
-"""What a cache says of itself: who made it, of what, and how its rows are coded."""
+"""Manifest of a feature cache: target, samples and coding, with the hashes that identify them."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,69 @@ import torch
 from torch import Tensor
 
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, RowCodec
-from dspark.data.files.atomic import sync_directory
-from dspark.errors import DataError
+from dspark.data.files.atomic import replace_file
+from dspark.data.samples import Sample
+from dspark.drafters.files import CONFIG, INDEX, fetch
+from dspark.errors import CheckpointError, DataError
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import origin
+
+KEY_BYTES = 16
+_WINDOW = 4096
+_WINDOWS = 8192  # per file; smaller files are read whole
+
+
+def sample_key(sample: Sample) -> bytes:
+    """The hash [16 bytes] of a sample's tokens and loss mask."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    digest.update(np.asarray(sample.input_ids, dtype="<i4").tobytes())
+    digest.update(np.packbits(np.asarray(sample.loss_mask, dtype=bool)).tobytes())
+    return digest.digest()
+
+
+def samples_fingerprint(keys: Iterable[bytes]) -> str:
+    """The hash of a set of samples, whatever their order and however often each occurs."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for key in sorted(set(keys)):
+        digest.update(key)
+    return digest.hexdigest()
+
+
+def target_fingerprint(source: str | Path) -> str:
+    """The hash of a target's configuration and weights.
+
+    Of large files 8,192 windows of 4 KiB, spread evenly, are read, and all of those below 32 MiB:
+    training changes every matrix, so another target of the same shapes has another hash.
+
+    Args:
+        source: directory, GGUF file, hub id or name that ships.
+
+    Raises:
+        CheckpointError: it is no directory with weights, and no hub id that can be fetched.
+    """
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for path in _weight_files(origin(source)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        stride = max(_WINDOW, -(-size // _WINDOWS))
+        with path.open("rb") as file:
+            for start in range(0, size, stride):
+                file.seek(start)
+                digest.update(file.read(_WINDOW))
+    return digest.hexdigest()
+
+
+def _weight_files(source: str | Path) -> list[Path]:
+    if is_gguf(source):
+        return [Path(source)]
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = fetch(str(source), None, False, (CONFIG, "*.safetensors", INDEX))
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    if not files:
+        raise CheckpointError(f"{directory} has no weights (*.safetensors); fetch them again.")
+    return files
+
 
 FORMAT, VERSION = "dspark-features", 1
 MANIFEST = "manifest.json"
@@ -134,16 +195,7 @@ class Manifest:
             scale_PH, basis_HPP = self.learned.scale_PH, self.learned.basis_HPP
             content["learned"] = {"scale": _as_text(scale_PH), "basis": _as_text(basis_HPP)}
         directory.mkdir(parents=True, exist_ok=True)
-        beside = directory / f".{MANIFEST}.{os.getpid()}.tmp"
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(directory / MANIFEST)
-        finally:
-            beside.unlink(missing_ok=True)
-        sync_directory(directory)
+        replace_file(directory / MANIFEST, json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:

@@ -1,4 +1,8 @@
-"""The index of a cache: a fixed-size record per sample, and what is whole of a file of them."""
+"""File layout of a feature cache: fixed-size index records and the payloads of shards.
+
+A payload holds a sample's tokens and loss mask, its feature rows and its teacher rows. Index
+records carry their own checksums, so that a torn index is readable up to the damage.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dspark.data.features.identity import KEY_BYTES
+import numpy as np
+
+from dspark.data.features.manifest import KEY_BYTES
+from dspark.data.samples import Sample
 
 _LAYOUT = struct.Struct(f"<{KEY_BYTES}sIIIIQQI")
 RECORD_BYTES = _LAYOUT.size + 4  # its own checksum follows
@@ -113,3 +120,41 @@ def backed(directory: Path, records: Iterable[Record]) -> list[Record]:
         if record.end <= sizes[place]:
             found.append(record)
     return found
+
+
+_SIZES = struct.Struct("<III")  # bytes of the three parts, which follow
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts of a payload, undecoded."""
+
+    sample: memoryview
+    features: memoryview
+    teacher: memoryview
+
+
+def join(sample: Sample, features: bytes, teacher: bytes) -> bytes:
+    """A payload of its parts."""
+    ids = np.asarray(sample.input_ids, dtype="<u4")
+    # Of the four bytes of an id mostly two say something: all first bytes, then all second ones.
+    planes = ids.view(np.uint8).reshape(-1, 4).T.tobytes()
+    mask = np.packbits(np.asarray(sample.loss_mask, dtype=bool)).tobytes()
+    head = zlib.compress(planes + mask, 6)
+    sizes = _SIZES.pack(len(head), len(features), len(teacher))
+    return b"".join([sizes, head, features, teacher])
+
+
+def split(payload: memoryview) -> Parts:
+    """The parts of a payload."""
+    first, second, _ = _SIZES.unpack(payload[: _SIZES.size])
+    rest = payload[_SIZES.size :]
+    return Parts(rest[:first], rest[first : first + second], rest[first + second :])
+
+
+def read_sample(part: memoryview, num_tokens: int) -> Sample:
+    """The sample of a payload's first part."""
+    raw = np.frombuffer(zlib.decompress(part), dtype=np.uint8)
+    ids = np.ascontiguousarray(raw[: 4 * num_tokens].reshape(4, num_tokens).T).view("<u4")
+    mask = np.unpackbits(raw[4 * num_tokens :])[:num_tokens].astype(bool)
+    return Sample(tuple(ids.ravel().tolist()), tuple(mask.tolist()))

@@ -1,22 +1,22 @@
-"""Appends samples to a cache; whatever interrupts it, what was committed is whole.
+"""Crash-safe writer of a feature cache: whatever interrupts it, committed samples stay whole.
 
-Payloads go to a shard, which is synced to disk before the records that name them go to the index,
-which is synced then. So after a crash a shard may have a tail that no record names, and an index
-half a record at its end; the next writer cuts both. Every writer has an index and shards of its
-own, and several may write to one cache at a time.
+Payloads are synced to a shard before the index records that name them are written and synced. After
+a crash a shard may therefore have a tail that no record names, and an index half a record at its
+end; the next writer truncates both. Every writer has its own index and shards, and several may
+write to one cache concurrently.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import sys
 import zlib
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from dspark.data.features.identity import sample_key
+from dspark.data.features.manifest import sample_key
 from dspark.data.features.shards import (
     RECORD_BYTES,
     Record,
@@ -26,7 +26,7 @@ from dspark.data.features.shards import (
     shard_path,
     shards_of,
 )
-from dspark.data.files.atomic import sync_directory
+from dspark.data.files.atomic import replace_file, sync_directory, write_all
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 
@@ -102,7 +102,7 @@ class CacheWriter:
         if self._end and self._end + size > self.shard_bytes:
             self._next_shard()
         try:
-            _write_all(self._shard, entry.payload)
+            write_all(self._shard.fileno(), entry.payload)
         except OSError as error:
             self._shard.truncate(self._end)
             self.commit()
@@ -136,7 +136,7 @@ class CacheWriter:
         start = os.fstat(self._index.fileno()).st_size
         try:
             os.fsync(self._shard.fileno())
-            _write_all(self._index, b"".join(record.pack() for record in pending))
+            write_all(self._index.fileno(), b"".join(record.pack() for record in pending))
             os.fsync(self._index.fileno())
         except OSError as error:
             self._index.truncate(start)
@@ -208,28 +208,12 @@ class CacheWriter:
 
 
 def rewrite_index(path: Path, records: list[Record]) -> None:
-    """Put an index of these records in the place of one."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        file.write(b"".join(record.pack() for record in records))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_directory(path.parent)
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    """Atomically replace an index by one of these records."""
+    replace_file(path, b"".join(record.pack() for record in records))
 
 
 def _lock(file: FileIO, directory: Path) -> None:
-    """Be the only writer of an index; where locks are unknown (Windows), trust the caller."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
+    """Lock an index against other writers."""
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files that a crash or a full disk leaves whole."""
+"""Atomic file operations and locks that survive crashes and full disks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from dspark.errors import DataError, UsageError
 
 LOCK = ".lock"
-"""The file in an output folder that the run which writes there holds locked."""
+"""Name of the lock file in an output folder, held by the run that writes there."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file cannot be written, and that what was there before is still good.
+    """Turn write errors into one that names the file and says that older content is intact.
 
     Raises:
         DataError: in place of an OSError.
@@ -32,31 +32,54 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of the data, however few bytes one call takes."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
 def append_line(descriptor: int, path: Path, line: str) -> None:
-    """Add a line at the end of a file, all of it or nothing.
+    """Append a line to a file, all of it or nothing.
 
     Args:
-        descriptor: of the file, opened to append.
+        descriptor: of the file, opened for appending.
         path: of the file, for errors.
-        line: the text, without its end.
+        line: the text without its newline.
 
     Raises:
-        DataError: it cannot be written; the file is what it was.
+        DataError: it cannot be written; the file is unchanged.
     """
     data, end = line.encode() + b"\n", os.fstat(descriptor).st_size
     try:
         with writing(path):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            write_all(descriptor, data)
     except DataError:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, end)
         raise
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file and atomically put it in the place of an older one, synced to disk.
+
+    Raises:
+        OSError: it cannot be written; an older file stays as it was.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
 def sync_directory(directory: Path) -> None:
-    """Make new names in a directory safe from a crash."""
+    """Sync a directory, so that new names in it survive a crash."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,10 +88,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def lock_file(descriptor: int, path: Path, remedy: str) -> None:
-    """Lock an open file for this process until the file is closed; a kill frees it too.
+    """Lock an open file until it is closed or the process ends.
 
     Raises:
-        UsageError: another run holds it.
+        UsageError: another run holds the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,10 +101,10 @@ def lock_file(descriptor: int, path: Path, remedy: str) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Hold an output folder, made if absent, against every other run meanwhile.
+    """Lock an output folder, created if absent, against other runs.
 
     Raises:
-        UsageError: another run holds it.
+        UsageError: another run holds the lock.
         DataError: the folder cannot be written.
     """
     path = folder / LOCK

@@ -1,4 +1,4 @@
-"""What a long run has done so far: a file that only grows, and that no end of the run can spoil."""
+"""Append-only journal of a long run, valid whenever the run is interrupted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _KEY = "dspark_journal"
 
 
 class Journal:
-    """Entries of a run, one JSON object a line, each written at once and whole.
+    """Entries of a run, one JSON object per line, each written at once; a context manager.
 
-    The first line says what the run was asked; a run that was asked something else cannot go on
-    with it. A line that was cut by the end of a run, or of the machine, is taken off.
+    The first line holds the run's settings; a run with other settings cannot continue it. A line
+    truncated by a crash is removed.
 
     Args:
-        path: made if absent.
-        settings: what the run is asked, as JSON values.
+        path: created if absent.
+        settings: of the run, as JSON values.
 
     Attributes:
-        resumed: whether there were entries already.
+        resumed: whether entries existed already.
 
     Raises:
         DataError: the file belongs to a run with other settings, or cannot be written.
@@ -49,12 +49,13 @@ class Journal:
                 self._check(json.loads(raw), settings)
             self._end += len(raw)
         self.resumed = self._end > 0
-        self._cut()
+        with writing(self.path):
+            os.ftruncate(self._fd, self._end)
         if not self.resumed:
             self.append({_KEY: 1, "settings": dict(settings)})
 
     def _open(self) -> int:
-        """The file, locked; opened again where the run that held it has just removed it."""
+        """Open and lock the file; again if the run that held it has just removed it."""
         while True:
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,19 +74,17 @@ class Journal:
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         earlier = head.get("settings")
         if _KEY not in head or not isinstance(earlier, dict):
-            self.close()
             raise DataError(f"{self.path} is no journal of a run; name another --out, or move it.")
         now = json.loads(json.dumps(dict(settings)))
         for name in sorted({*earlier, *now}):
             if earlier.get(name) != now.get(name):
-                self.close()
                 raise DataError(
                     f"{self.path} belongs to a run with {name} {earlier.get(name)!r}, but this one "
                     f"has {now.get(name)!r}; ask the same again to go on, or delete the file."
                 )
 
     def _whole_lines(self) -> Iterator[bytes]:
-        """Every line up to the first one that is cut or no JSON object."""
+        """Every line before the first that is truncated or not a JSON object."""
         with open(self.path, "rb") as file:
             for raw in file:
                 if not raw.endswith(b"\n"):
@@ -98,10 +97,6 @@ class Journal:
                     return
                 yield raw
 
-    def _cut(self) -> None:
-        with writing(self.path):
-            os.ftruncate(self._fd, self._end)
-
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add an entry.
 
@@ -111,7 +106,7 @@ class Journal:
         append_line(self._fd, self.path, json.dumps(dict(entry)))
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (place in the file, entry) of all entries; `read` finds one again by its place."""
+        """Yield (file offset, entry) of all entries; `read` takes the offsets."""
         place = 0
         for number, raw in enumerate(self._whole_lines()):
             if number:
@@ -119,14 +114,20 @@ class Journal:
             place += len(raw)
 
     def read(self, places: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Yield the entries at places that `entries` gave."""
+        """Yield the entries at file offsets from `entries`."""
         with open(self.path, "rb") as file:
             for place in places:
                 file.seek(place)
                 yield json.loads(file.readline())
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Give the file back to the system, all of it on the disk."""
+        """Sync and close the file, which releases its lock."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.fsync(self._fd)
@@ -134,6 +135,6 @@ class Journal:
         self._fd = -1
 
     def remove(self) -> None:
-        """Delete the file: what it held has found its place."""
+        """Delete the file, once its content stands in the output."""
         self.close()
         self.path.unlink(missing_ok=True)

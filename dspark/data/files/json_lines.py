@@ -1,4 +1,4 @@
-"""JSON-lines files, plain or gzipped: read whatever has become of them, written to stay valid."""
+"""JSON-lines files, plain or gzipped: tolerant reading, atomic writing."""
 
 from __future__ import annotations
 
@@ -9,22 +9,52 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from dspark.data.files.atomic import writing
-from dspark.data.rows import Row
 from dspark.errors import DataError
 
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a source: a line of a file or a row of a data set.
+
+    Attributes:
+        where: file and line, or data set, split and row.
+        record: its content; None if it cannot be read.
+        fault: why it cannot be read, a sentence; otherwise empty.
+        number: from 1; in a file, blank lines count.
+        raw: the bytes of a line; empty for a data set's row or at a read error.
+    """
+
+    where: str
+    record: dict[str, Any] | None
+    fault: str = ""
+    number: int = 0
+    raw: bytes = b""
+
+    def whole(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if self.record is None:
+            raise DataError(self.fault)
+        return self.record
+
+
 JSON_LINES = (".jsonl", ".jsonl.gz")
-"""How the names of JSON-lines files end."""
+"""File name extensions of JSON-lines files."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def scan_json_lines(path: str | Path) -> Iterator[Row]:
-    """Yield every line of a .jsonl or .jsonl.gz file that is not blank, the damaged ones included.
+    """Yield every non-blank line of a .jsonl or .jsonl.gz file, including damaged ones.
 
-    What cannot be read at its end, such as a gzip file that was cut, is one last row with a fault.
+    An unreadable end, as of a truncated gzip file, is one last row with a fault.
 
     Raises:
         DataError: the file is missing.
@@ -49,7 +79,7 @@ def _row(path: Path, number: int, raw: bytes, record: dict[str, Any] | None, fau
 
 
 def _record(number: int, raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The object of a line, or None and what is wrong with it."""
+    """The object of a line, or None and the fault."""
     text = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
     try:
         record = json.loads(text.decode("utf-8"))
@@ -75,7 +105,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_lines_files(path: Path) -> list[Path]:
-    """The JSON-lines files that a path stands for: itself, or those in the folder.
+    """The JSON-lines files of a path: the file itself, or all in the folder.
 
     Raises:
         DataError: there are none.
@@ -96,12 +126,12 @@ def stem(path: Path) -> str:
 
 
 def beside(path: Path, what: str) -> Path:
-    """The JSON-lines file for what a run lists beside its result: a.jsonl.gz -> a_what.jsonl."""
+    """The path of a side file of an output: a.jsonl.gz -> a_what.jsonl."""
     return path.with_name(f"{stem(path)}_{what}.jsonl")
 
 
 def write_list(path: Path, records: Sequence[object]) -> None:
-    """Write a list of records; where there are none, take away what an earlier run left.
+    """Write a list of records; if it is empty, remove an earlier run's file.
 
     Raises:
         DataError: it cannot be written.
@@ -116,12 +146,12 @@ def write_list(path: Path, records: Sequence[object]) -> None:
 
 @contextmanager
 def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
-    """Open a JSON-lines file (`.gz` compresses) and yield the function that adds a line.
+    """Open a JSON-lines file (`.gz` compresses) and yield the function that writes a line.
 
-    The file takes its place once it is complete; until then an older one stays as it was.
+    The complete file atomically replaces an older one.
 
     Raises:
-        DataError: it cannot be written, as on a full disk; nothing is left of it then.
+        DataError: it cannot be written, as on a full disk; no partial file remains.
     """
     path = Path(path)
     fresh = path.with_name(path.name + ".new")
@@ -148,7 +178,7 @@ def write_json_lines(path: str | Path) -> Iterator[Callable[[object], None]]:
 
 
 def _open(path: Path, mode: str, at: Path | None = None) -> IO[bytes]:
-    """Open `at`, or the path itself, as the path's name says."""
+    """Open `at` or the path, gzipped if the path's name says so."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     file: IO[bytes] = opener(at or path, mode)
     return file

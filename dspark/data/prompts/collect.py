@@ -1,4 +1,4 @@
-"""Prompts from many sources: read, parted from their duplicates and from evaluation sets, split.
+"""Prompt collection: read, deduplicated, decontaminated and split into training and held-out files.
 
 Every input line is accounted for: kept, duplicate, contaminated or malformed.
 """
@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.files.json_lines import beside, write_json_lines, write_list
-from dspark.data.prompts.dedup import EvaluationTexts
-from dspark.data.records import Found, read_record
-from dspark.data.rows import Row
-from dspark.data.texts import digest, near_text
+from dspark.data.conversations import Found, read_record
+from dspark.data.files.json_lines import Row, beside, write_json_lines, write_list
+from dspark.data.prompts.dedup import EvaluationTexts, digest, near_text
 from dspark.errors import DataError
 
 SHOWN_CHARACTERS = 500

@@ -1,21 +1,62 @@
-"""Whether a prompt stands in an evaluation set, whole or in part.
+"""Deduplication and decontamination of prompts.
 
-A prompt is contaminated where it shares a row of N neighbouring words with an evaluation prompt, or
-is one of those that are shorter than that. Wording that many evaluation prompts share, such as
-"please reason step by step", is no evidence: a word inside a row of `WORDING_WORDS` words that
-stands in more than `WORDING_PROMPTS` of them is left out, and rows do not reach across it.
+Two prompts are near duplicates if `near_text` maps them to the same text. A prompt is contaminated
+if it shares N consecutive words with an evaluation prompt, or equals one that is shorter than that.
+Wording shared by many evaluation prompts, such as "please reason step by step", does not count: a
+word inside an n-gram of `WORDING_WORDS` words that occurs in more than `WORDING_PROMPTS` of them is
+removed, and matches do not extend across it.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
+from dspark.data.conversations import read_record
 from dspark.data.files.json_lines import json_lines_files, read_json_lines
-from dspark.data.records import read_record
-from dspark.data.texts import words_of
+
+# Scripts that put no spaces between words: each character is a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_AROUND_WORDS = (
+    ".,;:!?\"'`()[]{}*_#"
+    "\u2026\u201c\u201d\u2018\u2019\u00ab\u00bb\u2013\u2014"  # typographic marks and dashes
+    "\u3001\u3002\u300c\u300d"  # CJK marks that have no compatibility form
+)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text: runs of letters and digits, in compatibility form and lower case.
+
+    A character of a script without spaces (Han, kana, hangul) is a word of its own.
+    """
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def near_text(text: str) -> str:
+    """A text without what tells near duplicates apart.
+
+    Compatibility characters, upper case, the width of white space, and punctuation or markup at
+    either end of a word go; digits, operators and punctuation within words stay, so that two sums
+    are two texts.
+    """
+    spaced = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(filter(None, (word.strip(_AROUND_WORDS) for word in spaced)))
+
+
+def digest(texts: Iterable[str]) -> int:
+    """64 bits that name a row of texts."""
+    hasher = blake2b(digest_size=8)
+    for text in texts:
+        data = text.encode()
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(hasher.digest(), "little")
+
 
 WORDING_WORDS, WORDING_PROMPTS = 6, 10
 Words = tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Prompts written by the model itself, published as Magpie (Xu et al. 2024, arXiv 2406.08464).
+"""Self-prompting: prompts written by the model itself (Magpie; Xu et al. 2024, arXiv 2406.08464).
 
-A chat model that is shown its template up to where a user's message begins goes on with a user's
-message. A model without a template goes on from its beginning-of-text token; what it writes has no
-end that makes it a prompt, so it is cut at a length.
+A chat model given its template up to the start of a user message continues with a user message. A
+model without a template continues from its beginning-of-text token; its text does not end as a
+prompt would, so it is cut at a random length.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.answers.regenerate import journal_path
+from dspark.data.answers.replay import repeats_gram
 from dspark.data.files.journal import Journal
 from dspark.data.files.json_lines import write_json_lines
-from dspark.data.templates import render
-from dspark.data.texts import digest, near_text, words_of
-from dspark.data.wanted import repeats_gram
+from dspark.data.prompts.dedup import digest, near_text, words_of
+from dspark.data.templates import render, special_ids
 from dspark.engine.model import Model
 from dspark.errors import DataError
 from dspark.params import SamplingParams
@@ -88,7 +88,7 @@ def _chat_opening(name: str, tokenizer: Any) -> Opening:
             f"The chat template of {name} does not show a user's words behind a header, so it "
             "cannot be made to write prompts; give prompts."
         )
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     behind = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     ends_by_token = bool(behind) and behind[0] in special
     line = after.strip().partition("\n")[0].strip()
@@ -99,10 +99,6 @@ def _chat_opening(name: str, tokenizer: Any) -> Opening:
         stop=(line,) if line and not ends_by_token else (),
         marks=tuple({part for part in headers if len(part) > 3 and not part.isalpha()}),
     )
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def reason_against(text: str, written: Written, opening: Opening, tokenizer: Any
     """Why a prompt is not kept; empty where it is. Duplicates are for the caller to find."""
     if len(text) < FEWEST_CHARACTERS or len(words_of(text)) < 2:
         return "too short"
-    if _special_ids(tokenizer) & set(written.ids) or any(mark in text for mark in opening.marks):
+    if special_ids(tokenizer) & set(written.ids) or any(mark in text for mark in opening.marks):
         return "imitates the template"
     if any(line.strip().lower() in _ROLES for line in text.splitlines()):
         return "imitates the template"
@@ -310,8 +306,7 @@ def write_self_prompts(
     """
     out = Path(out)
     started = time.perf_counter()
-    journal = Journal(journal_path(out), writer.settings)
-    try:
+    with Journal(journal_path(out), writer.settings) as journal:
         noted = {
             int(entry["try"]): Written(tuple(entry["ids"]), bool(entry["ended"]))
             for _, entry in journal.entries()
@@ -331,10 +326,7 @@ def write_self_prompts(
         if not kept:
             raise DataError(_nothing(writer, report))
         _save(out, kept[:count], is_chat=report.is_chat)
-    except BaseException:
-        journal.close()
-        raise
-    journal.remove()
+        journal.remove()
     report.dropped["not needed"] += max(report.records - count, 0)
     report.dropped = +report.dropped
     report.records = min(report.records, count)

@@ -1,4 +1,10 @@
-"""What any feature cache gives: the rows that it holds of a sample."""
+"""Which of the target's rows a feature cache stores for a sample, and the interface of a cache.
+
+A context row is seen by anchors behind it, and the last anchor is the token before the last
+supervised one. A teacher row precedes a supervised token and gives its distribution. Both hold for
+block drafters as for chains (docs/method.md), whose row i predicts token i + 2; no other row is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,17 @@ import torch
 from torch import Tensor
 
 from dspark.data.samples import Sample
+
+
+def num_context_rows(sample: Sample) -> int:
+    """How many rows, from the first on, a drafter may see: those before the last anchor."""
+    supervised = [i for i, counts in enumerate(sample.loss_mask) if counts]
+    return max(supervised[-1] - 1, 0) if supervised else 0
+
+
+def teacher_rows(sample: Sample) -> list[int]:
+    """Ascending: the rows whose next token is supervised."""
+    return [i - 1 for i, counts in enumerate(sample.loss_mask) if counts and i > 0]
 
 
 @dataclass(frozen=True)
