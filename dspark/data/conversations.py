@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 Message = dict[str, Any]
-"""`role` and `content`, both text; where there are any also `thinking` (text), `tool_calls` (as
-OpenAI's, the arguments as an object), `tool_call_id` and `name`."""
+"""`role` and `content`, both text; optionally `thinking` (text), `tool_calls` (OpenAI's format, but
+arguments as an object), `tool_call_id` and `name`."""
 ROLES = ("system", "user", "assistant", "tool")
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
-"""What templates, servers and data sets call the text that a model thinks before it answers."""
+"""Keys under which templates, servers and data sets hold a model's thinking."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Prompt:
     Attributes:
         messages: chat messages, or None for raw text.
         text: the raw text, or the last user turn.
-        later: user turns to follow, each asked once the one before it has been answered.
+        later: further user turns, each asked after the answer to the previous one.
     """
 
     messages: tuple[Message, ...] | None
@@ -55,14 +55,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation with all that its rendering hangs on.
+    """A conversation with everything its rendering depends on.
 
     Attributes:
-        messages: what was said.
-        tools: descriptions of the tools that the assistant may call, as the template wants them.
+        messages: the turns.
+        tools: descriptions of the tools that the assistant may call, in the template's format.
         template_options: further variables of the chat template, such as `enable_thinking`; None
-            where nobody has written them down.
-        complete: whether the assistant ended its last answer itself; else it was cut.
+            if unknown.
+        complete: whether the assistant ended its last answer itself; otherwise it was truncated.
     """
 
     messages: tuple[Message, ...]
@@ -88,9 +88,9 @@ class Dialogue:
 
 
 def check_messages(messages: object, where: str) -> tuple[Message, ...]:
-    """Return the messages as plain dictionaries, their keys those of `Message`.
+    """Validate messages and return them as `Message` dictionaries.
 
-    Content in parts, as OpenAI has it, becomes one text.
+    Content in parts, as in OpenAI's API, becomes one text.
 
     Raises:
         DataError: they are not a non-empty list of {"role", "content"} with known roles.
@@ -131,13 +131,13 @@ def _check_message(message: object, where: str) -> Message:
 
 
 def thinking_of(message: Mapping[str, Any]) -> str:
-    """What was thought before a message, under any of its names; empty where there is nothing."""
+    """A message's thinking, under any of its keys; empty if there is none."""
     found = (message.get(key) for key in THINKING_KEYS)
     return next((text for text in found if isinstance(text, str) and text), "")
 
 
 def joined_parts(content: object) -> str | None:
-    """The text of a message's content, which may come in parts; None where it is none."""
+    """The text of a message's content, which may come in parts; None if it is not text."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     texts = [
@@ -148,7 +148,7 @@ def joined_parts(content: object) -> str | None:
 
 
 def check_tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """Return an assistant's calls of tools with their arguments as objects, as templates want them.
+    """Validate an assistant's tool calls and parse their arguments, as templates require.
 
     Raises:
         DataError: one of them names no function.
@@ -187,9 +187,9 @@ def read_conversations(path: str | Path) -> Iterator[tuple[Message, ...]]:
 
 
 def as_prompt(record: dict[str, Any], where: str) -> Prompt:
-    """Turn one JSON object into a prompt.
+    """Convert one JSON object to a prompt.
 
-    Trailing assistant messages of `messages` are dropped: the answer is the model's to give.
+    Trailing assistant messages of `messages` are dropped: the model is to answer.
 
     Raises:
         DataError: the record holds none of `messages`, `turns`, `prompt`, or an empty prompt.
@@ -211,7 +211,7 @@ def as_prompt(record: dict[str, Any], where: str) -> Prompt:
 
 
 def check_turns(turns: object, where: str) -> Sequence[str]:
-    """Return a user's turns.
+    """Validate user turns.
 
     Raises:
         DataError: they are not a non-empty list of strings.
@@ -249,20 +249,20 @@ ROLE_NAMES = {
     "bard": "assistant",
     "tool": "tool",
 }
-"""What data sets call the roles of a conversation; turns of other roles are dropped."""
+"""Role names in data sets and their standard names; turns of other roles are dropped."""
 RECORD_KEYS = ("messages", "conversations", "turns", "prompt", "instruction")
-"""Where a record may hold its turns, in the order in which they are looked for."""
+"""Keys that may hold a record's turns, in order of precedence."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record that could be read.
+    """The conversation or raw text of a record.
 
     Attributes:
         dialogue: its turns; None for raw text.
-        raw: text without a template, where it holds no turns.
-        dropped: how many turns of roles that we do not know, by role, and how many answers before
-            the first question (as "assistant").
+        raw: text without a template, if it holds no turns.
+        dropped: number of dropped turns by role: unknown roles, and answers before the first
+            question (as "assistant").
     """
 
     dialogue: Dialogue | None
@@ -271,14 +271,14 @@ class Found:
 
     @property
     def asked(self) -> list[str]:
-        """What is given to the model, all but the answers: what makes two prompts the same."""
+        """Everything given to the model, that is, all but the answers; identifies the prompt."""
         if self.dialogue is None:
             return [self.raw]
         return [m["content"] for m in self.dialogue.messages if m["role"] != "assistant"]
 
     @property
     def user_turns(self) -> list[str]:
-        """What the user says, or the raw text."""
+        """The user turns, or the raw text."""
         if self.dialogue is None:
             return [self.raw]
         return [m["content"] for m in self.dialogue.messages if m["role"] == "user"]
@@ -315,7 +315,7 @@ def read_record(record: Mapping[str, Any], where: str) -> Found:
 
 
 def with_input(instruction: str, given: object) -> str:
-    """What Alpaca's records ask: an instruction, and the text that it is about, if there is any."""
+    """An instruction in Alpaca's format, with its input text if there is one."""
     if not isinstance(given, str) or not given.strip():
         return instruction
     return f"{instruction}\n\nInput:\n{given}"
@@ -336,7 +336,7 @@ def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Found
         if role is None:
             dropped[name] += 1
         elif role == "assistant" and not any(m["role"] == "user" for m in messages):
-            dropped[role] += 1  # there is nothing yet that it answers
+            dropped[role] += 1  # it answers no question
         else:
             content = turn.get("content", turn.get("value"))
             messages.append({**turn, "role": role, "content": content})
@@ -347,5 +347,5 @@ def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Found
 
 
 def _tools(record: Mapping[str, Any]) -> object:
-    """The tools of a record; columns of data sets hold None where there are none."""
+    """The tools of a record; data-set columns hold None for no tools."""
     return record.get("tools") or None

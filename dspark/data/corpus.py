@@ -25,7 +25,7 @@ SourceFormat = Literal[
 ]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""What the reference evaluator adds to a question of mathematics (FORMAT_FACTS.md D)."""
+"""Appended to mathematics questions by the published evaluator (docs/evaluation.md)."""
 
 
 Conversation = tuple[Message, ...]

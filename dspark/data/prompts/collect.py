@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ _LARGEST = 1 << 64
 
 @dataclass(frozen=True)
 class Split:
-    """Which prompts are held out.
+    """The split into training and held-out prompts.
 
-    A prompt's own text and the seed decide, so a prompt stays on its side whatever is added to or
-    taken from the sources, and near duplicates fall on the same side.
+    A hash of the prompt's text and the seed decides, so the split is stable when sources change,
+    and near duplicates fall on the same side.
 
     Attributes:
-        path: where held-out prompts go; None holds none out.
+        path: file of held-out prompts; None holds none out.
         share: of the prompts, from 0 to 1.
-        seed: names the choice.
+        seed: of the split.
     """
 
     path: Path | None = None
@@ -48,18 +48,18 @@ class Split:
 
 @dataclass
 class CollectReport:
-    """What became of every input line.
+    """Outcome of every input line.
 
     Attributes:
         input: lines read.
         records: prompts kept for training.
-        heldout: prompts kept to measure with.
-        duplicates: prompts that stood there before, letter for letter.
-        near_duplicates: those that only `near_text` tells to be the same.
-        contaminated: prompts that stand in an evaluation set.
-        malformed: lines that hold no prompt.
-        dropped_turns: turns left out of conversations, by role.
-        bytes: size of the files of prompts.
+        heldout: prompts held out.
+        duplicates: exact duplicates.
+        near_duplicates: duplicates after `near_text` only.
+        contaminated: prompts that match an evaluation set.
+        malformed: lines without a prompt.
+        dropped_turns: turns dropped from conversations, by role.
+        bytes: size of the prompt files.
     """
 
     input: int = 0
@@ -84,19 +84,19 @@ def collect_prompts(
 ) -> CollectReport:
     """Write the prompts of sources as JSON lines that `dspark data regenerate` reads.
 
-    Beside `out` stand `*_contaminated.jsonl` and `*_malformed.jsonl`, which list what was left out
-    and why. Files take their places when all of it is done.
+    The side files `*_contaminated.jsonl` and `*_malformed.jsonl` list what was left out and why.
+    All files are replaced atomically at the end.
 
     Args:
         rows: the records of the sources.
-        out: where training prompts go; `.gz` compresses.
+        out: file of training prompts; `.gz` compresses.
         split: which prompts are held out; none by default.
-        against: evaluation sets that prompts must not stand in.
+        against: evaluation sets that prompts must not match.
         strict: raise at the first malformed line.
-        progress: told after every line.
+        progress: called after every line.
 
     Raises:
-        DataError: no prompt is left; a line is malformed and `strict`; or a file cannot be written.
+        DataError: no prompt remains; a line is malformed and `strict`; or a file cannot be written.
     """
     split = split or Split()
     report = CollectReport()
@@ -109,7 +109,7 @@ def collect_prompts(
         for row in rows:
             report.input += 1
             try:
-                found = _read(row)
+                found = read_record(row.whole(), row.where)
             except DataError as error:
                 if strict:
                     raise
@@ -139,12 +139,8 @@ def collect_prompts(
     return report
 
 
-def _read(row: Row) -> Found:
-    return read_record(row.whole(), row.where)
-
-
 def _is_duplicate(found: Found, exact: set[int], near: set[int], report: CollectReport) -> bool:
-    """Whether what is asked was asked before; counts it, or notes that it is new."""
+    """Whether the prompt was seen before; counts a duplicate or records the prompt."""
     asked = found.asked
     whole = digest(asked)
     loose = digest(map(near_text, asked))
@@ -176,7 +172,7 @@ def _check_any(report: CollectReport) -> None:
 
 
 def train_record(found: Found) -> dict[str, Any]:
-    """A prompt as a training file holds it: `turns` where nothing else was said, or `messages`."""
+    """A prompt's record in a training file: `turns` if there are only user turns, or `messages`."""
     name = {"id": f"{digest(found.asked):016x}"}
     if found.dialogue is None:
         return {**name, "prompt": found.raw}
@@ -188,20 +184,13 @@ def train_record(found: Found) -> dict[str, Any]:
 
 
 def heldout_record(found: Found) -> dict[str, Any]:
-    """A prompt as a file to measure with holds it: what users say, never an answer."""
+    """A prompt's record in a held-out file: without answers."""
     name = {"id": f"{digest(found.asked):016x}"}
     if found.dialogue is None:
         return {**name, "prompt": found.raw}
-    before = [*_until_first_user(found)]
-    if len(before) > 1 or found.dialogue.tools:
-        tools = {"tools": list(found.dialogue.tools)} if found.dialogue.tools else {}
-        return {**name, "messages": before, **tools}
+    messages, tools = found.dialogue.messages, found.dialogue.tools
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    if first or tools:
+        named = {"tools": list(tools)} if tools else {}
+        return {**name, "messages": list(messages[: first + 1]), **named}
     return {**name, "turns": found.user_turns}
-
-
-def _until_first_user(found: Found) -> Iterator[dict[str, Any]]:
-    assert found.dialogue is not None
-    for message in found.dialogue.messages:
-        yield message
-        if message["role"] == "user":
-            return

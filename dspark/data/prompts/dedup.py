@@ -31,26 +31,26 @@ _AROUND_WORDS = (
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text: runs of letters and digits, in compatibility form and lower case.
+    """The words of a text: runs of letters and digits, NFKC-normalised and case-folded.
 
-    A character of a script without spaces (Han, kana, hangul) is a word of its own.
+    Each character of a script without spaces (Han, kana, hangul) is a word.
     """
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def near_text(text: str) -> str:
-    """A text without what tells near duplicates apart.
+    """A normalised text that is equal for near duplicates.
 
-    Compatibility characters, upper case, the width of white space, and punctuation or markup at
-    either end of a word go; digits, operators and punctuation within words stay, so that two sums
-    are two texts.
+    Compatibility characters, case, the width of white space, and punctuation or markup at either
+    end of a word are removed; digits, operators and punctuation within words stay, so that two sums
+    remain different texts.
     """
     spaced = unicodedata.normalize("NFKC", text).casefold().split()
     return " ".join(filter(None, (word.strip(_AROUND_WORDS) for word in spaced)))
 
 
 def digest(texts: Iterable[str]) -> int:
-    """64 bits that name a row of texts."""
+    """A 64-bit hash of a sequence of texts."""
     hasher = blake2b(digest_size=8)
     for text in texts:
         data = text.encode()
@@ -64,11 +64,11 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Match:
-    """Why a prompt is contaminated.
+    """A match between a prompt and an evaluation prompt.
 
     Attributes:
         against: file and line of the evaluation prompt.
-        words: what both have.
+        words: the words that both contain.
     """
 
     against: str
@@ -76,11 +76,11 @@ class Match:
 
 
 class EvaluationTexts:
-    """The texts of evaluation sets, ready to be looked up.
+    """An n-gram index of evaluation sets.
 
     Args:
-        texts: (where it stands, text) of every evaluation prompt.
-        ngram: how many neighbouring words make a match.
+        texts: (file and line, text) of every evaluation prompt.
+        ngram: number of consecutive words that make a match.
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]], ngram: int = 13) -> None:
@@ -103,7 +103,7 @@ class EvaluationTexts:
         return len(self._where)
 
     def match(self, text: str) -> Match | None:
-        """What a text has in common with the evaluation sets; None where it is clean."""
+        """The text's first match with the evaluation sets; None if it is clean."""
         words = words_of(text)
         whole = self._short.get(tuple(words))
         if whole is not None:
@@ -120,7 +120,7 @@ def _rows(words: Sequence[str], size: int) -> Iterator[Words]:
 
 
 def _wording(prompts: Sequence[Sequence[str]]) -> set[int]:
-    """Hashes of the rows of words that many prompts share."""
+    """Hashes of the n-grams that many prompts share."""
     counts: Counter[int] = Counter()
     for words in prompts:
         counts.update({hash(row) for row in _rows(words, WORDING_WORDS)})
@@ -128,7 +128,7 @@ def _wording(prompts: Sequence[Sequence[str]]) -> set[int]:
 
 
 def _runs_without(words: Sequence[str], wording: set[int]) -> Iterator[Sequence[str]]:
-    """The parts of a prompt between wording."""
+    """The parts of a prompt between shared wording."""
     common = [False] * len(words)
     for start, row in enumerate(_rows(words, WORDING_WORDS)):
         if hash(row) in wording:

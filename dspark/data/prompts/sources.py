@@ -30,18 +30,17 @@ def read_rows(
     offline: bool = False,
     stream: bool = False,
 ) -> Iterator[Row]:
-    """Yield the rows of a source, those that are damaged included.
+    """Yield the rows of a source, including damaged ones.
 
     Args:
-        source: its name is that of a JSON-lines file, of a folder of them (for which nothing else
-            of it counts), of any other folder that holds a data set, or of one on the hub.
-        columns: a data set must have one of these; JSON lines are for the reader to judge.
-        offline: read what is on this machine alone.
-        stream: fetch the rows of a data set as they are read, not all of it first.
+        source: a JSON-lines file or a folder of them (only the name counts), another folder that
+            holds a data set, or a data set on the hub.
+        columns: a data set must have one of these; JSON lines are not checked.
+        offline: read only what is on this machine.
+        stream: fetch a data set's rows as they are read instead of downloading it first.
 
     Raises:
-        DataError: there is no such source, it holds nothing, or `data_set_rows` says why it cannot
-            be read.
+        DataError: the source does not exist or is empty, or as `data_set_rows`.
     """
     path = Path(source.name).expanduser()
     if path.is_file() or (path.is_dir() and any(map(_is_json_lines, path.rglob("*")))):
@@ -65,14 +64,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, and which of its rows are meant.
+    """A data set and a selection of its rows.
 
     Attributes:
-        name: its id on the hub (owner/name), or a folder.
+        name: its hub id (owner/name), or a folder.
         config: its configuration; None for the only one.
-        split: of these rows, in the library's notation: test, train[:1000], train+test.
+        split: in the library's notation: test, train[:1000], train+test.
         revision: branch, tag or commit on the hub; None for the newest.
-        files: JSON-lines files on the hub, a pattern, read in place of configuration and split.
+        files: a pattern of JSON-lines files on the hub, read instead of configuration and split.
     """
 
     name: str
@@ -92,16 +91,15 @@ def data_set_rows(
     """Yield the rows of a data set.
 
     Args:
-        data_set: which.
-        columns: it must have one of these; none are needed by default.
-        offline: read what is on this machine alone.
-        stream: fetch rows as they are read, for when only the first ones are wanted, in place of
-            all files of the configuration first.
+        data_set: the data set.
+        columns: it must have one of these; no requirement by default.
+        offline: read only what is on this machine.
+        stream: fetch rows as they are read, if only the first ones are needed, instead of
+            downloading all files of the configuration first.
 
     Raises:
         DataError: there is no such data set, configuration, split, revision or column; it is gated
-            or damaged; the hub cannot be reached; or the library `datasets` is needed and not
-            installed.
+            or damaged; the hub cannot be reached; or `datasets` is needed but not installed.
     """
     if data_set.files is not None:
         yield from _rows_of_files(data_set, data_set.files, offline)
@@ -139,7 +137,7 @@ def _rows_of_files(data_set: DataSet, pattern: str, offline: bool) -> Iterator[R
 
 
 def _away(data_set: DataSet) -> bool:
-    """Whether the hub is needed and cannot be reached, which is said: its cache is read alone."""
+    """Whether the hub is needed but unreachable, which is logged; then only its cache is read."""
     why = None if Path(data_set.name).exists() else why_unreachable()
     if why is not None:
         _logger.info("The hub cannot be reached (%s); %s is looked for here.", why, data_set.name)
@@ -147,7 +145,7 @@ def _away(data_set: DataSet) -> bool:
 
 
 def _table(data_set: DataSet, offline: bool, stream: bool) -> Any:
-    """What the library makes of a data set: an iterable of rows."""
+    """The library's iterable of a data set's rows."""
     builder = _builder(data_set, offline)
     splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
     parts = {part.split("[")[0].strip() for part in data_set.split.split("+")}
@@ -176,18 +174,18 @@ def _builder(data_set: DataSet, offline: bool) -> Any:
         raise
     except ValueError as error:
         raise _no_config(data_set, offline) from error
-    # Where the hub is not reached, the library takes whatever revision it has met before.
+    # Without the hub, the library takes any revision in its cache.
     if data_set.revision is not None and isinstance(builder, Cache):
         raise DataError(
-            f"Without the hub nobody knows whether the {data_set.name} on this machine is revision "
-            f"{data_set.revision}; read it online, or without a revision."
+            f"Without the hub it is unknown whether the {data_set.name} on this machine is of "
+            f"revision {data_set.revision}; read it online, or without a revision."
         )
     return builder
 
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Turn the library's own switch, for which none of its functions has an argument."""
+    """Set the library's global offline switch; its functions have no such argument."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -230,7 +228,7 @@ def _no_column(data_set: DataSet, columns: Sequence[str], record: Mapping[str, A
 
 
 def _with_lists_of_objects(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Older data sets hold a list of objects as an object of lists."""
+    """Convert objects of lists, as older data sets have them, to lists of objects."""
     return {key: _as_list_of_objects(value) for key, value in record.items()}
 
 
@@ -247,7 +245,7 @@ _INSTEAD = "or give JSON lines in its place"
 
 @contextmanager
 def hub_errors(data_set: DataSet, offline: bool) -> Iterator[None]:
-    """Name what the hub refuses, and that it cannot be reached.
+    """Translate the hub's refusals and connection errors.
 
     Raises:
         DataError: in place of the errors of `huggingface_hub` and of its connection.
@@ -286,7 +284,7 @@ def hub_errors(data_set: DataSet, offline: bool) -> Iterator[None]:
 
 @contextmanager
 def table_errors(data_set: DataSet) -> Iterator[None]:
-    """Name what the library `datasets` cannot read.
+    """Translate errors of the library `datasets`.
 
     Raises:
         DataError: in place of its errors, or where it is not installed.
