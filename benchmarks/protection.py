@@ -31,8 +31,8 @@ from dspark.evaluation.closed_loop import closed_loop
 from dspark.evaluation.live import render
 from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
-from dspark.training.drafter import drafter_config
-from dspark.training.drafter_settings import DSparkSettings
+from dspark.training.drafters.objectives import drafter_config
+from dspark.training.settings import DSparkSettings
 
 DRAFTERS = ("random", "wrong", "early", "slow")
 FLOOR = 0.97

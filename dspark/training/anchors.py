@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark.attention.packed import BlockLayout
 from dspark.data.samples import SampleBatch
-from dspark.training.laws import LawRows
+from dspark.training.losses.chunked import LawRows
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.target import Target
-from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
-from dspark.training.online import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.features.samples import DTYPES, OnlineSamples, backbone_shapes, export
+from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
 from dspark.training.recipe import ChainRecipe, Eagle3Recipe
 
 

@@ -16,7 +16,7 @@ from dspark.data.features.manifest import MANIFEST
 from dspark.errors import RecipeError
 from dspark.targets.target import Target
 from dspark.training.feature_opening import recipe_taps, sample_recipe
-from dspark.training.online import load_samples
+from dspark.training.features.samples import load_samples
 from dspark.training.parallel import pick_device
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 

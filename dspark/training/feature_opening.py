@@ -22,7 +22,7 @@ from dspark.data.features.writer import CacheWriter
 from dspark.data.samples import Sample
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
-from dspark.training.feature_source import (
+from dspark.training.features.sources import (
     CachedFeatures,
     FeatureSource,
     FillingFeatures,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from dspark.data.features.manifest import Coding
-from dspark.training.drafter_settings import Settings
+from dspark.training.settings import Settings
 
 
 class FeatureSettings(Settings):

@@ -12,7 +12,14 @@ from typing_extensions import Self
 
 from dspark.data.corpus import SourceFormat
 from dspark.errors import RecipeError
-from dspark.training.drafter_settings import (
+from dspark.training.feature_settings import FeatureSettings
+from dspark.training.run_settings import (
+    DrafterRunSettings,
+    EvaluationSettings,
+    OptimiserSettings,
+    TargetRunSettings,
+)
+from dspark.training.settings import (
     BlockSettings,
     ChainLossSettings,
     DFlashLossSettings,
@@ -23,13 +30,6 @@ from dspark.training.drafter_settings import (
     NewDrafterSettings,
     Settings,
     check_confidence,
-)
-from dspark.training.feature_settings import FeatureSettings
-from dspark.training.run_settings import (
-    DrafterRunSettings,
-    EvaluationSettings,
-    OptimiserSettings,
-    TargetRunSettings,
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

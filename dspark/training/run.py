@@ -18,9 +18,7 @@ from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
 from dspark.training.checkpoints import BEST
 from dspark.training.compiling import compile_forward
-from dspark.training.drafter import DrafterObjective
-from dspark.training.eagle_drafter import Eagle3Objective
-from dspark.training.held_out import (
+from dspark.training.drafters.held_out import (
     Decode,
     Encode,
     HeldOut,
@@ -28,11 +26,14 @@ from dspark.training.held_out import (
     put_best,
     requests_of,
 )
+from dspark.training.drafters.new_drafter import start_from
+from dspark.training.drafters.objectives import DrafterObjective
+from dspark.training.eagle_drafter import Eagle3Objective
+from dspark.training.features.samples import export, load_frozen_target
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
-from dspark.training.laws import suitable_rows
 from dspark.training.loop import Training
+from dspark.training.losses.chunked import suitable_rows
 from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
-from dspark.training.online import export, load_frozen_target
 from dspark.training.pace import Pace
 from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.recipe import (
@@ -45,7 +46,6 @@ from dspark.training.recipe import (
     TargetRecipe,
     load_recipe,
 )
-from dspark.training.warm_start import start_from
 
 DrafterTraining = DrafterObjective | Eagle3Objective
 

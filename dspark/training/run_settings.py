@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from dspark.training.drafter_settings import Settings
+from dspark.training.settings import Settings
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 WSD_DECAY = 0.1

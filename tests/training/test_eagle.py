@@ -14,10 +14,10 @@ from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.drafters.layers import rotary
-from dspark.training import chain_attention as room
-from dspark.training.chain_attention import chain_attention
-from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
-from dspark.training.law_terms import LawWeights
+from dspark.training.losses import chain_attention as room
+from dspark.training.losses.chain_attention import chain_attention
+from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
+from dspark.training.losses.terms import LawWeights
 from tests.helpers.targets import lent_parts, parts_in
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -14,10 +14,10 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget
 from dspark.targets.target import Target
-from dspark.training.drafter import DrafterObjective
+from dspark.training.drafters.objectives import DrafterObjective
 from dspark.training.eagle_drafter import Eagle3Objective
 from dspark.training.feature_build import build_features, mend_features
-from dspark.training.online import load_frozen_target
+from dspark.training.features.samples import load_frozen_target
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples
@@ -145,7 +145,7 @@ def forwards(monkeypatch):
         ran.extend(samples)
         return target_features(target, samples, taps)
 
-    monkeypatch.setattr("dspark.training.feature_source.target_features", watched)
+    monkeypatch.setattr("dspark.training.features.sources.target_features", watched)
     return ran
 
 

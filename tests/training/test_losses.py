@@ -11,8 +11,8 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.laws import LawInputs, LawRows, law_loss
-from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights
+from dspark.training.losses.blocks import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights
+from dspark.training.losses.chunked import LawInputs, LawRows, law_loss
 from tests.helpers.targets import lent_parts, parts_in
 
 BLOCK_FIELDS = [name for name in AnchorBlocks.__dataclass_fields__ if name != "rows"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.training.law_terms import (
+from dspark.training.losses.terms import (
     Head,
     LawWeights,
     Teacher,

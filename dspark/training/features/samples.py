@@ -18,10 +18,10 @@ from dspark.drafters.registry import AnyDrafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
-from dspark.training.drafter_settings import LayerFamily
+from dspark.training.drafters.held_out import without_held_out
 from dspark.training.feature_opening import open_features, open_store
-from dspark.training.held_out import without_held_out
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
+from dspark.training.settings import LayerFamily
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from dspark.drafters.config import evenly_spaced_taps
-from dspark.training.law_terms import LawWeights
-from dspark.training.losses import LossWeights
+from dspark.training.losses.blocks import LossWeights
+from dspark.training.losses.terms import LawWeights
 
 LayerFamily = Literal["qwen3", "gemma4"]
 
@@ -92,7 +92,7 @@ class Eagle3Settings(TapSettings):
 
 
 class LawLossSettings(Settings):
-    """Weights of terms that compare laws (training/law_terms.py)."""
+    """Weights of terms that compare laws (training/losses/terms.py)."""
 
     tv: float = Field(0.0, ge=0, description="sum of |p_d - p_t|, twice the total variation")
     lk: float = Field(0.0, ge=0, description="-log of the chance that a draft is kept")

@@ -13,17 +13,17 @@ from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
 from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.drafter_settings import BlockSettings, DSparkSettings
-from dspark.training.losses import block_loss, position_weights
-from dspark.training.online import (
+from dspark.training.drafters.new_drafter import start_from_last_layers
+from dspark.training.features.samples import (
     DTYPES,
     OnlineSamples,
     backbone_shapes,
     export,
     with_plain_weights,
 )
+from dspark.training.losses.blocks import block_loss, position_weights
 from dspark.training.recipe import BlockRecipe
-from dspark.training.warm_start import start_from_last_layers
+from dspark.training.settings import BlockSettings, DSparkSettings
 
 
 def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.training.anchors import AnchorBlocks
-from dspark.training.law_terms import LawWeights
-from dspark.training.laws import LawInputs, LawTerms, law_loss, suitable_rows
+from dspark.training.losses.chunked import LawInputs, LawTerms, law_loss, suitable_rows
+from dspark.training.losses.terms import LawWeights
 
 
 @dataclass(frozen=True)

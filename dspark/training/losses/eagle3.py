@@ -24,9 +24,9 @@ from dspark.data.samples import SampleBatch
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.drafters.layers import rotary
-from dspark.training.chain_attention import chain_attention
-from dspark.training.law_terms import LawWeights
-from dspark.training.laws import LawInputs, LawRows, law_loss, suitable_rows
+from dspark.training.losses.chain_attention import chain_attention
+from dspark.training.losses.chunked import LawInputs, LawRows, law_loss, suitable_rows
+from dspark.training.losses.terms import LawWeights
 
 Supervision = Literal["predicted", "reference"]
 SOFT_CE = LawWeights(soft_ce=1.0)
