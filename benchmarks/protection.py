@@ -31,7 +31,7 @@ from dspark.evaluation.closed_loop import closed_loop
 from dspark.evaluation.live import render
 from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
-from dspark.training.drafters.objectives import drafter_config
+from dspark.training.drafters.new_drafter import drafter_config
 from dspark.training.settings import DSparkSettings
 
 DRAFTERS = ("random", "wrong", "early", "slow")

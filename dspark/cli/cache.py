@@ -41,7 +41,7 @@ def add_parser(commands: Commands) -> None:
 
 def run_cache(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run `data cache`; its JSON object."""
-    from dspark.training.feature_build import build_features, mend_features
+    from dspark.training.features.samples import build_features, mend_features
     from dspark.training.recipe import DrafterRecipe, load_recipe
 
     use_threads(options)

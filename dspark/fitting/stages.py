@@ -55,7 +55,7 @@ from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.scheduling.cost import CostTable
 from dspark.training.checkpoints import read_position, saved_steps
-from dspark.training.pace import Pace
+from dspark.training.progress import Pace
 from dspark.training.run import run_recipe
 
 PROMPTS, ANSWERS, TRAINING, COSTS, LAPS = "prompts", "answers", "training", "costs.json", "laps"

@@ -1,4 +1,4 @@
-"""Recipes: frozen, validated run configurations, read from YAML. Unknown keys are errors."""
+"""Recipes: frozen, validated run configurations read from YAML. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from typing_extensions import Self
 
 from dspark.data.corpus import SourceFormat
 from dspark.errors import RecipeError
-from dspark.training.feature_settings import FeatureSettings
-from dspark.training.run_settings import (
-    DrafterRunSettings,
-    EvaluationSettings,
-    OptimiserSettings,
-    TargetRunSettings,
-)
 from dspark.training.settings import (
     BlockSettings,
     ChainLossSettings,
     DFlashLossSettings,
+    DrafterRunSettings,
     DSparkLossSettings,
     DSparkSettings,
     Eagle3LossSettings,
     Eagle3Settings,
+    EvaluationSettings,
+    FeatureSettings,
     NewDrafterSettings,
+    OptimiserSettings,
     Settings,
+    TargetRunSettings,
     check_confidence,
 )
 

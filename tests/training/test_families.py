@@ -12,8 +12,7 @@ from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
-from dspark.training.drafters.objectives import drafter_config
-from dspark.training.eagle_drafter import eagle3_config
+from dspark.training.drafters.new_drafter import drafter_config, eagle3_config
 from dspark.training.recipe import Eagle3Recipe
 from dspark.training.settings import DSparkSettings
 

@@ -10,11 +10,10 @@ from torch import nn
 
 from dspark.errors import UsageError
 from dspark.training.checkpoints import read_position
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, World
-from dspark.training.pace import Pace
-from dspark.training.run_settings import OptimiserSettings, RunSettings
-from dspark.training.schedules import learning_rate_factor
+from dspark.training.loop import DataOrder, Training, World
+from dspark.training.optim import learning_rate_factor
+from dspark.training.progress import Pace
+from dspark.training.settings import OptimiserSettings, RunSettings
 
 
 def paced(pace, clock, step_s, total, done=0):

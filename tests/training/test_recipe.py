@@ -9,8 +9,7 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.registry import write_config
 from dspark.errors import CompatibilityError, RecipeError
-from dspark.training.drafters.objectives import drafter_config
-from dspark.training.eagle_drafter import eagle3_config
+from dspark.training.drafters.new_drafter import drafter_config, eagle3_config
 from dspark.training.recipe import RECIPES, DrafterRecipe, TargetRecipe, load_recipe
 
 MINIMAL = """

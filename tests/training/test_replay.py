@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoint import load_drafter
-from dspark.training.anchors import AnchorBlocks
-from dspark.training.losses.blocks import DFLASH_WEIGHTS, LossWeights, block_loss
+from dspark.training.losses.blocks import DFLASH_WEIGHTS, AnchorBlocks, LossWeights, block_loss
 from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
 from tests.helpers.targets import lent_parts
 

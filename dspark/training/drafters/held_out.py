@@ -1,7 +1,7 @@
-"""The real accepted length of a drafter while it trains: held-out prompts, decoded by the engine.
+"""Real accepted length of a drafter during training: held-out prompts decoded by the engine.
 
-What a training step reports is an expectation under the true tokens' prefixes; what counts is how
-much of its drafts stays when it drafts after its own.
+A training step reports an expectation under the prefixes of the true tokens; decoding measures how
+much is accepted when the drafter continues its own drafts.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from pathlib import Path
 from dspark.data.conversations import Prompt
 from dspark.data.samples import Sample
 from dspark.drafters.registry import AnyDrafter
-from dspark.errors import RecipeError
 from dspark.request import Request, SamplingParams, Stats
 from dspark.targets.target import Target
 from dspark.training.parallel import sum_numbers
-from dspark.training.run_settings import EvaluationSettings
+from dspark.training.settings import EvaluationSettings
 
 Decode = Callable[[Target, AnyDrafter, Sequence[Request]], Stats]
-"""Decodes requests with a drafter, by the engine, and counts."""
+"""Decodes requests with a drafter by the engine and returns counts."""
 
 Encode = Callable[[Target, Sequence[Prompt]], Sequence[Sequence[int]]]
-"""Token ids of prompts, as a server would make them."""
+"""Token ids of prompts, encoded as in serving."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The measurement: requests, and how they are decoded.
+    """A measurement of the drafter being trained.
 
     Attributes:
         target: frozen.
-        drafter: bound, in training; it is measured as it stands.
-        requests: at temperature 0, each with a seed of its own.
+        drafter: bound.
+        requests: at temperature 0, each with its own seed.
         temperatures: to decode them at, one after the other.
         decode: by the engine.
         rank, ranks: of the processes, which share the requests.
@@ -64,23 +63,6 @@ class HeldOut:
         return {"real_accepted_length": sum(found.values()) / len(found), **found}
 
 
-def without_held_out(
-    samples: list[Sample], settings: EvaluationSettings | None
-) -> tuple[list[Sample], list[Sample]]:
-    """Divide samples into those to train on and those whose prompts are held out.
-
-    Raises:
-        RecipeError: nothing would be left to train on.
-    """
-    count = 0 if settings is None else settings.heldout or 0
-    if count >= len(samples) > 0:
-        raise RecipeError(
-            f"evaluation.heldout is {count}, but there are {len(samples)} usable samples; hold out "
-            "fewer."
-        )
-    return samples[: len(samples) - count], samples[len(samples) - count :]
-
-
 def requests_of(prompts: Sequence[Sequence[int]], settings: EvaluationSettings) -> list[Request]:
     """The requests of an evaluation.
 
@@ -101,11 +83,11 @@ def prompts_of(samples: Sequence[Sample]) -> list[tuple[int, ...]]:
 
 
 def put_best(write: Callable[[Path], None], best: Path) -> None:
-    """Write a drafter in the place of the best one before it.
+    """Replace the best drafter so far.
 
     Args:
-        write: writes it into a directory that does not exist.
-        best: where it is to lie.
+        write: writes the drafter into a new directory.
+        best: the directory to replace.
     """
     from dspark.training.checkpoints import put_in_place
 

@@ -1,95 +1,34 @@
-"""Trains a DSpark or DFlash drafter online: its target runs in the step that uses its features."""
+"""Objectives of drafter training: block drafters (DSpark, DFlash) and chains (Eagle3, MTP-1)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dspark.data.samples import SampleBatch
-from dspark.drafters.config import DSparkConfig
+from dspark.drafters.checkpoint import save_attached, save_published
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.drafters.registry import AnyDrafter
+from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
-from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.drafters.new_drafter import start_from_last_layers
-from dspark.training.features.samples import (
-    DTYPES,
-    OnlineSamples,
-    backbone_shapes,
-    export,
+from dspark.training.drafters.new_drafter import (
+    drafter_config,
+    eagle3_config,
+    start_from_last_layers,
     with_plain_weights,
 )
-from dspark.training.losses.blocks import block_loss, position_weights
-from dspark.training.recipe import BlockRecipe
-from dspark.training.settings import BlockSettings, DSparkSettings
-
-
-def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
-    """The configuration of a new drafter: its target's shapes with a recipe's settings.
-
-    Settings that are not DSpark's give a drafter without sequential and confidence heads: DFlash.
-
-    Raises:
-        CompatibilityError: the settings do not fit the target.
-    """
-    taps = settings.taps(target.num_layers)
-    backbone = backbone_shapes(
-        target,
-        num_layers=settings.num_layers,
-        num_taps=len(taps),
-        intermediate_size=settings.intermediate_size,
-        layers=settings.layers,
-    )
-    mask = settings.mask_token_id
-    config = DSparkConfig(
-        backbone=backbone,
-        vocab_size=target.vocab_size,
-        block_size=settings.block_size,
-        mask_token_id=find_mask_token(target) if mask is None else mask,
-        target_layer_ids=taps,
-        num_target_layers=target.num_layers,
-        max_position_embeddings=target.max_context,
-        sample_from_anchor=settings.sample_from_anchor,
-        draft_vocab_size=settings.draft_vocab_size,
-        markov_rank=0,
-        confidence_head=False,
-        confidence_head_with_markov=False,
-    )
-    if not isinstance(settings, DSparkSettings):
-        return config
-    return replace(
-        config,
-        markov_rank=settings.markov_rank,
-        markov_head_type=settings.markov_head_type,
-        confidence_head=settings.confidence_head,
-        confidence_head_with_markov=settings.confidence_head_with_markov
-        and settings.markov_rank > 0,
-    )
-
-
-def find_mask_token(target: Target) -> int | None:
-    """A token whose embedding may fill a block.
-
-    The tokenizer's mask token; else an id that the tokenizer does not use and the embedding has;
-    else its unknown or padding token; else None, for a learned vector.
-    """
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        return None
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    if len(tokenizer) < target.vocab_size:
-        return len(tokenizer)
-    for token in (tokenizer.unk_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return int(token)
-    return None
+from dspark.training.features.samples import OnlineSamples
+from dspark.training.losses.blocks import AnchorBlocks, block_loss, position_weights, sample_anchors
+from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
+from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
+from dspark.training.settings import DTYPES
 
 
 class DrafterObjective:
-    """The losses of METHOD.md 3 on random anchors of a step's samples.
+    """The block drafters' losses (eqs. 9-12) on random anchors of a step's samples.
 
     Args:
         recipe: settings.
@@ -137,15 +76,11 @@ class DrafterObjective:
         report = block_loss(
             self.drafter, hidden_MKH, hidden_TH, blocks, weights, total_weight=share
         )
-        metrics = {
-            "accepted_length": float(report.accepted_length),
-            "ce": float(report.ce),
-            "tv": float(report.tv),
-            "confidence": float(report.confidence),
-            "epoch": self.samples.epoch(step),
-        }
-        metrics |= {"kl": float(report.kl)} if weights.kl or weights.lk_hybrid else {}
-        metrics |= {"lk": float(report.lk)} if weights.lk else {}
+        names = ["accepted_length", "ce", "tv", "confidence"]
+        names += ["kl"] if weights.kl or weights.lk_hybrid else []
+        names += ["lk"] if weights.lk else []
+        metrics = {name: float(getattr(report, name)) for name in names}
+        metrics["epoch"] = self.samples.epoch(step)
         for k, rate in enumerate(report.accept_rate_K.tolist(), 1):
             metrics[f"accept_rate_{k}"] = rate
         return report.loss, metrics
@@ -159,12 +94,96 @@ class DrafterObjective:
         return AnchorBlocks.build(batch, anchors_M, self.drafter.block_size)
 
     def _step_weight(self, step: int, decay: float) -> float:
-        """Sum of the position weights of all parts: known to each, so that no rank need ask."""
+        """Sum of the position weights of all parts, known to every rank without communication."""
         if self._total_weight[0] != step:
             blocks = self._blocks(SampleBatch.of(self.samples.batch(step)), step, 0)
             self._total_weight = (step, float(position_weights(blocks, decay).sum()))
         return self._total_weight[1]
 
     def export(self, directory: Path) -> None:
-        """Write the drafter; see `online.export`."""
+        """Write the drafter; see `export`."""
         export(self.drafter, self.recipe, directory)
+
+
+class Eagle3Objective:
+    """The training-time test on a step's samples.
+
+    Args:
+        recipe: settings.
+        target: frozen; embedding and head are borrowed, never copied.
+    """
+
+    def __init__(self, recipe: ChainRecipe, target: Target) -> None:
+        self.recipe = recipe
+        self.samples = OnlineSamples(recipe, target)
+        self.drafter = Eagle3Drafter.from_target(
+            target.parts(),
+            eagle3_config(target, recipe),
+            generator=torch.Generator().manual_seed(recipe.run.seed),
+            init_std=recipe.drafter.init_std,
+            copy_final_norm=recipe.drafter.copy_final_norm,
+            draft_tokens=self.samples.draft_tokens,
+        )
+        self.drafter.to(dtype=DTYPES[recipe.run.dtype])
+        self.module: nn.Module = self.drafter
+        self.tokens_seen = 0
+        self._counts = (-1, torch.zeros(0))
+
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one part of the step's samples.
+
+        The mean over all parts is the loss of the whole step, however it is divided.
+        """
+        config = self.drafter.config
+        samples, features_TF, hidden_TH = self.samples.part(step, part, parts, self.drafter.taps)
+        batch = SampleBatch.of(samples)
+        self.tokens_seen += sum(batch.lengths)
+        chains = ChainRows.build(batch, config.ttt_length).to(features_TF.device)
+        share_P = None
+        if parts > 1:
+            share_P = self._step_counts_P(step).to(features_TF.device) / parts
+        report = ttt_loss(
+            self.drafter,
+            ttt_passes(self.drafter, features_TF, chains),
+            hidden_TH,
+            chains,
+            decay=config.step_loss_decay,
+            weights=self.recipe.loss.weights(),
+            total_counts_P=share_P,
+        )
+        metrics = {
+            "accepted_length": float(report.accepted_length),
+            "epoch": self.samples.epoch(step),
+        }
+        rates = zip(report.ce_P.tolist(), report.accept_rate_P.tolist(), strict=True)
+        for k, (ce, rate) in enumerate(rates, 1):
+            metrics |= {f"ce_{k}": ce, f"accept_rate_{k}": rate}
+        return report.loss, metrics
+
+    def _step_counts_P(self, step: int) -> Tensor:
+        """Supervised rows of each pass, of all parts."""
+        if self._counts[0] != step:
+            batch = SampleBatch.of(self.samples.batch(step))
+            chains = ChainRows.build(batch, self.drafter.config.ttt_length)
+            self._counts = (step, chains.counts_P)
+        return self._counts[1]
+
+    def export(self, directory: Path) -> None:
+        """Write the drafter; see `export`."""
+        export(self.drafter, self.recipe, directory)
+
+
+def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
+    """Write a trained drafter in bf16.
+
+    In the published layout, or attached: to the target's directory if the recipe says so, to the
+    run's own if the published layout cannot represent the drafter (a learned mask embedding, slots
+    that draft nothing, a reduced vocabulary).
+    """
+    if recipe.layout == "attached":
+        save_attached(drafter, recipe.target)
+        return
+    try:
+        save_published(drafter, directory)
+    except CompatibilityError:
+        save_attached(drafter, directory)

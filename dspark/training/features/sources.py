@@ -1,4 +1,4 @@
-"""Where a step's features come from: the target in the step, a cache on disk, or both."""
+"""Feature sources: the target online, a cache on disk, or both; opened as the recipe says."""
 
 from __future__ import annotations
 
@@ -7,38 +7,49 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dspark.data.features.cache import FeatureCache
+from dspark.data.features.build import start_cache, wanted_manifest
+from dspark.data.features.cache import FeatureCache, open_cache
 from dspark.data.features.encoder import Encoder, target_features
-from dspark.data.features.manifest import sample_key
+from dspark.data.features.manifest import (
+    MANIFEST,
+    SampleRecipe,
+    sample_key,
+    samples_fingerprint,
+    target_fingerprint,
+)
 from dspark.data.features.rows import FeatureStore, StoredRows
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
-from dspark.errors import DataError
+from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
+from dspark.training.parallel import barrier
+from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe, Eagle3Recipe, MTPRecipe
 
 _THREADS = 8
 logger = logging.getLogger(__name__)
 
 
 class FeatureSource(Protocol):
-    """Gives the features of samples."""
+    """Provides the target features of samples."""
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features [T, F] of the taps, and states after the target's final norm [T, H].
 
-        T is the sum of the samples' lengths. Rows that training cannot use (`data/features/
-        needed.py`) may be 0.
+        T is the sum of the samples' lengths. Rows that training cannot use (`data.features.rows`)
+        may be 0.
         """
         ...
 
 
 class OnlineFeatures:
-    """Runs the target: nothing on disk.
+    """Computes features with the target.
 
     Args:
         target: frozen.
@@ -48,16 +59,16 @@ class OnlineFeatures:
         self.target = target
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Run it over the samples."""
+        """Run the target over the samples."""
         return target_features(self.target, samples, taps)
 
 
 class CachedFeatures:
-    """Reads a cache.
+    """Reads features from a cache.
 
     Args:
         store: the cache.
-        device: where rows go.
+        device: of the rows.
         dtype: of the rows.
     """
 
@@ -65,10 +76,10 @@ class CachedFeatures:
         self.store = store
         self.device = device
         self.dtype = dtype
-        self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # to undo Huffman codes
+        self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # for Huffman decoding
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read the samples' rows; those that are not stored are 0.
+        """Read the samples' rows; rows that are not stored are 0.
 
         Raises:
             DataError: the cache does not hold a sample, or holds it damaged.
@@ -82,7 +93,7 @@ class CachedFeatures:
     def placed(
         self, sample: Sample, stored: StoredRows, taps: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """A sample's stored rows in their places."""
+        """A sample's stored rows at their positions."""
         length, width = len(sample.input_ids), self.store.hidden_size
         planes = [self.store.taps.index(tap) for tap in taps]
         features_LPH = torch.zeros(length, len(planes), width, device=self.device, dtype=self.dtype)
@@ -94,7 +105,7 @@ class CachedFeatures:
 
 
 class HybridFeatures:
-    """Reads what a cache holds, and runs the target over the rest.
+    """Reads cached samples and runs the target over the others.
 
     Args:
         store: the cache.
@@ -106,7 +117,7 @@ class HybridFeatures:
         self.target = target
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read or compute the samples' rows; a damaged sample is computed."""
+        """Read or compute the samples' rows; damaged samples are computed."""
         found: dict[bytes, tuple[Tensor, Tensor]] = {}
         for sample in samples:
             if sample in self.cached.store:
@@ -127,10 +138,10 @@ class HybridFeatures:
 
 
 class FillingFeatures(HybridFeatures):
-    """Adds what it computes to the cache.
+    """Adds computed features to the cache.
 
-    What it computes is coded and decoded before it is used, as what it reads was: so a step does
-    not depend on what the cache held, and a run that is resumed repeats the uncut one.
+    Computed features are encoded and decoded before use, like cached ones, so that a step does not
+    depend on the cache's content and a resumed run repeats the uninterrupted one.
 
     Args:
         cache: to read and to fill.
@@ -146,12 +157,12 @@ class FillingFeatures(HybridFeatures):
         self.cache = cache
         self.writer: CacheWriter | None = writer
         self.encoder = encoder
-        # Nobody tells a source that the run is over.
+        # Sources have no close().
         weakref.finalize(self, writer.close)
         weakref.finalize(self, encoder.close)
 
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read or compute the samples' rows; those of other ranks are found too."""
+        """Read or compute the samples' rows, including those added by other ranks."""
         if any(sample not in self.cache for sample in samples):
             self.cache.refresh()
         return super().features(samples, taps)
@@ -171,10 +182,10 @@ class FillingFeatures(HybridFeatures):
         return found
 
     def _add(self, writer: CacheWriter, entries: Sequence[Entry]) -> None:
-        """Add samples; a disk that is full ends the adding, not the training."""
+        """Add samples; a full disk ends the adding, not the training."""
         try:
             for entry in entries:
-                if entry.sample not in self.cache:  # a damaged one is, until it is mended
+                if entry.sample not in self.cache:  # a damaged one is, until repaired
                     writer.add(entry)
             writer.commit()
         except DiskFullError as error:
@@ -187,7 +198,120 @@ class FillingFeatures(HybridFeatures):
 def _apart(
     samples: Sequence[Sample], features_TF: Tensor, hidden_TH: Tensor
 ) -> dict[bytes, tuple[Tensor, Tensor]]:
-    """Each sample's own of the packed rows."""
+    """The packed rows by sample."""
     lengths = [len(s.input_ids) for s in samples]
     rows = zip(*(torch.split(x, lengths) for x in (features_TF, hidden_TH)), strict=True)
     return {sample_key(s): row for s, row in zip(samples, rows, strict=True)}
+
+
+def recipe_taps(recipe: DrafterRecipe, num_layers: int) -> tuple[int, ...]:
+    """The layers that a recipe's drafter reads."""
+    if isinstance(recipe, MTPRecipe):
+        return (num_layers - 1,)
+    assert isinstance(recipe, BlockRecipe | Eagle3Recipe)
+    return recipe.drafter.taps(num_layers)
+
+
+def sample_recipe(recipe: DrafterRecipe, samples: Sequence[Sample]) -> SampleRecipe:
+    """The manifest entry of a recipe's samples."""
+    assert isinstance(recipe, BlockRecipe | ChainRecipe)
+    return SampleRecipe(
+        fingerprint=samples_fingerprint(sample_key(s) for s in samples),
+        paths=recipe.samples.paths,
+        max_length=recipe.samples.max_length,
+        min_supervised=recipe.samples.min_supervised,
+        count=len(samples),
+        tokens=sum(len(s.input_ids) for s in samples),
+    )
+
+
+def open_store(recipe: DrafterRecipe) -> FeatureStore | None:
+    """The recipe's cache, if there is one.
+
+    Raises:
+        DataError: it is damaged, or required but missing.
+    """
+    s = recipe.features
+    if s.path is None or (s.source == "hybrid" and not (Path(s.path) / MANIFEST).is_file()):
+        return None
+    return open_cache(Path(s.path))
+
+
+def open_features(
+    recipe: DrafterRecipe, target: Target, samples: Sequence[Sample], store: FeatureStore | None
+) -> FeatureSource:
+    """The feature source of a recipe.
+
+    Args:
+        recipe: with its `features`.
+        target: frozen; without layers if all features are read.
+        samples: of the run.
+        store: from `open_store`.
+
+    Raises:
+        DataError: the cache is another target's, of other taps, or lacks samples.
+        RecipeError: the cache cannot be added to.
+    """
+    s = recipe.features
+    if s.source == "online":
+        return OnlineFeatures(target)
+    assert s.path is not None
+    if s.source == "hybrid" and s.add:
+        if store is not None and not isinstance(store, FeatureCache):
+            raise RecipeError(
+                f"features.add is true, but {s.path} is a reference cache, which is only read; set "
+                "features.add to false."
+            )
+        return _filling(recipe, target, samples, Path(s.path))
+    if store is None:
+        store = open_cache(Path(s.path))
+    _check_store(store, recipe, target)
+    if s.source == "hybrid":
+        return HybridFeatures(store, target)
+    lacking = sum(sample not in store for sample in samples)
+    if lacking:
+        raise DataError(
+            f"The cache {s.path} lacks {lacking} of the {len(samples)} samples; build it with "
+            "`dspark data cache`, or set features.source to hybrid."
+        )
+    return CachedFeatures(store, target.device, target.dtype)
+
+
+def _filling(
+    recipe: DrafterRecipe, target: Target, samples: Sequence[Sample], directory: Path
+) -> FillingFeatures:
+    """Each rank has its own writer and an equal share of `max_bytes`."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        taps = recipe_taps(recipe, target.num_layers)
+        of = sample_recipe(recipe, samples)
+        wanted = wanted_manifest(target, recipe.target, taps, of, recipe.features.coding)
+        start_cache(directory, wanted, target, samples)
+    barrier()
+    most = recipe.features.max_bytes
+    share = None if most is None else most // ranks
+    writer = CacheWriter(directory, writer=rank, max_bytes=share)
+    cache = FeatureCache(directory)
+    return FillingFeatures(cache, target, writer, Encoder(cache.manifest))
+
+
+def _check_store(store: FeatureStore, recipe: DrafterRecipe, target: Target) -> None:
+    made_by = store.target_fingerprint
+    if made_by is not None:
+        ours = target_fingerprint(recipe.target)
+        if made_by != ours:
+            raise DataError(
+                f"The cache {store.directory} was made by a target with the fingerprint {made_by}, "
+                f"but {recipe.target} has {ours}; build another with `dspark data cache`."
+            )
+    if store.hidden_size != target.hidden_size:
+        raise DataError(
+            f"The cache {store.directory} holds states of width {store.hidden_size}, but "
+            f"{recipe.target} has {target.hidden_size}; build another with `dspark data cache`."
+        )
+    lacking = sorted(set(recipe_taps(recipe, target.num_layers)) - set(store.taps))
+    if lacking:
+        raise DataError(
+            f"The cache {store.directory} holds the layers {list(store.taps)}, but the drafter "
+            f"reads {lacking} too; build another with `dspark data cache`."
+        )

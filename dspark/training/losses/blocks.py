@@ -1,35 +1,143 @@
-"""The block drafters' losses (METHOD.md 3, eqs. 9-12; FORMAT_FACTS.md B.2).
+"""Block drafters: anchors, their blocks and the losses (eqs. 9-12 of the paper; docs/method.md).
 
-L = ce L_ce + tv L_tv + .. + confidence L_conf, each a mean over supervised slots weighted by
-w_k = exp(-k / decay), k = 0 .. K-1. L_tv is sum_v |p_d - p_t|, twice the total variation; the other
-terms on laws are in `law_terms.LawWeights`.
-Letters: N supervised slots, r Markov rank, the others as in `anchors`.
+L = ce L_ce + tv L_tv + .. + confidence L_conf, each a mean over supervised slots weighted by w_k =
+exp(-k / decay), k = 0 .. K-1. L_tv is sum_v |p_d - p_t|, twice the total variation; the other terms
+on distributions are in `terms.TermWeights`.
+
+Only existing blocks are built, so nothing is computed for a missing anchor. They are built on the
+CPU, where counting does not synchronise an accelerator, and then moved.
+
+Letters: T rows of packed samples, M blocks of all samples, K slots of a block, N supervised slots,
+r Markov rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.attention.packed import BlockLayout
+from dspark.data.samples import SampleBatch
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.training.anchors import AnchorBlocks
-from dspark.training.losses.chunked import LawInputs, LawTerms, law_loss, suitable_rows
-from dspark.training.losses.terms import LawWeights
+from dspark.training.losses.chunked import (
+    LossInputs,
+    LossTerms,
+    SupervisedRows,
+    chunked_loss,
+    suitable_rows,
+)
+from dspark.training.losses.terms import TermWeights
 
 
 @dataclass(frozen=True)
-class LossWeights(LawWeights):
-    """How the losses are combined; the defaults are DSpark's.
+class AnchorBlocks:
+    """The blocks of packed samples; slot j of anchor a predicts token a + j + 1.
+
+    Attributes:
+        first_M: row of the first token of each block's sample, on the CPU.
+        anchors_M: row of each anchor, on the CPU.
+        tokens_M: the anchor tokens, input of slot 0.
+        positions_MK: position (in its sample) of the token before each label, and of the slot that
+            predicts it, unless the drafter discards the anchor's slot.
+        previous_MK: the true token before each slot's label (teacher forcing).
+        labels_MK: the token that each slot predicts.
+        supervised_MK: True where a slot counts: its label and all labels before it in the block are
+            in range and inside the loss mask.
+        rows: the supervised slots, as m K + k, by the target row that teaches them.
+    """
+
+    first_M: Tensor
+    anchors_M: Tensor
+    tokens_M: Tensor
+    positions_MK: Tensor
+    previous_MK: Tensor
+    labels_MK: Tensor
+    supervised_MK: Tensor
+    rows: SupervisedRows
+
+    @classmethod
+    def build(cls, batch: SampleBatch, anchors_M: Tensor, block_size: int) -> AnchorBlocks:
+        """The blocks that start at given anchors.
+
+        Args:
+            batch: packed samples, on the CPU.
+            anchors_M: rows, ascending, as `sample_anchors` gives them.
+            block_size: K.
+        """
+        slots = torch.arange(block_size)
+        rows_MK = anchors_M.unsqueeze(1) + slots
+        labelled = rows_MK + 1
+        inside = labelled < batch.ends_T[anchors_M].unsqueeze(1)
+        labelled = labelled.clamp(max=batch.input_ids_T.numel() - 1)
+        labels, tokens = batch.input_ids_T[labelled], batch.input_ids_T[anchors_M]
+        supervised = (batch.loss_mask_T[labelled] & inside).cumprod(dim=1).bool()
+        positions = batch.positions_T[anchors_M]
+        return cls(
+            first_M=anchors_M - positions,
+            anchors_M=anchors_M,
+            tokens_M=tokens,
+            positions_MK=positions.unsqueeze(1) + slots,
+            previous_MK=torch.cat((tokens.unsqueeze(1), labels[:, :-1]), dim=1),
+            labels_MK=labels,
+            supervised_MK=supervised,
+            rows=SupervisedRows.build(rows_MK, supervised),
+        )
+
+    def layout(self, slots: int) -> BlockLayout:
+        """The attention layout of the blocks.
+
+        Args:
+            slots: the config's `block_size`: K, or K + 1 with `sample_from_anchor` false.
+        """
+        return BlockLayout(self.first_M, self.anchors_M, slots)
+
+    def to(self, device: torch.device) -> AnchorBlocks:
+        """A copy on a device, except for the indices that the attention layout needs on the CPU."""
+        names = ("tokens_M", "positions_MK", "previous_MK", "labels_MK", "supervised_MK", "rows")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def sample_anchors(
+    batch: SampleBatch, max_anchors: int, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Draw anchors uniformly without replacement.
+
+    Candidates are answer tokens followed by an answer token, so an answer's first token, which the
+    target draws at prefill, is not a label.
+
+    Args:
+        batch: packed samples, on the CPU.
+        max_anchors: most anchors per sample.
+        generators: one per sample, on the CPU, so that a sample's anchors do not depend on the
+            rest of its batch.
+
+    Returns:
+        Rows [M] of the packed samples, ascending.
+    """
+    found, first = [torch.zeros(0, dtype=torch.long)], 0
+    for length, generator in zip(batch.lengths, generators, strict=True):
+        mask = batch.loss_mask_T[first : first + length]
+        candidates = (mask[:-1] & mask[1:]).nonzero().flatten()
+        order = torch.randperm(candidates.numel(), generator=generator)[:max_anchors]
+        found.append(first + candidates[order].sort().values)
+        first += length
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class LossWeights(TermWeights):
+    """Weights of the losses; the defaults are DSpark's.
 
     Attributes:
         confidence: weight of the confidence head's binary cross-entropy against
             c* = 1 - |p_d - p_t|_1 / 2.
         decay: slots over which the position weight falls by e.
-        detach_confidence: keep the confidence loss from training backbone and Markov embedding
-            (the published recipe lets it).
+        detach_confidence: stop the confidence loss at its head; the published recipe lets it train
+            backbone and Markov embedding.
     """
 
     ce: float = 0.1
@@ -44,14 +152,14 @@ DFLASH_WEIGHTS = LossWeights(ce=1.0, tv=0.0, confidence=0.0)
 
 @dataclass(frozen=True)
 class LossReport:
-    """Loss of a batch and what to log about it; all but `loss` are detached.
+    """Loss and metrics of a batch; all but `loss` are detached.
 
     Attributes:
         loss: to call backward on.
-        ce, tv, kl, lk, confidence: the weighted means of the terms; 0 for those on laws that have
-            no weight (but ce and tv, which cost nothing more), and for a missing confidence head.
-        accept_rate_K: mean c* of each slot, the chance that a draft is kept given that those
-            before it were; 0 for a slot without supervision.
+        ce, tv, kl, lk, confidence: weighted means of the terms; 0 for terms without weight (except
+            ce and tv, which are free) and for a missing confidence head.
+        accept_rate_K: mean c* of each slot, the probability that a draft is accepted given that
+            those before it were; 0 for a slot without supervision.
         accepted_length: mean over blocks of 1 + sum_j prod_{i<=j} c*_i.
         confidence_error: weighted mean |c - c*|.
         confidence_bias: weighted mean c - c*.
@@ -95,15 +203,14 @@ def block_loss(
     """Loss of a batch of blocks.
 
     Args:
-        drafter: whose heads turn hidden states into laws.
+        drafter: its heads map hidden states to distributions.
         hidden_MKH: its hidden states of the blocks.
         teacher_TH: the target's states after its final norm.
         blocks: labels and supervision, on the states' device.
-        weights: how the losses are combined.
-        total_weight: what to divide by; None for the sum of this batch's position weights. Give
-            the sum over all parts of a step where several share it.
-        chunk_rows: supervised slots that meet the vocabulary at once; None for as many as suit
-            the device.
+        weights: of the losses.
+        total_weight: divisor; None for the sum of this batch's position weights. Give the sum over
+            all parts if several share a step.
+        chunk_rows: supervised slots per vocabulary chunk; None for a number that suits the device.
     """
     slots_N, head = blocks.rows.slots_N, drafter.markov_head
     dtype = torch.promote_types(hidden_MKH.dtype, torch.float32)
@@ -112,9 +219,9 @@ def block_loss(
     hidden_NH = hidden_MKH.flatten(0, 1)[slots_N]
     previous_N = blocks.previous_MK.flatten()[slots_N]
     feature_Nr = None
-    if head is not None:  # whole blocks: a recurrent head goes through them
+    if head is not None:  # whole blocks, which a recurrent head runs through
         feature_Nr = head.block(blocks.previous_MK, hidden_MKH).flatten(0, 1)[slots_N]
-    inputs = LawInputs(
+    inputs = LossInputs(
         head=drafter,
         hidden_NH=hidden_NH,
         feature_Nr=feature_Nr,
@@ -125,9 +232,9 @@ def block_loss(
     )
     vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
     rows_at_once = chunk_rows or suitable_rows(hidden_MKH.device, vocab)
-    loss, terms = law_loss(inputs, blocks.rows, weights, chunk_rows=rows_at_once)
-    # A vanilla head's features are the embeddings that the confidence head reads: looked up once,
-    # they have one gradient as large as the vocabulary, not two.
+    loss, terms = chunked_loss(inputs, blocks.rows, weights, chunk_rows=rows_at_once)
+    # A vanilla head's features are the embeddings that the confidence head reads; sharing the
+    # look-up avoids a second vocabulary-sized gradient.
     vanilla = drafter.config.markov_head_type == "vanilla"
     logits_N = drafter.confidence_logits(
         hidden_NH,
@@ -150,7 +257,7 @@ def block_loss(
 
 
 def _known(drafter: DSparkDrafter, labels_N: Tensor) -> Tensor:
-    """Labels as the drafter numbers the tokens that it knows; -1 for others."""
+    """Labels as draft-vocabulary ids; -1 for unknown tokens."""
     if drafter.t2d is None:
         return labels_N
     numbers_V = drafter.t2d.cumsum(0).sub_(1)
@@ -158,7 +265,7 @@ def _known(drafter: DSparkDrafter, labels_N: Tensor) -> Tensor:
 
 
 def _metrics(
-    blocks: AnchorBlocks, weight_N: Tensor, terms: LawTerms, logits_N: Tensor | None
+    blocks: AnchorBlocks, weight_N: Tensor, terms: LossTerms, logits_N: Tensor | None
 ) -> dict[str, Tensor]:
     chosen_MK, slots_N = blocks.supervised_MK, blocks.rows.slots_N
 

@@ -1,14 +1,15 @@
-"""Attention of the training-time test: causal over the context, and each row its own chain.
+"""Attention of the training-time test: causal over the context, plus each row's own chain.
 
-Row i of pass t sees the rows <= i of its own sample in pass 0 and row i of the passes 1 .. t. The
-extra keys are one per pass for each query, so their scores are t products per row and no mask of
-all passes exists: a pass costs one causal attention. Samples lie one after the other.
+Row i of pass t attends to the rows <= i of its sample in pass 0 and to row i of the passes 1 .. t.
+Each pass adds one key per query, so those scores are t products per row and no mask of all passes
+exists: a pass costs one causal attention. Samples are concatenated.
 
-On a CPU query rows are worked on in tiles of one sample, and the backward pass computes the weights
-again from the logarithm of their sum (as Dao et al. 2022), so memory is linear in T. On an
-accelerator the context is flex attention's, whose mask is the same in all passes.
+On a CPU, query rows are processed in tiles of one sample, and the backward pass recomputes the
+weights from the logarithm of their sum (as Dao et al. 2022), so memory is linear in T. On an
+accelerator the context part is flex attention, whose mask is the same in all passes.
+
 Letters: A query heads, G key heads, N = A / G, T rows of all samples, D per head, J = t extra keys
-of a row; L rows of a tile, P context rows that they see.
+of a row; L rows of a tile, P context rows that they attend to.
 """
 
 from __future__ import annotations

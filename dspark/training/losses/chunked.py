@@ -1,11 +1,13 @@
-"""The chunked core of every loss: drafter's laws against target's laws, and exact gradients.
+"""The losses' chunked core: draft against target distributions, with exact gradients.
 
-Only supervised slots meet the vocabulary, and only a chunk of them at a time: a chunk's losses and
-their gradient are computed together, the gradient in the storage of the laws, so that no [N, V]
-tensor lives whole. Slots are ordered by the row of the target whose law teaches them, and that law
-is computed once, however many slots of neighbouring anchors (or passes of a chain) look at it.
-Letters: N supervised slots, U distinct rows of the target, V vocabulary (or the known part of it),
-r Markov rank; n, u a chunk's. What the terms are: `law_terms`.
+Only supervised slots meet the vocabulary, and only a chunk at a time: a chunk's losses and
+gradients are computed together, the gradient in the storage of the probabilities, so that no [N, V]
+tensor exists as a whole. Slots are ordered by the target row whose distribution teaches them; that
+distribution is computed once, however many slots of neighbouring anchors (or passes of a chain) use
+it.
+
+Letters: N supervised slots, U distinct target rows, V vocabulary (or its known part), r Markov
+rank; n, u a chunk's. The terms are in `terms`.
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ from torch import Tensor
 
 from dspark.training.losses.terms import (
     Head,
-    LawWeights,
     Teacher,
+    TermWeights,
     compare,
     fitting_numbers,
     gradient,
-    teacher_laws,
+    teacher_probs,
 )
 
-# Below this the head is read more often than its products take.
+# With fewer, reading the head takes longer than its products.
 _ROWS_AT_LEAST = 64
-# Likewise of the target's rows over the whole vocabulary, of which a reduced one keeps a part.
+# Likewise for target rows over the full vocabulary, of which a reduced one keeps a part.
 _TEACHER_ROWS_AT_LEAST = 128
 
 
 @dataclass(frozen=True)
-class LawRows:
-    """The supervised slots, ordered by the row of the target that teaches them.
+class SupervisedRows:
+    """The supervised slots, ordered by the target row that teaches them.
 
     Attributes:
-        slots_N: where each stands among all slots.
-        teacher_U: the distinct rows of the target, ascending.
+        slots_N: index of each among all slots.
+        teacher_U: the distinct target rows, ascending.
         owner_N: index into `teacher_U` of each slot, ascending.
-        counts: slots of each row of the target.
+        counts: slots per target row.
     """
 
     slots_N: Tensor
@@ -50,8 +52,8 @@ class LawRows:
     counts: tuple[int, ...]
 
     @classmethod
-    def build(cls, rows: Tensor, supervised: Tensor) -> LawRows:
-        """Of every slot the row of the target, and whether it counts; both on the CPU."""
+    def build(cls, rows: Tensor, supervised: Tensor) -> SupervisedRows:
+        """From each slot's target row and whether it is supervised; both on the CPU."""
         slots = supervised.flatten().nonzero().flatten()
         ordered, order = rows.flatten()[slots].sort(stable=True)
         teacher, owner, counts = torch.unique_consecutive(
@@ -59,8 +61,8 @@ class LawRows:
         )
         return cls(slots[order], teacher, owner, tuple(counts.tolist()))
 
-    def to(self, device: torch.device) -> LawRows:
-        """The same on a device."""
+    def to(self, device: torch.device) -> SupervisedRows:
+        """A copy on a device."""
         return replace(
             self,
             slots_N=self.slots_N.to(device),
@@ -69,7 +71,7 @@ class LawRows:
         )
 
     def chunks(self, slots: int, rows: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Neighbouring rows of the target, at most `rows`, and their slots, `slots` at a time."""
+        """Consecutive target rows, at most `rows`, and their slots, `slots` at a time."""
         stop = 0
         for first in range(0, len(self.counts), rows):
             start, stop = stop, stop + sum(self.counts[first : first + rows])
@@ -78,12 +80,13 @@ class LawRows:
 
 
 @dataclass(frozen=True)
-class LawTerms:
-    """Terms of every row [N], without their weights and without gradient.
+class LossTerms:
+    """Unweighted terms of every row [N], without gradient.
 
     Attributes:
-        ce, tv, kl, soft_ce, lk: as in `LawWeights`; what has no weight and costs a pass is 0.
-        accept: c* = 1 - tv / 2 within 0 and 1, the chance that the draft is kept (eq. 8).
+        ce, tv, kl, soft_ce, lk: as in `TermWeights`; a term without weight that would cost a pass
+            is 0.
+        accept: c* = 1 - tv / 2 in [0, 1], the probability that the draft is accepted (eq. 8).
     """
 
     ce: Tensor
@@ -95,18 +98,18 @@ class LawTerms:
 
 
 @dataclass(frozen=True)
-class LawInputs:
-    """What the laws are made of, and compared with.
+class LossInputs:
+    """Inputs of both distributions.
 
     Attributes:
-        head: makes logits of states.
-        hidden_NH: the drafter's states as its head reads them.
-        feature_Nr: the sequential head's features; None for none.
+        head: the drafter, which maps states to logits.
+        hidden_NH: the drafter's states, input of its head.
+        feature_Nr: the sequential head's features; None without that head.
         bias_Vr: its output matrix.
         teacher_UH: the target's states after its final norm.
-        labels_N: the true tokens, as the drafter numbers those that it knows, -1 for others; None
-            where no term needs them.
-        weight_N: each row's weight.
+        labels_N: the true tokens as draft-vocabulary ids, -1 for unknown tokens; None if no term
+            needs them.
+        weight_N: the rows' weights.
     """
 
     head: Head
@@ -118,42 +121,42 @@ class LawInputs:
     weight_N: Tensor
 
 
-def law_loss(
-    inputs: LawInputs, rows: LawRows, weights: LawWeights, *, chunk_rows: int
-) -> tuple[Tensor, LawTerms]:
+def chunked_loss(
+    inputs: LossInputs, rows: SupervisedRows, weights: TermWeights, *, chunk_rows: int
+) -> tuple[Tensor, LossTerms]:
     """The weighted sum of all rows' terms, and the terms.
 
     Gradients reach `hidden_NH`, `feature_Nr` and `bias_Vr`.
 
     Args:
-        inputs: rows in the order of `rows`.
-        rows: which row of the target teaches which.
+        inputs: in the order of `rows`.
+        rows: the supervised slots and their target rows.
         weights: of the terms.
-        chunk_rows: slots that meet the vocabulary at once.
+        chunk_rows: slots per chunk.
     """
     chunked = _Chunked(inputs, rows, weights, chunk_rows, torch.is_grad_enabled())
-    loss, *terms = _LawLoss.apply(  # type: ignore[no-untyped-call]
+    loss, *terms = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         inputs.hidden_NH, inputs.feature_Nr, inputs.bias_Vr, chunked
     )
-    return loss, LawTerms(*terms)
+    return loss, LossTerms(*terms)
 
 
 def suitable_rows(device: torch.device, vocab_size: int) -> int:
-    """How many rows should meet the vocabulary at once."""
+    """Rows per chunk that suit the device."""
     return max(fitting_numbers(device) // vocab_size, _ROWS_AT_LEAST)
 
 
 @dataclass(frozen=True)
 class _Chunked:
-    inputs: LawInputs
-    rows: LawRows
-    weights: LawWeights
+    inputs: LossInputs
+    rows: SupervisedRows
+    weights: TermWeights
     chunk_rows: int
     with_gradient: bool
 
 
-class _LawLoss(torch.autograd.Function):
-    """Loss and gradient, chunk by chunk; backward only scales what forward found."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradient, chunk by chunk; backward only scales the gradient from forward."""
 
     @staticmethod
     def forward(
@@ -172,19 +175,19 @@ class _LawLoss(torch.autograd.Function):
             else None
             for x, n in zip(tensors, ctx.needs_input_grad, strict=False)
         ]
-        terms = LawTerms(*(torch.zeros_like(inputs.weight_N) for _ in fields(LawTerms)))
+        terms = LossTerms(*(torch.zeros_like(inputs.weight_N) for _ in fields(LossTerms)))
         slots = at_once = chunked.chunk_rows
         if inputs.head.t2d is not None:
             at_once = max(slots, _TEACHER_ROWS_AT_LEAST)
         for teacher, parts in chunked.rows.chunks(slots, at_once):
-            taught = teacher_laws(inputs.head, inputs.teacher_UH[teacher], weights)
+            taught = teacher_probs(inputs.head, inputs.teacher_UH[teacher], weights)
             for part in parts:
                 owner_n = chunked.rows.owner_N[part] - teacher.start
-                # In a function of its own, so that its tensors are gone before the next are made.
+                # In its own function, so that its tensors are freed before the next are allocated.
                 _chunk(chunked, tensors, grads, terms, taught.of(owner_n), part)
             del taught
         ctx.found = list(zip(grads, (None if x is None else x.dtype for x in tensors), strict=True))
-        values = [getattr(terms, field.name) for field in fields(LawTerms)]
+        values = [getattr(terms, field.name) for field in fields(LossTerms)]
         ctx.mark_non_differentiable(*values)
         return (inputs.weight_N * _weighted(terms, weights)).sum(), *values
 
@@ -194,7 +197,7 @@ class _LawLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if ctx.found is None:
             raise RuntimeError("This loss's gradient was taken already; compute the loss again.")
-        # Scaled in place and let go, since that of the bias is as large as the vocabulary.
+        # Scaled in place and released, since the bias's is as large as the vocabulary.
         found, ctx.found = ctx.found, None
         hidden, feature, bias = (
             None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in found
@@ -206,11 +209,11 @@ def _chunk(
     chunked: _Chunked,
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     grads: Sequence[Tensor | None],
-    terms: LawTerms,
+    terms: LossTerms,
     taught: Teacher,
     part: slice,
 ) -> None:
-    """Fill in the terms of some rows and add their gradients."""
+    """Fill in the terms of a chunk and accumulate its gradients."""
     inputs, weights = chunked.inputs, chunked.weights
     hidden_NH, feature_Nr, bias_Vr = tensors
     d_hidden, d_feature, d_bias = grads
@@ -221,13 +224,15 @@ def _chunk(
     logits_nV = base_nV.detach()
     if feature_Nr is not None and bias_Vr is not None:
         _add_product(logits_nV, feature_Nr[part], bias_Vr.mT)
-    found, law_nV, gap_nV = compare(logits_nV, taught, labels_n, weights)
+    found, draft_nV, gap_nV = compare(logits_nV, taught, labels_n, weights)
     for name, value in found.items():
         getattr(terms, name)[part] = value
     if all(grad is None for grad in grads):
         return
     weight_n = inputs.weight_N[part]
-    grad_nV, scale_n = gradient(law_nV, gap_nV, found, taught.known_n, labels_n, weight_n, weights)
+    grad_nV, scale_n = gradient(
+        draft_nV, gap_nV, found, taught.known_n, labels_n, weight_n, weights
+    )
     scale_n1 = None if scale_n is None else scale_n.unsqueeze(-1)
     if d_hidden is not None:
         [grad_nH] = torch.autograd.grad(base_nV, [hidden_nH], [grad_nV])
@@ -243,7 +248,7 @@ def _chunk(
         _add_product(d_bias, narrow_nV.mT, scaled_nr)
 
 
-def _weighted(terms: LawTerms, weights: LawWeights) -> Tensor:
+def _weighted(terms: LossTerms, weights: TermWeights) -> Tensor:
     total = weights.ce * terms.ce + weights.tv * terms.tv + weights.lk * terms.lk
     total = total + weights.kl * terms.kl + weights.soft_ce * terms.soft_ce
     if weights.lk_hybrid:
@@ -253,11 +258,11 @@ def _weighted(terms: LawTerms, weights: LawWeights) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to the total, which may be wider."""
+    """Add left @ right to the total, which may have a wider dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    # Piece by piece along the vocabulary: a product is widened whole before it is added.
+    # In pieces along the vocabulary, because a product is widened as a whole before it is added.
     numbers, wide = fitting_numbers(total.device), total.shape[1] > total.shape[0]
     size = max(numbers // min(total.shape), 1)
     for start in range(0, max(total.shape), size):

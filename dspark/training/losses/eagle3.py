@@ -1,13 +1,14 @@
-"""Eagle3's loss: the training-time test (Li et al. 2025; FORMAT_FACTS.md B.3).
+"""Eagle3's loss: the training-time test (Li et al. 2025, arXiv 2503.01840; docs/method.md).
 
-The layer runs P times over whole sequences, each pass on what the pass before gave, as a chain of
-drafts does. Pass t (0-based) reads at row i the embedding of token i + 1 + t, stands at position
-i + t, sees the rows <= i of pass 0 (the context) and row i of the passes 1 .. t (its own chain),
-and predicts token i + 2 + t: its label is the target's law at position i + 1 + t. The loss is the
-cross-entropy against that law, times decay ** t. With a reduced vocabulary it is the law given
-that the token is a known one: more a drafter cannot learn.
+The layer runs P times over whole sequences, each pass on the output of the pass before, as a chain
+of drafts does. Pass t (0-based) reads at row i the embedding of token i + 1 + t, has position i +
+t, attends to the rows <= i of pass 0 (the context) and row i of the passes 1 .. t (its own chain),
+and predicts token i + 2 + t: its label is the target's distribution at position i + 1 + t. The loss
+is the cross-entropy against that distribution, times decay ** t. With a reduced vocabulary it is
+conditioned on the known tokens, which is all that a drafter can learn.
 
-All rows that predict the same token share the target's law (`laws.LawRows`).
+All rows that predict the same token share the target's distribution (`chunked.SupervisedRows`).
+
 Letters: T rows of packed samples, P passes, N supervised rows of all passes; the others as
 elsewhere.
 """
@@ -25,20 +26,20 @@ from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.eagle3_layer import Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.training.losses.chain_attention import chain_attention
-from dspark.training.losses.chunked import LawInputs, LawRows, law_loss, suitable_rows
-from dspark.training.losses.terms import LawWeights
+from dspark.training.losses.chunked import LossInputs, SupervisedRows, chunked_loss, suitable_rows
+from dspark.training.losses.terms import TermWeights
 
 Supervision = Literal["predicted", "reference"]
-SOFT_CE = LawWeights(soft_ce=1.0)
+SOFT_CE = TermWeights(soft_ce=1.0)
 
 
 @dataclass(frozen=True)
 class TTTReport:
-    """Loss of a batch and what to log about it; all but `loss` are detached.
+    """Loss and metrics of a batch; all but `loss` are detached.
 
     Attributes:
         loss: to call backward on.
-        ce_P: cross-entropy of each pass against the target's laws, as it enters the loss.
+        ce_P: cross-entropy of each pass against the target's distributions, as in the loss.
         accept_rate_P: mean c* = 1 - |p_d - p_t|_1 / 2 of each pass's supervised rows.
         accepted_length: mean over chains of 1 + sum_t prod_{u<=t} c*_u; a chain starts at a row
             whose first pass is supervised, and ends before its first row that is not.
@@ -57,17 +58,17 @@ class ChainRows:
     """What each pass reads and which of its rows are supervised, for packed samples.
 
     Attributes:
-        tokens_PT: the token whose embedding each row reads; 0 behind the sample's end.
+        tokens_PT: the token whose embedding each row reads; 0 past the sample's end.
         positions_T: rows' positions at pass 0.
         lengths: rows of each sample.
-        rows: the supervised rows, as t T + i, by the row whose law teaches them.
+        rows: the supervised rows, as t T + i, by the target row that teaches them.
         counts_P: what each pass's sum is divided by.
     """
 
     tokens_PT: Tensor
     positions_T: Tensor
     lengths: tuple[int, ...]
-    rows: LawRows
+    rows: SupervisedRows
     counts_P: Tensor
 
     @classmethod
@@ -79,16 +80,16 @@ class ChainRows:
         Args:
             batch: the samples.
             passes: P.
-            supervision: `predicted` counts the rows whose predicted token is an answer's, and each
-                pass's cross-entropy is the mean over them. `reference` repeats the published
-                training run, to compare with it: the mask of the token two places before the
-                predicted one, and sums divided by all T rows.
+            supervision: `predicted` counts the rows whose predicted token belongs to an answer, and
+                each pass's cross-entropy is their mean. `reference` reproduces the published
+                training run for comparison: the mask of the token two places before the predicted
+                one, and sums divided by all T rows.
         """
         rows_T, ends_T = torch.arange(batch.positions_T.numel()), batch.ends_T
         read_PT = rows_T + 1 + torch.arange(passes).unsqueeze(1)
         last, real_PT = rows_T.numel() - 1, read_PT < ends_T
         tokens_PT = batch.input_ids_T[read_PT.clamp(max=last)] * real_PT
-        # The law at row i + 1 + t is the label; it is of the token behind that row.
+        # The label is the distribution at row i + 1 + t, which predicts the token after that row.
         if supervision == "predicted":
             tested_PT = read_PT + 1
             supervised_PT = tested_PT < ends_T
@@ -98,7 +99,7 @@ class ChainRows:
         counts_P = supervised_PT.sum(dim=1)
         if supervision == "reference":
             counts_P = torch.full_like(counts_P, rows_T.numel())
-        rows = LawRows.build(read_PT, supervised_PT)
+        rows = SupervisedRows.build(read_PT, supervised_PT)
         return cls(tokens_PT, batch.positions_T, batch.lengths, rows, counts_P)
 
     def to(self, device: torch.device) -> ChainRows:
@@ -144,22 +145,22 @@ def ttt_loss(
     chains: ChainRows,
     *,
     decay: float = 0.8,
-    weights: LawWeights = SOFT_CE,
+    weights: TermWeights = SOFT_CE,
     total_counts_P: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> TTTReport:
     """Loss of the passes over a batch.
 
     Args:
-        drafter: whose norm and head turn hidden states into laws.
-        hidden_PTH: what `ttt_passes` gave.
+        drafter: its norm and head map hidden states to distributions.
+        hidden_PTH: from `ttt_passes`.
         teacher_TH: the target's states after its final norm.
         chains: which rows are supervised, on the states' device.
         decay: factor from one pass's weight to the next's.
-        weights: of the terms on laws; none may need the true token.
-        total_counts_P: what to divide each pass's sum by; None for the batch's own counts. Give
-            the sum over all parts of a step where several share it.
-        chunk_rows: rows that meet the vocabulary at once; None for as many as suit the device.
+        weights: of the terms; none may need the true token.
+        total_counts_P: divisor of each pass's sum; None for the batch's own counts. Give the sum
+            over all parts if several share a step.
+        chunk_rows: rows per vocabulary chunk; None for a number that suits the device.
     """
     passes, length, _ = hidden_PTH.shape
     slots_N, device = chains.rows.slots_N, hidden_PTH.device
@@ -173,7 +174,7 @@ def ttt_loss(
         drafter.norm.weight,
         drafter.config.backbone.rms_norm_eps,
     )
-    inputs = LawInputs(
+    inputs = LossInputs(
         head=drafter,
         hidden_NH=normed_NH,
         feature_Nr=None,
@@ -184,7 +185,7 @@ def ttt_loss(
     )
     vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
     chunk_rows = chunk_rows or suitable_rows(device, vocab)
-    loss, terms = law_loss(inputs, chains.rows, weights, chunk_rows=chunk_rows)
+    loss, terms = chunked_loss(inputs, chains.rows, weights, chunk_rows=chunk_rows)
 
     def by_pass(values_N: Tensor) -> Tensor:
         return values_N.new_zeros(passes).index_add_(0, pass_N, values_N)
