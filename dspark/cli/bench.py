@@ -17,9 +17,9 @@ from dspark.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
-    from dspark.evaluation.closed_loop import LoadRun
-    from dspark.evaluation.load import Contender, ContenderName, Runs, Workload
-    from dspark.evaluation.load_report import LoadRow
+    from dspark.evaluation.load.closed_loop import LoadRun
+    from dspark.evaluation.load.report import LoadRow
+    from dspark.evaluation.load.sweep import Contender, ContenderName, Runs, Workload
 
 NO_MTP = "mtp1 is left out: there is no MTP drafter; give one with --mtp."
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     ways = _contenders(options, model, screen)
     measured = _cover_costs(ways, max(options.concurrency), screen)
     from dspark.cli.comparison import comparable
-    from dspark.evaluation.load_report import load_report, load_rows
+    from dspark.evaluation.load.report import load_report, load_rows
 
     runs = _sweep(options, ways, workload, screen)
     rows = load_rows(runs, compare=comparable(options.temperature, options.verifier))
@@ -50,9 +50,9 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
 def _workload(options: argparse.Namespace, model: Model) -> Workload:
     from dspark.data.conversations import read_prompts
-    from dspark.evaluation.check import PROMPTS
-    from dspark.evaluation.live import render
-    from dspark.evaluation.load import Workload
+    from dspark.evaluation.check.check import PROMPTS
+    from dspark.evaluation.check.live import render
+    from dspark.evaluation.load.sweep import Workload
 
     params = SamplingParams(
         options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
@@ -67,7 +67,7 @@ def _workload(options: argparse.Namespace, model: Model) -> Workload:
 
 def _contenders(options: argparse.Namespace, model: Model, screen: Screen) -> list[Contender]:
     """Every way that was asked for; of the default ones, those that are possible."""
-    from dspark.evaluation.load import contenders
+    from dspark.evaluation.load.sweep import contenders
 
     names: tuple[ContenderName, ...] = options.schedule or SCHEDULES
     mtp = _mtp(options, model) if "mtp1" in names else None
@@ -86,7 +86,7 @@ def _without_unmeasured(
     screen: Screen,
 ) -> tuple[ContenderName, ...]:
     """The contenders that can run without a cost table, where there is none."""
-    from dspark.evaluation.load import has_costs
+    from dspark.evaluation.load.sweep import has_costs
 
     weighing = [name for name in names if name in ("prefix", "lagged", "lookahead")]
     if not weighing or has_costs(model, max(options.concurrency)):
@@ -103,7 +103,7 @@ def _without_unmeasured(
 
 def _mtp(options: argparse.Namespace, model: Model) -> Model | None:
     from dspark.engine.loading import load_draft
-    from dspark.evaluation.load import is_mtp
+    from dspark.evaluation.load.sweep import is_mtp
 
     if options.mtp is not None:
         return load_draft(model.target, options.mtp, offline=options.offline)
@@ -119,7 +119,7 @@ def _cover_costs(ways: Sequence[Contender], most: int, screen: Screen) -> bool:
     weighing = [way for way in ways if way.weighs_costs]
     if not weighing:
         return False
-    from dspark.evaluation.load import cover_costs
+    from dspark.evaluation.load.sweep import cover_costs
 
     with Progress(console=screen.log, transient=True) as bar:
         task = bar.add_task("measuring what steps cost", total=None)
@@ -136,7 +136,7 @@ def _cover_costs(ways: Sequence[Contender], most: int, screen: Screen) -> bool:
 def _sweep(
     options: argparse.Namespace, ways: Sequence[Contender], workload: Workload, screen: Screen
 ) -> Runs:
-    from dspark.evaluation.load import sweep
+    from dspark.evaluation.load.sweep import sweep
 
     with Progress(console=screen.log, transient=True) as bar:
         total = options.repeats * len(options.concurrency) * len(ways)

@@ -18,7 +18,7 @@ from dspark.cli.options import add_no_profile
 from dspark.request import VERIFIERS
 
 if TYPE_CHECKING:
-    from dspark.evaluation.load import ContenderName
+    from dspark.evaluation.load.sweep import ContenderName
 
 EXAMPLE = """\
   dspark bench bundled --threads 1 --out bench

@@ -22,7 +22,7 @@ from dspark.cli.common import (
 from dspark.errors import CheckpointError, CompatibilityError
 
 if TYPE_CHECKING:
-    from dspark.evaluation.findings import CheckReport
+    from dspark.evaluation.check.findings import CheckReport
 
 EXAMPLE = """\
   dspark check bundled
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     check_positive(options, "batch_size", "max_new_tokens")
     from dspark.data.conversations import read_prompts
-    from dspark.evaluation.findings import CheckReport, Finding
+    from dspark.evaluation.check.findings import CheckReport, Finding
 
     prompts = read_prompts(options.prompts) if options.prompts else None
     try:
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         # The target's own errors are raised here; what is left is the drafter's.
         load_model(argparse.Namespace(**vars(options) | {"draft_top_k": None}), "none", screen)
         return _show(CheckReport((Finding.refusal(error),)), screen)
-    from dspark.evaluation.check import PROMPTS, check
+    from dspark.evaluation.check.check import PROMPTS, check
 
     with screen.log.status("Decoding plainly and with the drafter ..."):
         report = check(

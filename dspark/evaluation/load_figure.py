@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.evaluation.load_report import LoadRow, frontiers
+from dspark.evaluation.load.report import LoadRow, frontiers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from dspark.data.conversations import Prompt
 from dspark.data.files.journal import Journal
 from dspark.engine.model import Model
 from dspark.errors import RequestError
-from dspark.evaluation.live import render
+from dspark.evaluation.check.live import render
 from dspark.evaluation.metrics import RESAMPLES, interval
 from dspark.params import SamplingParams
 from dspark.request import Request

@@ -17,6 +17,7 @@ from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
 from dspark.fitting import stages
 from dspark.fitting.budget import budget_text
+from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
 from dspark.fitting.plan import (
     PROMPT_TOKENS,
@@ -25,10 +26,9 @@ from dspark.fitting.plan import (
     make_plan,
 )
 from dspark.fitting.progress import Watcher
+from dspark.fitting.progress_state import STAGES, State
 from dspark.fitting.prompts import collect
 from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype
-from dspark.fitting.report import OVERALL, serving_commands
-from dspark.fitting.state import STAGES, State
 
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
 SMALL_BUDGET_S, SMALL_BATCH = 120.0, 4

@@ -22,10 +22,16 @@ from dspark.drafters.registry import AnyDrafter
 from dspark.engine.model import Model
 from dspark.errors import DataError
 from dspark.evaluation.calibration import record_rounds
+from dspark.evaluation.check.live import render
 from dspark.evaluation.evaluate import evaluate, settings_of
-from dspark.evaluation.live import render
 from dspark.evaluation.report.results import run_report
 from dspark.evaluation.tasks import load_file
+from dspark.fitting.evaluation import (
+    TEMPERATURES,
+    calibration_error,
+    domain_rows,
+    limits_of,
+)
 from dspark.fitting.measure import write_recipe
 from dspark.fitting.plan import FEWEST_HELD_OUT, FEWEST_ROWS, Plan
 from dspark.fitting.prompts import (
@@ -43,12 +49,6 @@ from dspark.fitting.recipe import (
     FEWEST_SUPERVISED,
     choose_vocabulary,
     recipe_of,
-)
-from dspark.fitting.report import (
-    TEMPERATURES,
-    calibration_error,
-    domain_rows,
-    limits_of,
 )
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class

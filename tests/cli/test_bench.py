@@ -8,7 +8,7 @@ import pytest
 
 from dspark.cli import bench, bench_options
 from dspark.drafters.checkpoint import save_published
-from dspark.evaluation.load import CONTENDERS
+from dspark.evaluation.load.sweep import CONTENDERS
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 

@@ -12,7 +12,7 @@ from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
-from dspark.evaluation.check import (
+from dspark.evaluation.check.check import (
     check,
     judge_acceptance,
     judge_sampling,
@@ -20,8 +20,8 @@ from dspark.evaluation.check import (
     judge_tail,
     variants,
 )
-from dspark.evaluation.findings import CheckReport, Finding, LiveRun, Trial, by_severity
-from dspark.evaluation.live import Witness, accepted, other_renderings, race, render
+from dspark.evaluation.check.findings import CheckReport, Finding, LiveRun, Trial, by_severity
+from dspark.evaluation.check.live import Witness, accepted, other_renderings, race, render
 from dspark.request import Request, SamplingParams, Stats
 
 SHORT = {"max_new_tokens": 12}

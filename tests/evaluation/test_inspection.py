@@ -5,7 +5,7 @@ import torch
 
 from dspark.data.tokenizer import END
 from dspark.engine.model import Model
-from dspark.evaluation.inspection import inspect
+from dspark.evaluation.check.inspection import inspect
 
 PROMPTS = [(5, 6, 7)]
 

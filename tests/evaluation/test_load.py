@@ -9,9 +9,9 @@ from dspark.engine.engine import Clock
 from dspark.engine.model import Model
 from dspark.errors import DSparkWarning, UsageError
 from dspark.evaluation import load, load_figure
-from dspark.evaluation.closed_loop import Answer, LoadRun
-from dspark.evaluation.load import Workload, contenders, cover_costs, is_mtp, sweep
-from dspark.evaluation.load_report import at_floors, load_rows, over_best, over_mtp1
+from dspark.evaluation.load.closed_loop import Answer, LoadRun
+from dspark.evaluation.load.report import at_floors, load_rows, over_best, over_mtp1
+from dspark.evaluation.load.sweep import Workload, contenders, cover_costs, is_mtp, sweep
 from dspark.request import Output, Request, SamplingParams, Stats
 
 

@@ -15,8 +15,8 @@ from dspark.engine.loading import load
 from dspark.errors import DSparkError, UsageError
 from dspark.fitting import stages
 from dspark.fitting.progress import Silent
+from dspark.fitting.progress_state import STAGES
 from dspark.fitting.run import Wish, dry_run, fit
-from dspark.fitting.state import STAGES
 from dspark.training.checkpoints import saved_steps
 
 KEYS = {

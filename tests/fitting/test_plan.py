@@ -18,6 +18,7 @@ from dspark.fitting.plan import (
     plan_rows,
     smallest_budget,
 )
+from dspark.fitting.progress_state import State
 from dspark.fitting.recipe import (
     COVERAGE,
     VOCABULARY_STEP,
@@ -26,7 +27,6 @@ from dspark.fitting.recipe import (
     choose_taps,
     choose_vocabulary,
 )
-from dspark.fitting.state import State
 
 SHAPE = Shape(2, 128, (1, 5, 9), None, 1e-3)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from dspark.drafters.checkpoint import load_drafter, save_attached, save_speculators
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, RecipeError, TrainingError
-from dspark.evaluation.live import accepted, render
+from dspark.evaluation.check.live import accepted, render
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.run import Judge, plan_recipe, run_recipe

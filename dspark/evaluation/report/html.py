@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from dspark.evaluation.report.pieces import Grid, Heading, Picture, Piece, Text
+from dspark.evaluation.report.document import Grid, Heading, Picture, Piece, Text
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2024; --soft: #60646c; --line: #d9d9e0;
@@ -39,7 +39,7 @@ def page(pieces: Sequence[Piece], drawings: Mapping[str, str]) -> str:
         drawings: SVG texts by the names of the figures.
     """
     title = next(piece.text for piece in pieces if isinstance(piece, Heading))
-    body = "\n".join(_written(piece, drawings) for piece in pieces)
+    body = "\n".join(_html_piece(piece, drawings) for piece in pieces)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -48,7 +48,7 @@ def page(pieces: Sequence[Piece], drawings: Mapping[str, str]) -> str:
     )
 
 
-def _written(piece: Piece, drawings: Mapping[str, str]) -> str:
+def _html_piece(piece: Piece, drawings: Mapping[str, str]) -> str:
     if isinstance(piece, Heading):
         return f"<h{piece.level}>{escape(piece.text)}</h{piece.level}>"
     if isinstance(piece, Text):
@@ -57,10 +57,10 @@ def _written(piece: Piece, drawings: Mapping[str, str]) -> str:
     if isinstance(piece, Picture):
         svg = drawings[piece.name]
         return f"<figure>{svg}<figcaption>{escape(piece.caption)}</figcaption></figure>"
-    return _table(piece)
+    return _html_table(piece)
 
 
-def _table(grid: Grid) -> str:
+def _html_table(grid: Grid) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.head)
     rows = "\n".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in grid.rows

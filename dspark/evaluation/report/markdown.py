@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark.evaluation.report.pieces import Grid, Heading, Picture, Piece, Text
+from dspark.evaluation.report.document import Grid, Heading, Picture, Piece, Text
 
 
 def document(pieces: Sequence[Piece]) -> str:
     """The Markdown text of a report."""
-    return "\n\n".join(_written(piece) for piece in pieces) + "\n"
+    return "\n\n".join(_markdown_piece(piece) for piece in pieces) + "\n"
 
 
-def _written(piece: Piece) -> str:
+def _markdown_piece(piece: Piece) -> str:
     if isinstance(piece, Heading):
         return f"{'#' * piece.level} {piece.text}"
     if isinstance(piece, Text):
         return f"```\n{piece.text}\n```" if piece.fixed else piece.text
     if isinstance(piece, Picture):
         return f"![{piece.caption}]({piece.name}.png)\n\n*{piece.caption}*"
-    return _table(piece)
+    return _markdown_table(piece)
 
 
-def _table(grid: Grid) -> str:
+def _markdown_table(grid: Grid) -> str:
     lines = [grid.head, ("---", *["---:"] * (len(grid.head) - 1)), *grid.rows]
     cells = (
         " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines

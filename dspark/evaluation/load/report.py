@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspark.engine.round import RoundTimes
-from dspark.evaluation.closed_loop import LoadRun
 from dspark.evaluation.frontier import (
     Point,
     best_at,
@@ -16,7 +15,8 @@ from dspark.evaluation.frontier import (
     median_interval,
     spread,
 )
-from dspark.evaluation.load import Runs, same_answers
+from dspark.evaluation.load.closed_loop import LoadRun
+from dspark.evaluation.load.sweep import Runs, same_answers
 from dspark.request import Stats
 
 FLOORS = 5

@@ -13,7 +13,7 @@ from dspark.attention.pages import CacheShape, PagedCache
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
 from dspark.engine.model import Model
-from dspark.evaluation.findings import LiveRun
+from dspark.evaluation.check.findings import LiveRun
 from dspark.request import Request, Stats, merge_stats
 
 REPEATS = 3

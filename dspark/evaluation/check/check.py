@@ -16,7 +16,7 @@ from dspark.drafters.base import Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
 from dspark.errors import NumericsError
-from dspark.evaluation.findings import (
+from dspark.evaluation.check.findings import (
     FEWEST_TOKENS,
     CheckReport,
     Finding,
@@ -24,8 +24,8 @@ from dspark.evaluation.findings import (
     Trial,
     by_severity,
 )
-from dspark.evaluation.inspection import inspect
-from dspark.evaluation.live import TokenIds, Witness, accepted, other_renderings, race, render
+from dspark.evaluation.check.inspection import inspect
+from dspark.evaluation.check.live import TokenIds, Witness, accepted, other_renderings, race, render
 from dspark.request import Request, SamplingParams, Stats
 
 COLLAPSED = 1.3

@@ -10,7 +10,7 @@ import torch
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.target_bound import TargetBound
 from dspark.engine.model import Model
-from dspark.evaluation.findings import Finding
+from dspark.evaluation.check.findings import Finding
 from dspark.targets.target import Target
 
 

@@ -15,7 +15,7 @@ from dspark.engine.model import Model
 from dspark.engine.profile import Progress
 from dspark.engine.schedule import Schedule, ScheduleName
 from dspark.errors import CompatibilityError, DataError, DSparkWarning, UsageError
-from dspark.evaluation.closed_loop import LoadRun, closed_loop, warm_up
+from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, warm_up
 from dspark.request import Request, Verifier
 
 ContenderName = Literal["off", "fixed", "mtp1", "prefix", "lagged", "lookahead"]
