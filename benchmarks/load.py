@@ -37,9 +37,8 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.evaluation.load.closed_loop import LoadRun
-from dspark.evaluation.load.report import load_report, load_rows, over_best
+from dspark.evaluation.load.report import can_draw, load_report, load_rows, over_best, save_figure
 from dspark.evaluation.load.sweep import Contender, Runs, Workload, contenders, cover_costs, sweep
-from dspark.evaluation.load_figure import can_draw, save_figure
 from dspark.request import VERIFIERS, Request, SamplingParams
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources.names import BUNDLED_DRAFTERS

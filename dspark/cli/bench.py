@@ -205,7 +205,7 @@ def _write(
     screen: Screen,
 ) -> list[str]:
     """Write what `--out` asks for; the paths."""
-    from dspark.evaluation.load_figure import MISSING, can_draw, save_figure
+    from dspark.evaluation.load.report import MISSING, can_draw, save_figure
 
     if options.out is None:
         return []

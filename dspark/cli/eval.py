@@ -158,7 +158,7 @@ def _show(
     runs: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], screen: Screen
 ) -> None:
     """Accepted lengths on the screen."""
-    from dspark.evaluation.report.labels import run_labels
+    from dspark.evaluation.report.selection import run_labels
 
     labels = run_labels(runs)
     table = Table("run", "task", box=None, pad_edge=False)

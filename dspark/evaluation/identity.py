@@ -1,4 +1,4 @@
-"""Who was evaluated, and where: weights, calibration, hardware and versions."""
+"""Identity of an evaluated pair and its environment: fingerprints, calibration, versions."""
 
 from __future__ import annotations
 

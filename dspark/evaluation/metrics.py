@@ -1,10 +1,10 @@
-"""The figures of an evaluation, from its records; docs/evaluation.md defines them.
+"""Figures of an evaluation, from its records; docs/evaluation.md defines them.
 
-An answer's end cuts rounds short in two ways. The limit on tokens leaves less room than a block
-needs: whether a round has room is known before it begins, so that leaving such rounds out biases
-nothing (Wald). A stop token among the kept drafts hides what would have become of the draft behind
-it: such a round counts up to there and is censored after, as in the product-limit estimator
-(Kaplan & Meier 1958). Where nothing is cut, that estimator is the plain ratio of sums.
+The end of an answer truncates rounds in two ways. The token limit leaves less room than a block
+needs: whether a round has room is known before it begins, so excluding such rounds introduces no
+bias (Wald). A stop token among the accepted drafts hides the outcome of the next draft: such a
+round counts up to there and is censored after it, as in the product-limit estimator (Kaplan & Meier
+1958). Without truncation, that estimator is the plain ratio of sums.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What is kept of every prompt, and the file that an interrupted evaluation goes on from.
+"""Records of an evaluation, and the file from which an interrupted one resumes.
 
 A file belongs to one drafter at one setting. Its lines are JSON objects: the settings first; then,
-whenever an evaluation starts or goes on, who runs it where and what is to be asked; and one record
-for every finished prompt.
+at every start, the plan (environment and questions); and one record per finished prompt.
 """
 
 from __future__ import annotations

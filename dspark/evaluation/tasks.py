@@ -1,7 +1,7 @@
-"""What a drafter is evaluated on: the nine benchmark sets, and any file of prompts.
+"""Evaluation tasks: the paper's nine benchmark sets, and any file of prompts.
 
-The nine sets are read from a folder of JSON lines, or from the hub in the reference evaluator's
-wording (FORMAT_FACTS.md D). A longer set than the reference asks is shuffled by the seed and cut.
+The nine sets are read from a folder of JSON lines, or from the hub in the published evaluator's
+wording. A set larger than the published evaluator's is shuffled by the seed and truncated.
 """
 
 from __future__ import annotations

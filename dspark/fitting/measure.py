@@ -1,4 +1,4 @@
-"""How fast this machine generates with a model and trains a drafter for it: short timed trials."""
+"""Speed of this machine: short timed trials of generation and training."""
 
 from __future__ import annotations
 

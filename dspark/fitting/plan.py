@@ -1,4 +1,4 @@
-"""How a time budget is split: sizes and seconds of every stage, from the machine's speed."""
+"""The plan of a fit: sizes and seconds of every stage, from the budget and measured speeds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspark.errors import UsageError
-from dspark.fitting.budget import budget_text, duration
 from dspark.fitting.measure import Speeds
+from dspark.fitting.progress import budget_text, duration
 from dspark.fitting.recipe import BLOCK_SIZE, Shape
 
 CALIBRATION_SHARE, COSTS_SHARE, EVALUATION_SHARE, SLACK_SHARE = 0.06, 0.02, 0.10, 0.02

@@ -1,4 +1,4 @@
-"""The prompts of a fit: collected or written by the model, and split before anything is trained."""
+"""Prompts of a fit: collected or self-written, and split before training."""
 
 from __future__ import annotations
 

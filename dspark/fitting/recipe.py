@@ -1,4 +1,4 @@
-"""The recipe of a fit: a drafter's shape from its target's, and how it is trained."""
+"""The training recipe of a fit: a drafter's shape derived from its target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of a fit: every stage after the other, each once, under one lock."""
+"""Runs of a fit: every stage in order, each once, under one lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dspark.drafters.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
 from dspark.fitting import stages
-from dspark.fitting.budget import budget_text
 from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
 from dspark.fitting.plan import (
@@ -25,8 +24,7 @@ from dspark.fitting.plan import (
     answer_limit,
     make_plan,
 )
-from dspark.fitting.progress import Watcher
-from dspark.fitting.progress_state import STAGES, State
+from dspark.fitting.progress import STAGES, State, Watcher, budget_text
 from dspark.fitting.prompts import collect
 from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype
 

@@ -1,4 +1,4 @@
-"""The stages of a fit, each by the functions that the command of its name uses too."""
+"""Stages of a fit, each using the functions of the command of the same name."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ from dspark.evaluation.report.results import run_report
 from dspark.evaluation.tasks import load_file
 from dspark.fitting.evaluation import (
     TEMPERATURES,
+    Held,
     calibration_error,
     domain_rows,
+    fits,
     limits_of,
+    race,
 )
 from dspark.fitting.measure import write_recipe
 from dspark.fitting.plan import FEWEST_HELD_OUT, FEWEST_ROWS, Plan
@@ -43,7 +46,6 @@ from dspark.fitting.prompts import (
     self_written,
     split,
 )
-from dspark.fitting.race import Held, fits, race
 from dspark.fitting.recipe import (
     BLOCK_SIZE,
     FEWEST_SUPERVISED,

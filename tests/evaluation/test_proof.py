@@ -15,7 +15,7 @@ from dspark.evaluation.proof import case as cases
 from dspark.evaluation.proof import exact, noise, schedules
 from dspark.evaluation.proof.case import control, of_schedule
 from dspark.evaluation.proof.controls import control_cases
-from dspark.evaluation.proof.coupled import coupled_cases
+from dspark.evaluation.proof.exact import coupled_cases
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.proof import Proof
 from dspark.evaluation.proof.rounds import RULES, Verifier, View, Walk

@@ -14,8 +14,7 @@ from dspark.data.files.json_lines import read_json_lines
 from dspark.engine.loading import load
 from dspark.errors import DSparkError, UsageError
 from dspark.fitting import stages
-from dspark.fitting.progress import Silent
-from dspark.fitting.progress_state import STAGES
+from dspark.fitting.progress import STAGES, Silent
 from dspark.fitting.run import Wish, dry_run, fit
 from dspark.training.checkpoints import saved_steps
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from dspark.errors import UsageError
-from dspark.fitting.budget import budget_text, duration, parse_budget
 from dspark.fitting.plan import (
     FEWEST_HELD_OUT,
     FEWEST_ROWS,
@@ -18,7 +17,7 @@ from dspark.fitting.plan import (
     plan_rows,
     smallest_budget,
 )
-from dspark.fitting.progress_state import State
+from dspark.fitting.progress import State, budget_text, duration, parse_budget
 from dspark.fitting.recipe import (
     COVERAGE,
     VOCABULARY_STEP,

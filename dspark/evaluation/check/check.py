@@ -1,8 +1,8 @@
-"""Does a drafter fit its target, and is it worth it on this machine: `dspark check`.
+"""Pair check: does a drafter fit its target, and is it worth using on this machine?
 
-Faults of a pair are silent: nothing fails, drafts are merely rejected. What cannot be seen by
-inspection is found by decoding a few prompts, once as the pair is and once with each usual mistake
-undone; the change that restores acceptance names the fault.
+A mismatched pair fails silently: drafts are merely rejected. Faults that inspection cannot see are
+found by decoding a few prompts, once as configured and once with each common mistake undone; the
+change that restores acceptance identifies the fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a check says about a pair of models: plain data."""
+"""Findings of a pair check: plain data."""
 
 from __future__ import annotations
 

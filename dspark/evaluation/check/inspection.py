@@ -1,4 +1,4 @@
-"""Faults of a pair of models that can be seen without decoding anything."""
+"""Inspection of a pair: faults visible without decoding."""
 
 from __future__ import annotations
 

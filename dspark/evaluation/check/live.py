@@ -1,4 +1,4 @@
-"""Short live runs: how much of a drafter is accepted, and how fast that is."""
+"""Short live runs: acceptance and speed of a drafter."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A closed loop: so many users on one engine, each with one request in flight.
+"""Closed-loop load: a fixed number of users on one engine, each with one request in flight.
 
-Whoever has its answer sends the next request at once. What counts are the first N requests, the
-same ones whatever the engine; while any of them is unanswered, users whose turn is past the N-th
-go on sending others. So every user is busy from the first request to the last counted answer:
-there is no ramp-down, and no schedule gains by ending its last answers on an emptying engine.
+A user whose answer is complete sends the next request at once. The first N requests count, the same
+ones for every engine; while any of them is unanswered, users keep sending further requests. All
+users are therefore busy from the first request to the last counted answer: there is no ramp-down,
+and no schedule gains by finishing on an emptying engine.
 """
 
 from __future__ import annotations

@@ -1,23 +1,85 @@
-"""The figures of runs under load: a row per point, throughput at speed floors, and over MTP-1."""
+"""Figures of a load sweep: medians with intervals, speed floors, gains over MTP-1, and the plot.
+
+A schedule's frontier is the line through its measured points (per-user speed, throughput), one per
+concurrency, in order. Beyond its ends only this is inferred: what is served at one speed is served
+at every lower one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dspark.engine.round import RoundTimes
-from dspark.evaluation.frontier import (
-    Point,
-    best_at,
-    matched,
-    median,
-    median_interval,
-    spread,
-)
 from dspark.evaluation.load.closed_loop import LoadRun
 from dspark.evaluation.load.sweep import Runs, same_answers
 from dspark.request import Stats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+Point = tuple[float, float]
+"""(x, y), such as (per-user tokens/s, tokens/s)."""
+
+_RESAMPLES = 2000
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, as a plain number."""
+    return float(np.median(values))
+
+
+def median_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
+    """A 95 % interval of the median: the percentile bootstrap over the values.
+
+    With few values it cannot be narrower than what they are: of five, the interval is nearly
+    always their smallest and largest. None for fewer than two.
+    """
+    if len(values) < 2:
+        return None
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def best_at(points: Sequence[Point], floor: float) -> float | None:
+    """The highest y of a frontier where x is at least `floor`; None if it never is.
+
+    Args:
+        points: neighbours are joined by straight lines.
+        floor: least x.
+    """
+    best = [y for x, y in points if x >= floor]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if min(x0, x1) < floor <= max(x0, x1):
+            best.append(y0 + (y1 - y0) * (floor - x0) / (x1 - x0))
+    return max(best) if best else None
+
+
+def matched(points: Sequence[Point], y: float) -> float | None:
+    """The highest x at which a frontier has just this y; None where it has no such point."""
+    found = [x for x, at in points if at == y]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if min(y0, y1) < y < max(y0, y1):
+            found.append(x0 + (x1 - x0) * (y - y0) / (y1 - y0))
+    return max(found) if found else None
+
+
+def spread(values: Sequence[float], count: int) -> list[float]:
+    """So many numbers evenly between the least and the greatest value, both left out.
+
+    They are rounded to three digits.
+    """
+    inner = np.linspace(min(values), max(values), count + 2)[1:-1]
+    return [float(f"{value:.3g}") for value in inner]
+
 
 FLOORS = 5
 BASELINE = "mtp1"
@@ -202,3 +264,82 @@ def load_report(rows: Sequence[LoadRow], floors: Sequence[float] = ()) -> dict[s
         "at_floor": at_floors(rows, floors),
         "over_mtp1": over_mtp1(rows),
     }
+
+
+MISSING = (
+    "The figure is left out: it needs matplotlib; install it with pip install 'dspark[plots]'."
+)
+# Each contender keeps its colour, whichever of them ran (Okabe and Ito's palette).
+COLOURS = {
+    "off": "#7f7f7f",
+    "fixed": "#e69f00",
+    "mtp1": "#cc79a7",
+    "prefix": "#56b4e9",
+    "lagged": "#0072b2",
+    "lookahead": "#009e73",
+}
+FORMATS = ("png", "svg")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def save_figure(rows: Sequence[LoadRow], title: str, directory: Path) -> list[Path]:
+    """Draw throughput against per-user speed, and verified tokens against concurrency.
+
+    Args:
+        rows: of `load_report.load_rows`.
+        title: what was measured, and where.
+        directory: exists; gets `load.png` and `load.svg`.
+
+    Returns:
+        The paths.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    left, right = figure.subplots(1, 2)
+    _draw_frontiers(left, rows)
+    _draw_verified(right, rows)
+    paths = [directory / f"load.{kind}" for kind in FORMATS]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths
+
+
+def _draw_frontiers(axes: Axes, rows: Sequence[LoadRow]) -> None:
+    for name, line in frontiers(rows).items():
+        speeds, throughput = zip(*line, strict=True)
+        axes.plot(speeds, throughput, "o-", color=COLOURS[name], label=name, markersize=4)
+    for row in rows:
+        if row.schedule == "lagged" and row.tokens_per_s_per_user is not None:
+            at = (row.tokens_per_s_per_user, row.tokens_per_s)
+            text = str(row.concurrency)
+            axes.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("tokens/s of a user, after the first token")
+    axes.set_ylabel("tokens/s of all users")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_verified(axes: Axes, rows: Sequence[LoadRow]) -> None:
+    names = list(dict.fromkeys(row.schedule for row in rows))
+    for name in names:
+        mine = sorted(
+            (row.concurrency, row.verified_per_request) for row in rows if row.schedule == name
+        )
+        users, verified = zip(*mine, strict=True)
+        axes.plot(users, verified, "o-", color=COLOURS[name], label=name, markersize=4)
+    ticks = sorted({row.concurrency for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(users) for users in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("users")
+    axes.set_ylabel("verified tokens per request and round")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -1,4 +1,4 @@
-"""Schedules side by side under load: the same requests at every concurrency, in turn."""
+"""Load sweeps: schedules side by side, the same requests at every concurrency, in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one case of the proof claims, and what was measured."""
+"""Cases of the proof: what one claims, and what was measured."""
 
 from __future__ import annotations
 

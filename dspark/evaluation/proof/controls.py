@@ -1,7 +1,7 @@
-"""Controls: each wrong variant must be seen to fail, or the proof would prove nothing.
+"""Controls: wrong variants that the proof must detect.
 
-Wherever it can be so, the wrong variant is the production code used wrongly, and the right one is
-measured in the same worlds.
+Where possible, the wrong variant is production code misused, and the right one is measured in the
+same worlds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Randomness under proof: keys that name the round, and noise that must not be shared."""
+"""Cases about randomness: keys that name the round, and noise that must not be shared."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""A small target with a real drafter: DSpark's own forward, heads and confidences, in float64.
+"""A small target with a real drafter: DSpark's forward, heads and confidences, in float64.
 
 The target is a table of random logits over every prefix. The drafter is a `DSparkDrafter` with
-random weights that observes random features and proposes; whatever it draws is dictated, path by
-path, so that its laws and confidences come out over every prefix. Both sides go through the
-processors as in the engine.
+random weights that observes random features; its draws are dictated, path by path, to obtain its
+distributions and confidences over every prefix. Both sides use the engine's processors.
 """
 
 from __future__ import annotations

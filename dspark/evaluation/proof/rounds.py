@@ -1,10 +1,10 @@
-"""Rounds of speculative decoding by enumeration: the exact law of what comes out.
+"""Enumeration of speculative rounds: the exact distribution of their output.
 
-Every draft path, verification length and verifier outcome of one or more rounds is walked, for
-one request or several that share a schedule; what follows the last round is drawn from the
-target. Keep probabilities, decisions, residuals and lengths come from the functions that the
-engine calls, looked up in their modules when they are needed, so that a change there acts here.
-The result must be the target's law, of each request and of all of them jointly.
+Every draft path, verification length and verifier outcome of one or more rounds is enumerated, for
+one request or several that share a schedule; tokens after the last round are drawn from the target.
+Keep probabilities, decisions, residuals and lengths come from the functions that the engine calls,
+looked up in their modules at run time, so that a change there takes effect here. The result must be
+the target's distribution, of each request and of all of them jointly.
 """
 
 from __future__ import annotations

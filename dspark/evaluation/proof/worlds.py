@@ -1,4 +1,4 @@
-"""Small worlds: a target and a drafter whose laws are laid out over every prefix.
+"""Small worlds: a target and a drafter whose distributions are tabulated over every prefix.
 
 Letters: V vocabulary, K drafts of a round, T tokens that a world's target reaches, N = V**K draft
 paths. A prefix of d tokens is numbered by its base-V digits, first token most significant.

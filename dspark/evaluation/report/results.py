@@ -1,4 +1,4 @@
-"""What a report says, as plain data: every run, every task, and drafters compared in pairs."""
+"""Results of a report as plain data: runs, tasks, and pairwise comparisons of drafters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark.evaluation.confidences import calibration_figures
+from dspark.evaluation.calibration import calibration_figures
 from dspark.evaluation.metrics import FloatArray, Tallies, draws, figures, interval
 from dspark.evaluation.records import Record, RunRecords, Settings, Spent
 from dspark.request import VERIFIERS
