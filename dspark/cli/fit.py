@@ -72,11 +72,11 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     started = time.perf_counter()
     from dspark.fitting.progress import parse_budget
-    from dspark.fitting.run import Wish, dry_run, fit
+    from dspark.fitting.run import FitOptions, dry_run, fit
 
     if options.dtype == "float16":
         raise UsageError("--dtype is float16, in which nothing is trained; give bfloat16.")
-    wish = Wish(
+    wish = FitOptions(
         options.target,
         parse_budget(options.budget),
         tuple(options.prompts),

@@ -255,7 +255,7 @@ RECORD_KEYS = ("messages", "conversations", "turns", "prompt", "instruction")
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedRecord:
     """The conversation or raw text of a record.
 
     Attributes:
@@ -284,7 +284,7 @@ class Found:
         return [m["content"] for m in self.dialogue.messages if m["role"] == "user"]
 
 
-def read_record(record: Mapping[str, Any], where: str) -> Found:
+def read_record(record: Mapping[str, Any], where: str) -> ParsedRecord:
     """Read a record: `messages`, `conversations`, `turns`, `prompt`, or `instruction`.
 
     Turns may be {"role", "content"} or {"from", "value"}, roles as in `ROLE_NAMES`. An
@@ -300,12 +300,12 @@ def read_record(record: Mapping[str, Any], where: str) -> Found:
         said = [
             m for turn in check_turns(record["turns"], where) for m in _asked_and_answered(turn)
         ]
-        found = Found(Dialogue.of({"messages": said}, where))
+        found = ParsedRecord(Dialogue.of({"messages": said}, where))
     elif isinstance(record.get("prompt"), str):
-        found = Found(None, record["prompt"])
+        found = ParsedRecord(None, record["prompt"])
     elif isinstance(record.get("instruction"), str):
         text = with_input(record["instruction"], record.get("input"))
-        found = Found(Dialogue.of({"messages": list(_asked_and_answered(text))}, where))
+        found = ParsedRecord(Dialogue.of({"messages": list(_asked_and_answered(text))}, where))
     else:
         *others, last = map(repr, RECORD_KEYS)
         raise DataError(f"{where}: needs {', '.join(others)} or {last}.")
@@ -325,7 +325,7 @@ def _asked_and_answered(text: str) -> tuple[Message, Message]:
     return {"role": "user", "content": text}, {"role": "assistant", "content": ""}
 
 
-def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Found:
+def _conversation(record: Mapping[str, Any], turns: object, where: str) -> ParsedRecord:
     if not isinstance(turns, Sequence) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{where}: the turns of a conversation must be a list of objects.")
     dropped: Counter[str] = Counter()
@@ -343,7 +343,7 @@ def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Found
     if not any(m["role"] == "user" for m in messages):
         raise DataError(f"{where}: there is no user turn with any text.")
     whole = {"messages": messages, "tools": _tools(record)}
-    return Found(Dialogue.of(whole, where), dropped=dropped)
+    return ParsedRecord(Dialogue.of(whole, where), dropped=dropped)
 
 
 def _tools(record: Mapping[str, Any]) -> object:

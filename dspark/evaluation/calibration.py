@@ -23,12 +23,12 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Recorder:
-    """Keeps confidences and outcomes of rounds in which every draft of a full block was verified.
+    """Records confidences and outcomes of rounds in which a full block was verified.
 
     Attributes:
-        num_drafts: K; shorter blocks, at the end of a request, are left out.
-        logits: per round and request, K confidence logits.
-        accepted: per round and request, drafts kept.
+        num_drafts: K; shorter blocks, at the end of a request, are skipped.
+        logits: K confidence logits per round and request.
+        accepted: accepted drafts per round and request.
     """
 
     num_drafts: int
@@ -36,7 +36,7 @@ class Recorder:
     accepted: list[int] = field(default_factory=list)
 
     def __call__(self, record: RoundRecord) -> None:
-        """Take note of a round."""
+        """Record a round."""
         if record.confidence_logits_RK is None:
             return
         if record.are_margins:
@@ -51,7 +51,7 @@ class Recorder:
                 self.accepted.append(accepted)
 
     def rounds(self) -> Rounds:
-        """What was kept."""
+        """The recorded rounds."""
         count = len(self.accepted)
         logits_NK = np.array(self.logits).reshape(count, self.num_drafts)
         return Rounds.of(logits_NK, self.accepted, np.full(count, self.num_drafts))
@@ -72,17 +72,17 @@ def record_rounds(
 
     Args:
         model: with a drafter.
-        requests: what to decode.
-        verifier: whose outcomes are wanted.
+        requests: to decode.
+        verifier: whose outcomes are recorded.
         block_size: K, the drafter's own by default.
         batch_size: requests at once.
-        most: stop once so many rounds are recorded; None decodes everything.
-        seconds: stop after so long; None takes whatever it takes.
-        progress: told after every step.
+        most: stop after this many rounds; None decodes everything.
+        seconds: stop after this time; None for no limit.
+        progress: called after every step.
 
     Raises:
-        CompatibilityError: there is no drafter, or it gives margins in place of confidences.
-        DataError: no full block came about.
+        CompatibilityError: there is no drafter, or it gives margins instead of confidences.
+        DataError: no full block was verified.
     """
     if model.drafter is None:
         raise CompatibilityError("There is no drafter to calibrate; give one with --draft.")
@@ -113,7 +113,7 @@ def record_rounds(
 
 
 def halves(rounds: Rounds) -> tuple[Rounds, Rounds]:
-    """Two halves in the order of recording: one to fit on, one held out."""
+    """The first half of the rounds, to fit on, and the second, held out."""
     middle = len(rounds.accepted_N) // 2
     first, second = (
         Rounds(rounds.logits_NK[part], rounds.accepted_N[part], rounds.verified_N[part])
@@ -125,10 +125,10 @@ def halves(rounds: Rounds) -> tuple[Rounds, Rounds]:
 def confidence_rounds(
     records: Sequence[Record], num_drafts: int, verifier: Verifier
 ) -> Rounds | None:
-    """Rounds with a confidence for each draft of a whole block; None where there is none.
+    """Rounds with a confidence for each draft of a whole block; None if there are none.
 
-    A round that its answer's end cut is observed up to there, and under the block rule, whose
-    decisions hang together, not at all.
+    A round truncated by the end of its answer is observed up to there, and not at all under the
+    block rule, whose decisions depend on each other.
     """
     logits, accepted, verified = list[tuple[float, ...]](), list[int](), list[int]()
     for turn in (turn for record in records for turn in record.turns):
@@ -147,11 +147,11 @@ def confidence_rounds(
 def calibration_figures(
     records: Sequence[Record], drafter: Drafted, verifier: Verifier
 ) -> dict[str, Any] | None:
-    """Calibration errors per position; None where the drafter has no confidences of its own.
+    """Calibration errors per position; None if the drafter has no confidences of its own.
 
-    `after` is by the drafter's own calibration where it has one for the setting. Else temperatures
-    are fitted here, as the paper does, each half of the prompts judged by what the other half gave;
-    where there are too few rounds for that, `after` is None.
+    `after` uses the drafter's own calibration if it has one for the setting. Otherwise temperatures
+    are fitted as in the paper, each half of the prompts assessed with those of the other half; with
+    too few rounds for that, `after` is None.
     """
     if not drafter.block_size:
         return None
@@ -203,7 +203,7 @@ def _after(
 
 
 def _scaled(rounds: Rounds, scaling: TemperatureScaling) -> FloatArray:
-    """Logits that are what the temperatures make of them."""
+    """Logits divided by the temperatures."""
     values: FloatArray = rounds.logits_NK / np.array(scaling.temperatures)
     return values
 
@@ -214,7 +214,7 @@ def _positions(found: Sequence[Reliability]) -> dict[str, list[Any]]:
 
 
 def _means(found: Sequence[Reliability]) -> dict[str, float | None]:
-    """Means over positions, each with the weight of its rounds."""
+    """Means over positions, weighted by their rounds."""
     means: dict[str, float | None] = {}
     for name in ("ece", "auc", "brier"):
         known = [(each.count, getattr(each, name)) for each in found]

@@ -50,7 +50,7 @@ class Lap:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutPrompt:
     """A held-out prompt with its domain."""
 
     prompt: Prompt
@@ -59,7 +59,7 @@ class Held:
 
 def race(
     model: Model,
-    prompts: Sequence[Held],
+    prompts: Sequence[HeldOutPrompt],
     journal_path: Path,
     *,
     temperatures: Sequence[float],
@@ -68,16 +68,17 @@ def race(
     is_over: Callable[[], bool],
     progress: Callable[[int, int], None],
 ) -> list[Lap]:
-    """Decode prompts both ways until the time is over, `least` of them in any case.
+    """Decode prompts both ways until the time is over, but at least `least` of them.
 
-    Laps stand in a journal, so an interrupted race goes on where it was.
+    A journal holds the laps, so that an interrupted race resumes.
 
     Raises:
         DataError: the journal cannot be written.
         RequestError, NumericsError: decoding failed.
     """
-    journal = Journal(journal_path, {"max_new_tokens": max_new_tokens, "drafter": model.name})
-    try:
+    with Journal(
+        journal_path, {"max_new_tokens": max_new_tokens, "drafter": model.name}
+    ) as journal:
         laps = [Lap(**entry) for _, entry in journal.entries()]
         done = {(lap.prompt, lap.temperature) for lap in laps}
         encoded = render(model, [held.prompt for held in prompts])
@@ -93,8 +94,6 @@ def race(
                 journal.append(asdict(lap))
                 laps.append(lap)
             progress(number + 1, len(prompts))
-    finally:
-        journal.close()
     return laps
 
 
@@ -119,19 +118,19 @@ def _lap(model: Model, request: Request, number: int, domain: str) -> Lap:
 
 
 def fits(model: Model, prompt: Prompt, max_new_tokens: int) -> bool:
-    """Whether a prompt leaves the context room for an answer."""
+    """Whether a prompt leaves room for an answer in the context."""
     try:
         (ids,) = render(model, [prompt])
-    except RequestError:  # the template refuses it, or there is none for a dialogue
+    except RequestError:  # the template refuses it, or a dialogue lacks one
         return False
     return len(ids) + max_new_tokens <= model.target.max_context
 
 
 def speedup(laps: Sequence[Lap], *, seed: int = 0) -> Mapping[str, Any]:
-    """How many times faster than plain decoding some laps were, and its 95 % interval.
+    """Speed-up over plain decoding, and its 95 % interval.
 
-    Tokens per second over tokens per second, all laps together; the interval is that of 2,000
-    resamples of the prompts, None of a single one.
+    The ratio of tokens per second, all laps together; the interval is a bootstrap over prompts,
+    None for a single one.
     """
     if not laps:
         return {"speedup": None, "ci95": None, "prompts": 0}
@@ -157,13 +156,13 @@ OVERALL = "all"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a round's parts cost in speed, whole blocks verified, one request.
+    """Speed-ups of one request with whole blocks, as is and with one limit removed.
 
     Attributes:
         speedup: by the cost table and the accepted length.
-        all_kept: were every draft kept.
-        free_drafting: were drafting free.
-        free_verification: did verifying a block cost what decoding a token costs.
+        all_kept: if every draft were accepted.
+        free_drafting: if drafting were free.
+        free_verification: if verifying a block cost as much as decoding a token.
     """
 
     speedup: float
@@ -173,7 +172,7 @@ class Limits:
 
     @classmethod
     def of(cls, costs: CostTable, accepted_length: float, drafts: int) -> Limits:
-        """From what a step costs and what it gains."""
+        """From step costs and the accepted length."""
         plain, draft = costs.off_ms(1), costs.draft_ms(1)
         verify = costs.verify_ms(min(drafts + 1, costs.most_tokens(1)), 1)
         return cls(
@@ -185,7 +184,7 @@ class Limits:
 
     @property
     def name(self) -> str:
-        """The part without whose cost decoding would gain most."""
+        """The limit whose removal would gain most."""
         gains = {
             "acceptance": self.all_kept,
             "drafting cost": self.free_drafting,
@@ -194,7 +193,7 @@ class Limits:
         return max(gains, key=lambda name: gains[name])
 
     def sentence(self, temperature: float) -> str:
-        """In plain words."""
+        """The limits as a sentence."""
         return (
             f"At temperature {temperature:g} the limit is {self.name}: whole blocks give "
             f"{self.speedup:.2f}x by the cost table; {self.all_kept:.2f}x if every draft were "
@@ -269,7 +268,7 @@ def serving_commands(target: str, folder: str, drafts: int, *, attached: bool) -
 def limits_of(
     costs: CostTable, reports: Mapping[str, Mapping[str, Any]], drafts: int
 ) -> dict[str, Any]:
-    """What limits the speed at each temperature."""
+    """The limits at each temperature."""
     found: dict[str, Any] = {}
     for key, temperature in zip(("t0", "t1"), TEMPERATURES, strict=True):
         length = reports[key]["macro"]["accepted_length"]

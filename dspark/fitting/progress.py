@@ -20,7 +20,7 @@ def parse_budget(text: str) -> float:
     """Seconds of a budget such as 90s, 30m, 8h or 1h30m.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a time.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
@@ -30,7 +30,7 @@ def parse_budget(text: str) -> float:
 
 
 def budget_text(seconds: float) -> str:
-    """A budget as `parse_budget` reads it, rounded up to a figure that is easy to read."""
+    """A budget in the format of `parse_budget`, rounded up to a readable figure."""
     if seconds <= 120:
         return f"{math.ceil(seconds)}s"
     if seconds <= 7200:
@@ -39,7 +39,7 @@ def budget_text(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
+    """A readable duration."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -51,13 +51,12 @@ STAGES = ("plan", "prompts", "answers", "training", "calibration", "costs", "eva
 
 
 class State:
-    """The stages of a run that are done, what they gave, and the time that all sittings took.
+    """Finished stages of a run, their results, and the total time, on disk.
 
     Args:
         folder: of the run.
-        settings: what the run is asked, as JSON values; a run that was asked something else is not
-            gone on with.
-        waited_s: seconds of this sitting that have gone by already.
+        settings: of the run, as JSON values; a run with other settings is not resumed.
+        waited_s: seconds already spent since the command was given.
         now: the clock, in seconds.
 
     Raises:
@@ -99,32 +98,32 @@ class State:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of all sittings so far."""
+        """Seconds spent so far, earlier starts included."""
         return self._earlier + self._now() - self._began
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage has come to its end, in this sitting or an earlier one."""
+        """Whether a stage is finished."""
         return stage in self._done
 
     def result(self, stage: str) -> dict[str, Any]:
-        """What a stage gave, as JSON values; empty before its end."""
+        """The result of a stage, as JSON values; empty before its end."""
         return self._results.get(stage, {})
 
     def seconds(self, stage: str) -> float:
-        """What a stage took, in all sittings."""
+        """Seconds of a stage, earlier starts included."""
         return self._seconds.get(stage, 0.0)
 
     def begin(self, stage: str) -> None:
-        """Note that a stage begins."""
+        """Begin a stage."""
         self._stage = (stage, self._now())
 
     def beat(self) -> None:
-        """Note the time that has gone by, every few seconds."""
+        """Save the elapsed time, every few seconds."""
         if self._now() - self._saved >= HEARTBEAT_S:
             self.save()
 
     def end(self, result: Mapping[str, Any]) -> None:
-        """Note the end of the stage that has begun."""
+        """End the current stage."""
         assert self._stage is not None
         stage, _ = self._stage
         self._count()
@@ -134,7 +133,7 @@ class State:
         self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
             DataError: it cannot be written.
@@ -154,7 +153,7 @@ class State:
         )
 
     def _count(self) -> None:
-        """Add to the running stage's seconds what has gone by since they were last counted."""
+        """Add the time since the last count to the current stage."""
         if self._stage is not None:
             stage, since = self._stage
             now = self._now()
@@ -163,36 +162,20 @@ class State:
 
 
 class Watcher(Protocol):
-    """Is told of stages, their progress and remarks."""
+    """Receives the stages of a fit, their progress and remarks."""
 
     def begin(self, stage: str, planned_s: float | None) -> None:
-        """A stage begins, which is planned to take so long."""
+        """A stage begins, with its planned time."""
         ...
 
     def advance(self, done: float, total: float, left_s: float) -> None:
-        """The stage has done so much of so much; all stages together have so many seconds left."""
+        """Progress of the stage, and the remaining seconds of the whole fit."""
         ...
 
     def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
-        """A stage has ended, or was done by an earlier run."""
+        """A stage has ended, or was finished by an earlier start."""
         ...
 
     def say(self, sentence: str) -> None:
-        """Something that a user should know."""
+        """A remark for the user."""
         ...
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def begin(self, stage: str, planned_s: float | None) -> None:
-        """Nothing."""
-
-    def advance(self, done: float, total: float, left_s: float) -> None:
-        """Nothing."""
-
-    def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
-        """Nothing."""
-
-    def say(self, sentence: str) -> None:
-        """Nothing."""

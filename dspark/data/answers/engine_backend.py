@@ -17,10 +17,9 @@ from dspark.errors import DataError, RequestError
 from dspark.params import sample_seed
 from dspark.request import Output, Request, SamplingParams
 
-# Conversations that share an engine, per place in its batch: enough that its end, where places
-# stand empty, is a small part.
+# Conversations per engine and batch slot: enough that the end, when slots are empty, is short.
 _CONVERSATIONS_PER_PLACE = 32
-# What a template may add around a message, in tokens.
+# Allowance for template tokens around a message.
 _AROUND_MESSAGE = 32
 
 
@@ -31,10 +30,10 @@ class EngineResponder:
     Implements `regenerate.Responder`.
 
     Attributes:
-        model: the target; a drafter, if it has one, makes it faster.
-        params: how to sample; line i draws with seed + i - 1, its later turns with hashes of that.
+        model: the target, optionally with a drafter.
+        params: sampling parameters; line i uses seed + i - 1, its later turns hashes of that.
         filters: which answers are kept.
-        template_options: variables of the chat template.
+        template_options: chat-template variables.
         batch_size: requests at once.
     """
 
@@ -46,7 +45,7 @@ class EngineResponder:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What answers hang on."""
+        """The settings that determine the answers."""
         drawn = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         return {
             "target": self.model.target.name,
@@ -64,7 +63,7 @@ class EngineResponder:
 
 @dataclass
 class _Chunk:
-    """Some conversations on one engine."""
+    """Conversations that share one engine."""
 
     responder: EngineResponder
     done: Done
@@ -93,7 +92,7 @@ class _Chunk:
         return self.responder.params
 
     def _open(self, replay: Replay) -> Request | None:
-        """The request for the next answer; None where there is none, and the replay is done."""
+        """The request for the next answer; None if the replay is done."""
         if not replay.next_turn():
             self.done(replay)
             return None
@@ -124,7 +123,7 @@ class _Chunk:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _longest(self, replay: Replay, request: Request) -> int:
-        """About how many tokens a conversation may have at its end."""
+        """Estimated largest length of a conversation, tokens."""
         target = self.responder.model.target
         texts = [m["content"] for m in replay.to_come if m["role"] != "assistant"]
         more = sum(len(target.tokenizer(text)["input_ids"]) + _AROUND_MESSAGE for text in texts)
@@ -165,7 +164,7 @@ class _Chunk:
         if marks is None or replay.options.get("enable_thinking") is False:
             return reply
         opening, closing = marks
-        # The marks may be special tokens, which an answer's text does not show.
+        # Thinking tags may be special tokens, which an answer's text omits.
         own = [token for token in reply.token_ids if token not in target.eos_token_ids]
         shown = target.tokenizer.decode(own, clean_up_tokenization_spaces=False).lstrip()
         if closing in shown:
@@ -175,7 +174,7 @@ class _Chunk:
         return replace(reply, text="", thinking=shown.removeprefix(opening)) if began else reply
 
     def _with_calls(self, replay: Replay, place: Mapping[str, Any], reply: Reply) -> Reply:
-        """The source's calls of tools in place of text that says the same."""
+        """The reply with the source's tool calls, if its text renders the same."""
         dialogue = Dialogue((*replay.said, dict(place)), tuple(replay.tools), replay.options)
         tokenizer = self.responder.model.target.tokenizer
         try:

@@ -18,12 +18,12 @@ class Reply:
     """One answer.
 
     Attributes:
-        text: without thinking and end marks.
-        finish_reason: stop, or length where it was cut.
-        tokens: how many were generated; 0 where nobody says.
-        thinking: what was thought before it.
-        tool_calls: of the assistant, as `conversations.Message` has them.
-        token_ids: the tokens themselves; empty where nobody says.
+        text: without thinking and end tokens.
+        finish_reason: stop, or length if it was truncated.
+        tokens: number generated; 0 if unknown.
+        thinking: the thinking before it.
+        tool_calls: of the assistant, in the format of `conversations.Message`.
+        token_ids: the tokens; empty if unknown.
     """
 
     text: str
@@ -46,25 +46,25 @@ class Reply:
 
 @dataclass
 class Replay:
-    """A conversation on its way.
+    """A conversation in progress.
 
     Attributes:
         line: its number in the input, from 1.
         checksum: of that line.
-        source: the record that stands there; None where it cannot be read.
-        dialogue: how it is rendered, its tools and template options; None for raw text.
-        raw: text to go on from, without a template.
+        source: the line's record; None if it cannot be read.
+        dialogue: its tools and template options; None for raw text.
+        raw: text to continue without a template.
         said: the turns so far.
-        to_come: the turns to come; the answers among them are places to fill.
-        place: the answer of the source in whose place the next one comes.
-        answers: how many have been given.
-        input_ids: of raw text, what has been generated included.
-        prompt_len: how many of them were given.
+        to_come: the remaining turns; their answers are placeholders.
+        place: the source's answer that the next one replaces.
+        answers: number of answers so far.
+        input_ids: of raw text, including generated tokens.
+        prompt_len: number of prompt tokens among them.
         finish_reason: of the last answer.
         tokens: generated so far.
-        fault: why it failed; empty where it has not.
-        again: whether it may be tried again (a server that did not answer).
-        unwanted: whether one of its answers is not worth keeping.
+        fault: why it failed; otherwise empty.
+        again: whether it may be retried (a server did not answer).
+        unwanted: whether the filters rejected an answer.
     """
 
     line: int
@@ -93,19 +93,19 @@ class Replay:
         where: str,
         options: Mapping[str, Any],
     ) -> Replay:
-        """Make a replay of a record, as `records.read_record` reads it.
+        """The replay of a record, read by `conversations.read_record`.
 
-        A conversation that ends with a user's turn gets one answer more.
+        A conversation that ends with a user turn gets one more answer.
 
         Args:
             line: its number.
             checksum: of the line.
             source: the record.
-            where: what to call it in a sentence.
-            options: variables of the chat template, which go before those of the record.
+            where: its name in messages.
+            options: chat-template variables, which override the record's.
 
         Raises:
-            DataError: it holds nothing to answer.
+            DataError: there is nothing to answer.
         """
         found = read_record(source, where)
         if found.dialogue is None:
@@ -130,11 +130,11 @@ class Replay:
 
     @property
     def tools(self) -> Sequence[dict[str, Any]]:
-        """What the assistant may call."""
+        """The tools that the assistant may call."""
         return self.dialogue.tools if self.dialogue else ()
 
     def next_turn(self) -> bool:
-        """Say what others say next; whether there is an answer to give now."""
+        """Advance to the next answer; False if there is none."""
         if self.fault or self.unwanted:
             return False
         if self.dialogue is None:
@@ -148,10 +148,10 @@ class Replay:
         return False
 
     def take(self, reply: Reply, *, keep: bool = True) -> None:
-        """Put an answer in its place.
+        """Add an answer.
 
-        The conversation ends with an answer that was cut, or that is followed by what tools
-        replied to other calls than its own; and before one that ended within its thinking.
+        The conversation ends after a truncated answer or one whose tool calls differ from the
+        source's (whose tool results follow), and before an answer that ended within its thinking.
         """
         self.tokens += reply.tokens
         if reply.thinking and not reply.text and not reply.tool_calls:
@@ -173,7 +173,7 @@ class Replay:
         return _called(before) == _called(reply.tool_calls)
 
     def stop(self, reason: str) -> None:
-        """End it with the answers that it has; without any it fails for this reason."""
+        """End with the answers so far; fail for this reason if there are none."""
         self.to_come.clear()
         while self.said and self.said[-1]["role"] != "assistant":
             self.said.pop()
@@ -181,16 +181,16 @@ class Replay:
             self.fail(reason)
 
     def fail(self, reason: str, *, again: bool = False) -> None:
-        """End it without a result."""
+        """End without a result."""
         self.fault, self.again = reason, again
 
     @property
     def status(self) -> str:
-        """What became of it: done, failed or skipped."""
+        """done, failed or skipped."""
         return "failed" if self.fault else "skipped" if self.unwanted else "done"
 
     def result(self) -> dict[str, Any] | None:
-        """The line that goes into the output, or into the list of failures."""
+        """The record for the output or the list of failures; None if skipped."""
         source = self.source or {}
         if self.fault:
             return {**source, "line": self.line, "error": self.fault}
@@ -209,21 +209,20 @@ class Replay:
 
 
 def _called(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
-    """Name and arguments of calls."""
+    """Names and arguments of tool calls."""
     functions = [call.get("function") or {} for call in calls]
     return [(function.get("name"), function.get("arguments")) for function in functions]
 
 
 @dataclass(frozen=True)
 class AnswerFilters:
-    """Which answers are worth keeping; by default all.
+    """Conditions that an answer must meet to be kept; none by default.
 
     Attributes:
-        finished: only those that the model ended itself, within the limit of tokens.
-        token_gram: only those in which no row of so many neighbouring tokens stands twice; 0 does
-            not look.
-        word_gram: the same of words, as split at white space.
-        without: only those that contain none of these texts.
+        finished: the model ended it within the token limit.
+        token_gram: no n-gram of this many tokens occurs twice; 0 disables the check.
+        word_gram: likewise for words, split at white space.
+        without: it contains none of these texts.
     """
 
     finished: bool = False
@@ -232,7 +231,7 @@ class AnswerFilters:
     without: tuple[str, ...] = ()
 
     def keeps(self, reply: Reply) -> bool:
-        """Whether an answer is wanted."""
+        """Whether an answer is kept."""
         if self.finished and reply.finish_reason != "stop":
             return False
         if any(text in reply.text for text in self.without):
@@ -242,7 +241,7 @@ class AnswerFilters:
 
 
 def repeats_gram(items: Sequence[object], size: int) -> bool:
-    """Whether any `size` neighbouring items stand twice in a row of items; for 0, False."""
+    """Whether any n-gram of `size` items occurs twice; False for 0."""
     if size == 0:
         return False
     grams = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]

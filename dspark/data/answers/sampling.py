@@ -20,18 +20,18 @@ Thinking = Literal["on", "off", "default"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw, as far as anybody has said it.
+    """Sampling parameters, as far as specified.
 
     Attributes:
-        values: by the names of `SamplingParams`; what is absent is left to whoever answers.
-        recommended: those of them that come from the model's own generation settings.
+        values: by the names of `SamplingParams`; absent ones are left to the backend.
+        recommended: names of those that come from the model's own generation settings.
     """
 
     values: Mapping[str, Any]
     recommended: tuple[str, ...] = ()
 
     def params(self, max_new_tokens: int, seed: int) -> SamplingParams:
-        """Parameters for our engine; at temperature 1 where nobody has said one.
+        """Parameters for our engine; the default temperature is 1.
 
         Raises:
             UsageError: a value is outside its range.
@@ -45,9 +45,9 @@ class Sampling:
 
 
 def choose_sampling(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> Sampling:
-    """What the user asked for, and the model's recommendation for the rest.
+    """The requested values, completed by the model's recommendations.
 
-    At temperature 0 nothing is recommended: the argmax needs no filters.
+    At temperature 0 no recommendations apply, since the argmax needs no filters.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen.get("temperature") == 0:
@@ -59,10 +59,10 @@ def choose_sampling(given: Mapping[str, Any], recommended: Mapping[str, Any]) ->
 def recommended_sampling(
     source: str, *, revision: str | None = None, offline: bool = False
 ) -> dict[str, Any]:
-    """The sampling that a model's generation_config.json names; empty where it names none.
+    """The sampling values in a model's generation_config.json; empty without any.
 
     Args:
-        source: a directory, a GGUF file (which names none), a name on the hub, or one that ships.
+        source: a directory, a GGUF file (which has none), a hub id, or a shipped name.
         revision: on the hub.
         offline: look only on this machine.
     """
@@ -73,7 +73,7 @@ def recommended_sampling(
     if not folder.is_dir():
         if source.count("/") != 1:
             return {}
-        from dspark.drafters.files import fetch  # only hub names need it, and torch with it
+        from dspark.drafters.files import fetch  # imports torch; only hub ids need it
 
         try:
             folder = fetch(source, revision, offline, (GENERATION_CONFIG,))
@@ -90,5 +90,5 @@ def recommended_sampling(
 
 
 def template_options(thinking: Thinking) -> dict[str, Any]:
-    """Variables of the chat template that switch thinking."""
+    """Chat-template variables that switch thinking."""
     return {} if thinking == "default" else {"enable_thinking": thinking == "on"}

@@ -28,16 +28,16 @@ from dspark.errors import DataError, UsageError
 from dspark.params import sample_seed
 
 _FINISHED = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
-# Statuses that say: not now. Any other of the 400s will be the same the next time.
+# Retryable statuses; any other 4xx is final.
 _LATER = {408, 409, 425, 429}
-# Statuses that say the same to every request: the key, the address or the model is wrong.
+# Statuses that hold for every request: wrong key, address or model.
 _NEVER = {401, 403, 404}
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LARGEST_REPLY_BYTES = 1 << 26
 
 
 class NoReplyError(Exception):
-    """One conversation got no answer; `again` if another time may be better."""
+    """One conversation got no answer; `again` if a retry may succeed."""
 
     def __init__(self, reason: str, *, again: bool) -> None:
         super().__init__(reason)
@@ -45,7 +45,7 @@ class NoReplyError(Exception):
 
 
 class _Fault(Exception):
-    """One call went wrong: what happened, and the status if there was one."""
+    """A failed call: the reason, the status if any, and the server's requested wait."""
 
     def __init__(self, reason: str, status: int | None = None, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -55,15 +55,15 @@ class _Fault(Exception):
 
 @dataclass(frozen=True)
 class ChatServer:
-    """Servers of one model, and how patient one is with them.
+    """Servers of one model.
 
     Attributes:
         urls: their addresses, each ending in the version ("/v1").
         model: the model's name there.
-        api_key: sent as a bearer token, if there is one.
-        timeout_s: seconds for one reply.
-        retries: how often a call is made again that found no server, no time or no sense.
-        stop: once set, nobody waits any longer.
+        api_key: sent as a bearer token, if given.
+        timeout_s: for one reply, seconds.
+        retries: of a call that failed, timed out or returned an invalid reply.
+        stop: once set, waiting ends.
     """
 
     urls: tuple[str, ...]
@@ -77,11 +77,11 @@ class ChatServer:
         """One reply.
 
         Args:
-            body: the request but for the model's name.
-            first: which of the servers is asked first; a call that failed goes to the next one.
+            body: the request without the model's name.
+            first: index of the first server to ask; retries go to the next one.
 
         Raises:
-            NoReplyError: there was none in the end.
+            NoReplyError: all attempts failed.
             DataError: a server refuses the key, the address or the model.
         """
         draw = random.Random(first)
@@ -107,7 +107,7 @@ class ChatServer:
         raise AssertionError("the last attempt returns or raises")
 
     def call(self, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """One HTTP call: the JSON object that came back."""
+        """One HTTP call; returns the JSON object of the reply."""
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -159,7 +159,7 @@ def _refusal(error: urllib.error.HTTPError) -> _Fault:
 
 
 def _reply(found: Mapping[str, Any]) -> Reply:
-    """The answer in a chat completion."""
+    """The reply in a chat completion."""
     try:
         choice = found["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
@@ -186,17 +186,17 @@ def _reply(found: Mapping[str, Any]) -> Reply:
 
 
 def _inline_thinking(text: str) -> tuple[str, str]:
-    """Thinking that a server without a parser for it has left in the text."""
+    """Thinking left in the text by a server without a reasoning parser."""
     head, _, _ = text.partition("</think>")
     opening = "<think>" if "<think>" in head else ""
     return split_thinking(text, opening, "</think>")
 
 
 def server_url(text: str) -> str:
-    """The address of a server's API, from what a user writes: with "/v1" at its end or without.
+    """The address of a server's API, from a URL with or without "/v1".
 
     Raises:
-        UsageError: it is no address.
+        UsageError: it is not a URL.
     """
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in {"http", "https"} or not parts.netloc:
@@ -208,10 +208,10 @@ def server_url(text: str) -> str:
 
 
 def served_model(server: ChatServer, wanted: str) -> str:
-    """The name of the model to ask for: the one that is wanted, or the only one there is.
+    """The served model's name: the wanted one, or the server's only one.
 
     Raises:
-        DataError: a server does not answer, or has several models and none of this name.
+        DataError: a server does not answer, or has several models but none of this name.
     """
     name = wanted
     for url in server.urls:
@@ -235,7 +235,7 @@ def served_model(server: ChatServer, wanted: str) -> str:
     return name
 
 
-# So many conversations in a row without a reply, beyond one for each thread: nobody is there.
+# Consecutive conversations without a reply, beyond one per thread, after which the run stops.
 _PATIENCE = 8
 _VENDOR = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's, so not sent if neutral
 
@@ -247,12 +247,12 @@ class ServerResponder:
     Implements `regenerate.Responder`.
 
     Attributes:
-        server: whom to ask.
-        sampling: how to draw; what is not said is left to the server.
+        server: the servers.
+        sampling: sampling parameters; unspecified ones are left to the server.
         max_new_tokens: per answer.
-        seed: line i draws with seed + i - 1; None leaves that to the server.
+        seed: line i uses seed + i - 1; None leaves that to the server.
         filters: which answers are kept.
-        template_options: variables of the chat template.
+        template_options: chat-template variables.
         concurrency: requests at once, per server.
     """
 
@@ -266,7 +266,7 @@ class ServerResponder:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What answers hang on."""
+        """The settings that determine the answers."""
         return {
             "target": self.server.model,
             **self.sampling.values,
@@ -280,12 +280,12 @@ class ServerResponder:
         """Answer every turn of every replay.
 
         Raises:
-            DataError: a server refuses every request, or none has answered for a long time.
+            DataError: a server refuses every request, or no server answers any more.
         """
-        _Crew(self, replays).run(done)
+        _WorkerPool(self, replays).run(done)
 
     def body(self, replay: Replay) -> dict[str, Any]:
-        """The request for the next answer, but for the model's name."""
+        """The request for the next answer, without the model's name."""
         values = dict(self.sampling.values)
         vendor = {name: values.pop(name) for name in _VENDOR if name in values}
         body: dict[str, Any] = {
@@ -304,10 +304,10 @@ class ServerResponder:
 
 
 def for_server(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as OpenAI's API has them.
+    """Messages in the format of OpenAI's API.
 
-    What was thought is sent along only behind the last user turn, within a chain of tool calls:
-    templates show it there and nowhere else.
+    Thinking is sent only after the last user turn, within a chain of tool calls, where templates
+    show it.
     """
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     sent = []
@@ -327,8 +327,8 @@ def _call_for_server(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **call, "function": function}
 
 
-class _Crew:
-    """Threads that take conversations from a common row; their results come back over a queue."""
+class _WorkerPool:
+    """Threads that take conversations from a shared iterator and return them over a queue."""
 
     def __init__(self, responder: ServerResponder, replays: Iterator[Replay]) -> None:
         self._responder = responder
@@ -337,11 +337,11 @@ class _Crew:
         self._ended: queue.Queue[Replay | BaseException | None] = queue.Queue()
 
     def run(self, done: Done) -> None:
-        """Tell `done`, in this thread, of every conversation that has ended."""
+        """Call `done`, in this thread, with every finished conversation."""
         responder = self._responder
         threads = responder.concurrency * len(responder.server.urls)
         for number in range(threads):
-            # Not waited for where the run ends early: a request may take minutes.
+            # Daemons, because a request may take minutes when the run ends early.
             threading.Thread(target=self._work, args=(number,), daemon=True).start()
         working, silent = threads, 0
         try:

@@ -29,10 +29,10 @@ from dspark.errors import DataError
 
 
 class FeatureCache:
-    """A cache that `CacheWriter` wrote; writers may go on meanwhile.
+    """A cache written by `CacheWriter`; writers may be active.
 
     Args:
-        directory: with a manifest.
+        directory: of the cache.
 
     Raises:
         DataError: there is no cache, or its manifest is damaged.
@@ -49,7 +49,7 @@ class FeatureCache:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers that it has the features of."""
+        """Captured layers."""
         return self.manifest.origin.taps
 
     @property
@@ -59,7 +59,7 @@ class FeatureCache:
 
     @property
     def target_fingerprint(self) -> str:
-        """Of the target that made it."""
+        """Fingerprint of the target that made it."""
         return self.manifest.origin.target_fingerprint
 
     @property
@@ -69,16 +69,16 @@ class FeatureCache:
 
     @property
     def bytes(self) -> int:
-        """Of the samples' payloads and records."""
+        """Size of all payloads and records."""
         return sum(record.size + RECORD_BYTES for record in self._records.values())
 
     @property
     def tokens(self) -> int:
-        """Of all samples."""
+        """Tokens of all samples."""
         return sum(record.num_tokens for record in self._records.values())
 
     def part_bytes(self) -> tuple[int, int, int]:
-        """What tokens and loss masks, features, and teacher states take of all payloads."""
+        """Bytes of tokens and loss masks, of features, and of teacher states, over all payloads."""
         parts = [split(self._bytes_of(record)) for record in self._records.values()]
         return (
             sum(len(p.sample) for p in parts),
@@ -87,10 +87,10 @@ class FeatureCache:
         )
 
     def refresh(self) -> None:
-        """Take note of what was committed since the cache was opened."""
+        """Read records committed since the cache was opened."""
         for writer in writers_of(self.directory):
             with index_path(self.directory, writer).open("rb") as file:
-                # A writer that finds damage puts another file in the index's place.
+                # A writer that finds damage replaces the index file.
                 index = (writer, os.fstat(file.fileno()).st_ino)
                 start = file.seek(self._read_bytes.get(index, 0))
                 data = file.read()
@@ -117,7 +117,7 @@ class FeatureCache:
         return self.decode(self._payload(record), sample, device)
 
     def decode(self, payload: memoryview, sample: Sample, device: torch.device) -> StoredRows:
-        """The rows of a payload, which may not be in the cache yet."""
+        """The rows of a payload, which need not be in the cache."""
         parts = split(payload)
         rows = teacher_rows(sample)
         features_RPH = self._features.unpack(parts.features, num_context_rows(sample), device)
@@ -125,7 +125,7 @@ class FeatureCache:
         return StoredRows(features_RPH, teacher_M1H.squeeze(1), rows)
 
     def samples(self, max_length: int) -> Iterator[Sample]:
-        """All samples, in the order in which they were written.
+        """All samples in writing order.
 
         Raises:
             DataError: one is longer than `max_length`, or damaged.
@@ -140,7 +140,7 @@ class FeatureCache:
             yield read_sample(split(self._payload(record)).sample, record.num_tokens)
 
     def is_whole(self, record: Record) -> bool:
-        """Whether a payload is what was written."""
+        """Whether a payload matches its checksum."""
         return zlib.crc32(self._bytes_of(record)) == record.checksum
 
     def _payload(self, record: Record) -> memoryview:
@@ -164,10 +164,10 @@ class FeatureCache:
 
 
 def open_cache(directory: Path) -> FeatureStore:
-    """A cache of either kind, told by its manifest.
+    """Open a cache of either format, according to its manifest.
 
     Raises:
-        DataError: there is none, or its manifest is damaged or unknown.
+        DataError: there is none, or its manifest is damaged or of an unknown format.
     """
     if read_manifest(directory).get("format") == FORMAT:
         return FeatureCache(directory)

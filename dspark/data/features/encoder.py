@@ -27,11 +27,11 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch on its way into a cache.
+    """An encoded batch.
 
     Attributes:
-        entries: of the samples whose rows are finite, packed on other threads.
-        failed: samples whose rows are not.
+        entries: of the samples with finite rows, packed on other threads.
+        failed: samples with non-finite rows.
     """
 
     entries: list[Future[Entry]]
@@ -39,7 +39,7 @@ class Encoded:
 
 
 class Encoder:
-    """Makes entries as a manifest says; a context manager, for the threads it packs on.
+    """Encodes entries of a cache; a context manager that owns its packing threads.
 
     Args:
         manifest: of the cache.
@@ -59,11 +59,11 @@ class Encoder:
         self._pool.shutdown(cancel_futures=kind is not None)
 
     def close(self) -> None:
-        """End the threads, once what they pack is packed."""
+        """End the threads after pending work."""
         self._pool.shutdown()
 
     def encode(self, samples: Sequence[Sample], features_TF: Tensor, hidden_TH: Tensor) -> Encoded:
-        """Start to make the entries of samples whose rows lie one after the other.
+        """Start encoding samples whose rows are concatenated.
 
         Rows leave the device once per batch, quantised.
         """
@@ -102,9 +102,9 @@ class Encoder:
 def learn(
     target: Target, samples: Sequence[Sample], taps: Sequence[int], coding: Coding
 ) -> Learned | None:
-    """What the rows of samples are coded with; None unless `coded`.
+    """Coding parameters learned from about 4,096 tokens spread over the samples.
 
-    Learned from samples spread over all, together of about 4,096 tokens.
+    None unless `coded`.
     """
     if coding.name != "coded":
         return None
@@ -141,10 +141,10 @@ def target_features(
 
 
 def by_length(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """Batches of samples of like length, the longest first, each of at most `tokens` tokens.
+    """Batches of samples of similar length, the longest first, each of at most `tokens` tokens.
 
-    A sample that is longer is a batch of its own. Since the first batch is the dearest, a machine
-    that lacks memory for them says so at once.
+    A longer sample is its own batch. The first batch is the most expensive, so a lack of memory
+    shows at once.
     """
     batches: list[list[Sample]] = []
     room = 0
@@ -159,7 +159,7 @@ def by_length(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
 
 
 def spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Samples from all over a sequence, together of about `tokens` tokens, at least one."""
+    """Evenly spread samples of about `tokens` tokens in total, at least one."""
     mean = sum(len(s.input_ids) for s in samples) / len(samples)
     count = min(len(samples), max(1, round(tokens / mean)))
     return [samples[i * len(samples) // count] for i in range(count)]

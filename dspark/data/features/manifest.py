@@ -36,7 +36,7 @@ def sample_key(sample: Sample) -> bytes:
 
 
 def samples_fingerprint(keys: Iterable[bytes]) -> str:
-    """The hash of a set of samples, whatever their order and however often each occurs."""
+    """The hash of a set of samples, independent of order and multiplicity."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for key in sorted(set(keys)):
         digest.update(key)
@@ -44,16 +44,16 @@ def samples_fingerprint(keys: Iterable[bytes]) -> str:
 
 
 def target_fingerprint(source: str | Path) -> str:
-    """The hash of a target's configuration and weights.
+    """The hash of a target's weight files.
 
-    Of large files 8,192 windows of 4 KiB, spread evenly, are read, and all of those below 32 MiB:
+    Files below 32 MiB are read in full, larger ones in 8,192 evenly spread windows of 4 KiB:
     training changes every matrix, so another target of the same shapes has another hash.
 
     Args:
-        source: directory, GGUF file, hub id or name that ships.
+        source: directory, GGUF file, hub id or shipped name.
 
     Raises:
-        CheckpointError: it is no directory with weights, and no hub id that can be fetched.
+        CheckpointError: it is not a directory with weights, nor a hub id that can be fetched.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for path in _weight_files(origin(source)):
@@ -86,7 +86,7 @@ CodecName = Literal["coded", "bfloat16"]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a cache's rows are: another value of any of these makes other rows.
+    """The origin of a cache's rows, which all of these values determine.
 
     Attributes:
         target: directory or hub id, for messages only.
@@ -94,7 +94,7 @@ class Origin:
         num_layers: its decoder layers.
         hidden_size: H.
         taps: the captured layers.
-        dtype: that the target computed in.
+        dtype: of the target's computation.
     """
 
     target: str
@@ -107,15 +107,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """Which samples a cache is of.
+    """The samples of a cache.
 
     Attributes:
         fingerprint: hash of the set of samples.
-        paths: the files that they come from, for messages only.
-        max_length: where they are cut, tokens.
-        min_supervised: answer tokens that they have at least.
-        count: how many there are.
-        tokens: of all of them.
+        paths: source files, for messages only.
+        max_length: truncation length, tokens.
+        min_supervised: least number of answer tokens.
+        count: number of samples.
+        tokens: of all samples.
     """
 
     fingerprint: str
@@ -128,7 +128,7 @@ class SampleRecipe:
 
 @dataclass(frozen=True)
 class Coding:
-    """How rows are coded.
+    """Coding of the rows.
 
     Attributes:
         name: `coded` or `bfloat16`.
@@ -143,11 +143,11 @@ class Coding:
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned from the first samples, to code all of them with.
+    """Coding parameters learned from the first samples.
 
     Attributes:
-        scale_PH: of every channel of every tap, and of the teacher in the last row.
-        basis_HPP: what turns the taps of each channel.
+        scale_PH: of every channel of every tap, with the teacher in the last row.
+        basis_HPP: rotation of the taps of each channel.
     """
 
     scale_PH: Tensor
@@ -159,10 +159,10 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        origin: what made the rows.
-        samples: of what.
-        coding: how they are coded.
-        learned: what `coded` rows are coded with; None for others.
+        origin: of the rows.
+        samples: the samples.
+        coding: of the rows.
+        learned: parameters of `coded` rows; None for others.
     """
 
     origin: Origin
@@ -171,7 +171,7 @@ class Manifest:
     learned: Learned | None
 
     def codecs(self) -> tuple[RowCodec, RowCodec]:
-        """Those of features and of teacher states."""
+        """The codecs of features and of teacher states."""
         planes, width = len(self.origin.taps), self.origin.hidden_size
         if self.learned is None:
             return Bfloat16Rows(planes, width), Bfloat16Rows(1, width)
@@ -182,7 +182,7 @@ class Manifest:
         )
 
     def write(self, directory: Path) -> None:
-        """Put it in place whole, and safe from a crash."""
+        """Write it atomically."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -234,10 +234,10 @@ class Manifest:
         return cls(manifest.origin, manifest.samples, manifest.coding, learned)
 
     def refuse_other(self, wanted: Manifest, directory: Path) -> None:
-        """Check that rows made as `wanted` says may join those that are here.
+        """Check that rows made according to `wanted` may be added to this cache.
 
         Raises:
-            DataError: names the first thing that differs, both values and the remedy.
+            DataError: names the first difference, both values and the remedy.
         """
         others = wanted._makers()
         for what, mine in self._makers().items():
@@ -249,7 +249,7 @@ class Manifest:
                 )
 
     def _makers(self) -> dict[str, object]:
-        """What rows that lie together must share."""
+        """Values that all rows of a cache share."""
         return {
             "target_fingerprint": self.origin.target_fingerprint,
             "taps": self.origin.taps,
@@ -261,7 +261,7 @@ class Manifest:
         }
 
     def _said(self, what: str) -> str:
-        """What a reader knows a thing by."""
+        """A readable description of a value's source."""
         if what == "target_fingerprint":
             return f"target {self.origin.target}"
         if what == "samples.fingerprint":
@@ -271,7 +271,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The JSON object of a cache's manifest, whatever its format.
+    """The JSON object of a cache's manifest of any format.
 
     Raises:
         DataError: there is none, or it is damaged.

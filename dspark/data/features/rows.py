@@ -20,24 +20,24 @@ from dspark.data.samples import Sample
 
 
 def num_context_rows(sample: Sample) -> int:
-    """How many rows, from the first on, a drafter may see: those before the last anchor."""
+    """Number of leading rows that a drafter may see: those before the last anchor."""
     supervised = [i for i, counts in enumerate(sample.loss_mask) if counts]
     return max(supervised[-1] - 1, 0) if supervised else 0
 
 
 def teacher_rows(sample: Sample) -> list[int]:
-    """Ascending: the rows whose next token is supervised."""
+    """The rows whose next token is supervised, ascending."""
     return [i - 1 for i, counts in enumerate(sample.loss_mask) if counts and i > 0]
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """What a cache holds of a sample.
+    """The rows of a sample in a cache.
 
     Attributes:
         features_RPH: the first R rows of every tap.
         teacher_MH: states after the final norm.
-        teacher_rows: which rows these are, ascending.
+        teacher_rows: indices of these rows, ascending.
     """
 
     features_RPH: Tensor
@@ -46,13 +46,13 @@ class StoredRows:
 
 
 class FeatureStore(Protocol):
-    """A cache of either kind.
+    """A feature cache of either format.
 
     Attributes:
-        directory: where.
-        taps: the layers that it has the features of.
+        directory: of the cache.
+        taps: captured layers.
         hidden_size: H.
-        target_fingerprint: of the target that made it; None where it does not say.
+        target_fingerprint: of the target that made it; None if unknown.
     """
 
     @property
@@ -75,5 +75,5 @@ class FeatureStore(Protocol):
         ...
 
     def samples(self, max_length: int) -> Iterator[Sample]:
-        """All samples, cut to `max_length` tokens where the cache can still give their rows."""
+        """All samples, truncated to `max_length` tokens if the cache supports it."""
         ...

@@ -19,24 +19,24 @@ from dspark.data.features.manifest import KEY_BYTES
 from dspark.data.samples import Sample
 
 _LAYOUT = struct.Struct(f"<{KEY_BYTES}sIIIIQQI")
-RECORD_BYTES = _LAYOUT.size + 4  # its own checksum follows
+RECORD_BYTES = _LAYOUT.size + 4  # followed by its own checksum
 _SHARD_NAME = re.compile(r"shard-(\d{3})-(\d{5})\.bin")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a sample's rows lie.
+    """Index record of a sample.
 
     Attributes:
-        key: who the sample is.
-        shard: number of the shard among its writer's.
+        key: hash of the sample.
+        shard: number among its writer's shards.
         num_tokens: of the sample.
-        num_context: stored feature rows, the first ones.
+        num_context: stored feature rows, the leading ones.
         num_teacher: stored teacher rows.
         offset: of the payload in the shard, bytes.
         size: of the payload, bytes.
         checksum: CRC-32 of the payload.
-        writer: who wrote it: the number in the file's name.
+        writer: number of the writer, part of the file name.
     """
 
     key: bytes
@@ -51,11 +51,11 @@ class Record:
 
     @property
     def end(self) -> int:
-        """Where the payload ends."""
+        """End offset of the payload."""
         return self.offset + self.size
 
     def pack(self) -> bytes:
-        """The record as it is written."""
+        """The encoded record with its checksum."""
         data = _LAYOUT.pack(
             self.key,
             self.shard,
@@ -70,17 +70,17 @@ class Record:
 
 
 def index_path(directory: Path, writer: int) -> Path:
-    """A writer's index."""
+    """Path of a writer's index."""
     return directory / f"index-{writer:03d}.bin"
 
 
 def shard_path(directory: Path, writer: int, shard: int) -> Path:
-    """A writer's shard."""
+    """Path of a writer's shard."""
     return directory / f"shard-{writer:03d}-{shard:05d}.bin"
 
 
 def shards_of(directory: Path, writer: int) -> list[tuple[int, Path]]:
-    """A writer's shards by number, ascending."""
+    """Numbers and paths of a writer's shards, ascending."""
     found = []
     for path in directory.glob(f"shard-{writer:03d}-*.bin"):
         match = _SHARD_NAME.fullmatch(path.name)
@@ -90,13 +90,13 @@ def shards_of(directory: Path, writer: int) -> list[tuple[int, Path]]:
 
 
 def writers_of(directory: Path) -> list[int]:
-    """The numbers of those who have written to a cache, ascending."""
+    """Numbers of a cache's writers, ascending."""
     names = (re.fullmatch(r"index-(\d{3})\.bin", p.name) for p in directory.iterdir())
     return sorted(int(match[1]) for match in names if match)
 
 
 def parse_records(data: bytes, writer: int) -> list[Record]:
-    """The records of a stretch of an index that are whole; a torn or damaged one is left out."""
+    """The intact records in part of an index; truncated or damaged ones are skipped."""
     found = []
     for start in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
         body, checksum = (
@@ -109,7 +109,7 @@ def parse_records(data: bytes, writer: int) -> list[Record]:
 
 
 def backed(directory: Path, records: Iterable[Record]) -> list[Record]:
-    """The records whose payload lies whole in its shard."""
+    """The records whose payload lies within its shard."""
     sizes: dict[tuple[int, int], int] = {}
     found = []
     for record in records:
@@ -137,7 +137,7 @@ class Parts:
 def join(sample: Sample, features: bytes, teacher: bytes) -> bytes:
     """A payload of its parts."""
     ids = np.asarray(sample.input_ids, dtype="<u4")
-    # Of the four bytes of an id mostly two say something: all first bytes, then all second ones.
+    # Byte planes compress better, because the upper bytes of ids are mostly 0.
     planes = ids.view(np.uint8).reshape(-1, 4).T.tobytes()
     mask = np.packbits(np.asarray(sample.loss_mask, dtype=bool)).tobytes()
     head = zlib.compress(planes + mask, 6)

@@ -35,12 +35,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class DiskFullError(DataError):
-    """A cache's disk is full; what was committed to the cache is whole."""
+    """The disk of a cache is full; committed samples are whole."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A coded sample, ready to be written."""
+    """An encoded sample."""
 
     sample: Sample
     num_context: int
@@ -52,10 +52,10 @@ class CacheWriter:
     """Writes one writer's index and shards.
 
     Args:
-        directory: of a cache, whose manifest is there.
-        writer: number of this writer, 0 to 999; the rank, where several write.
-        max_bytes: what this writer's files may measure; samples beyond are left out.
-        shard_bytes: where a new shard begins; a sample never splits.
+        directory: of a cache with a manifest.
+        writer: number of this writer, 0 to 999; the rank, if several write.
+        max_bytes: size limit of this writer's files; further samples are left out.
+        shard_bytes: size at which a new shard begins; a sample is never split.
 
     Raises:
         DataError: another process writes under this number.
@@ -87,13 +87,13 @@ class CacheWriter:
         self.bytes += len(records) * RECORD_BYTES
 
     def add(self, entry: Entry) -> bool:
-        """Append a sample; `commit` makes it last.
+        """Append a sample; `commit` makes it durable.
 
         Returns:
-            False where `max_bytes` leaves no room for it.
+            False if it exceeds `max_bytes`.
 
         Raises:
-            DiskFullError: it could not be written; what came before is committed.
+            DiskFullError: it could not be written; earlier samples are committed.
         """
         size = len(entry.payload)
         grown = self.bytes + size + RECORD_BYTES
@@ -125,10 +125,10 @@ class CacheWriter:
         return True
 
     def commit(self) -> None:
-        """Make what was added last: payloads first, then the records that name them.
+        """Make added samples durable: payloads first, then the records that name them.
 
         Raises:
-            DiskFullError: they could not be written; what was committed before is whole.
+            DiskFullError: they could not be written; earlier commits are whole.
         """
         if not self._pending:
             return
@@ -146,7 +146,7 @@ class CacheWriter:
             raise self._sentence(error) from error
 
     def close(self) -> None:
-        """Commit, and let others write."""
+        """Commit and release the lock."""
         try:
             self.commit()
         finally:
@@ -160,7 +160,7 @@ class CacheWriter:
         self.close()
 
     def _recover(self) -> list[Record]:
-        """Cut what no crash-safe commit stands behind; the records that are left."""
+        """Truncate uncommitted data; returns the committed records."""
         path = index_path(self.directory, self.writer)
         data = path.read_bytes()
         records = backed(self.directory, parse_records(data, self.writer))

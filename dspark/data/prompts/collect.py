@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.conversations import Found, read_record
+from dspark.data.conversations import ParsedRecord, read_record
 from dspark.data.files.json_lines import Row, beside, write_json_lines, write_list
 from dspark.data.prompts.dedup import EvaluationTexts, digest, near_text
 from dspark.errors import DataError
@@ -38,7 +38,7 @@ class Split:
     share: float = 0.05
     seed: int = 0
 
-    def holds_out(self, found: Found) -> bool:
+    def holds_out(self, found: ParsedRecord) -> bool:
         """Whether a prompt is held out, by its first user turn."""
         if self.path is None:
             return False
@@ -139,7 +139,9 @@ def collect_prompts(
     return report
 
 
-def _is_duplicate(found: Found, exact: set[int], near: set[int], report: CollectReport) -> bool:
+def _is_duplicate(
+    found: ParsedRecord, exact: set[int], near: set[int], report: CollectReport
+) -> bool:
     """Whether the prompt was seen before; counts a duplicate or records the prompt."""
     asked = found.asked
     whole = digest(asked)
@@ -155,7 +157,7 @@ def _is_duplicate(found: Found, exact: set[int], near: set[int], report: Collect
     return False
 
 
-def _first_match(found: Found, against: EvaluationTexts | None) -> dict[str, str] | None:
+def _first_match(found: ParsedRecord, against: EvaluationTexts | None) -> dict[str, str] | None:
     if against is None:
         return None
     matches = (against.match(text) for text in found.asked)
@@ -171,7 +173,7 @@ def _check_any(report: CollectReport) -> None:
         )
 
 
-def train_record(found: Found) -> dict[str, Any]:
+def train_record(found: ParsedRecord) -> dict[str, Any]:
     """A prompt's record in a training file: `turns` if there are only user turns, or `messages`."""
     name = {"id": f"{digest(found.asked):016x}"}
     if found.dialogue is None:
@@ -183,7 +185,7 @@ def train_record(found: Found) -> dict[str, Any]:
     return {**name, "messages": list(messages), **tools}
 
 
-def heldout_record(found: Found) -> dict[str, Any]:
+def heldout_record(found: ParsedRecord) -> dict[str, Any]:
     """A prompt's record in a held-out file: without answers."""
     name = {"id": f"{digest(found.asked):016x}"}
     if found.dialogue is None:

@@ -28,12 +28,12 @@ from dspark.request import Request
 from dspark.targets.target import Target
 
 MOST_TOKENS = 160
-"""Tokens of a prompt; one that is longer has not ended."""
+"""Token limit of a prompt; longer ones count as unfinished."""
 CUT_TOKENS = (8, 48)
-"""Lengths that prompts are cut at which do not end by themselves."""
+"""Range of lengths at which prompts without an end are cut."""
 FEWEST_CHARACTERS, REPEATED_WORDS = 8, 6
 ENDING_SHARE = 0.25
-"""A model of whose prompts fewer end by themselves does not end them: they are cut."""
+"""If a smaller share of a model's prompts ends by itself, all are cut."""
 BATCHES_PER_CHUNK = 2
 TRIES_PER_PROMPT = 8
 _MARK = "qxsentinelxq"
@@ -41,14 +41,14 @@ _MARK = "qxsentinelxq"
 
 @dataclass(frozen=True)
 class Opening:
-    """What makes a model write a user's message.
+    """The prefix that makes a model write a user message.
 
     Attributes:
-        ids: the tokens that it goes on from.
-        stop_ids: tokens that end the message, beside the model's own end tokens.
-        stop: texts that end it, where the template has no token for that.
-        marks: texts of the template that no prompt may imitate.
-        is_chat: whether there is a template; else a prompt is raw text.
+        ids: tokens of the prefix.
+        stop_ids: tokens that end the message, besides the model's end tokens.
+        stop: texts that end it, if the template has no such token.
+        marks: template texts that a prompt must not contain.
+        is_chat: whether there is a template; otherwise a prompt is raw text.
     """
 
     ids: tuple[int, ...]
@@ -59,11 +59,11 @@ class Opening:
 
 
 def opening_of(target: Target) -> Opening:
-    """What makes a target write prompts: its template up to a user's words, or its first token.
+    """A target's opening: its template up to the user's text, or its beginning-of-text token.
 
     Raises:
-        DataError: it has no tokenizer, or neither a template that shows a user's words nor a token
-            that begins or ends a text.
+        DataError: it has no tokenizer, or neither a suitable template nor a token that begins or
+            ends a text.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -103,11 +103,11 @@ def _chat_opening(name: str, tokenizer: Any) -> Opening:
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote in one try.
+    """The output of one try.
 
     Attributes:
-        ids: its tokens, without one that ended it.
-        ended: whether it ended it itself.
+        ids: tokens without an end token.
+        ended: whether the model ended it.
     """
 
     ids: tuple[int, ...]
@@ -115,7 +115,7 @@ class Written:
 
 
 def reason_against(text: str, written: Written, opening: Opening, tokenizer: Any) -> str:
-    """Why a prompt is not kept; empty where it is. Duplicates are for the caller to find."""
+    """Why a prompt is rejected; empty if it is kept. Duplicates are not checked."""
     if len(text) < FEWEST_CHARACTERS or len(words_of(text)) < 2:
         return "too short"
     if special_ids(tokenizer) & set(written.ids) or any(mark in text for mark in opening.marks):
@@ -132,15 +132,15 @@ _ROLES = {f"{role}{end}" for role in ("user", "assistant", "system") for end in 
 
 @dataclass
 class SelfPromptReport:
-    """What became of every try: records + the sum of `dropped` = tries.
+    """Outcome of every try: records + the sum of `dropped` = tries.
 
     Attributes:
-        tries: messages that the model began.
+        tries: messages begun.
         records: prompts kept.
-        dropped: the others, by reason.
-        cut: whether prompts were cut at a length, since the model does not end them itself.
+        dropped: rejected prompts, by reason.
+        cut: whether prompts were cut at a length because the model does not end them.
         is_chat: whether the model has a chat template.
-        bytes: of the file.
+        bytes: size of the file.
     """
 
     tries: int = 0
@@ -151,7 +151,7 @@ class SelfPromptReport:
     bytes: int = 0
 
     def sentences(self, name: str) -> list[str]:
-        """What a user should know of it."""
+        """The report in sentences."""
         found = []
         if not self.is_chat:
             found.append(
@@ -173,11 +173,11 @@ class SelfPrompts:
     """A model that writes prompts.
 
     Attributes:
-        model: who writes.
-        seed: try i draws with seed + i.
+        model: the model.
+        seed: try i uses seed + i.
         batch_size: tries at once.
-        temperature, top_p: of drawing.
-        most_tokens: of a prompt.
+        temperature, top_p: of sampling.
+        most_tokens: token limit of a prompt.
     """
 
     model: Model
@@ -200,7 +200,7 @@ class SelfPrompts:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the prompts hang on, as JSON values."""
+        """The settings that determine the prompts, as JSON values."""
         return {
             "target": self.model.target.name,
             "seed": self.seed,
@@ -212,7 +212,7 @@ class SelfPrompts:
 
     @property
     def chunk(self) -> int:
-        """Tries between two looks at how many prompts there are."""
+        """Tries between two counts of the prompts."""
         return BATCHES_PER_CHUNK * self.batch_size
 
     def requests(self, numbers: Sequence[int]) -> list[Request]:
@@ -227,7 +227,7 @@ class SelfPrompts:
         return [Request(self.opening.ids, params.with_seed(self.seed + i)) for i in numbers]
 
     def write(self, numbers: Sequence[int]) -> Iterator[tuple[int, Written]]:
-        """Yield (number, what was written) of some tries, in the order in which they end."""
+        """Yield (number, output) of some tries, in the order in which they end."""
         if not numbers:
             return
         requests = self.requests(numbers)
@@ -246,7 +246,7 @@ class SelfPrompts:
                 yield flying.pop(event.request_id), Written(tuple(ids), ended)
 
     def select(self, written: Sequence[Written]) -> tuple[list[str], SelfPromptReport]:
-        """The prompts among what was written, and what became of the rest."""
+        """The prompts kept from some outputs, and the report."""
         report = SelfPromptReport(is_chat=self.opening.is_chat)
         ended = sum(each.ended for each in written)
         report.cut = not self.opening.is_chat or ended < ENDING_SHARE * len(written)
@@ -266,7 +266,7 @@ class SelfPrompts:
         return kept, report
 
     def _prompt(self, number: int, written: Written, *, cut: bool) -> tuple[str, str]:
-        """The text of a try, and why it is not kept."""
+        """The text of a try, and why it is rejected."""
         tokenizer = self.model.target.tokenizer
         if cut:
             length = random.Random(self.seed * 1_000_003 + number).randint(*CUT_TOKENS)
@@ -290,15 +290,15 @@ def write_self_prompts(
 ) -> SelfPromptReport:
     """Let a model write prompts until `count` are kept, as JSON lines that `regenerate` reads.
 
-    What was written stands in a journal beside the output, so an interrupted run goes on where it
-    was. A model that writes little of use is given up after 8 tries a prompt.
+    A journal beside the output holds the tries, so that an interrupted run resumes. The run gives
+    up after 8 tries per prompt.
 
     Args:
-        writer: who writes.
-        out: where prompts go, as `turns`, or as `prompt` without a chat template; `.gz` compresses.
-        count: prompts wanted.
-        seconds: begin nothing new after so many; None for no limit.
-        progress: told (prompts kept, wanted) after every chunk of tries.
+        writer: the model.
+        out: file of prompts, as `turns`, or as `prompt` without a chat template; `.gz` compresses.
+        count: number of prompts.
+        seconds: start no new tries after this time; None for no limit.
+        progress: called with (prompts kept, count) after every chunk of tries.
 
     Raises:
         DataError: nothing was kept; or a file cannot be written.

@@ -25,15 +25,22 @@ from dspark.evaluation.check.findings import (
     by_severity,
 )
 from dspark.evaluation.check.inspection import inspect
-from dspark.evaluation.check.live import TokenIds, Witness, accepted, other_renderings, race, render
+from dspark.evaluation.check.live import (
+    ObservedDrafter,
+    TokenIds,
+    accepted,
+    other_renderings,
+    race,
+    render,
+)
 from dspark.request import Request, SamplingParams, Stats
 
 COLLAPSED = 1.3
-"""Tokens per round below which a trained drafter does not work."""
+"""Tokens per round below which a drafter counts as broken."""
 BETTER_TOKENS, BETTER_RATIO, BETTER_RATIO_OTHER_TEXT = 0.3, 1.15, 1.5
-"""An alternative counts where it gains so many more, and so many times more, tokens a round."""
+"""Least absolute and relative gain in tokens per round for an alternative to count."""
 RARE = 0.05
-"""Drafts that stay in a smaller share of rounds are not worth their rows."""
+"""Drafts accepted in a smaller share of rounds are not worth verifying."""
 
 QUESTIONS = (
     "What is 17 + 25? Please reason step by step.",
@@ -48,12 +55,12 @@ PROMPTS = tuple(Prompt(({"role": "user", "content": text},), text) for text in Q
 
 @dataclass(frozen=True)
 class Variant:
-    """A drafter with one usual mistake undone.
+    """A drafter with one common mistake undone.
 
     Attributes:
         drafter: the variant.
         what: the change, as the rest of a sentence that begins "with".
-        remedy: how to make it last.
+        remedy: how to make it permanent.
     """
 
     drafter: Drafter
@@ -62,15 +69,15 @@ class Variant:
 
 
 def variants(drafter: Drafter, num_target_layers: int) -> Iterator[Variant]:
-    """Every alternative reading of a drafter: all layer ids one off, the other slot convention.
+    """Alternative readings of a drafter: all layer ids shifted by one, the other slot convention.
 
-    Those that neither the target's layers nor the drafter's block allow are left out.
+    Variants that the target's layers or the drafter's block size rule out are skipped.
     """
     for shift in (-1, 1):
         taps = tuple(tap + shift for tap in drafter.taps)
         if taps and min(taps) >= -1 and max(taps) < num_target_layers:
             yield Variant(
-                Witness(drafter, taps),
+                ObservedDrafter(drafter, taps),
                 f"every layer id {'raised' if shift > 0 else 'lowered'} by 1",
                 f"Set target_layer_ids to {list(taps)} in the drafter's config.json (where layers "
                 f"are counted from 1, as speculators does: {[tap + 1 for tap in taps]}).",
@@ -99,14 +106,14 @@ def check(
     batch_size: int = 1,
     seed: int = 0,
 ) -> CheckReport:
-    """Inspect a pair, and try it live.
+    """Inspect a pair and run it live.
 
     Args:
         model: a target with its drafter.
-        prompts: what to decode live.
-        max_new_tokens: of each prompt.
-        batch_size: requests at once where speed is measured.
-        seed: request i draws with seed + i.
+        prompts: for the live runs.
+        max_new_tokens: per prompt.
+        batch_size: requests at once in speed measurements.
+        seed: request i uses seed + i.
 
     Raises:
         RequestError: a prompt does not fit the context or the chat template.
@@ -119,16 +126,16 @@ def check(
     findings = inspect(model, rendered)
     requests = _requests(rendered, max_new_tokens, seed)
     try:
-        witness = Witness(model.drafter, model.drafter.taps)
-        stats = accepted(model, witness, requests)
+        observed = ObservedDrafter(model.drafter, model.drafter.taps)
+        stats = accepted(model, observed, requests)
         trials = tuple(_trials(model, prompts, requests)) if model.drafter.taps else ()
         runs = tuple(race(model, requests, temperature=t, batch_size=batch_size) for t in (0, 1))
     except NumericsError as error:
         return CheckReport(by_severity([*findings, Finding.refusal(error)]))
     if model.drafter.taps:
-        findings += judge_acceptance(stats, witness.belief, trials)
+        findings += judge_acceptance(stats, observed.belief, trials)
         findings += judge_sampling(*runs)
-    if CheckReport(tuple(findings)).ok:  # else the fault comes first
+    if CheckReport(tuple(findings)).ok:  # otherwise only the fault matters
         findings += [*judge_tail(stats), *judge_speed(runs)]
     return CheckReport(by_severity(findings), runs, trials)
 
@@ -165,7 +172,7 @@ def _trials(
     for variant in variants(model.drafter, model.target.num_layers):
         try:
             stats = accepted(model, variant.drafter, requests)
-        except NumericsError:  # a wrong reading may overflow; that says nothing of the pair
+        except NumericsError:  # a wrong variant may overflow
             continue
         yield Trial(variant.what, variant.remedy, stats.tokens, stats.accepted_length)
     params = requests[0].params
@@ -182,11 +189,11 @@ def _trials(
 def judge_acceptance(
     stats: Stats, belief: float | None, trials: Sequence[Trial]
 ) -> Iterator[Finding]:
-    """What the accepted length at temperature 0 says, with its likeliest cause.
+    """Findings from the accepted length at temperature 0, with the likeliest cause.
 
     Args:
-        stats: counts of the live run as the pair is.
-        belief: how many first drafts should stay by the drafter's own law, as a share.
+        stats: counts of the live run of the pair as configured.
+        belief: expected acceptance of first drafts by the drafter's own distribution.
         trials: alternatives tried on the same prompts.
     """
     length = stats.accepted_length
@@ -214,8 +221,8 @@ def judge_acceptance(
         yield Finding(f"{gained}, hardly more than plain decoding{tried}.", "error", cause)
     elif first is not None and belief is not None and first < belief / 2:
         yield Finding(
-            f"The first draft stays in {first:.0%} of the rounds, where the drafter's own law "
-            f"says {belief:.0%}.",
+            f"The first draft is accepted in {first:.0%} of the rounds, but the drafter's own "
+            f"distribution predicts {belief:.0%}.",
             "warning",
             cause,
         )
@@ -247,7 +254,8 @@ def judge_tail(stats: Stats) -> Iterator[Finding]:
     worth = sum(kept >= RARE * stats.rounds for kept in stats.survived)
     if 0 < worth < len(stats.survived) - 1:
         yield Finding(
-            f"Drafts from number {worth + 1} on stay in less than {RARE:.0%} of the rounds.",
+            f"Drafts from number {worth + 1} on are accepted in less than {RARE:.0%} of the "
+            "rounds.",
             "note",
             f"Try `dspark generate --block-size {worth}`, which does not verify them.",
         )

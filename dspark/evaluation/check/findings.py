@@ -10,17 +10,17 @@ from dspark.errors import DSparkError
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 FEWEST_TOKENS = 24
-"""Tokens gained without which an accepted length or a speed says nothing."""
+"""Least number of tokens for a meaningful accepted length or speed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a user should know.
+    """One finding.
 
     Attributes:
         what: what was found, with its figures.
-        severity: `error` where the drafter does not work, `warning` where it may cost speed,
-            `note` for what is harmless.
+        severity: `error` if the drafter does not work, `warning` if it may cost speed, `note` if
+            harmless.
         remedy: what to do.
     """
 
@@ -30,7 +30,7 @@ class Finding:
 
     @classmethod
     def refusal(cls, error: DSparkError) -> Finding:
-        """An error of this package, parted into what is wrong and what to do."""
+        """A finding from an error message of the form "fault; remedy"."""
         what, semicolon, remedy = str(error).rpartition("; ")
         if not semicolon:
             remedy = "Correct the drafter's config.json, or use a drafter made for this target."
@@ -44,9 +44,9 @@ class LiveRun:
 
     Attributes:
         temperature: of sampling.
-        tokens: tokens gained in rounds with the drafter, all requests together.
+        tokens: gained in rounds with the drafter, all requests together.
         accepted_length: tokens gained per round.
-        first_acceptance: share of first drafts kept; None where none was verified.
+        first_acceptance: share of first drafts accepted; None if none was verified.
         tokens_per_s: with the drafter, end to end.
         plain_tokens_per_s: of an engine without it, same requests.
     """
@@ -60,7 +60,7 @@ class LiveRun:
 
     @property
     def telling(self) -> bool:
-        """Whether it gained enough tokens to be judged by."""
+        """Whether it gained enough tokens for a judgement."""
         return self.tokens >= FEWEST_TOKENS
 
     @property
@@ -71,15 +71,15 @@ class LiveRun:
 
 @dataclass(frozen=True)
 class Trial:
-    """An alternative that was tried at temperature 0.
+    """An alternative tried at temperature 0.
 
     Attributes:
-        what: what was changed, as the rest of a sentence that begins "with".
-        remedy: how to make the change last.
+        what: the change, as the rest of a sentence that begins "with".
+        remedy: how to make the change permanent.
         tokens: tokens gained, all requests together.
         accepted_length: tokens gained per round.
-        other_text: whether it decoded other text than the run it is compared with, so that part
-            of a gain may be the text's.
+        other_text: whether it decoded other text than the run it is compared with, which may
+            explain part of a gain.
     """
 
     what: str
@@ -91,11 +91,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found.
+    """Result of `check`.
 
     Attributes:
         findings: errors first.
-        runs: live runs, temperature 0 first; empty where none could be made.
+        runs: live runs, temperature 0 first; empty if none was possible.
         trials: the alternatives tried.
     """
 
@@ -114,10 +114,10 @@ class CheckReport:
         return self.runs[0].speedup if self.runs else None
 
     def count(self, severity: Severity) -> int:
-        """How many findings are of this severity."""
+        """Number of findings of this severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
 
 def by_severity(findings: list[Finding]) -> tuple[Finding, ...]:
-    """The findings, errors first, else in the order found."""
+    """The findings, errors first, otherwise in the order found."""
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))

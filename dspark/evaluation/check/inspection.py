@@ -15,11 +15,11 @@ from dspark.targets.target import Target
 
 
 def inspect(model: Model, prompts: Sequence[Sequence[int]]) -> list[Finding]:
-    """Look at configurations, dtypes and vocabularies.
+    """Inspect configurations, dtypes and vocabularies.
 
     Args:
         model: a target with a tokenizer, and its drafter.
-        prompts: token ids of rendered prompts, to see which tokens text really uses.
+        prompts: token ids of rendered prompts, which show the tokens that text uses.
     """
     target, drafter = model.target, model.drafter
     findings = [*_vocabulary(target), *_template(target), *_precision(target)]
@@ -78,7 +78,7 @@ def _precision(target: Target) -> Iterator[Finding]:
 
 def _made_for(drafter: TargetBound[Any], target: Target) -> Iterator[Finding]:
     made_for: int = drafter.config.num_target_layers
-    # Layouts that do not say it (drafters/speculators.py) take it to end at the last tap.
+    # Layouts without the number of layers (speculators) report the last tap's.
     told = made_for > drafter.taps[-1] + 1
     if made_for > target.num_layers or (told and made_for != target.num_layers):
         yield Finding(
@@ -105,7 +105,7 @@ def _mask_token(drafter: DSparkDrafter, tokenizer: Any, used: set[int]) -> Itera
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     shown = f"The drafter's mask token {mask} ({tokenizer.convert_ids_to_tokens(mask)!r})"
     if mask in used:
-        what = f"{shown} stands in rendered prompts or ends answers."
+        what = f"{shown} occurs in rendered prompts or ends answers."
     elif mask not in special:
         what = f"{shown} is a token of ordinary text."
     else:
@@ -120,7 +120,7 @@ def _mask_token(drafter: DSparkDrafter, tokenizer: Any, used: set[int]) -> Itera
 
 def _own_tables(drafter: TargetBound[Any]) -> Iterator[Finding]:
     own = {"embed_tokens": drafter.own_embedding_VH, "lm_head": drafter.own_head_VH}
-    reduced = drafter.d2t is not None  # its head is a copy, or trained, in any case
+    reduced = drafter.d2t is not None  # its head is always its own
     differing = [
         name
         for name, table in own.items()
@@ -143,7 +143,7 @@ def _heads(drafter: DSparkDrafter) -> Iterator[Finding]:
         )
     if drafter.confidence_head is None:
         yield Finding(
-            "The drafter has no confidence head; the margin of its logits stands in for one.",
+            "The drafter has no confidence head; the margin of its logits is used instead.",
             "note",
             "Nothing to do; thresholds mean less until the margin is calibrated.",
         )

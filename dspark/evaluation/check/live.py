@@ -21,15 +21,15 @@ TokenIds = tuple[int, ...]
 
 
 @dataclass
-class Witness:
-    """A drafter that reads the layers it is told to, and is watched while it drafts.
+class ObservedDrafter:
+    """A drafter with chosen taps, whose first draft distributions are recorded.
 
     Implements `drafters.base.Drafter`.
 
     Attributes:
-        drafter: who drafts, bound to the target.
-        taps: the layers to feed it with; its own, or an alternative.
-        beliefs: per round, the largest probability of each first draft's own law [R], raw logits.
+        drafter: the drafter, bound to the target.
+        taps: the layers that it reads; its own, or an alternative.
+        beliefs: per round, the largest probability [R] of each first draft's distribution.
     """
 
     drafter: Drafter
@@ -67,11 +67,11 @@ class Witness:
         features_TF: Tensor,
         next_tokens_T: Tensor,
     ) -> None:
-        """Hand the features on."""
+        """Pass the features on."""
         self.drafter.observe(context, batch, features_TF, next_tokens_T)
 
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
-        """Draft as the drafter does, taking note of its first law; confidences are left out."""
+        """Draft, recording the first distribution; confidences are omitted."""
 
         def watched(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
             if step == 0:
@@ -82,13 +82,13 @@ class Witness:
 
     @property
     def belief(self) -> float | None:
-        """The mean of `beliefs`: the share of first drafts that ought to stay at temperature 0."""
+        """The mean of `beliefs`: the expected acceptance of first drafts at temperature 0."""
         values = [value for row in self.beliefs for value in row.tolist()]
         return sum(values) / len(values) if values else None
 
 
 def render(model: Model, prompts: Sequence[Prompt]) -> list[TokenIds]:
-    """Token ids of prompts: messages by the chat template where there is one, texts as they are.
+    """Token ids of prompts: messages by the chat template if there is one, raw text as it is.
 
     Raises:
         RequestError: the chat template refuses a prompt, or is missing for a dialogue.
@@ -102,9 +102,9 @@ def render(model: Model, prompts: Sequence[Prompt]) -> list[TokenIds]:
 
 
 def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[TokenIds]]:
-    """The same prompts as a drafter may have been trained on them: raw, or in a thinking mode.
+    """Other renderings that a drafter may have been trained on: raw, or in a thinking mode.
 
-    Renderings that give the same tokens as `render` are left out.
+    Renderings with the same tokens as `render` are skipped.
     """
     tokenizer = model.target.tokenizer
     found: dict[str, list[TokenIds]] = {"raw prompts": [model.encode(p.text) for p in prompts]}
@@ -118,7 +118,7 @@ def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[
 
 
 def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Stats:
-    """Decode all requests at once with the drafter, and count."""
+    """Decode all requests at once with the drafter; returns counts."""
     engine = Model(model.target, drafter).engine(
         requests, batch_size=len(requests), schedule="fixed", strict=True
     )
@@ -128,11 +128,11 @@ def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Sta
 def race(
     model: Model, requests: Sequence[Request], *, temperature: float, batch_size: int
 ) -> LiveRun:
-    """Decode plainly and with the drafter in turn; each counts its fastest of `REPEATS` runs.
+    """Decode alternately without and with the drafter; the fastest of `REPEATS` runs counts.
 
     Args:
         model: a target with a drafter.
-        requests: what to decode; their temperature is replaced.
+        requests: to decode; their temperature is replaced.
         temperature: of all requests.
         batch_size: requests at once.
     """

@@ -18,7 +18,7 @@ from dspark.errors import RequestError
 from dspark.request import Output, Request, Stats, merge_stats
 
 Supply = Callable[[int], Request]
-"""The i-th request to be sent, from 0."""
+"""Returns the i-th request to send, from 0."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Answer:
     """One answered request; times in seconds since the first request was sent.
 
     Attributes:
-        sent_s: when it was sent.
-        first_s: when its first tokens came.
-        end_s: when its last ones came.
-        first_tokens: how many came first.
+        sent_s: time of sending.
+        first_s: arrival of its first tokens.
+        end_s: arrival of its last tokens.
+        first_tokens: number of tokens in the first event.
         output: the answer.
     """
 
@@ -46,7 +46,7 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """What its user sees after the first tokens; None if no others came."""
+        """Tokens per second after the first tokens; None if there were no others."""
         later = len(self.output.token_ids) - self.first_tokens
         return later / (self.end_s - self.first_s) if later > 0 else None
 
@@ -56,11 +56,11 @@ class LoadRun:
     """One run of the loop.
 
     Attributes:
-        users: requests in flight at every moment.
+        users: requests in flight at all times.
         seconds: from the first request to the last counted answer.
-        tokens: committed in that time, of counted requests and of all others.
-        answers: the counted ones, in the order in which they were sent.
-        clock: the engine's own account of that time.
+        tokens: committed in that time, by counted and other requests.
+        answers: the counted ones, in sending order.
+        clock: the engine's timings of that time.
     """
 
     users: int
@@ -87,7 +87,7 @@ class LoadRun:
 
 @dataclass
 class _Flight:
-    """A request without its answer; `first_s` is None until its first tokens come."""
+    """A request in flight; `first_s` is None until its first tokens arrive."""
 
     index: int
     sent_s: float
@@ -108,14 +108,14 @@ class _Loop:
         self.started = now()
 
     def send(self, users: int, at_s: float) -> None:
-        """Send the next request of so many users."""
+        """Send the next request of `users` users."""
         for _ in range(users):
             number = self.engine.add(self.supply(self.sent))
             self.flights[number] = _Flight(self.sent, at_s)
             self.sent += 1
 
     def step(self) -> tuple[int, float]:
-        """One step of the engine: how many answers ended in it, and when."""
+        """One engine step; the number of finished answers, and the time."""
         events = self.engine.step()
         at_s = self.now() - self.started
         ended = 0
@@ -133,7 +133,7 @@ class _Loop:
     def _answered(self, flight: _Flight, output: Output, at_s: float) -> None:
         if output.finish_reason == "error" or flight.first_s is None:
             raise RequestError(
-                f"Request {flight.index} failed under load, so that no speed can be told; send it "
+                f"Request {flight.index} failed under load, so no speed can be reported; send it "
                 "alone to see why."
             )
         if flight.index < self.count:
@@ -155,15 +155,15 @@ def closed_loop(
     count: int,
     now: Callable[[], float] = time.perf_counter,
 ) -> LoadRun:
-    """Keep an engine under the load of so many users until the counted requests are answered.
+    """Keep an engine under the load of `users` users until the counted requests are answered.
 
     Args:
-        engine: has nothing else to do, and room for so many requests at once. It is left idle:
-            what is in flight at the end is cancelled.
-        supply: the i-th request to be sent.
+        engine: idle, with room for `users` requests. It is left idle: requests in flight at the end
+            are cancelled.
+        supply: returns the i-th request.
         users: requests in flight.
-        count: how many requests, from the first one on, count.
-        now: the time in seconds.
+        count: number of counted requests, from the first one on.
+        now: the clock, in seconds.
 
     Raises:
         RequestError: a request does not fit the engine, or failed.
@@ -184,14 +184,14 @@ def closed_loop(
 
 
 def _since(clock: Clock, before: Clock) -> Clock:
-    """What a clock recorded since a copy of it was taken."""
+    """The difference between a clock and an earlier copy."""
     return Clock(
         **{f.name: getattr(clock, f.name) - getattr(before, f.name) for f in fields(Clock)}
     )
 
 
 def warm_up(engine: Engine, requests: Sequence[Request], tokens: int) -> None:
-    """Decode a few tokens of requests, so that nothing is done for the first time under load."""
+    """Decode a few tokens of requests to warm up the engine."""
     for request in requests:
         few = min(tokens, request.params.max_new_tokens)
         engine.add(replace(request, params=replace(request.params, max_new_tokens=few)))

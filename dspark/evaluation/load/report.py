@@ -37,10 +37,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def median_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
-    """A 95 % interval of the median: the percentile bootstrap over the values.
+    """A 95 % percentile-bootstrap interval of the median.
 
-    With few values it cannot be narrower than what they are: of five, the interval is nearly
-    always their smallest and largest. None for fewer than two.
+    Of five values it is nearly always their smallest and largest. None for fewer than two.
     """
     if len(values) < 2:
         return None
@@ -50,10 +49,10 @@ def median_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, f
 
 
 def best_at(points: Sequence[Point], floor: float) -> float | None:
-    """The highest y of a frontier where x is at least `floor`; None if it never is.
+    """The highest y of a frontier at which x is at least `floor`; None if it never is.
 
     Args:
-        points: neighbours are joined by straight lines.
+        points: joined by straight lines.
         floor: least x.
     """
     best = [y for x, y in points if x >= floor]
@@ -64,7 +63,7 @@ def best_at(points: Sequence[Point], floor: float) -> float | None:
 
 
 def matched(points: Sequence[Point], y: float) -> float | None:
-    """The highest x at which a frontier has just this y; None where it has no such point."""
+    """The highest x at which a frontier has exactly this y; None if there is none."""
     found = [x for x, at in points if at == y]
     for (x0, y0), (x1, y1) in pairwise(points):
         if min(y0, y1) < y < max(y0, y1):
@@ -73,10 +72,7 @@ def matched(points: Sequence[Point], y: float) -> float | None:
 
 
 def spread(values: Sequence[float], count: int) -> list[float]:
-    """So many numbers evenly between the least and the greatest value, both left out.
-
-    They are rounded to three digits.
-    """
+    """`count` evenly spaced numbers strictly between the extremes, rounded to three digits."""
     inner = np.linspace(min(values), max(values), count + 2)[1:-1]
     return [float(f"{value:.3g}") for value in inner]
 
@@ -269,7 +265,7 @@ def load_report(rows: Sequence[LoadRow], floors: Sequence[float] = ()) -> dict[s
 MISSING = (
     "The figure is left out: it needs matplotlib; install it with pip install 'dspark[plots]'."
 )
-# Each contender keeps its colour, whichever of them ran (Okabe and Ito's palette).
+# One fixed colour per contender (Okabe and Ito's palette).
 COLOURS = {
     "off": "#7f7f7f",
     "fixed": "#e69f00",

@@ -31,9 +31,9 @@ class Contender:
     """One way of decoding.
 
     Attributes:
-        name: as in the results.
-        model: a target with the drafter of this way, or without any.
-        schedule: None where nothing is drafted.
+        name: in the results.
+        model: a target with or without a drafter.
+        schedule: None for plain decoding.
         block_size: drafts per round; None for the drafter's own.
     """
 
@@ -61,15 +61,15 @@ class Contender:
 def contenders(
     model: Model, names: Sequence[ContenderName], mtp: Model | None = None
 ) -> list[Contender]:
-    """The ways that the names stand for.
+    """The contenders of the given names.
 
     Args:
         model: a target with its drafter, if any.
-        names: which ways.
-        mtp: the same target with the MTP drafter that `mtp1` is about.
+        names: of the contenders.
+        mtp: the same target with an MTP drafter, for `mtp1`.
 
     Raises:
-        UsageError: a name needs a drafter that is not there.
+        UsageError: a name needs a drafter that is missing.
     """
     found = []
     for name in names:
@@ -97,12 +97,12 @@ def is_mtp(model: Model) -> bool:
 def cover_costs(
     model: Model, most: int, *, save: bool = True, progress: Progress | None = None
 ) -> bool:
-    """Make sure that the model's cost table covers so many requests; whether it was measured now.
+    """Measure the model's cost table unless it covers `most` requests; whether it was measured.
 
     Args:
         model: a target with its drafter.
         most: requests at once.
-        save: keep a table that was measured in the user's cache.
+        save: keep a measured table in the user's cache.
         progress: of the measurement.
     """
     if has_costs(model, most):
@@ -112,7 +112,7 @@ def cover_costs(
 
 
 def has_costs(model: Model, most: int) -> bool:
-    """Whether there is a cost table for so many requests; a damaged one is none."""
+    """Whether a valid cost table covers `most` requests."""
     with contextlib.suppress(DataError, CompatibilityError):
         return model.costs is not None and model.costs.covers(most)
     return False
@@ -120,32 +120,32 @@ def has_costs(model: Model, most: int) -> bool:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every run decodes.
+    """The requests of every run.
 
     Attributes:
-        pool: requests to be taken in turn; where a run sends more, it begins again with other
-            seeds. Repeated prompts may be served from an engine's prefix cache, for every
-            contender alike; so give more prompts than are answered.
-        count: answers that count in a run at least; twice the users if that is more, so that no
-            run consists of its first moments.
+        pool: requests taken in turn; a run that sends more repeats them with other seeds. Repeated
+            prompts may hit an engine's prefix cache, for every contender alike, so provide more
+            prompts than are answered.
+        count: least number of counted answers per run; at least twice the users count, so that a
+            run is longer than its start.
     """
 
     pool: tuple[Request, ...]
     count: int = 16
 
     def request(self, index: int) -> Request:
-        """The request to be sent as number `index`; negative ones are for warming up."""
+        """Request number `index`; negative numbers are for warming up."""
         request = self.pool[index % len(self.pool)]
         turn = index // len(self.pool) % (1 << 16)
         return replace(request, params=request.params.with_seed(request.params.seed + (turn << 32)))
 
     def answers(self, users: int) -> int:
-        """How many answers count at a concurrency."""
+        """Number of counted answers at a concurrency."""
         return max(self.count, 2 * users)
 
 
 def run_once(contender: Contender, workload: Workload, users: int, verifier: Verifier) -> LoadRun:
-    """One run on a new engine, warmed up by other requests."""
+    """One run on a new engine, warmed up with other requests."""
     room = [workload.request(i) for i in range(max(users, len(workload.pool)))]
     engine = contender.engine(room, users, verifier)
     warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
@@ -163,16 +163,16 @@ def sweep(
 ) -> Runs:
     """Run every contender at every concurrency, `repeats` times.
 
-    The contenders take turns at each concurrency, each time another one first, and all of it is
-    repeated: what slows the machine for a while slows all of them.
+    The contenders alternate at each concurrency, each time in rotated order, and everything is
+    repeated, so that a temporary slowdown of the machine affects all of them.
 
     Args:
         ways: the contenders.
-        workload: what they decode.
+        workload: the requests.
         concurrency: numbers of users.
         repeats: of everything.
         verifier: token, block or coupled.
-        progress: told (repeat, users, contender, run) after every run.
+        progress: called with (repeat, users, contender, run) after every run.
 
     Raises:
         RequestError: a request does not fit, or failed.
@@ -182,7 +182,7 @@ def sweep(
         for place, users in enumerate(concurrency):
             for way in rotated(ways, repeat + place):
                 with warnings.catch_warnings():
-                    if repeat + place > 0:  # what there is to say was said at the first turn
+                    if repeat + place > 0:  # warnings appear in the first turn only
                         warnings.simplefilter("ignore", DSparkWarning)
                     run = run_once(way, workload, users, verifier)
                 runs[users, way.name].append(run)
@@ -192,13 +192,13 @@ def sweep(
 
 
 def rotated(ways: Sequence[Contender], turn: int) -> list[Contender]:
-    """The contenders in their order, another one first at every turn."""
+    """The contenders, rotated by the number of the turn."""
     start = turn % len(ways)
     return [*ways[start:], *ways[:start]]
 
 
 def same_answers(runs: Mapping[tuple[int, str], Sequence[LoadRun]], users: int, name: str) -> float:
-    """Share of a contender's counted answers that are, token for token, those of `off`."""
+    """Share of a contender's counted answers that equal those of `off`, token for token."""
     ours, plain = (runs[users, way][0].answers for way in (name, "off"))
     same = [a.output.token_ids == b.output.token_ids for a, b in zip(ours, plain, strict=True)]
     return sum(same) / len(same)
