@@ -124,7 +124,7 @@ def relative(got, want):
 
 
 def usable_rows(sample):
-    """By the definition (FORMAT_FACTS.md B.1, A.5), slot by slot, block size without bound."""
+    """By the definition (docs/method.md), slot by slot, block size without bound."""
     mask, length = sample.loss_mask, len(sample.input_ids)
     context, teacher = set(), set()
     for anchor in range(length - 1):
@@ -620,7 +620,7 @@ def range_samples(count):
 
 
 def write_reference(directory, samples, taps, width, rows_of):
-    """Byte by byte as FORMAT_FACTS.md C.1 says."""
+    """Byte by byte in the layout of `dspark.data.features.reference`."""
     directory.mkdir()
     index, shards = b"", [b"", b""]
     for number, sample in enumerate(samples):

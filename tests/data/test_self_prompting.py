@@ -95,7 +95,7 @@ def test_without_a_template_prompts_start_from_the_first_token(own, monkeypatch,
 
 def test_a_model_that_never_ends_its_prompts_has_them_cut_in_bounded_time(own, tmp_path):
     model = tiny(own, context=64)
-    writer = SelfPrompts(model, batch_size=4)
+    writer = SelfPrompts(model, batch_size=16)
     longest = writer.most_tokens
     assert longest < 64
     out = tmp_path / "p.jsonl"
@@ -200,7 +200,7 @@ def test_two_runs_on_one_file_and_a_full_disk(own, monkeypatch, tmp_path, small_
 
 def test_drawn_prompts_hang_on_the_seed_alone(own):
     """Not on the batch, nor on what was drawn before."""
-    model = tiny(own, context=64)
+    model = tiny(own, context=40)
     three = dict(SelfPrompts(model, seed=5, batch_size=4).write([0, 1, 2]))
     assert dict(SelfPrompts(model, seed=5, batch_size=1).write([2])) == {2: three[2]}
     assert dict(SelfPrompts(model, seed=6, batch_size=1).write([1])) == {1: three[2]}

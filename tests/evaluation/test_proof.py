@@ -334,9 +334,11 @@ def test_controls_find_the_figures_of_the_paper():
 def test_controls_of_noise_need_the_wrong_noise(monkeypatch):
     """Without the wrong variant there is nothing to see, and the control says so."""
     assert all(case.passed for case in noise.noise_cases())
-    right = noise.two_round_law
+    right = noise.two_round_distribution
     monkeypatch.setattr(
-        noise, "two_round_law", lambda world, rule, **_: right(world, rule, keyed_by_position=False)
+        noise,
+        "two_round_distribution",
+        lambda world, rule, **_: right(world, rule, keyed_by_position=False),
     )
     case = next(noise.noise_cases())
     assert (case.expected, case.passed) == ("biased", False)

@@ -91,7 +91,7 @@ def test_training_writes_a_drafter_that_serves(recipe, tmp_path, kind):
 def test_losses_are_the_algorithms(recipe, tmp_path, algorithm):
     run_recipe(str(recipe), overrides_of(algorithm), device="cpu", console=QUIET)
     for entry in log_of(tmp_path):
-        if algorithm == "dspark":  # five steps of cross-entropy alone, then METHOD.md 3
+        if algorithm == "dspark":  # five steps of cross-entropy alone, then all losses
             ce, tv = (1.0, 0.0) if entry["step"] <= 5 else (0.1, 0.9)
             total = ce * entry["ce"] + tv * entry["tv"] + entry["confidence"]
         elif algorithm == "dflash":

@@ -315,7 +315,7 @@ def test_settings_that_say_nothing_are_refused(recipe, features, said):
 
 @pytest.fixture
 def reference(settings, tmp_path):
-    """One of the recipe's samples and target, written as FORMAT_FACTS.md C.1 says."""
+    """One of the recipe's samples and target, written in the published cache format."""
     import struct
 
     import numpy as np

@@ -286,7 +286,7 @@ def save_figure(rows: Sequence[LoadRow], title: str, directory: Path) -> list[Pa
     """Draw throughput against per-user speed, and verified tokens against concurrency.
 
     Args:
-        rows: of `load_report.load_rows`.
+        rows: from `load_rows`.
         title: what was measured, and where.
         directory: exists; gets `load.png` and `load.svg`.
 

@@ -24,8 +24,8 @@ from dspark.evaluation.proof.worlds import (
     World,
     WorldAfter,
     number,
-    sequence_law,
-    target_law,
+    sequence_distribution,
+    target_distribution,
 )
 from dspark.sampling import verification
 from dspark.sampling.distribution import Dense, Sparse
@@ -154,12 +154,12 @@ def verdicts(world: World, verifier: Verifier) -> Tensor:
 
 
 def continued(world: World, verdicts_NLAV: Tensor) -> Tensor:
-    """The law of T tokens: the kept prefix, the next token, then plain decoding. [N, L, V**T]."""
+    """Distribution of T tokens: the kept prefix, the next token, then plain decoding. [N, L, V**T]."""
     paths, vocab_size = world.paths(), world.vocab_size
     count, lengths = verdicts_NLAV.shape[:2]
     laws = torch.zeros(count, lengths, vocab_size**world.horizon, dtype=torch.float64)
     for kept in range(world.block_size + 1):
-        rest = sequence_law(world.target, world.horizon - kept - 1, start=kept + 1)
+        rest = sequence_distribution(world.target, world.horizon - kept - 1, start=kept + 1)
         prefix = number(paths[:, :kept], vocab_size)
         after = rest.view(vocab_size**kept, vocab_size, -1)[prefix]
         # A view on `laws`: the block of sequences that begin with the kept prefix.
@@ -194,12 +194,12 @@ class Walk:
         )
 
     def law(self, rounds: int = 1) -> Tensor:
-        """The joint law of the next T tokens of every request, [V**T] * R."""
+        """The joint distribution of the next T tokens of every request, [V**T] * R."""
         return self._law(((),) * len(self.requests), None, rounds)
 
     def targets(self) -> list[Tensor]:
         """What plain decoding gives each request, [V**T]."""
-        return [target_law(world_after(())) for world_after in self.requests]
+        return [target_distribution(world_after(())) for world_after in self.requests]
 
     def _law(self, prefixes: tuple[Prefix, ...], memory: Memory, rounds: int) -> Tensor:
         key = (prefixes, memory, rounds)
