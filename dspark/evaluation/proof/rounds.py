@@ -154,7 +154,7 @@ def verdicts(world: World, verifier: Verifier) -> Tensor:
 
 
 def continued(world: World, verdicts_NLAV: Tensor) -> Tensor:
-    """Distribution of T tokens: the kept prefix, the next token, then plain decoding. [N, L, V**T]."""
+    """Distribution [N, L, V**T]: the kept prefix, the next token, then plain decoding."""
     paths, vocab_size = world.paths(), world.vocab_size
     count, lengths = verdicts_NLAV.shape[:2]
     laws = torch.zeros(count, lengths, vocab_size**world.horizon, dtype=torch.float64)
