@@ -32,7 +32,7 @@ from benchmarks.common import (
     single_engine,
 )
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.data.wanted import repeats_gram
+from dspark.data.answers.replay import repeats_gram
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams, Stats

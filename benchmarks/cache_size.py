@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.features.build import BuildReport
-from dspark.data.features.forward import spread, target_features
-from dspark.data.features.reader import FeatureCache
+from dspark.data.features.cache import FeatureCache
+from dspark.data.features.encoder import spread, target_features
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
-from dspark.training.feature_build import build_features
+from dspark.training.features.samples import build_features
 from dspark.training.recipe import DSparkRecipe, Recipe
 
 QWEN3_4B = (2560, 5)  # H, T

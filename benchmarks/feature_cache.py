@@ -40,8 +40,8 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.loading import load
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams, Stats
-from dspark.training.drafter import DrafterObjective
-from dspark.training.online import load_frozen_target
+from dspark.training.drafters.new_drafter import load_frozen_target
+from dspark.training.drafters.objectives import DrafterObjective
 from dspark.training.recipe import DSparkRecipe, load_recipe
 from dspark.training.run import run_recipe
 

@@ -5,7 +5,7 @@ acceptance meets real costs: by default to Qwen3-0.6B's width with 16 of its 28 
 inflation cannot drop layers, and the bundled target has 16). A plain step of that is arithmetic,
 and a sweep of five repeats ends within half an hour on two cores. The vocabulary stays at 4,096.
 
-A closed loop (`dspark.evaluation.closed_loop`) with the cost table measured first, on the same
+A closed loop (`dspark.evaluation.load.closed_loop`) with the cost table measured first, on the same
 machine; the drafter's calibration carries over. Then what is promised is held against the figures:
 `lagged` against the better of plain decoding, fixed blocks and MTP-1, and against plain decoding.
 """
@@ -36,10 +36,9 @@ from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
-from dspark.evaluation.closed_loop import LoadRun
-from dspark.evaluation.load import Contender, Runs, Workload, contenders, cover_costs, sweep
-from dspark.evaluation.load_figure import can_draw, save_figure
-from dspark.evaluation.load_report import load_report, load_rows, over_best
+from dspark.evaluation.load.closed_loop import LoadRun
+from dspark.evaluation.load.report import can_draw, load_report, load_rows, over_best, save_figure
+from dspark.evaluation.load.sweep import Contender, Runs, Workload, contenders, cover_costs, sweep
 from dspark.request import VERIFIERS, Request, SamplingParams
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.sources.names import BUNDLED_DRAFTERS

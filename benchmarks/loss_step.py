@@ -37,8 +37,13 @@ from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import at_least_fp32
 from dspark.targets.parts import TargetParts
-from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.losses import LossWeights, block_loss, position_weights
+from dspark.training.losses.blocks import (
+    AnchorBlocks,
+    LossWeights,
+    block_loss,
+    position_weights,
+    sample_anchors,
+)
 
 BLOCK, RANK = 7, 256
 MEMORY_CEILING, TIME_CEILING, ERROR_CEILING = 1 / 8, 1.1, 1e-5

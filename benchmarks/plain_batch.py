@@ -30,7 +30,7 @@ from benchmarks.placement import Shape
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
-from dspark.evaluation.frontier import median, median_interval
+from dspark.evaluation.load.report import median, median_interval
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 

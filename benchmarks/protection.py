@@ -26,13 +26,13 @@ from dspark.attention.pages import PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
-from dspark.evaluation.check import PROMPTS
-from dspark.evaluation.closed_loop import closed_loop
-from dspark.evaluation.live import render
+from dspark.evaluation.check.check import PROMPTS
+from dspark.evaluation.check.live import render
+from dspark.evaluation.load.closed_loop import closed_loop
 from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
-from dspark.training.drafter import drafter_config
-from dspark.training.drafter_settings import DSparkSettings
+from dspark.training.drafters.new_drafter import drafter_config
+from dspark.training.settings import DSparkSettings
 
 DRAFTERS = ("random", "wrong", "early", "slow")
 FLOOR = 0.97

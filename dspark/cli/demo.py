@@ -17,7 +17,7 @@ from rich.text import Text
 from dspark.cli.inputs import load_model, measure_costs
 from dspark.cli.options import Command, Loading, Sampling, Speculation, option, pick
 from dspark.cli.screen import Screen, printable
-from dspark.data.formats import BOXED
+from dspark.data.corpus import BOXED
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.request import Output, Request, SamplingParams
 

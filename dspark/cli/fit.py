@@ -58,12 +58,12 @@ class Options(Loading):
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     started = time.perf_counter()
-    from dspark.fitting.budget import parse_budget
-    from dspark.fitting.run import Wish, dry_run, fit
+    from dspark.fitting.progress import parse_budget
+    from dspark.fitting.run import FitOptions, dry_run, fit
 
     if options.dtype == "float16":
         raise UsageError("--dtype is float16, in which nothing is trained; give bfloat16.")
-    wish = Wish(
+    wish = FitOptions(
         options.target,
         parse_budget(options.budget),
         options.prompts,
@@ -131,14 +131,14 @@ class _Display(_Lines):
 
     def begin(self, stage: str, planned_s: float | None) -> None:
         """Show a stage's bar."""
-        from dspark.fitting.budget import duration
+        from dspark.fitting.progress import duration
 
         note = "" if planned_s is None else f"planned: {duration(planned_s)}"
         self._task = self._bar.add_task(stage, total=1.0, note=note)
 
     def advance(self, done: float, total: float, left_s: float) -> None:
         """Move the bars on."""
-        from dspark.fitting.budget import duration
+        from dspark.fitting.progress import duration
 
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=max(total, 1e-9))
@@ -147,7 +147,7 @@ class _Display(_Lines):
 
     def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
         """Leave a line in the place of the bar."""
-        from dspark.fitting.budget import duration
+        from dspark.fitting.progress import duration
 
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -175,8 +175,8 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def _show_plan(plan: Plan, folder: Path, screen: Screen) -> None:
-    from dspark.fitting.budget import duration
     from dspark.fitting.plan import plan_rows
+    from dspark.fitting.progress import duration
 
     shown = table("stage", "what")
     shown.add_column("time", justify="right", no_wrap=True)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.hub")
+REMARKING = ("dspark.sources", "dspark.engine.loading", "dspark.data.prompts.sources")
 """The loggers whose remarks a user of the command should see: what is fetched, and from where."""
 
 Tell = Callable[[float, float | None], None]

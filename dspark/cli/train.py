@@ -79,7 +79,7 @@ def _planned(budget: Budget) -> dict[str, Any]:
 def _judge() -> Judge:
     """How the engine measures a drafter in training: training does not know of evaluation."""
     from dspark.engine.model import Model
-    from dspark.evaluation.live import accepted, render
+    from dspark.evaluation.check.live import accepted, render
     from dspark.training.run import Judge
 
     return Judge(

@@ -1,19 +1,20 @@
-"""Conversations and prompts, as JSON-lines files hold them.
+"""Conversations and prompts: their types, validation, and the record formats of data sets.
 
 A conversation is a list of {"role", "content"} messages. A prompt line holds `messages`, `turns`
-(user turns only; the first one is the prompt, and the later ones are kept beside it) or `prompt`
-(raw text without a template).
+(user turns only; the first is the prompt, later ones follow its answer) or `prompt` (raw text
+without a template). `read_record` also accepts the spellings common in data sets.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.json_lines import read_json_lines, write_json_lines
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
 
 __all__ = [
@@ -30,11 +31,11 @@ __all__ = [
 ]
 
 Message = dict[str, Any]
-"""`role` and `content`, both text; where there are any also `thinking` (text), `tool_calls` (as
-OpenAI's, the arguments as an object), `tool_call_id` and `name`."""
+"""`role` and `content`, both text; optionally `thinking` (text), `tool_calls` (OpenAI's format, but
+arguments as an object), `tool_call_id` and `name`."""
 ROLES = ("system", "user", "assistant", "tool")
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
-"""What templates, servers and data sets call the text that a model thinks before it answers."""
+"""Keys under which templates, servers and data sets hold a model's thinking."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Prompt:
     Attributes:
         messages: chat messages, or None for raw text.
         text: the raw text, or the last user turn.
-        later: user turns to follow, each asked once the one before it has been answered.
+        later: further user turns, each asked after the answer to the previous one.
     """
 
     messages: tuple[Message, ...] | None
@@ -54,14 +55,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation with all that its rendering hangs on.
+    """A conversation with everything its rendering depends on.
 
     Attributes:
-        messages: what was said.
-        tools: descriptions of the tools that the assistant may call, as the template wants them.
+        messages: the turns.
+        tools: descriptions of the tools that the assistant may call, in the template's format.
         template_options: further variables of the chat template, such as `enable_thinking`; None
-            where nobody has written them down.
-        complete: whether the assistant ended its last answer itself; else it was cut.
+            if unknown.
+        complete: whether the assistant ended its last answer itself; otherwise it was truncated.
     """
 
     messages: tuple[Message, ...]
@@ -87,9 +88,9 @@ class Dialogue:
 
 
 def check_messages(messages: object, where: str) -> tuple[Message, ...]:
-    """Return the messages as plain dictionaries, their keys those of `Message`.
+    """Validate messages and return them as `Message` dictionaries.
 
-    Content in parts, as OpenAI has it, becomes one text.
+    Content in parts, as in OpenAI's API, becomes one text.
 
     Raises:
         DataError: they are not a non-empty list of {"role", "content"} with known roles.
@@ -130,13 +131,13 @@ def _check_message(message: object, where: str) -> Message:
 
 
 def thinking_of(message: Mapping[str, Any]) -> str:
-    """What was thought before a message, under any of its names; empty where there is nothing."""
+    """A message's thinking, under any of its keys; empty if there is none."""
     found = (message.get(key) for key in THINKING_KEYS)
     return next((text for text in found if isinstance(text, str) and text), "")
 
 
 def joined_parts(content: object) -> str | None:
-    """The text of a message's content, which may come in parts; None where it is none."""
+    """The text of a message's content, which may come in parts; None if it is not text."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     texts = [
@@ -147,7 +148,7 @@ def joined_parts(content: object) -> str | None:
 
 
 def check_tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """Return an assistant's calls of tools with their arguments as objects, as templates want them.
+    """Validate an assistant's tool calls and parse their arguments, as templates require.
 
     Raises:
         DataError: one of them names no function.
@@ -186,9 +187,9 @@ def read_conversations(path: str | Path) -> Iterator[tuple[Message, ...]]:
 
 
 def as_prompt(record: dict[str, Any], where: str) -> Prompt:
-    """Turn one JSON object into a prompt.
+    """Convert one JSON object to a prompt.
 
-    Trailing assistant messages of `messages` are dropped: the answer is the model's to give.
+    Trailing assistant messages of `messages` are dropped: the model is to answer.
 
     Raises:
         DataError: the record holds none of `messages`, `turns`, `prompt`, or an empty prompt.
@@ -210,7 +211,7 @@ def as_prompt(record: dict[str, Any], where: str) -> Prompt:
 
 
 def check_turns(turns: object, where: str) -> Sequence[str]:
-    """Return a user's turns.
+    """Validate user turns.
 
     Raises:
         DataError: they are not a non-empty list of strings.
@@ -235,3 +236,116 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{path} holds no prompt.")
     return prompts
+
+
+ROLE_NAMES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "tool": "tool",
+}
+"""Role names in data sets and their standard names; turns of other roles are dropped."""
+RECORD_KEYS = ("messages", "conversations", "turns", "prompt", "instruction")
+"""Keys that may hold a record's turns, in order of precedence."""
+
+
+@dataclass(frozen=True)
+class ParsedRecord:
+    """The conversation or raw text of a record.
+
+    Attributes:
+        dialogue: its turns; None for raw text.
+        raw: text without a template, if it holds no turns.
+        dropped: number of dropped turns by role: unknown roles, and answers before the first
+            question (as "assistant").
+    """
+
+    dialogue: Dialogue | None
+    raw: str = ""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def asked(self) -> list[str]:
+        """Everything given to the model, that is, all but the answers; identifies the prompt."""
+        if self.dialogue is None:
+            return [self.raw]
+        return [m["content"] for m in self.dialogue.messages if m["role"] != "assistant"]
+
+    @property
+    def user_turns(self) -> list[str]:
+        """The user turns, or the raw text."""
+        if self.dialogue is None:
+            return [self.raw]
+        return [m["content"] for m in self.dialogue.messages if m["role"] == "user"]
+
+
+def read_record(record: Mapping[str, Any], where: str) -> ParsedRecord:
+    """Read a record: `messages`, `conversations`, `turns`, `prompt`, or `instruction`.
+
+    Turns may be {"role", "content"} or {"from", "value"}, roles as in `ROLE_NAMES`. An
+    `instruction` may have an `input`.
+
+    Raises:
+        DataError: it holds none of them, or no user turn with any text.
+    """
+    turns = record.get("messages") or record.get("conversations")
+    if turns is not None:
+        found = _conversation(record, turns, where)
+    elif "turns" in record:
+        said = [
+            m for turn in check_turns(record["turns"], where) for m in _asked_and_answered(turn)
+        ]
+        found = ParsedRecord(Dialogue.of({"messages": said}, where))
+    elif isinstance(record.get("prompt"), str):
+        found = ParsedRecord(None, record["prompt"])
+    elif isinstance(record.get("instruction"), str):
+        text = with_input(record["instruction"], record.get("input"))
+        found = ParsedRecord(Dialogue.of({"messages": list(_asked_and_answered(text))}, where))
+    else:
+        *others, last = map(repr, RECORD_KEYS)
+        raise DataError(f"{where}: needs {', '.join(others)} or {last}.")
+    if not any(text.strip() for text in found.user_turns):
+        raise DataError(f"{where}: there is no user turn with any text.")
+    return found
+
+
+def with_input(instruction: str, given: object) -> str:
+    """An instruction in Alpaca's format, with its input text if there is one."""
+    if not isinstance(given, str) or not given.strip():
+        return instruction
+    return f"{instruction}\n\nInput:\n{given}"
+
+
+def _asked_and_answered(text: str) -> tuple[Message, Message]:
+    return {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+
+
+def _conversation(record: Mapping[str, Any], turns: object, where: str) -> ParsedRecord:
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: the turns of a conversation must be a list of objects.")
+    dropped: Counter[str] = Counter()
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        name = str(turn.get("role", turn.get("from")))
+        role = ROLE_NAMES.get(name.lower())
+        if role is None:
+            dropped[name] += 1
+        elif role == "assistant" and not any(m["role"] == "user" for m in messages):
+            dropped[role] += 1  # it answers no question
+        else:
+            content = turn.get("content", turn.get("value"))
+            messages.append({**turn, "role": role, "content": content})
+    if not any(m["role"] == "user" for m in messages):
+        raise DataError(f"{where}: there is no user turn with any text.")
+    whole = {"messages": messages, "tools": _tools(record)}
+    return ParsedRecord(Dialogue.of(whole, where), dropped=dropped)
+
+
+def _tools(record: Mapping[str, Any]) -> object:
+    """The tools of a record; data-set columns hold None for no tools."""
+    return record.get("tools") or None

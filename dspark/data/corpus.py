@@ -1,8 +1,7 @@
-"""The corpus of the bundled model: openly licensed text, turned into conversations.
+"""The corpus of the bundled model: openly licensed text converted to conversations.
 
-A source names a file and how its records become conversations. Every tenth tldr command (by a hash
-of its name, so that all platforms of a command fall together) and every twentieth GSM8K problem are
-held out.
+A source names a file and its record format. One in ten tldr commands (by a hash of the name, so
+that all platforms of a command fall together) and one in twenty GSM8K problems are held out.
 """
 
 from __future__ import annotations
@@ -15,12 +14,19 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dspark.data.conversations import Message, check_messages
-from dspark.data.formats import BOXED, SourceFormat
-from dspark.data.json_lines import read_json_lines, write_json_lines
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
 from dspark.errors import DataError
+
+SourceFormat = Literal[
+    "messages", "gsm8k", "gsm8k_heldout", "mbpp", "tldr", "tldr_heldout", "python_stdlib"
+]
+FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""Appended to mathematics questions by the published evaluator (docs/evaluation.md)."""
+
 
 Conversation = tuple[Message, ...]
 MAX_FUNCTION_CHARACTERS = 900

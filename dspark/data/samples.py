@@ -1,7 +1,7 @@
 """Training samples: token ids with a loss mask, from conversations or from sampled token ids.
 
-Which characters an assistant wrote is known from how the chat template renders the conversation
-turn by turn (`data/templates.py`); which tokens these became, from the tokenizer's offsets.
+`templates` says which characters an assistant wrote; the tokenizer's offsets say which tokens they
+became.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dspark.data.conversations import Dialogue
-from dspark.data.json_lines import scan_json_lines
-from dspark.data.templates import Answer, answers_of, kept_answers
+from dspark.data.files.json_lines import scan_json_lines
+from dspark.data.templates import Answer, answers_of, kept_answers, special_ids
 from dspark.errors import DataError, DSparkWarning
 
 Span = tuple[int, int]
@@ -26,11 +25,11 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to train on.
+    """One training sequence.
 
     Attributes:
-        input_ids: its tokens.
-        loss_mask: True for tokens that the assistant (or the sampled model) wrote.
+        input_ids: token ids.
+        loss_mask: True for tokens written by the assistant (or the sampled model).
     """
 
     input_ids: tuple[int, ...]
@@ -42,21 +41,21 @@ class Sample:
 
     @property
     def num_supervised(self) -> int:
-        """How many tokens carry loss."""
+        """Number of tokens with loss."""
         return sum(self.loss_mask)
 
 
 def conversation_samples(tokenizer: Any, dialogue: Dialogue) -> list[Sample]:
-    """Tokens and loss masks of a conversation: every assistant turn, its end mark included.
+    """Tokens and loss masks of a conversation: every assistant turn with its end-of-turn token.
 
-    Each answer stands behind exactly the tokens of the prompt that it would be generated from. One
-    sample holds all answers for which that is true at once; where it is not, as under a template
-    that drops what was thought before earlier answers, a conversation gives several. White space
-    that the template puts behind an end mark is nobody's; nor is the end mark of an answer that was
-    cut.
+    Each answer follows exactly the tokens of the prompt that it would be generated from. One sample
+    holds all answers that can satisfy this together; otherwise, as under a template that drops the
+    thinking of earlier answers, a conversation yields several samples. White space that the
+    template adds after an end-of-turn token carries no loss, nor does the end-of-turn token of a
+    truncated answer.
 
     Raises:
-        DataError: as `templates.answers_of`; or the tokenizer cannot tell offsets.
+        DataError: as `templates.answers_of`; or the tokenizer has no offsets.
     """
     answers = answers_of(tokenizer, dialogue)
     waiting = [_encode_answer(tokenizer, a, cut=False) for a in answers[:-1]]
@@ -77,7 +76,7 @@ def conversation_samples(tokenizer: Any, dialogue: Dialogue) -> list[Sample]:
 
 @dataclass(frozen=True)
 class _EncodedAnswer:
-    """An answer behind its prompt: token ids, and which of them are the answer's."""
+    """Token ids of an answer after its prompt, and the answer's range [begin, end)."""
 
     answer: Answer
     ids: tuple[int, ...]
@@ -86,29 +85,23 @@ class _EncodedAnswer:
 
 
 def _encode_answer(tokenizer: Any, answer: Answer, *, cut: bool) -> _EncodedAnswer:
-    """Encode an answer's rendering; `cut` leaves its end mark out."""
+    """Encode an answer's rendering; `cut` excludes its end-of-turn token."""
     text, edge = answer.through, len(answer.prompt)
     prompt_ids, _ = _encode(tokenizer, answer.prompt)
     ids, offsets = _encode(tokenizer, text)
     begin = len(prompt_ids)
     if ids[:begin] != prompt_ids or any(start < edge for start, _ in offsets[begin:]):
-        # Tokens reach across the border, or change because of what follows: a prompt is encoded
-        # before there is an answer.
+        # Tokens cross the border or depend on what follows, but a prompt is encoded before its
+        # answer exists.
         rest, rest_offsets = _encode(tokenizer, answer.text)
         ids = prompt_ids + rest
         offsets = [(0, 0)] * begin + [(start + edge, stop + edge) for start, stop in rest_offsets]
     end = len(ids)
     mine = range(begin, end)
     mark = next((i for i in reversed(mine) if text[slice(*offsets[i])].strip()), None)
-    if mark is not None and offsets[mark][0] >= answer.said and ids[mark] in _marks(tokenizer):
+    if mark is not None and offsets[mark][0] >= answer.said and ids[mark] in special_ids(tokenizer):
         end = mark if cut else mark + 1
     return _EncodedAnswer(answer, tuple(ids), begin, end)
-
-
-@lru_cache(maxsize=8)
-def _marks(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that no ordinary text becomes."""
-    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
@@ -125,12 +118,12 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
 def read_samples(path: Path, tokenizer: Any) -> Iterator[Sample]:
     """Yield the samples of a JSON-lines file.
 
-    A line holds `input_ids` with `prompt_len` (the rest is the answer), or `messages`. Lines that
-    cannot be used, as conversations without an assistant turn, are left out, and a warning at the
-    end says how many, and which came first.
+    A line holds `input_ids` with `prompt_len` (the rest is the answer), or `messages`. Unusable
+    lines, such as conversations without an assistant turn, are skipped; a final warning gives their
+    number and the first fault.
 
     Raises:
-        DataError: the file is missing, or no line of it can be used.
+        DataError: the file is missing, or has no usable line.
     """
     used, left_out, first = 0, 0, ""
     for row in scan_json_lines(path):
@@ -172,13 +165,13 @@ def record_samples(record: Mapping[str, Any], tokenizer: Any, where: str) -> lis
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples one after the other, without padding: T rows, the sum of their lengths.
+    """Concatenated samples without padding: T rows, the sum of their lengths.
 
     Attributes:
         input_ids_T: tokens, int64.
         loss_mask_T: True for supervised tokens.
-        positions_T: each token's position in its own sample.
-        lengths: tokens of each sample.
+        positions_T: each token's position in its sample.
+        lengths: tokens per sample.
     """
 
     input_ids_T: Tensor
@@ -198,26 +191,26 @@ class SampleBatch:
         )
 
     def __len__(self) -> int:
-        """How many samples."""
+        """Number of samples."""
         return len(self.lengths)
 
     @property
     def ends_T(self) -> Tensor:
-        """The row behind each token's sample."""
+        """For each token, the row after its sample's last."""
         ends = torch.tensor(self.lengths).cumsum(0)
         return ends.repeat_interleave(torch.tensor(self.lengths)).to(self.input_ids_T.device)
 
 
 class SampleStream:
-    """Batches of samples of like length, in an order that is a function of (seed, step) alone.
+    """Batches of samples of similar length, in an order that depends on (seed, step) alone.
 
-    Each epoch is shuffled, cut into groups, sorted by length within a group and cut into batches,
-    which are shuffled again.
+    Each epoch is shuffled, split into groups, sorted by length within a group and split into
+    batches, which are shuffled again.
 
     Args:
-        samples: what to draw from.
+        samples: the data set.
         rows: samples per batch.
-        seed: names the order.
+        seed: of the order.
     """
 
     GROUP = 32
@@ -239,7 +232,7 @@ class SampleStream:
         return [self.samples[i] for i in self.indices(step)]
 
     def indices(self, step: int) -> list[int]:
-        """Which samples a step has."""
+        """Indices of a step's samples."""
         epoch, within = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._batches, self._epoch = self._plan(epoch), epoch
@@ -262,6 +255,6 @@ class SampleStream:
 
 
 def usable(samples: Iterable[Sample], max_length: int, min_supervised: int) -> list[Sample]:
-    """Cut samples to `max_length` and keep those with enough supervised tokens left."""
+    """Truncate samples to `max_length` and keep those with enough supervised tokens."""
     cut = (sample.truncated(max_length) for sample in samples)
     return [sample for sample in cut if sample.num_supervised >= min_supervised]

@@ -1,8 +1,8 @@
-"""Chat templates, always the tokenizer's own: what is rendered, and which part of it an answer is.
+"""Chat templates: rendering by the tokenizer's own template, and which characters an answer is.
 
-An answer is what its rendering adds behind the generation prompt: behind what the model was shown
-when it wrote it. Nothing is searched for in rendered text, so a user who writes a template's header
-changes nothing.
+An answer is what its rendering adds after the generation prompt, that is, after what the model was
+shown when it wrote it. Rendered text is never searched for headers, so a user who writes a
+template's header changes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Answer:
     """An assistant's turn as the chat template shows it.
 
     Attributes:
-        index: its place among the messages.
-        prompt: what the model saw when it wrote it: all before, and the generation prompt.
-        through: the prompt, and the answer with its end mark.
-        said: where in `through` the message's own text ends at the earliest.
-        options: variables of the template that it was rendered with.
+        index: its index among the messages.
+        prompt: the text that the model continued: all earlier turns and the generation prompt.
+        through: the prompt and the answer with its end-of-turn token.
+        said: earliest offset in `through` at which the message's own text may end.
+        options: template variables that it was rendered with.
     """
 
     index: int
@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The answer and its end mark."""
+        """The answer with its end-of-turn token."""
         return self.through[len(self.prompt) :]
 
 
@@ -54,10 +54,10 @@ def render(
 
     Args:
         tokenizer: a transformers tokenizer.
-        messages: what was said.
-        tools: what the assistant may call.
-        options: further variables of the template.
-        generation: add what opens an answer.
+        messages: the turns.
+        tools: tools that the assistant may call.
+        options: further template variables.
+        generation: append the generation prompt.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses the messages.
@@ -85,14 +85,14 @@ def _for_template(message: Message) -> Message:
 
 
 def answers_of(tokenizer: Any, dialogue: Dialogue) -> list[Answer]:
-    """Every assistant turn of a dialogue, each rendered as it was when it was the last one.
+    """Every assistant turn of a dialogue, each rendered as it was when it was the last turn.
 
-    Where the dialogue does not say with which options of the template its answers were written,
-    an answer with thinking was written with `enable_thinking` true, one without with it false.
+    If the dialogue does not record its template options, an answer with thinking is taken to be
+    written with `enable_thinking` true, one without with it false.
 
     Raises:
-        DataError: there is no assistant turn; or the template leaves an answer out, rewrites it, or
-            does not put it behind its own generation prompt.
+        DataError: there is no assistant turn; or the template omits an answer, rewrites it, or does
+            not place it after its own generation prompt.
     """
     found = [
         answer_of(tokenizer, dialogue, index)
@@ -105,7 +105,7 @@ def answers_of(tokenizer: Any, dialogue: Dialogue) -> list[Answer]:
 
 
 def answer_of(tokenizer: Any, dialogue: Dialogue, index: int) -> Answer:
-    """One assistant turn, rendered as the last one.
+    """One assistant turn, rendered as the last turn.
 
     Raises:
         DataError: as `answers_of`.
@@ -121,8 +121,8 @@ def answer_of(tokenizer: Any, dialogue: Dialogue, index: int) -> Answer:
     if not through.startswith(prompt):
         raise DataError(
             f"The chat template does not put the answer in message {index + 1} behind its own "
-            "generation prompt, so that which tokens it is cannot be told; leave the "
-            "conversation out, or use a template that keeps every turn."
+            "generation prompt, so its tokens cannot be identified; leave the conversation out, "
+            "or use a template that keeps every turn."
         )
     said = None
     if "thinking" not in message:
@@ -139,7 +139,7 @@ def answer_of(tokenizer: Any, dialogue: Dialogue, index: int) -> Answer:
 
 
 def _end_of(texts: Sequence[str], rendered: str, begin: int) -> int | None:
-    """Where texts end that stand in a rendered one after another; None if they do not."""
+    """Offset at which consecutive texts end in a rendering; None if it lacks one."""
     for text in texts:
         found = rendered.find(text.strip(), begin)
         if found < 0:
@@ -151,30 +151,30 @@ def _end_of(texts: Sequence[str], rendered: str, begin: int) -> int | None:
 def kept_answers(
     tokenizer: Any, dialogue: Dialogue, earlier: Sequence[Answer], later: Answer
 ) -> list[Answer]:
-    """The earlier answers that a later one's rendering shows exactly as they were written.
+    """The earlier answers that a later answer's rendering shows exactly as they were written.
 
-    One row of tokens can train these with it. Thinking templates, which drop what was thought
-    before earlier answers, do not show them so; nor do those that show only the last turns.
+    One token sequence can train these together with it. Templates that drop the thinking of earlier
+    answers, or show only the last turns, do not preserve them.
     """
     alike = [a for a in earlier if later.through.startswith(a.through)]
     if not alike:
         return []
-    # Text that a user wrote could look like the earlier turns: so a mark at the end of each of
-    # these must come out just there.
+    # User text could look like the earlier turns, so a marker at the end of each of these must be
+    # rendered exactly there.
     marked, begin = "", 0
     for answer in alike:
         marked += later.prompt[begin : answer.said] + "."
         begin = answer.said
     if _prompt_with_marks(tokenizer, dialogue, alike, later) == marked + later.prompt[begin:]:
         return alike
-    # Not so where white space at an answer's end is trimmed: then each must at least move the text.
+    # If the template trims trailing white space, each marker must at least change the text.
     return [a for a in alike if _prompt_with_marks(tokenizer, dialogue, [a], later) != later.prompt]
 
 
 def _prompt_with_marks(
     tokenizer: Any, dialogue: Dialogue, answers: Sequence[Answer], later: Answer
 ) -> str:
-    """What a later answer's prompt is with a full stop behind some earlier ones."""
+    """A later answer's prompt with a full stop appended to some earlier answers."""
     messages = list(dialogue.messages[: later.index])
     for answer in answers:
         said = messages[answer.index]
@@ -184,25 +184,28 @@ def _prompt_with_marks(
             tokenizer, messages, tools=dialogue.tools, options=later.options, generation=True
         )
     except DataError:
-        return later.prompt  # it cannot be told: as if it were not shown
+        return later.prompt  # undecidable: treated as not shown
 
 
 def thinking_and_content(message: Message) -> tuple[str, str]:
-    """What was thought before an answer, in a field of its own or in `<think>` marks, and the rest.
-
-    Only marks that open the content count.
-    """
+    """A message's thinking, from its own field or leading `<think>` tags, and its content."""
     content = str(message["content"])
     if thinking := message.get("thinking"):
         return str(thinking), content
     return split_thinking(content, "<think>", "</think>")
 
 
-def split_thinking(text: str, opening: str, closing: str) -> tuple[str, str]:
-    """Part a text that begins with thinking between two marks: (thinking, rest).
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of added and special tokens, which ordinary text never encodes to."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
-    Without an opening mark, or with one that nothing closes, all is the rest; an empty opening mark
-    is always there.
+
+def split_thinking(text: str, opening: str, closing: str) -> tuple[str, str]:
+    """Split a text that begins with thinking between two tags: (thinking, rest).
+
+    Without an opening tag, or if nothing closes it, everything is the rest; an empty opening tag
+    always matches.
     """
     head, mark, rest = text.partition(closing)
     if not mark or not head.lstrip().startswith(opening):
@@ -212,7 +215,7 @@ def split_thinking(text: str, opening: str, closing: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: Any, template: str) -> tuple[str, str] | None:
-    assert template, "the key that tells a tokenizer's templates apart"
+    assert template, "part of the cache key"
     thought, said = "ssthoughtss", "sssaidss"
     user: Message = {"role": "user", "content": "a"}
     assistant: Message = {"role": "assistant", "content": said, "thinking": thought}
@@ -230,10 +233,10 @@ def _marks(tokenizer: Any, template: str) -> tuple[str, str] | None:
 
 
 def thinking_marks(tokenizer: Any) -> tuple[str, str] | None:
-    """What a model writes before and after its thinking, as its template shows it.
+    """The tags that a model writes before and after its thinking, according to its template.
 
-    The opening mark is empty where the generation prompt holds it already. None where the template
-    has no place for thinking.
+    The opening tag is empty if the generation prompt contains it. None if the template does not
+    render thinking.
     """
     template = tokenizer.chat_template
     return _marks(tokenizer, str(template)) if template else None

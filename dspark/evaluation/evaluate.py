@@ -1,19 +1,21 @@
-"""Evaluation: every question of every task through the engine, one record for each."""
+"""Evaluation: every question of every task is decoded by the engine and yields one record."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dspark.data.conversations import Message
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.record import RoundRecord
 from dspark.errors import CompatibilityError, UsageError
-from dspark.evaluation.dialogue import Dialogue, RoundLog
 from dspark.evaluation.identity import (
     draft_fingerprint,
     drafted,
@@ -21,28 +23,106 @@ from dspark.evaluation.identity import (
     environment,
     target_fingerprint,
 )
-from dspark.evaluation.records import Plan, Record, RunRecords, Settings, Spent
-from dspark.evaluation.tasks import Task
-from dspark.request import Request, SamplingParams
+from dspark.evaluation.records import Plan, Record, RunRecords, Settings, Spent, Turn
+from dspark.evaluation.tasks import Question, Task
+from dspark.request import Output, Request, SamplingParams
 from dspark.scheduling.calibration import temperature_class
 
+_MOST_LOGIT = 30.0
+
+
+@dataclass
+class RoundLog:
+    """The rounds of one answer.
+
+    Attributes:
+        verified, kept: per round.
+        logits: confidence logits per round, empty unless it has one for each draft of a whole
+            block.
+        has_own: whether the drafter has confidences of its own, as far as known.
+        committed: tokens so far.
+    """
+
+    verified: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    logits: list[tuple[float, ...]] = field(default_factory=list)
+    has_own: bool = True
+    committed: int = 0
+
+    def add(self, record: RoundRecord, row: int, num_drafts: int) -> None:
+        """Record a round; the first one reads the prompt and has no drafts."""
+        if self.committed:
+            self.verified.append(record.lengths[row])
+            self.kept.append(record.accepted[row])
+            logits_RK = record.confidence_logits_RK
+            logits_K = np.empty(0) if logits_RK is None else logits_RK[row]
+            self.has_own &= not record.are_margins
+            whole = len(logits_K) == num_drafts and not np.isnan(logits_K).any()
+            clipped = logits_K.clip(-_MOST_LOGIT, _MOST_LOGIT) if whole else []
+            self.logits.append(tuple(round(float(x), 4) for x in clipped))
+        self.committed += len(record.committed[row])
+
+    def turn(self, output: Output, room: int, *, plain: bool) -> Turn:
+        """The finished answer."""
+        stats = output.stats
+        if plain:  # plain decoding reports no rounds
+            self.verified = self.kept = [0] * stats.rounds
+        cut = False
+        if self.kept and not plain:
+            overshoot = max(0, self.committed - len(output.token_ids))
+            cut = overshoot >= 1  # at least the token after the drafts was not committed
+            self.kept[-1] = min(self.kept[-1], self.kept[-1] + 1 - overshoot)
+        ids = ",".join(map(str, output.token_ids)).encode()
+        return Turn(
+            tokens=len(output.token_ids),
+            room=room,
+            finish_reason=output.finish_reason,
+            drafted=stats.drafted,
+            verified=tuple(self.verified),
+            kept=tuple(self.kept),
+            cut=cut,
+            logits=tuple(self.logits) if self.has_own and not plain else None,
+            digest=hashlib.sha256(ids).hexdigest()[:12],
+            text=output.text,
+        )
+
+
+@dataclass
+class Dialogue:
+    """A question in progress, turn by turn.
+
+    Attributes:
+        question: the question.
+        request: of the current turn.
+        messages: so far, including the user's last turn; empty for raw text.
+        turns: answers so far.
+        log: of the current answer.
+    """
+
+    question: Question
+    request: Request
+    messages: list[Message]
+    turns: list[Turn] = field(default_factory=list)
+    log: RoundLog = field(default_factory=RoundLog)
+
+
 Progress = Callable[[Task, Record], None]
-"""(task, the question that has just been finished)"""
-# Room for the marks of a chat template around a later turn.
+"""(task, the question just finished)"""
+# Allowance for template tokens around a later turn.
 _TEMPLATE_TOKENS = 64
 
 
 class Evaluator:
-    """Asks the questions of tasks with one drafter at one setting.
+    """Evaluates the questions of tasks with one drafter at one setting.
 
     Args:
-        model: a target and its drafter, or none.
-        run: where records go, and its settings.
-        progress: told of every finished question.
+        model: a target with or without a drafter.
+        run: the records, with their settings.
+        progress: called for every finished question.
 
     Raises:
-        CompatibilityError: the thinking mode is asked of a chat template that has none.
-        UsageError: a setting has a value that cannot be used.
+        CompatibilityError: thinking is requested but the chat template has no thinking mode.
+        UsageError: a setting has an invalid value.
     """
 
     def __init__(self, model: Model, run: RunRecords, progress: Progress | None = None) -> None:
@@ -67,10 +147,10 @@ class Evaluator:
             self.num_drafts = settings.block_size or model.drafter.block_size
 
     def ask(self, task: Task) -> None:
-        """Ask every question of a task that has no record yet.
+        """Evaluate every question of a task that has no record yet.
 
         Raises:
-            DSparkError: a request failed; what was finished before is kept.
+            DSparkError: a request failed; finished records are kept.
         """
         dialogues = list[Dialogue]()
         limit = self.model.target.max_context
@@ -89,7 +169,7 @@ class Evaluator:
             self._lead(task, dialogues)
 
     def _lead(self, task: Task, dialogues: Sequence[Dialogue]) -> None:
-        """Lead all dialogues to their ends, `batch_size` at once."""
+        """Complete all dialogues, `batch_size` at once."""
         running: dict[int, Dialogue] = {}
         engine = self._engine(dialogues, running)
         waiting = iter(dialogues)
@@ -117,7 +197,7 @@ class Evaluator:
     def _admit(
         self, engine: Engine, waiting: Iterator[Dialogue], running: dict[int, Dialogue]
     ) -> None:
-        """Keep the engine's queue filled, but not longer than it needs to be."""
+        """Keep the engine's queue filled, at twice the batch size."""
         while len(running) < 2 * self.settings.batch_size:
             dialogue = next(waiting, None)
             if dialogue is None:
@@ -125,7 +205,7 @@ class Evaluator:
             running[engine.add(dialogue.request)] = dialogue
 
     def _follow(self, task: Task, dialogue: Dialogue, engine: Engine) -> Record | None:
-        """The record of a dialogue that is over; else None, and its next request is ready."""
+        """The record of a completed dialogue; otherwise None, with its next request prepared."""
         at = len(dialogue.turns)
         question, later = dialogue.question, dialogue.question.prompt.later
         if at > len(later):
@@ -166,7 +246,7 @@ class Evaluator:
         )
 
     def _longest(self, dialogue: Dialogue) -> int:
-        """Tokens that a dialogue may come to, all turns together."""
+        """Largest number of tokens of a dialogue, all turns together."""
         length = len(dialogue.request.prompt_ids) + self.settings.max_new_tokens
         for text in dialogue.question.prompt.later:
             asked = len(self.model.encode(text)) if text.strip() else 0
@@ -185,7 +265,7 @@ class Evaluator:
         return self.model.encode(prompt[0]["content"])
 
     def _request(self, key: str, turn: int, ids: tuple[int, ...]) -> Request:
-        """Its seed hangs on the question alone, not on the others that are asked."""
+        """A request whose seed depends on its question alone."""
         text = f"{self.settings.seed} {key} {turn}".encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
         return Request(ids, self._params.with_seed(seed))
@@ -197,7 +277,7 @@ class Evaluator:
 
 
 class _Stopwatch:
-    """Time of an engine, split at the records that it led to."""
+    """Attributes an engine's time to records."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._judged = engine, 0
@@ -208,7 +288,7 @@ class _Stopwatch:
         self._judged += requests
 
     def stamp(self, record: Record) -> Record:
-        """The record with what was spent since the one before."""
+        """The record with the time spent since the previous one."""
         now = self._spent()
         spent, self._last = now - self._last, now
         return Record(record.task, record.key, record.turns, record.skipped, spent)
@@ -227,7 +307,7 @@ class _Stopwatch:
 
 
 def _room(engine: Engine, request: Request) -> int:
-    """Tokens that an answer may have."""
+    """Largest number of tokens of an answer."""
     return min(request.params.max_new_tokens, engine.max_length - len(request.prompt_ids))
 
 
@@ -236,10 +316,10 @@ def settings_of(model: Model, target: str, name: str, draft: str, **options: Any
 
     Args:
         model: the pair.
-        target: what the target was loaded as.
+        target: name that the target was loaded by.
         name: of the drafter, in reports.
-        draft: what it was loaded as.
-        **options: further fields of `Settings`; temperature 0 where it is not among them.
+        draft: name that it was loaded by.
+        **options: further fields of `Settings`; temperature defaults to 0.
     """
     return Settings(
         target=target,
@@ -261,22 +341,22 @@ def evaluate(
     command: str = "",
     progress: Progress | None = None,
 ) -> RunRecords:
-    """Ask every question of the tasks that has no record in `out` yet.
+    """Evaluate every question of the tasks that has no record in `out` yet.
 
     Args:
         model: the pair that `settings` names.
         settings: of the run.
-        tasks: what is asked.
+        tasks: the questions.
         out: a folder for the records; None keeps them in memory.
-        command: how this was started, for the report.
-        progress: told of every question that is finished, those of an earlier start included.
+        command: the command line, for the report.
+        progress: called for every finished question, including those of earlier starts.
 
     Returns:
         The records.
 
     Raises:
-        DSparkError: the file of records is damaged, a setting cannot be, or a request failed; what
-            was finished before is kept.
+        DSparkError: the file of records is damaged, a setting is invalid, or a request failed;
+            finished records are kept.
     """
     run = RunRecords.open(settings, out)
     plan = Plan(

@@ -1,4 +1,4 @@
-"""Who was evaluated, and where: weights, calibration, hardware and versions."""
+"""Identity of an evaluated pair and its environment: fingerprints, calibration, versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dspark.evaluation.records import Drafted, Settings
 from dspark.scheduling.calibration import TemperatureClass
 from dspark.targets.target import Target
 
-_SAMPLES = 256  # values of each tensor that a fingerprint looks at
+_SAMPLES = 256  # values per tensor in a fingerprint
 
 
 def environment(target: Target) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def environment(target: Target) -> dict[str, Any]:
 
 
 def dtype_name(target: Target) -> str:
-    """The target's dtype, with a word for batch-invariant mode."""
+    """The target's dtype, marked if batch-invariant."""
     dtype = str(target.dtype).removeprefix("torch.")
     return f"{dtype} batch-invariant" if target.batch_invariant else dtype
 
 
 def target_fingerprint(target: Target) -> str:
-    """Eight digits that change with the weights at the target's ends."""
+    """Eight hex digits of the target's embedding, head and final norm."""
     parts = target.parts()
     return _fingerprint(
         t for t in (parts.embedding_VH, parts.head_VH, parts.final_norm_H) if t is not None
@@ -58,7 +58,7 @@ def target_fingerprint(target: Target) -> str:
 
 
 def draft_fingerprint(model: Model) -> str:
-    """Eight digits that change with the drafter's weights; empty where it has none."""
+    """Eight hex digits of the drafter's weights; empty if it has none."""
     if not isinstance(model.drafter, nn.Module):
         return ""
     return _fingerprint(tensor for _, tensor in sorted(model.drafter.state_dict().items()))
@@ -75,7 +75,7 @@ def _fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def drafted(model: Model, settings: Settings, kind: TemperatureClass) -> Drafted:
-    """What the drafter of a run is."""
+    """Description of a run's drafter."""
     drafter = model.drafter
     if drafter is None or settings.schedule == "off":
         return Drafted(0)
@@ -91,5 +91,5 @@ def drafted(model: Model, settings: Settings, kind: TemperatureClass) -> Drafted
             entry = model.calibration.entry(block_size, settings.verifier, kind)
             temperatures, shifts = entry.scaling.temperatures, entry.scaling.shifts
         except CompatibilityError:
-            pass  # an uncalibrated setting: the report says so
+            pass  # an uncalibrated setting, which the report mentions
     return Drafted(block_size, layers, parameters, temperatures, shifts)

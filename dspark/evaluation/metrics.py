@@ -1,10 +1,10 @@
-"""The figures of an evaluation, from its records; docs/evaluation.md defines them.
+"""Figures of an evaluation, from its records; docs/evaluation.md defines them.
 
-An answer's end cuts rounds short in two ways. The limit on tokens leaves less room than a block
-needs: whether a round has room is known before it begins, so that leaving such rounds out biases
-nothing (Wald). A stop token among the kept drafts hides what would have become of the draft behind
-it: such a round counts up to there and is censored after, as in the product-limit estimator
-(Kaplan & Meier 1958). Where nothing is cut, that estimator is the plain ratio of sums.
+The end of an answer truncates rounds in two ways. The token limit leaves less room than a block
+needs: whether a round has room is known before it begins, so excluding such rounds introduces no
+bias (Wald). A stop token among the accepted drafts hides the outcome of the next draft: such a
+round counts up to there and is censored after it, as in the product-limit estimator (Kaplan & Meier
+1958). Without truncation, that estimator is the plain ratio of sums.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Tallies:
+class RoundCounts:
     """Counts of P prompts at K draft positions.
 
     Attributes:
-        at_risk_PK: rounds that kept all drafts before a position, and whose fate at it is known:
-            those with room for a whole block that no stop token ended before.
+        at_risk_PK: rounds that kept all drafts before a position and whose outcome there is known:
+            rounds with room for a whole block that no stop token ended earlier.
         kept_PK: of these, rounds that kept the draft.
-        verified_PK: of the rounds at risk, those that had a draft verified there.
+        verified_PK: rounds at risk with a verified draft at the position.
         whole_P: rounds with room for a whole block.
         sent_P: drafts that these sent to the target.
         rounds_P: all rounds.
-        cut_P: rounds that a stop token or the limit ended within their kept drafts.
+        cut_P: rounds ended within their kept drafts by a stop token or the limit.
         gained_P: tokens of all rounds.
-        drafted_P, all_sent_P, all_kept_P: drafts of all rounds proposed, sent and kept.
-        tokens_P: tokens of the answers, their first ones included.
+        drafted_P, all_sent_P, all_kept_P: proposed, sent and kept drafts of all rounds.
+        tokens_P: tokens of the answers, including their first ones.
     """
 
     at_risk_PK: IntArray
@@ -55,7 +55,7 @@ class Tallies:
     tokens_P: IntArray
 
     @classmethod
-    def of(cls, records: Sequence[Record], num_drafts: int) -> Tallies:
+    def of(cls, records: Sequence[Record], num_drafts: int) -> RoundCounts:
         """Count the rounds of each prompt.
 
         Args:
@@ -72,34 +72,34 @@ class Tallies:
     def __len__(self) -> int:
         return len(self.rounds_P)
 
-    def joined(self, other: Tallies) -> Tallies:
+    def joined(self, other: RoundCounts) -> RoundCounts:
         """The prompts of both."""
-        return Tallies(
-            *(np.concatenate([getattr(self, n), getattr(other, n)]) for n in _TALLY_FIELDS)
+        return RoundCounts(
+            *(np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COUNT_FIELDS)
         )
 
     def survival(self, weights_BP: npt.ArrayLike | None = None) -> FloatArray:
         """Prefix survival: the share of rounds that keep at least k drafts, k = 1..K.
 
         Args:
-            weights_BP: how often each prompt counts, for B resamples; None counts each once.
+            weights_BP: multiplicity of each prompt in B resamples; None counts each once.
 
         Returns:
             [K], or [B, K].
         """
         weights = np.ones(len(self), np.int64) if weights_BP is None else np.asarray(weights_BP)
         at_risk, kept = weights @ self.at_risk_PK, weights @ self.kept_PK
-        # A position that no round came to counts as one that none keeps.
+        # A position that no round reached counts as never kept.
         shares = np.divide(kept, at_risk, out=np.zeros(kept.shape), where=at_risk > 0)
         return np.multiply.accumulate(shares, axis=-1)
 
     def accepted_length(self, weights_BP: npt.ArrayLike | None = None) -> FloatArray:
-        """Tokens that a round gains, bonus included: 1 + the sum of `survival`; [] or [B]."""
+        """Tokens per round, bonus included: 1 + the sum of `survival`; [] or [B]."""
         result: FloatArray = 1.0 + self.survival(weights_BP).sum(axis=-1)
         return result
 
 
-_TALLY_FIELDS = tuple(Tallies.__dataclass_fields__)
+_COUNT_FIELDS = tuple(RoundCounts.__dataclass_fields__)
 
 
 def _count(turns: Sequence[Turn], num_drafts: int) -> tuple[IntArray, list[int]]:
@@ -107,7 +107,7 @@ def _count(turns: Sequence[Turn], num_drafts: int) -> tuple[IntArray, list[int]]
     positions = np.zeros((3, num_drafts), np.int64)
     whole = sent = cut = gained = 0
     for turn in turns:
-        room = turn.room - 1  # the first token is drawn where the prompt is read
+        room = turn.room - 1  # the first token is drawn at prefill
         for n, (verified, kept) in enumerate(zip(turn.verified, turn.kept, strict=True)):
             ends = turn.cut and n == len(turn.kept) - 1
             cut += ends
@@ -134,16 +134,16 @@ def _count(turns: Sequence[Turn], num_drafts: int) -> tuple[IntArray, list[int]]
     return positions, sums
 
 
-def draws(tallies: Tallies, name: str, seed: int = 0) -> FloatArray:
-    """Accepted lengths [B] of B resamples of the prompts, with replacement.
+def draws(counts: RoundCounts, name: str, seed: int = 0) -> FloatArray:
+    """Accepted lengths [B] of B bootstrap resamples of the prompts.
 
-    Prompts of the same number and name are resampled alike, so that runs on the same prompts are
-    paired.
+    The resamples depend on the number of prompts and the name alone, so that runs on the same
+    prompts are paired.
     """
-    generator = np.random.default_rng([seed, len(tallies), *name.encode()])
-    count = len(tallies)
+    generator = np.random.default_rng([seed, len(counts), *name.encode()])
+    count = len(counts)
     weights_BP = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    return tallies.accepted_length(weights_BP)
+    return counts.accepted_length(weights_BP)
 
 
 def interval(drawn_B: npt.ArrayLike) -> list[float]:
@@ -151,36 +151,36 @@ def interval(drawn_B: npt.ArrayLike) -> list[float]:
     return [float(x) for x in np.percentile(np.asarray(drawn_B), [2.5, 97.5])]
 
 
-def figures(tallies: Tallies, name: str, seed: int = 0) -> dict[str, Any]:
-    """Accepted length and all that belongs to it, of one task.
+def figures(counts: RoundCounts, name: str, seed: int = 0) -> dict[str, Any]:
+    """Accepted length and related figures of one task.
 
     Returns:
-        JSON keys as in docs/evaluation.md; None where nothing was observed.
+        JSON keys as in docs/evaluation.md; None for unobserved values.
     """
-    whole = int(tallies.whole_P.sum())
-    rounds = int(tallies.rounds_P.sum())
-    counts_K = tallies.verified_PK.sum(axis=0)
-    kept_K = tallies.kept_PK.sum(axis=0)
-    length = float(tallies.accepted_length()) if whole else None
-    sent = float(tallies.sent_P.sum() / whole) if whole else None
+    whole = int(counts.whole_P.sum())
+    rounds = int(counts.rounds_P.sum())
+    counts_K = counts.verified_PK.sum(axis=0)
+    kept_K = counts.kept_PK.sum(axis=0)
+    length = float(counts.accepted_length()) if whole else None
+    sent = float(counts.sent_P.sum() / whole) if whole else None
     return {
-        "prompts": len(tallies),
+        "prompts": len(counts),
         "accepted_length": length,
-        "ci95": interval(draws(tallies, name, seed)) if whole and len(tallies) > 1 else None,
-        "tokens_per_round": float(tallies.gained_P.sum() / rounds) if rounds else None,
+        "ci95": interval(draws(counts, name, seed)) if whole and len(counts) > 1 else None,
+        "tokens_per_round": float(counts.gained_P.sum() / rounds) if rounds else None,
         "conditional_acceptance": [
             float(k / n) if n else None for k, n in zip(kept_K, counts_K, strict=True)
         ],
         "conditional_counts": [int(n) for n in counts_K],
-        "prefix_survival": [float(s) for s in tallies.survival()] if whole else None,
+        "prefix_survival": [float(s) for s in counts.survival()] if whole else None,
         "rounds": rounds,
         "whole_rounds": whole,
-        "cut_rounds": int(tallies.cut_P.sum()),
-        "tokens": int(tallies.gained_P.sum()),
-        "generated_tokens": int(tallies.tokens_P.sum()),
-        "drafted": int(tallies.drafted_P.sum()),
-        "verified": int(tallies.all_sent_P.sum()),
-        "accepted": int(tallies.all_kept_P.sum()),
+        "cut_rounds": int(counts.cut_P.sum()),
+        "tokens": int(counts.gained_P.sum()),
+        "generated_tokens": int(counts.tokens_P.sum()),
+        "drafted": int(counts.drafted_P.sum()),
+        "verified": int(counts.all_sent_P.sum()),
+        "accepted": int(counts.all_kept_P.sum()),
         "verified_per_round": sent,
         "wasted_per_round": None if length is None or sent is None else sent - (length - 1),
         # Fig. 5 of the paper: (accepted + 1) / (verified + 1)

@@ -1,8 +1,7 @@
-"""What is kept of every prompt, and the file that an interrupted evaluation goes on from.
+"""Records of an evaluation, and the file from which an interrupted one resumes.
 
 A file belongs to one drafter at one setting. Its lines are JSON objects: the settings first; then,
-whenever an evaluation starts or goes on, who runs it where and what is to be asked; and one record
-for every finished prompt.
+at every start, the plan (environment and questions); and one record per finished prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import append_line, writing
+from dspark.data.files.atomic import append_line, writing
 from dspark.errors import DataError
 from dspark.request import Verifier
 
@@ -25,16 +24,16 @@ SUFFIX = ".records.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a record hangs on: runs with other settings have a file of their own.
+    """Everything that determines a record; runs with other settings have their own file.
 
     Attributes:
         target, target_weights: its name, and a fingerprint of its weights.
         drafter: the name in reports.
-        draft, draft_weights: where it came from, and a fingerprint of its weights.
-        dtype: of the target, with a word for batch-invariant mode.
+        draft, draft_weights: its source, and a fingerprint of its weights.
+        dtype: of the target, marked if batch-invariant.
         temperature, top_p, top_k, max_new_tokens, seed: as `SamplingParams`.
         verifier, schedule, threshold, block_size, batch_size: as `Model.engine`.
-        thinking: the chat template's thinking mode; None leaves it as it is.
+        thinking: the chat template's thinking mode; None for the template's default.
         raw: texts without the chat template.
         turns: turns of a conversation at most; None for all.
         draft_top_k: as `Model`.
@@ -63,26 +62,26 @@ class Settings:
 
     @property
     def key(self) -> str:
-        """Eight hexadecimal digits of all of it."""
+        """Eight hex digits that identify the settings."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def file_name(self) -> str:
-        """Where its records lie in an output folder."""
+        """Name of its file of records."""
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.drafter)
         return f"{name}-{self.key}{SUFFIX}"
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """What a drafter is.
+    """Description of a drafter.
 
     Attributes:
         block_size: drafts per round K; 0 without a drafter.
-        layers: of its network, None where it has none.
-        parameters: its own, without what it borrows; None where it has none.
-        temperatures, shifts: its calibration for this setting, None where it has none.
+        layers: of its network; None without one.
+        parameters: its own, without borrowed ones; None without a network.
+        temperatures, shifts: its calibration for this setting; None if uncalibrated.
     """
 
     block_size: int
@@ -94,12 +93,12 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Spent:
-    """What one or many prompts took, as far as it can be told apart from their neighbours.
+    """Time and work of one or many prompts, as far as they can be separated from others.
 
     Attributes:
-        seconds: by the clock, prompts read included.
+        seconds: wall time, prefill included.
         steps: of the engine.
-        decode_steps: those that read no prompt.
+        decode_steps: steps without prefill.
         draft_ms, schedule_ms, verify_ms: of the latter, summed.
         judged: requests that gained tokens, summed over all steps.
     """
@@ -121,19 +120,19 @@ class Spent:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer, round by round. The step that reads the prompt and draws a first token is none.
+    """One answer, round by round; prefill, which draws the first token, is not a round.
 
     Attributes:
-        tokens: generated, the first one and a closing end token included.
-        room: tokens that the answer could have had.
-        finish_reason: why it ended.
-        drafted: drafts that were proposed.
-        verified, kept: of every round: drafts sent to the target, and drafts that stayed.
-        cut: whether the answer ended within the kept drafts of its last round, so that nothing is
-            known of the draft behind them.
-        logits: of every round the confidence logits of its drafts; None where the drafter has no
+        tokens: generated, including the first one and a final end token.
+        room: largest number of tokens that the answer could have had.
+        finish_reason: as in `Output`.
+        drafted: proposed drafts.
+        verified, kept: per round: drafts sent to the target, and drafts kept.
+        cut: whether the answer ended within the kept drafts of its last round, so that the outcome
+            of the next draft is unknown.
+        logits: per round the confidence logits of its drafts; None if the drafter has no
             confidences of its own.
-        digest: of the tokens: equal answers have equal ones.
+        digest: hash of the tokens.
         text: the answer.
     """
 
@@ -154,10 +153,10 @@ class Record:
     """A finished prompt.
 
     Attributes:
-        task, key: which one.
+        task, key: of the question.
         turns: its answers.
-        skipped: why it, or the rest of its turns, could not be asked; None where all were.
-        spent: since the record before.
+        skipped: why it, or its remaining turns, were skipped; None if all were asked.
+        spent: since the previous record.
     """
 
     task: str
@@ -169,13 +168,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation is to ask.
+    """The plan of an evaluation.
 
     Attributes:
-        command: how it was started.
+        command: the command line.
         environment: hardware and versions.
-        drafter: what it is.
-        tasks: name -> `domain`, `source`, `available` and `keys` in the order of asking.
+        drafter: description of the drafter.
+        tasks: name -> `domain`, `source`, `available` and `keys` in evaluation order.
     """
 
     command: str
@@ -186,12 +185,12 @@ class Plan:
 
 @dataclass
 class RunRecords:
-    """The records of one run, on disk where it has a path.
+    """The records of one run, on disk if it has a path.
 
     Attributes:
         settings: of the run.
         path: the file; None keeps everything in memory.
-        plans: of every start, the last one counts.
+        plans: one per start; the last one is valid.
         records: finished prompts by (task, key).
     """
 
@@ -202,7 +201,7 @@ class RunRecords:
 
     @classmethod
     def open(cls, settings: Settings, directory: Path | None) -> RunRecords:
-        """Go on where a run with these settings stopped, or begin.
+        """Resume a run with these settings, or begin one.
 
         Raises:
             DataError: the file is damaged, or belongs to other settings.
@@ -224,7 +223,7 @@ class RunRecords:
 
     @classmethod
     def load(cls, path: Path) -> RunRecords:
-        """Read a file, but for a last line that is still being written, or never was to its end.
+        """Read a file, ignoring an incomplete last line.
 
         Raises:
             DataError: the file is damaged otherwise, or of another version.
@@ -251,7 +250,7 @@ class RunRecords:
         return run
 
     def start(self, plan: Plan) -> None:
-        """Note what is to be asked from here on.
+        """Record the plan of this start.
 
         Raises:
             DataError: it cannot be written.
@@ -260,27 +259,27 @@ class RunRecords:
         self._append({"plan": asdict(plan)})
 
     def add(self, record: Record) -> None:
-        """Keep a finished prompt.
+        """Add a finished prompt.
 
         Raises:
-            DataError: it cannot be written; those before it are kept.
+            DataError: it cannot be written; earlier ones are kept.
         """
         self.records[record.task, record.key] = record
         self._append({"record": asdict(record)})
 
     @property
     def plan(self) -> Plan:
-        """The last one.
+        """The last plan.
 
         Raises:
-            DataError: there is none: the run was killed before it began.
+            DataError: there is none, because the run was killed before it began.
         """
         if not self.plans:
             raise DataError(f"{self.path} holds no evaluation yet; run dspark eval again.")
         return self.plans[-1]
 
     def of_task(self, task: str) -> list[Record]:
-        """The finished prompts of a task in the order of asking, of those that are planned."""
+        """The finished prompts of a task among the planned ones, in evaluation order."""
         keys: Sequence[str] = self.plan.tasks[task]["keys"]
         return [self.records[task, key] for key in keys if (task, key) in self.records]
 
@@ -296,12 +295,12 @@ class RunRecords:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Take away what a killed run was writing, so that the next line begins afresh."""
+    """Remove an incomplete last line of a killed run."""
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def load_runs(directories: Sequence[Path]) -> list[RunRecords]:
-    """Every run of these folders, by name of file.
+    """Every run in these folders, sorted by file name.
 
     Raises:
         DataError: a folder is missing or has no run, or a file is damaged.

@@ -1,6 +1,6 @@
-"""Sweeps: one setting varied, everything else kept (Figs. 4 and 5 of the paper, and more).
+"""Sweeps: one setting varied, the others fixed (Figs. 4 and 5 of the paper, and more).
 
-Depth (Fig. 3) is no setting of a drafter: give several drafters.
+Depth (Fig. 3) is not a setting of a drafter: evaluate several drafters instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a drafter is evaluated on: the nine benchmark sets, and any file of prompts.
+"""Evaluation tasks: the paper's nine benchmark sets, and any file of prompts.
 
-The nine sets are read from a folder of JSON lines, or from the hub in the reference evaluator's
-wording (FORMAT_FACTS.md D). A longer set than the reference asks is shuffled by the seed and cut.
+The nine sets are read from a folder of JSON lines, or from the hub in the published evaluator's
+wording. A set larger than the published evaluator's is shuffled by the seed and truncated.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dspark.data.conversations import Prompt, as_prompt
-from dspark.data.formats import BOXED
-from dspark.data.hub import DataSet
-from dspark.data.json_lines import JSON_LINES, read_json_lines, stem
-from dspark.data.records import with_input
-from dspark.data.rows import Row
-from dspark.data.sources import read_rows
+from dspark.data.conversations import Prompt, as_prompt, with_input
+from dspark.data.corpus import BOXED
+from dspark.data.files.json_lines import JSON_LINES, Row, read_json_lines, stem
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError
 
 Record = Mapping[str, Any]
@@ -41,8 +38,8 @@ class Question:
     """A prompt of a task, with its later turns.
 
     Attributes:
-        key: names it in every run: a digest of what is asked.
-        prompt: what is asked.
+        key: its identifier in every run, a hash of its content.
+        prompt: the prompt.
     """
 
     key: str
@@ -51,14 +48,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions that are measured together.
+    """Questions measured together.
 
     Attributes:
-        name: as in reports.
-        domain: what the macro average over domains groups it under.
-        questions: those chosen.
+        name: in reports.
+        domain: its group in the macro average over domains.
+        questions: the chosen ones.
         source: file or hub id.
-        available: questions that the source holds.
+        available: number of questions in the source.
     """
 
     name: str
@@ -69,7 +66,7 @@ class Task:
 
     @classmethod
     def of(cls, name: str, domain: str, prompts: Sequence[Prompt], source: str) -> Task:
-        """A task of all these prompts; equal ones keep keys of their own."""
+        """A task of all these prompts; equal ones get distinct keys."""
         seen: dict[str, int] = {}
         questions = []
         for prompt in prompts:
@@ -79,7 +76,7 @@ class Task:
         return cls(name, domain, tuple(questions), source, len(questions))
 
     def chosen(self, most: int | None, seed: int) -> Task:
-        """At most so many of the questions: shuffled by the seed, then the first ones."""
+        """At most `most` of the questions, the first ones after a seeded shuffle."""
         if most is None or most >= len(self.questions):
             return self
         order = list(self.questions)
@@ -87,7 +84,7 @@ class Task:
         return replace(self, questions=tuple(order[:most]))
 
     def with_turns(self, turns: int | None) -> Task:
-        """Each question cut to its first turns; None keeps all."""
+        """Each question truncated to its first turns; None keeps all."""
         if turns is None:
             return self
         cut = [replace(q.prompt, later=q.prompt.later[: turns - 1]) for q in self.questions]
@@ -105,10 +102,10 @@ class Benchmark:
 
     Attributes:
         domain: math, code or chat.
-        most: questions that the reference asks.
-        hub: where it lies on the hub.
-        column: what holds the question, a text; of mt-bench, the turns.
-        wording: the user's turn made of the question and its row; by default the question alone.
+        most: number of questions of the published evaluator.
+        hub: its data set on the hub.
+        column: of the question's text; for mt-bench, of the turns.
+        wording: the user turn, from the question and its row; by default the question alone.
     """
 
     domain: str
@@ -176,14 +173,14 @@ def load_benchmark(
     Args:
         name: of the set.
         data: a folder with `NAME.jsonl`, each line a prompt (`turns`, `messages` or `prompt`) or a
-            row of the set as the hub has it; None takes the set from the hub.
-        limit: questions at most; None for as many as the reference asks.
-        seed: of the choice, where the set has more.
-        offline: take from the hub what is on this machine alone.
+            row of the set as on the hub; None reads the set from the hub.
+        limit: questions at most; None for the published evaluator's number.
+        seed: of the choice, if the set has more.
+        offline: read only what is on this machine.
 
     Raises:
-        DataError: the name is unknown, the file is missing, malformed or empty, or the hub's set
-            cannot be had.
+        DataError: the name is unknown, the file is missing, malformed or empty, or the hub's set is
+            unavailable.
     """
     if name not in BENCHMARKS:
         raise DataError(
@@ -210,7 +207,7 @@ def load_benchmark(
 
 
 def local_file(name: str, data: Path) -> Path | None:
-    """The file of a set in a folder; None where it has none.
+    """The file of a set in a folder; None if there is none.
 
     Raises:
         DataError: there is no such folder.
@@ -222,9 +219,9 @@ def local_file(name: str, data: Path) -> Path | None:
 
 
 def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Task]:
-    """Any file of prompts, a task by its name; with a `category` a line, a task per category.
+    """A file of prompts as one task, or as one task per `category` if its lines have one.
 
-    The latter is how SPEED-Bench comes: its categories are tasks and domains of their own.
+    SPEED-Bench has categories, which become tasks and domains of their own.
 
     Args:
         path: JSON lines with `turns`, `messages` or `prompt`, and perhaps `category`.
@@ -252,7 +249,7 @@ def load_file(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Ta
 
 
 def _prompt(benchmark: Benchmark, row: Row) -> Prompt:
-    """A row that is a prompt already, or one of the set's own in the reference's wording."""
+    """A row that is a prompt already, or one of the set in the published evaluator's wording."""
     record = row.whole()
     if any(column in record for column in _PROMPT_COLUMNS):
         return as_prompt(record, row.where)

@@ -1,4 +1,4 @@
-"""How fast this machine generates with a model and trains a drafter for it: short timed trials."""
+"""Speed of this machine: short timed trials of generation and training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from dspark.data.durable import writing
-from dspark.data.json_lines import write_json_lines
+from dspark.data.files.atomic import replace_file, writing
+from dspark.data.files.json_lines import write_json_lines
 from dspark.engine.model import Model
 from dspark.fitting.recipe import Shape, recipe_of
 from dspark.params import SamplingParams
@@ -23,23 +23,23 @@ from dspark.training.run import plan_recipe
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 32)
-"""Samples of a timed training step, tokens of each at most, and anchors of each."""
+"""Samples of a timed training step, their token limit, and anchors per sample."""
 ROUND_COST = 1.5
-"""What a round of K drafts costs over the K + 1 rows of its verification, drafting included."""
+"""Cost of a round of K drafts relative to K + 1 decoded rows, drafting included."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured.
+    """Measured speeds.
 
     Attributes:
-        batch_size: requests at once when many are answered.
-        batch_tokens_per_s: tokens that such a batch generates, all requests together.
-        single_tokens_per_s: tokens of a request that is alone.
-        row_s: seconds of a training step per sample, its anchors left out.
+        batch_size: requests at once in batched generation.
+        batch_tokens_per_s: of such a batch, all requests together.
+        single_tokens_per_s: of a single request.
+        row_s: seconds of a training step per sample, without its anchors.
         anchor_s: seconds of a training step per anchor.
-        memory_bytes: what this process held at most in a training step, the optimiser included.
-        checkpoint_bytes: what a training keeps on disk at once.
+        memory_bytes: peak of this process in a training step, optimiser included.
+        checkpoint_bytes: disk space of a training.
         parameters: of the drafter.
     """
 
@@ -53,11 +53,11 @@ class Speeds:
     parameters: int
 
     def step_s(self, rows: int, anchors: int) -> float:
-        """Seconds of a training step of so many samples with so many anchors each."""
+        """Seconds of a training step of `rows` samples with `anchors` anchors each."""
         return rows * (self.row_s + anchors * self.anchor_s)
 
     def round_s(self, drafts: int) -> float:
-        """About how long a request's round of so many drafts takes in a batch."""
+        """Approximate seconds of a round of `drafts` drafts of a request in a batch."""
         return ROUND_COST * (drafts + 1) / self.batch_tokens_per_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
 
     Args:
         model: the target, without a drafter.
-        shape: of the drafter that is to be trained.
+        shape: of the drafter to train.
         batch_size: requests at once.
         row_tokens: tokens of a training sample.
-        seed: names the tokens that are read; they mean nothing.
+        seed: of the random tokens.
     """
     generator = random.Random(seed)
     tokens = min(row_tokens, TRIAL_TOKENS)
@@ -95,7 +95,7 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
 
 
 def _tokens_per_s(model: Model, count: int, generator: random.Random) -> float:
-    """Generated tokens a second of `count` requests that draw as answers are drawn."""
+    """Generated tokens per second of `count` requests, sampled as answers are."""
     vocabulary = model.target.vocab_size
     most = max(min(NEW_TOKENS, model.target.max_context - PROMPT_TOKENS - 1), 1)
     prompts = [
@@ -117,7 +117,7 @@ def _tokens_per_s(model: Model, count: int, generator: random.Random) -> float:
 def _step(
     model: Model, shape: Shape, anchors: int, row_tokens: int, generator: random.Random, seed: int
 ) -> dict[str, float]:
-    """What a training step on samples of random tokens takes, and what it needs."""
+    """Time and memory of a training step on random tokens."""
     target = model.target
     with tempfile.TemporaryDirectory(prefix="dspark-fit-") as folder:
         rows = [
@@ -160,14 +160,12 @@ def _write_samples(path: Path, rows: Sequence[Sequence[int]]) -> None:
 
 
 def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
-    """Write a recipe as `dspark train` reads it.
+    """Write a recipe for `dspark train`.
 
     Raises:
         DataError: it cannot be written.
     """
     path = folder / "recipe.yaml"
     with writing(path):
-        fresh = path.with_name(f"{path.name}.new")
-        fresh.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        fresh.replace(path)
+        replace_file(path, yaml.safe_dump(recipe, sort_keys=False))
     return path

@@ -1,4 +1,4 @@
-"""How a time budget is split: sizes and seconds of every stage, from the machine's speed."""
+"""The plan of a fit: sizes and seconds of every stage, from the budget and measured speeds."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspark.errors import UsageError
-from dspark.fitting.budget import budget_text, duration
 from dspark.fitting.measure import Speeds
+from dspark.fitting.progress import budget_text, duration
 from dspark.fitting.recipe import BLOCK_SIZE, Shape
 
 CALIBRATION_SHARE, COSTS_SHARE, EVALUATION_SHARE, SLACK_SHARE = 0.06, 0.02, 0.10, 0.02
 PASSES = 3
-"""Times that each answer token is to be an anchor: what more passes teach falls off quickly."""
+"""Target number of times that each answer token is an anchor; more passes add little."""
 GENERATION_SHARE = (0.15, 0.45)
-"""Least and most of the time for prompts, answers and training that the first two may take."""
+"""Bounds of the share of prompts and answers in the time for prompts, answers and training."""
 KEPT_SHARE, ANSWER_SHARE = 0.8, 0.7
-"""Self-written prompts that are kept; the length of an answer as a share of its limit."""
+"""Expected share of self-written prompts kept, and of an answer's token limit used."""
 PROMPT_TOKENS = 48
 ROUNDS = 500
-"""Rounds that a calibration is to have of each kind of request."""
+"""Calibration rounds per temperature class."""
 FEWEST_ROWS, ROWS = 4, 8
 FEWEST_HELD_OUT, MOST_HELD_OUT, MOST_CALIBRATED = 3, 150, 64
 FEWEST_STEPS = 300
-"""Steps below which rows get fewer anchors, so that there are more of them."""
+"""With fewer steps, rows get fewer anchors to allow more steps."""
 FEWEST_ANCHORS, MOST_ANCHORS = 8, 128
 PROFILE_ROWS, LITTLE_PROFILE_ROWS = 600, 80
-"""Rows of one visit to all points of a cost table of up to 8 requests, and of 1; about."""
+"""Approximate rows per repeat of a cost table for up to 8 requests, and for 1."""
 BYTES_PER_TOKEN = 8
 EVALUATION_TOKENS = (24, 64)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fit is going to do.
+    """The plan of a fit.
 
     Attributes:
-        budget_s: seconds in all.
+        budget_s: total seconds.
         seconds: by stage.
         shape: of the drafter.
-        answers: prompts that are answered to train on.
-        calibration, heldout: prompts to calibrate and to evaluate with.
-        answer_tokens: limit of an answer.
-        evaluation_tokens: limit of an answer of the evaluation.
+        answers: prompts answered for training.
+        calibration, heldout: prompts for calibration and evaluation.
+        answer_tokens: token limit of an answer.
+        evaluation_tokens: token limit of an answer in the evaluation.
         rows, anchors, steps: of the training; anchors per row at most.
         profile_requests, profile_repeats: of the cost table.
-        memory_bytes, disk_bytes: that are needed.
-        speeds: that it follows from.
+        memory_bytes, disk_bytes: requirements.
+        speeds: the measurements behind the plan.
     """
 
     budget_s: float
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def after_training_s(self) -> float:
-        """Seconds of all that follows on training."""
+        """Seconds of all stages after training."""
         return sum(self.seconds[name] for name in ("calibration", "costs", "evaluation", "attach"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class Plan:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Plan:
-        """What `as_dict` gave."""
+        """The plan from `as_dict`."""
         values = dict(record)
         shape, speeds = Shape.of(values.pop("shape")), Speeds(**values.pop("speeds"))
         return cls(shape=shape, speeds=speeds, **values)
 
 
 def answer_limit(budget_s: float, max_context: int) -> int:
-    """Tokens of an answer at most: short answers where there is little time."""
+    """Token limit of an answer, shorter for small budgets."""
     wanted = 256 if budget_s >= 600 else 128 if budget_s >= 120 else 64
     return max(min(wanted, max_context // 2), BLOCK_SIZE + 1)
 
@@ -105,20 +105,20 @@ def make_plan(
     writes_prompts: bool,
     available: int | None = None,
 ) -> Plan:
-    """Split a budget.
+    """Divide a budget.
 
     Args:
-        budget_s: seconds in all.
-        spent_s: of them, gone already.
+        budget_s: total seconds.
+        spent_s: seconds already spent.
         shape: of the drafter.
         speeds: of this machine.
-        answer_tokens: limit of an answer.
-        writes_prompts: whether the model writes its prompts itself, which takes time too.
-        available: prompts that there are; None for any number.
+        answer_tokens: token limit of an answer.
+        writes_prompts: whether the model writes its prompts, which takes time.
+        available: number of prompts; None for any number.
 
     Raises:
-        UsageError: the budget is too small, with the smallest one that would do; or there are too
-            few prompts.
+        UsageError: the budget is too small (the message names the smallest sufficient one), or
+            there are too few prompts.
     """
     least = smallest_budget(spent_s, speeds, answer_tokens, writes_prompts=writes_prompts)
     if budget_s < least:
@@ -178,7 +178,7 @@ def make_plan(
 def smallest_budget(
     spent_s: float, speeds: Speeds, answer_tokens: int, *, writes_prompts: bool
 ) -> float:
-    """Seconds below which a fit cannot end in time: one training step, and the least of the rest.
+    """Least seconds of a fit: one training step and the minimum of every other stage.
 
     Args: as `make_plan`.
     """
@@ -197,7 +197,7 @@ def smallest_budget(
 
 @dataclass(frozen=True)
 class _Work:
-    """What pieces of work take."""
+    """Times of units of work."""
 
     speeds: Speeds
     answer_tokens: int
@@ -205,51 +205,51 @@ class _Work:
 
     @property
     def prompt_s(self) -> float:
-        """A prompt that is kept."""
+        """Seconds per kept prompt."""
         if not self.writes_prompts:
             return 0.0
         return PROMPT_TOKENS / KEPT_SHARE / self.speeds.batch_tokens_per_s
 
     @property
     def answer_s(self) -> float:
-        """An answer, its prompt's reading included."""
+        """Seconds per answer, prefill included."""
         tokens = ANSWER_SHARE * self.answer_tokens + PROMPT_TOKENS / 4
         return tokens / self.speeds.batch_tokens_per_s
 
     @property
     def pair_s(self) -> float:
-        """A prompt with its answer."""
+        """Seconds per prompt with its answer."""
         return self.prompt_s + self.answer_s
 
     @property
     def evaluation_tokens(self) -> int:
-        """Limit of an answer of the evaluation."""
+        """Token limit of an answer in the evaluation."""
         return _clamp(self.answer_tokens // 2, *EVALUATION_TOKENS)
 
     @property
     def raced_s(self) -> float:
-        """A prompt decoded plainly and with the drafter, alone, at both temperatures."""
+        """Seconds per raced prompt: plainly and with the drafter, alone, at both temperatures."""
         return 4 * self.evaluation_tokens / self.speeds.single_tokens_per_s
 
     @property
     def measured_s(self) -> float:
-        """A prompt decoded in a batch with whole blocks, at both temperatures."""
+        """Seconds per evaluated prompt: in a batch with whole blocks, at both temperatures."""
         return 2 * self.evaluation_tokens / 2 * self.speeds.round_s(BLOCK_SIZE)
 
     def evaluation_s(self, prompts: int) -> float:
-        """The evaluation of so few prompts that all of them are raced."""
+        """Seconds of an evaluation in which all prompts are raced."""
         return prompts * (self.raced_s + self.measured_s)
 
     def held_out_in(self, seconds: float) -> int:
-        """Prompts that so long an evaluation has time for, half of it for races."""
+        """Prompts that fit into an evaluation, half of its time spent on races."""
         return int(max(0.5 * seconds / self.measured_s, seconds / (self.raced_s + self.measured_s)))
 
 
 def _generation_share(speeds: Speeds) -> float:
-    """The share of generation in what generation and training take together.
+    """The share of generation in the time of generation and training together.
 
-    So that each answer token is an anchor `PASSES` times: a T = PASSES g G, where training takes T
-    at a anchors a second and generation G at g tokens a second.
+    Each answer token is to be an anchor `PASSES` times: a T = PASSES g G, where training takes T at
+    a anchors per second and generation G at g tokens per second.
     """
     anchors_per_s = MOST_ANCHORS / (speeds.row_s + MOST_ANCHORS * speeds.anchor_s)
     share = anchors_per_s / (anchors_per_s + PASSES * speeds.batch_tokens_per_s)
@@ -259,7 +259,7 @@ def _generation_share(speeds: Speeds) -> float:
 def _of_available(
     available: int, answers: int, heldout: int, calibrated: int
 ) -> tuple[int, int, int]:
-    """The numbers of prompts where only so many are there: a tenth each is never trained on."""
+    """Prompt numbers limited to the available ones; a tenth each for calibration and evaluation."""
     least = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
     if available < least:
         raise UsageError(
@@ -272,9 +272,9 @@ def _of_available(
 
 
 def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:
-    """Anchors per row and steps: as many anchors as answers have, if there are steps enough.
+    """Anchors per row and steps: as many anchors as answers have, if enough steps remain.
 
-    Fewer anchors give more steps as long as they, and not the rows, are what takes the time.
+    Fewer anchors allow more steps as long as anchors, not rows, dominate the time.
     """
     most = _clamp(int(ANSWER_SHARE * answer_tokens), FEWEST_ANCHORS, MOST_ANCHORS)
     least = _clamp(int(speeds.row_s / speeds.anchor_s), FEWEST_ANCHORS, most)
@@ -285,7 +285,7 @@ def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tup
 
 
 def _profile(seconds: float, speeds: Speeds) -> tuple[int, int]:
-    """Requests and repeats of a cost table that takes so long, one visit more to warm up."""
+    """Requests and repeats of a cost table for this time, with one extra repeat to warm up."""
     for requests, rows in ((8, PROFILE_ROWS), (1, LITTLE_PROFILE_ROWS)):
         repeats = int(seconds * speeds.batch_tokens_per_s / rows) - 1
         if repeats >= 1:
@@ -298,7 +298,7 @@ def _clamp(value: int, least: int, most: int) -> int:
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """The plan for people: (stage, what it does, how long it takes)."""
+    """The plan as rows of (stage, description, duration)."""
     shape, speeds = plan.shape, plan.speeds
     knows = "the whole vocabulary"
     if shape.draft_vocabulary is not None:

@@ -1,4 +1,4 @@
-"""The prompts of a fit: collected or written by the model, and split before anything is trained."""
+"""Prompts of a fit: collected or self-written, and split before training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from dspark.data.collect import train_record
-from dspark.data.conversations import Prompt, as_prompt
-from dspark.data.hub import DataSet
-from dspark.data.json_lines import read_json_lines, stem, write_json_lines
-from dspark.data.records import RECORD_KEYS, read_record
-from dspark.data.sources import read_rows
-from dspark.data.texts import digest, near_text
+from dspark.data.conversations import RECORD_KEYS, Prompt, as_prompt, read_record
+from dspark.data.files.json_lines import read_json_lines, stem, write_json_lines
+from dspark.data.prompts.collect import train_record
+from dspark.data.prompts.dedup import digest, near_text
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError, UsageError
 
 SELF_WRITTEN = "self-written"
 TRAIN, CALIBRATION, HELD_OUT = "train.jsonl", "calibration.jsonl", "heldout.jsonl"
 MOST_ROWS = 200_000
-"""Rows that are read of one source."""
+"""Limit of rows read from one source."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class Collected:
     """Prompts without duplicates.
 
     Attributes:
-        domains: records that `regenerate` reads, by domain: a file's name, or its `category`.
-        duplicates: how many were left out.
-        malformed: lines that hold no prompt.
+        domains: records for `regenerate`, by domain: a file's name, or its `category`.
+        duplicates: number of dropped duplicates.
+        malformed: number of lines without a prompt.
     """
 
     domains: dict[str, list[dict[str, Any]]]
@@ -40,20 +38,20 @@ class Collected:
 
     @property
     def count(self) -> int:
-        """All prompts."""
+        """Number of prompts."""
         return sum(map(len, self.domains.values()))
 
 
 def collect(sources: Sequence[str], *, seed: int, offline: bool) -> Collected:
-    """Read prompts, of each domain in an order that the seed names.
+    """Read prompts, each domain in a seeded order.
 
     Args:
         sources: JSON-lines files, folders of them, or data sets.
         seed: of the order.
-        offline: read what is on this machine only.
+        offline: read only what is on this machine.
 
     Raises:
-        DataError: a source is missing, or no prompt is left.
+        DataError: a source is missing, or no prompt remains.
     """
     domains: dict[str, list[dict[str, Any]]] = {}
     seen, duplicates, malformed = set[int](), 0, 0
@@ -87,7 +85,7 @@ def collect(sources: Sequence[str], *, seed: int, offline: bool) -> Collected:
 
 
 def self_written(path: Path) -> Collected:
-    """The prompts of a file that the model has written."""
+    """The prompts of a file of self-written prompts."""
     return Collected({SELF_WRITTEN: [record for _, record in read_json_lines(path)]})
 
 
@@ -100,28 +98,28 @@ def split(
     answers: int,
     fits: Callable[[Prompt], bool],
 ) -> dict[str, int]:
-    """Write what is held out, what calibrates and what is trained on, no prompt in two of them.
+    """Write disjoint files of held-out, calibration and training prompts.
 
-    Each part has prompts of all domains in turn, so that any beginning of it is a fair share.
+    Each alternates between domains, so that any prefix is a fair share.
 
     Args:
         collected: the prompts.
         folder: for the three files.
-        heldout: prompts to evaluate with, at most.
-        calibration: prompts to calibrate with, at most.
-        answers: prompts to train on, at most.
-        fits: whether a prompt leaves the model's context room for an answer; others are left out.
+        heldout: limit of prompts for evaluation.
+        calibration: limit of prompts for calibration.
+        answers: limit of prompts for training.
+        fits: whether a prompt leaves room for an answer in the context; others are dropped.
 
     Returns:
         The numbers of prompts, by part.
 
     Raises:
         DataError: a file cannot be written.
-        UsageError: no prompt is left to train on.
+        UsageError: no training prompt remains.
     """
     fitting = (row for row in _in_turn(collected.domains) if fits(as_prompt(row[1], row[0])))
     mixed = list(islice(fitting, heldout + calibration + answers))
-    # Where fewer came together than were planned, most of them are still trained on.
+    # With fewer prompts than planned, most are still used for training.
     heldout, calibration = (min(n, max(len(mixed) // 4, 1)) for n in (heldout, calibration))
     parts = {
         HELD_OUT: mixed[:heldout],

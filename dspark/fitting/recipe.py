@@ -1,4 +1,4 @@
-"""The recipe of a fit: a drafter's shape from its target's, and how it is trained."""
+"""The training recipe of a fit: a drafter's shape derived from its target."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from dspark.drafters.config import evenly_spaced_taps
 from dspark.errors import CompatibilityError, UsageError
 from dspark.targets.target import Target
-from dspark.training.warm_start import has_copyable_layers
+from dspark.training.drafters.new_drafter import has_copyable_layers
 
 BLOCK_SIZE = 7
 FEWEST_SUPERVISED = 8
 COVERAGE = 0.995
 SMALL_VOCABULARY = 8192
-"""Vocabularies up to this size are drafted whole."""
+"""Smaller vocabularies are not reduced."""
 VOCABULARY_STEP = 64
 RATE_AT_WIDTH = (6e-4, 2048)
-"""Peak learning rate at a hidden width; it falls with the root of the width."""
+"""Peak learning rate at a hidden width; it scales with the inverse root of the width."""
 CE_FIRST_SHARE = 0.1
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
 
@@ -33,8 +33,8 @@ class Shape:
     Attributes:
         layers: draft layers.
         rank: of the Markov head.
-        taps: target layers that it reads.
-        draft_vocabulary: tokens that it can propose; None for all.
+        taps: captured target layers.
+        draft_vocabulary: size of a reduced vocabulary; None for all tokens.
         learning_rate: peak rate.
     """
 
@@ -50,15 +50,15 @@ class Shape:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Shape:
-        """What `as_dict` gave."""
+        """The shape from `as_dict`."""
         return cls(**{**record, "taps": tuple(record["taps"])})
 
 
 def choose_shape(target: Target, training_s: float) -> Shape:
     """A drafter's shape for a target and a training time.
 
-    The sequential head's rank grows with the vocabulary, its depth with the time that there is to
-    train it; both cost time in every round.
+    The sequential head's rank grows with the vocabulary, the number of layers with the training
+    time; both cost time in every round.
     """
     rate, width = RATE_AT_WIDTH
     hours = training_s / 3600
@@ -74,7 +74,7 @@ def choose_shape(target: Target, training_s: float) -> Shape:
 
 
 def choose_taps(num_layers: int) -> tuple[int, ...]:
-    """Five layers, spread as published drafters have them; of a shallow target all that fit."""
+    """Five layers, spaced as in published drafters; fewer for a shallow target."""
     try:
         return evenly_spaced_taps(num_layers, 5)
     except CompatibilityError:
@@ -85,19 +85,19 @@ def choose_taps(num_layers: int) -> tuple[int, ...]:
 
 
 def expected_vocabulary(vocab_size: int) -> int | None:
-    """About how many tokens a drafter will know, before there are answers to choose them by."""
+    """Expected size of the draft vocabulary, before answers determine it."""
     return None if vocab_size <= SMALL_VOCABULARY else vocab_size // 4
 
 
 def choose_vocabulary(
     answers: Sequence[Sequence[int]], vocab_size: int
 ) -> tuple[int | None, float]:
-    """How many tokens a drafter is to know, and the share of the answers' tokens that these are.
+    """Size of the draft vocabulary, and its share of the answers' tokens.
 
     The most frequent tokens that make up 99.5 % of the answers, and at least a quarter of the
-    vocabulary, since answers that have not been seen hold further tokens; all of it where that
-    saves little. The share is measured on the last quarter of the answers by the choice of the
-    others, where there are enough of them.
+    vocabulary, since unseen answers contain further tokens; all of it if that saves little. The
+    share is measured on the last quarter of the answers with the choice of the others, if there are
+    enough.
 
     Args:
         answers: token ids of the target's own answers.
@@ -120,12 +120,12 @@ def choose_vocabulary(
 
 
 def _coverage(answers: Sequence[Sequence[int]], size: int) -> float:
-    """The share of later answers' tokens among the `size` commonest of the earlier ones."""
+    """Share of later answers' tokens among the `size` most frequent of earlier ones."""
     edge = len(answers) * 3 // 4 or len(answers)
     counts = Counter(token for answer in answers[:edge] for token in answer)
     ranked = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     known = set(ranked[:size])
-    # Of tokens that no answer holds those of lower id are known, as in training.
+    # Unseen tokens are filled up by lowest id, as in training.
     known |= set(_lowest_unseen(counts, size - len(known)))
     later = [token for answer in (answers[edge:] or answers) for token in answer]
     return sum(token in known for token in later) / max(len(later), 1)
@@ -142,10 +142,10 @@ def _lowest_unseen(seen: Counter[int], count: int) -> list[int]:
 
 
 def training_dtype(target: Target) -> str:
-    """The dtype that a drafter is trained in: its target's.
+    """The dtype of the training: the target's.
 
     Raises:
-        UsageError: training has no such dtype.
+        UsageError: training does not support it.
     """
     found = DTYPES.get(str(target.dtype))
     if found is None:
@@ -170,10 +170,10 @@ def recipe_of(
     seed: int,
     features: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A recipe that `dspark train` runs too.
+    """A recipe, also usable with `dspark train`.
 
     Args:
-        target: what is drafted for.
+        target: the target.
         shape: of the drafter.
         paths: files of answers.
         output: folder of the training.
@@ -182,8 +182,8 @@ def recipe_of(
         anchors: per row at most.
         max_length: tokens of a sample at most.
         save_every: steps between checkpoints.
-        seed: names what is drawn.
-        features: where the target's features come from, where not from the target in the step.
+        seed: of the training.
+        features: settings of the feature source; None computes features online.
     """
     drafter: dict[str, Any] = {
         "num_layers": shape.layers,

@@ -1,4 +1,4 @@
-"""The order of a fit: every stage after the other, each once, under one lock."""
+"""Runs of a fit: every stage in order, each once, under one lock."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dspark.data.durable import only_run
-from dspark.data.self_prompts import opening_of
+from dspark.data.files.atomic import only_run
+from dspark.data.prompts.self_prompting import opening_of
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
 from dspark.fitting import stages
-from dspark.fitting.budget import budget_text
+from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
 from dspark.fitting.plan import (
     PROMPT_TOKENS,
@@ -24,31 +24,29 @@ from dspark.fitting.plan import (
     answer_limit,
     make_plan,
 )
-from dspark.fitting.progress import Watcher
+from dspark.fitting.progress import STAGES, State, Watcher, budget_text
 from dspark.fitting.prompts import collect
 from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype
-from dspark.fitting.report import OVERALL, serving_commands
-from dspark.fitting.state import STAGES, State
 
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
 SMALL_BUDGET_S, SMALL_BATCH = 120.0, 4
 TRAINING_SHARE = 0.5
-"""Of the budget, about: what a drafter's shape is chosen for before anything is measured."""
+"""Assumed share of the budget for training, to choose the drafter's shape by."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a fit is asked.
+class FitOptions:
+    """Options of a fit.
 
     Attributes:
-        target: a directory, a hub id, bundled, ...; as the user names it.
-        budget_s: seconds in all.
-        prompts: JSON-lines files, folders of them, data sets; none lets the model write them.
-        out: folder of the run, in which the drafter then stays; None takes `fit-NAME`, and attaches
-            the drafter to a target that is a directory without one.
-        seed: names all randomness.
-        offline: read what is on this machine only.
-        waited_s: seconds that have gone by since the command was given.
+        target: a directory, a hub id, bundled, ...; as named by the user.
+        budget_s: total seconds.
+        prompts: JSON-lines files, folders of them, data sets; without any the model writes them.
+        out: folder of the run, in which the drafter stays; None uses `fit-NAME` and attaches the
+            drafter to a target directory that has none.
+        seed: of all randomness.
+        offline: read only what is on this machine.
+        waited_s: seconds spent since the command was given.
     """
 
     target: str
@@ -61,12 +59,12 @@ class Wish:
 
     @property
     def folder(self) -> Path:
-        """Where the run lies."""
+        """Folder of the run."""
         return self.out or Path(f"fit-{Path(self.target).name or 'model'}")
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What a run that is gone on with must have been asked too."""
+        """Settings that a resumed run must share."""
         return {
             "model": self.target,
             "budget": budget_text(self.budget_s),
@@ -76,65 +74,65 @@ class Wish:
         }
 
 
-def fit(wish: Wish, load: Callable[[], Model], watcher: Watcher) -> dict[str, Any]:
-    """Make a drafter for a model, or go on with making it.
+def fit(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> dict[str, Any]:
+    """Train a drafter for a model and prepare it for serving, or resume that.
 
     Args:
-        wish: what is asked.
+        options: of the fit.
         load: loads the target, without a drafter.
-        watcher: is told what goes on.
+        watcher: receives progress.
 
     Returns:
         The JSON object of `dspark fit`.
 
     Raises:
         UsageError: the budget is too small, another run holds the folder, or the folder holds a
-            run that was asked something else.
-        DSparkError: as the stages; what was finished before is kept, and the same call goes on.
+            run with other options.
+        DSparkError: as the stages; finished stages are kept, and the same call resumes.
     """
-    with only_run(wish.folder):
-        return _Run(wish, load, watcher).go()
+    with only_run(options.folder):
+        return _Run(options, load, watcher).go()
 
 
-def dry_run(wish: Wish, load: Callable[[], Model], watcher: Watcher) -> Plan:
-    """The plan of a fit; nothing is started and nothing written.
+def dry_run(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> Plan:
+    """The plan of a fit, without starting or writing anything.
 
     Raises: as `fit`.
     """
-    state = State(Path(os.devnull), {}, wish.waited_s)
-    return _plan(wish, load(), state, watcher)
+    state = State(Path(os.devnull), {}, options.waited_s)
+    return _plan(options, load(), state, watcher)
 
 
-def _plan(wish: Wish, model: Model, state: State, watcher: Watcher) -> Plan:
-    """Measure the machine and split the budget."""
+def _plan(options: FitOptions, model: Model, state: State, watcher: Watcher) -> Plan:
+    """Measure the machine and divide the budget."""
     target = model.target
-    training_dtype(target)  # refuses what cannot be trained
+    training_dtype(target)  # raises if it cannot be trained
     available = None
-    if wish.prompts:
-        available = collect(wish.prompts, seed=wish.seed, offline=wish.offline).count
+    if options.prompts:
+        available = collect(options.prompts, seed=options.seed, offline=options.offline).count
     else:
-        opening_of(target)  # refuses a model that cannot write prompts
-    shape = choose_shape(target, TRAINING_SHARE * wish.budget_s)
-    tokens = answer_limit(wish.budget_s, target.max_context)
+        opening_of(target)  # raises if the model cannot write prompts
+    shape = choose_shape(target, TRAINING_SHARE * options.budget_s)
+    tokens = answer_limit(options.budget_s, target.max_context)
     watcher.say("Measuring how fast this machine generates and trains ...")
     batch = BATCH_SIZES.get(target.device.type, BATCH_SIZES["cpu"])
     speeds = measure(
         model,
         shape,
-        batch_size=SMALL_BATCH if wish.budget_s <= SMALL_BUDGET_S else batch,
+        batch_size=SMALL_BATCH if options.budget_s <= SMALL_BUDGET_S else batch,
         row_tokens=min(PROMPT_TOKENS + tokens, target.max_context),
-        seed=wish.seed,
+        seed=options.seed,
     )
     plan = make_plan(
-        wish.budget_s,
+        options.budget_s,
         state.elapsed_s,
         shape,
         speeds,
         answer_tokens=tokens,
-        writes_prompts=not wish.prompts,
+        writes_prompts=not options.prompts,
         available=available,
     )
-    folder = next(p for p in (wish.folder, *wish.folder.absolute().parents) if p.exists())
+    folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if plan.disk_bytes > free:
         raise UsageError(
@@ -145,17 +143,17 @@ def _plan(wish: Wish, model: Model, state: State, watcher: Watcher) -> Plan:
 
 
 class _Run:
-    """One sitting."""
+    """One start of a fit."""
 
-    def __init__(self, wish: Wish, load: Callable[[], Model], watcher: Watcher) -> None:
-        self.wish, self.watcher = wish, watcher
-        self.state = State(wish.folder, wish.settings, wish.waited_s)
+    def __init__(self, options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> None:
+        self.options, self.watcher = options, watcher
+        self.state = State(options.folder, options.settings, options.waited_s)
         self._load = load
         self._skipped = {name for name in STAGES if self.state.is_done(name)}
         self._model: Model | None = None
 
     def go(self) -> dict[str, Any]:
-        """Every stage that is not done."""
+        """Run every unfinished stage."""
         plan = Plan.of(self._stage("plan", self._planned)["plan"])
         attach_to = self.state.result("plan")["attach_to"]
         at = None if attach_to is None else Path(attach_to)
@@ -190,13 +188,13 @@ class _Run:
         return self.state.result(name)
 
     def _planned(self) -> dict[str, Any]:
-        plan = _plan(self.wish, self._loaded(), self.state, self.watcher)
-        return {"plan": plan.as_dict(), "attach_to": _attach_to(self.wish)}
+        plan = _plan(self.options, self._loaded(), self.state, self.watcher)
+        return {"plan": plan.as_dict(), "attach_to": _attach_to(self.options)}
 
     def _trained(self, fit: stages.Fit) -> dict[str, Any]:
         try:
             return stages.train(fit, self.state.result("answers"))
-        except TrainingError as error:  # which advises users of `dspark train`
+        except TrainingError as error:  # its remedy is for `dspark train`
             raise TrainingError(str(error).replace("--resume", "the same command")) from error
 
     def _loaded(self) -> Model:
@@ -205,15 +203,15 @@ class _Run:
         return self._model
 
     def _fit(self, plan: Plan, attach_to: Path | None) -> stages.Fit:
-        wish = self.wish
+        options = self.options
         return stages.Fit(
-            target_name=wish.target,
-            served_as=wish.target if attach_to is not None else str(wish.folder),
-            folder=wish.folder,
+            target_name=options.target,
+            served_as=options.target if attach_to is not None else str(options.folder),
+            folder=options.folder,
             model=self._loaded(),
-            sources=wish.prompts,
-            seed=wish.seed,
-            offline=wish.offline,
+            sources=options.prompts,
+            seed=options.seed,
+            offline=options.offline,
             plan=plan,
             progress=self._advance,
             say=self.watcher.say,
@@ -221,7 +219,7 @@ class _Run:
         )
 
     def _left_s(self) -> float:
-        return self.wish.budget_s - self.state.elapsed_s
+        return self.options.budget_s - self.state.elapsed_s
 
     def _advance(self, done: float, total: float) -> None:
         self.state.beat()
@@ -247,9 +245,9 @@ class _Run:
             "accepted_length": {key: overall[key]["accepted_length"] for key in keys},
             "speedup": {key: overall[key]["speedup"] for key in keys},
             "ece": evaluation["ece"],
-            "output_dir": str(self.wish.folder),
+            "output_dir": str(self.options.folder),
             "attached": results["attach"]["attached"],
-            "budget_s": self.wish.budget_s,
+            "budget_s": self.options.budget_s,
             "seconds": self.state.elapsed_s,
             "plan": plan.as_dict(),
             "training": results["training"],
@@ -261,17 +259,17 @@ class _Run:
             "heldout": evaluation["heldout"],
             "limits": evaluation["limits"],
             "commands": serving_commands(
-                self.wish.target,
-                str(self.wish.folder),
+                self.options.target,
+                str(self.options.folder),
                 BLOCK_SIZE,
                 attached=attach_to is not None,
             ),
         }
 
 
-def _attach_to(wish: Wish) -> str | None:
-    """The target's directory, where the drafter may be put into it and would replace none."""
-    directory = Path(wish.target)
-    if wish.out is not None or not directory.is_dir() or not os.access(directory, os.W_OK):
+def _attach_to(options: FitOptions) -> str | None:
+    """The target's directory, if it is writable and has no drafter."""
+    directory = Path(options.target)
+    if options.out is not None or not directory.is_dir() or not os.access(directory, os.W_OK):
         return None
     return None if has_attached_drafter(directory) else str(directory)

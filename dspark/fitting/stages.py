@@ -1,4 +1,4 @@
-"""The stages of a fit, each by the functions that the command of its name uses too."""
+"""Stages of a fit, each using the functions of the command of the same name."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from typing import Any
 
 from rich.console import Console
 
-from dspark.data.answering import choose_sampling, recommended_sampling
-from dspark.data.by_engine import EngineResponder
+from dspark.data.answers.engine_backend import EngineResponder
+from dspark.data.answers.regenerate import regenerate
+from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 from dspark.data.conversations import as_prompt
-from dspark.data.json_lines import read_json_lines, write_json_lines
-from dspark.data.regenerate import regenerate
+from dspark.data.files.json_lines import read_json_lines, write_json_lines
+from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
-from dspark.data.self_prompts import SelfPrompts, write_self_prompts
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.engine.model import Model
 from dspark.errors import DataError
 from dspark.evaluation.calibration import record_rounds
+from dspark.evaluation.check.live import render
 from dspark.evaluation.evaluate import evaluate, settings_of
-from dspark.evaluation.live import render
 from dspark.evaluation.report.results import run_report
 from dspark.evaluation.tasks import load_file
+from dspark.fitting.evaluation import (
+    TEMPERATURES,
+    HeldOutPrompt,
+    calibration_error,
+    domain_rows,
+    fits,
+    limits_of,
+    race,
+)
 from dspark.fitting.measure import write_recipe
 from dspark.fitting.plan import FEWEST_HELD_OUT, FEWEST_ROWS, Plan
 from dspark.fitting.prompts import (
@@ -37,30 +46,23 @@ from dspark.fitting.prompts import (
     self_written,
     split,
 )
-from dspark.fitting.race import Held, fits, race
 from dspark.fitting.recipe import (
     BLOCK_SIZE,
     FEWEST_SUPERVISED,
     choose_vocabulary,
     recipe_of,
 )
-from dspark.fitting.report import (
-    TEMPERATURES,
-    calibration_error,
-    domain_rows,
-    limits_of,
-)
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.scheduling.cost import CostTable
 from dspark.training.checkpoints import read_position, saved_steps
-from dspark.training.pace import Pace
+from dspark.training.progress import Pace
 from dspark.training.run import run_recipe
 
 PROMPTS, ANSWERS, TRAINING, COSTS, LAPS = "prompts", "answers", "training", "costs.json", "laps"
 CHUNKS = (0.25, 0.7, 1.0)
-"""What of the answers that there is still time for is asked next: the first files measure."""
+"""Shares of the answers that fit into the remaining time; the first files measure the speed."""
 VERIFIER: Verifier = "block"
 CHECKPOINTS = 10
 ROUNDS_PER_CLASS = 4000
@@ -68,20 +70,20 @@ ROUNDS_PER_CLASS = 4000
 
 @dataclass
 class Fit:
-    """What the stages of a run share.
+    """The context of a run's stages.
 
     Attributes:
-        target_name: as the user named it.
-        served_as: what the pair will be loaded as: names its cost table.
+        target_name: as named by the user.
+        served_as: name that the pair will be loaded by, which identifies its cost table.
         folder: of the run.
         model: the target alone.
-        sources: of prompts; none where the model writes them.
-        seed: names all randomness.
+        sources: of prompts; none if the model writes them.
+        seed: of all randomness.
         offline: read data sets from this machine only.
-        plan: what is going to be done.
-        progress: told (done, in all) of the running stage; also notes the time.
-        say: told what a user should know.
-        left_s: gives the seconds of the budget that are left.
+        plan: the plan.
+        progress: called with (done, in all) of the running stage; also saves the time.
+        say: receives remarks for the user.
+        left_s: returns the remaining seconds of the budget.
     """
 
     target_name: str
@@ -102,7 +104,7 @@ class Fit:
 
 
 def write_prompts(fit: Fit) -> dict[str, Any]:
-    """Stage `prompts`: collect them or let the model write them, and split them."""
+    """Stage `prompts`: collect or self-write prompts, and split them."""
     plan = fit.plan
     if fit.sources:
         collected = collect(fit.sources, seed=fit.seed, offline=fit.offline)
@@ -140,10 +142,10 @@ def _self_written(fit: Fit) -> Collected:
 
 
 def write_answers(fit: Fit) -> dict[str, Any]:
-    """Stage `answers`: the model answers, file after file, for as long as there is time.
+    """Stage `answers`: the model answers, file after file, while time remains.
 
-    Each file is a run of `regenerate` of its own, with a journal. How many prompts the next file
-    gets follows from what the earlier ones took.
+    Each file is a separate, resumable run of `regenerate`; its number of prompts follows from the
+    speed of the earlier files.
     """
     folder = fit.path(ANSWERS)
     prompts = [record for _, record in read_json_lines(fit.path(PROMPTS, TRAIN))]
@@ -157,7 +159,7 @@ def write_answers(fit: Fit) -> dict[str, Any]:
             per_answer = (left_before - fit.left_s()) / timed if timed else _answer_s(fit)
             share = CHUNKS[min(number, len(CHUNKS) - 1)]
             size = int(share * max(fit.left_s() - ends, 0.0) / per_answer)
-            # A part of a batch takes nearly as long as a whole one.
+            # A partial batch takes nearly as long as a full one.
             whole = -(-size // responder.batch_size) * responder.batch_size
             size = min(max(whole, FEWEST_ROWS - asked), len(prompts) - asked)
             if size <= 0:
@@ -200,7 +202,7 @@ def _answer_ids(sample: Sample) -> list[int]:
 
 
 def _answer_s(fit: Fit) -> float:
-    """What an answer is expected to take, before any was timed."""
+    """Expected seconds per answer before any measurement."""
     return fit.plan.seconds["answers"] / max(fit.plan.answers, 1)
 
 
@@ -226,7 +228,7 @@ def _samples(fit: Fit) -> list[Sample]:
 
 
 def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
-    """Stage `training`: by a recipe that `dspark train` runs too, for as long as there is time."""
+    """Stage `training`: by a recipe that also works with `dspark train`, while time remains."""
     plan, output = fit.plan, fit.path(TRAINING)
     if not answers["usable"]:
         raise DataError(
@@ -236,7 +238,7 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
     rows = min(plan.rows, answers["usable"])
     seconds = max(fit.left_s() - plan.after_training_s, 0.0)
     steps = max(int(seconds / plan.speeds.step_s(rows, plan.anchors)), 1)
-    if saved_steps(output):  # a run goes on with the steps that it was planned with last
+    if saved_steps(output):  # a resumed run keeps its last number of steps
         steps = int(read_position(output).fixed["run.steps"])
     recipe = recipe_of(
         fit.model.target,
@@ -268,7 +270,7 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchors(stream: SampleStream, steps: int, most: int) -> int:
-    """How many anchors so many steps had."""
+    """Total number of anchors in the steps."""
     candidates = [
         sum(a and b for a, b in zip(s.loss_mask, s.loss_mask[1:], strict=False))
         for s in stream.samples
@@ -277,7 +279,7 @@ def _anchors(stream: SampleStream, steps: int, most: int) -> int:
 
 
 def place_drafter(fit: Fit) -> Path:
-    """Write the trained drafter as it is served, without the target's tables; where it lies."""
+    """Write the trained drafter for serving, without the target's tables; returns its directory."""
     drafter = _bound(fit, load_drafter(fit.path(TRAINING)))
     return save_attached(drafter, fit.folder).directory
 
@@ -291,7 +293,7 @@ def _bound(fit: Fit, drafter: AnyDrafter) -> AnyDrafter:
 
 
 def pair(fit: Fit, costs: CostTable | None = None) -> Model:
-    """The target with the drafter that was trained, as it will be served."""
+    """The target with the trained drafter, as served."""
     directory = fit.path(ATTACHED_FOLDER)
     calibration = directory / FILE_NAME
     return Model(
@@ -305,7 +307,7 @@ def pair(fit: Fit, costs: CostTable | None = None) -> Model:
 
 
 def calibrate_pair(fit: Fit) -> dict[str, Any]:
-    """Stage `calibration`: at temperature 0 and 1, each for half of the time that there is."""
+    """Stage `calibration`: at temperatures 0 and 1, each for half of the time."""
     place_drafter(fit)
     model = pair(fit)
     prompts = [as_prompt(r, where) for where, r in read_json_lines(fit.path(PROMPTS, CALIBRATION))]
@@ -351,7 +353,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def measure_costs(fit: Fit) -> dict[str, Any]:
-    """Stage `costs`: what steps cost here, in the run's folder and where a server looks."""
+    """Stage `costs`: the cost table, in the run's folder and in the user's cache."""
     model = pair(fit)
     table = model.profile(
         max_requests=fit.plan.profile_requests,
@@ -367,11 +369,11 @@ def measure_costs(fit: Fit) -> dict[str, Any]:
 
 
 def evaluate_pair(fit: Fit) -> dict[str, Any]:
-    """Stage `evaluation`: accepted length and speed-up on prompts that were held out."""
+    """Stage `evaluation`: accepted length and speed-up on held-out prompts."""
     costs = CostTable.load(fit.path(COSTS))
     model, plan = pair(fit, costs), fit.plan
     records = list(read_json_lines(fit.path(PROMPTS, HELD_OUT)))
-    held = [Held(as_prompt(r, where), str(r["category"])) for where, r in records]
+    held = [HeldOutPrompt(as_prompt(r, where), str(r["category"])) for where, r in records]
     count = _measurable(fit, costs, len(held))
     reports = {
         f"t{temperature:g}": _measured(fit, model, temperature, count, place)
@@ -397,7 +399,7 @@ def evaluate_pair(fit: Fit) -> dict[str, Any]:
 
 
 def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
-    """Held-out prompts that half of the time that is left allows to be decoded in a batch."""
+    """Number of held-out prompts that fit into half of the remaining time, in a batch."""
     at_once = fit.plan.profile_requests
     rows = min(at_once * (BLOCK_SIZE + 1), costs.most_tokens(at_once))
     round_s = (costs.verify_ms(rows, at_once) + costs.draft_ms(at_once)) / 1000 / at_once
@@ -407,7 +409,7 @@ def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
 
 
 def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int) -> dict[str, Any]:
-    """Accepted length of whole blocks at a temperature, as `dspark eval` measures it."""
+    """Accepted length of whole blocks at a temperature, measured as in `dspark eval`."""
     tasks = load_file(fit.path(PROMPTS, HELD_OUT))
     share = -(-count // len(tasks))
     tasks = [replace(t, questions=t.questions[:share]).with_turns(1) for t in tasks]
@@ -442,7 +444,7 @@ def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int
 
 
 def attach(fit: Fit, directory: Path | None) -> dict[str, Any]:
-    """Stage `attach`: put the drafter and its calibration into the target's directory.
+    """Stage `attach`: copy the drafter and its calibration into the target's directory.
 
     Args:
         fit: the run.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dspark.data.formats import BOXED
+from dspark.data.corpus import BOXED
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "maths": (

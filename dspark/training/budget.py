@@ -1,4 +1,4 @@
-"""What a run will cost: parameters, tokens, time, memory and disk, said before it starts."""
+"""Cost of a run, reported before it starts: parameters, tokens, time, memory and disk."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _FP32, _BF16 = 4, 2
 
 @dataclass(frozen=True)
 class Probe:
-    """What the first step took, before anything was changed by it.
+    """Measurement of one step without its update.
 
     Attributes:
-        seconds: of one step, the optimiser's part left out.
-        peak_memory_bytes: of this process, so far.
+        seconds: of the step without the optimiser.
+        peak_memory_bytes: of this process so far.
     """
 
     seconds: float
@@ -34,19 +34,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run will cost.
+    """Cost of a run.
 
     Attributes:
-        parameters: that are trained.
+        parameters: number of trained parameters.
         steps: of the whole run.
-        steps_left: of them, not done yet.
-        tokens_per_step: tokens of sequences in a step, over all ranks, on average.
-        memory_bytes: per rank, by use; `measured` is what the process held at most in a probe of
-            the first step.
+        steps_left: remaining steps.
+        tokens_per_step: mean sequence tokens per step, over all ranks.
+        memory_bytes: per rank, by use; `measured` is the process's peak in a probe of the first
+            step.
         checkpoint_bytes: of one checkpoint.
-        disk_bytes: of the checkpoints that are kept at once, and the exported weights.
+        disk_bytes: of all checkpoints kept at once and the exported weights.
         free_bytes: on the disk of the output directory.
-        seconds_per_step: by the probe; None where there was none.
+        seconds_per_step: from the probe; None without one.
     """
 
     parameters: int
@@ -61,7 +61,7 @@ class Budget:
 
     @property
     def seconds(self) -> float | None:
-        """Of the steps that are left."""
+        """Of the remaining steps."""
         return None if self.seconds_per_step is None else self.seconds_per_step * self.steps_left
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Budget:
 
 
 def probe(training: Training, step: int) -> Probe:
-    """Compute a step's gradients twice, time the second, and forget them."""
+    """Time a step's gradients, computed twice and discarded."""
     training.gradients(step)
     training.optimiser.clear()
     started = time.perf_counter()
@@ -106,10 +106,10 @@ def budget_of(
 
     Args:
         training: prepared.
-        features_bytes: of the target's features of one part of a step.
-        vocabulary_bytes: of the rows that meet the vocabulary at once.
-        probed: what a probe found, if there was one.
-        steps_done: by earlier sittings.
+        features_bytes: of one part's target features.
+        vocabulary_bytes: of one vocabulary chunk.
+        probed: the probe, if there was one.
+        steps_done: before this run.
     """
     run, settings, world = training.run, training.optimiser.settings, training.world
     count = number_of(training.optimiser.masters)
@@ -143,10 +143,10 @@ def budget_of(
 
 
 def refuse_small_disk(budget: Budget, output: Path) -> None:
-    """Refuse a run whose checkpoints would not fit.
+    """Refuse a run whose checkpoints do not fit on the disk.
 
     Raises:
-        TrainingError: naming what is needed and what is free.
+        TrainingError: with the needed and the free bytes.
     """
     needed = budget.disk_bytes - budget.checkpoint_bytes * len(saved_steps(output))
     if needed > budget.free_bytes:

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: written whole or not at all, by any number of ranks, read by any other.
+"""Checkpoints of a run: atomic, written by any number of ranks, readable by any other number.
 
     OUTPUT/checkpoints/step_00000200/
-        state.json           where the run stood; `Position`
+        state.json           progress of the run; `Position`
         .metadata, *.distcp  masters, moving average, optimiser (torch.distributed.checkpoint)
-    OUTPUT/best/             the drafter of the best measurement, as it is served
+    OUTPUT/best/             the drafter of the best measurement, in the served layout
 
-A checkpoint is written beside the others under another name and then renamed, so that whatever
-happens in between leaves the others as they were. Like a program, it is to be read from people who
-are trusted: torch.distributed.checkpoint keeps its index as a pickle.
+A checkpoint is written under a temporary name and then renamed, so that an interruption leaves the
+others intact. Load only checkpoints from trusted sources: torch.distributed.checkpoint keeps its
+index as a pickle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from dspark.data.durable import sync_directory
+from dspark.data.files.atomic import replace_file, sync_directory
 from dspark.errors import CheckpointError, TrainingError, first_line
 from dspark.training.optim import MasterOptimiser
 from dspark.training.parallel import barrier, gather
@@ -40,13 +40,13 @@ _OLDER = Path("latest") / "state.pt"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         step: steps done.
-        fixed: settings that a run cannot change on its way, by the recipe's names.
-        metrics: the last step's.
-        best_step, best_accepted_length: of the best measurement so far, if there is one.
+        fixed: settings that a resumed run cannot change, by the recipe's names.
+        metrics: of the last step.
+        best_step, best_accepted_length: of the best measurement so far, if any.
     """
 
     step: int
@@ -57,15 +57,15 @@ class Position:
 
 
 def path_of(output: Path, step: int) -> Path:
-    """The directory of the checkpoint after so many steps."""
+    """The directory of the checkpoint after `step` steps."""
     return output / FOLDER / f"step_{step:08d}"
 
 
 def saved_steps(output: Path) -> list[int]:
-    """The steps after which there is a checkpoint, ascending.
+    """The steps of the existing checkpoints, ascending.
 
     Raises:
-        TrainingError: there is one of an older version, which cannot be read.
+        TrainingError: one is of an older, unreadable version.
     """
     if (output / _OLDER).is_file():
         raise TrainingError(
@@ -81,10 +81,10 @@ def saved_steps(output: Path) -> list[int]:
 def save(
     output: Path, optimiser: MasterOptimiser, position: Position, *, keep_last: int, rank: int
 ) -> None:
-    """Write a checkpoint, all ranks together, then drop all but the `keep_last` newest.
+    """Write a checkpoint, all ranks together, then delete all but the `keep_last` newest.
 
     Raises:
-        TrainingError: it cannot be written; those that were there stay.
+        TrainingError: it cannot be written; existing ones stay.
     """
     final = path_of(output, position.step)
     fresh = final.with_name(f"{final.name}.new")
@@ -94,7 +94,7 @@ def save(
         fresh.mkdir(parents=True)
 
     def finish() -> None:
-        _write_json(fresh / STATE, asdict(position))
+        replace_file(fresh / STATE, json.dumps(asdict(position), indent=2))
         put_in_place(fresh, final)
         tidy(output, keep_last)
 
@@ -110,7 +110,7 @@ def save(
 
 
 def tidy(output: Path, keep_last: int) -> None:
-    """Keep the newest checkpoints only, and mend what a killed run has left half done."""
+    """Keep only the newest checkpoints, and clean up after a killed run."""
     for old in [output / f"{BEST}.old", *(output / FOLDER).glob("step_*.old")]:
         if not old.exists():
             continue
@@ -126,7 +126,7 @@ def tidy(output: Path, keep_last: int) -> None:
 
 
 def read_position(output: Path) -> Position:
-    """Where the newest checkpoint stands.
+    """The position of the newest checkpoint.
 
     Raises:
         CheckpointError: it is damaged.
@@ -156,10 +156,10 @@ def load(output: Path, optimiser: MasterOptimiser) -> None:
 
 
 def check_same_run(output: Path, position: Position, fixed: Mapping[str, Any]) -> None:
-    """Refuse to go on with settings that would make it another run.
+    """Refuse to resume with settings that change the run.
 
     Raises:
-        TrainingError: names the first one.
+        TrainingError: names the first such setting.
     """
     for name, wanted in fixed.items():
         had = position.fixed.get(name)
@@ -178,7 +178,7 @@ def _damaged(path: Path, error: BaseException) -> CheckpointError:
 
 
 def put_in_place(fresh: Path, final: Path) -> None:
-    """Put a complete directory in the place of another, or where there is none."""
+    """Atomically replace a directory, if it exists, by a complete one."""
     old = final.with_name(f"{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -188,16 +188,8 @@ def put_in_place(fresh: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(path.parent)
-
-
 def _on_first_rank(rank: int, action: Callable[[], None]) -> None:
-    """Let the first rank do something for all; what it raises is raised by all."""
+    """Run an action on the first rank; all ranks raise its error."""
     error: OSError | None = None
     if rank == 0:
         try:
@@ -220,7 +212,7 @@ def _not_written(output: Path, step: int, error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong, in few words; failures of other ranks come wrapped."""
+    """The cause of an error in a few words; failures of other ranks are wrapped."""
     if isinstance(error, CheckpointException):
         for wrapped, _ in error.failures.values():
             return _cause(wrapped)
@@ -231,7 +223,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _single_process_is_fine() -> Iterator[None]:
-    """torch.distributed.checkpoint warns where there is only one process."""
+    """Suppress torch.distributed.checkpoint's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
         yield

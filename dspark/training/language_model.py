@@ -1,32 +1,161 @@
-"""Trains a small target from scratch: tokenizer, token stream, next-token loss, bits per byte."""
+"""Training of a small target from scratch: tokenizer, token stream, next-token loss, bits per byte.
+
+A token of the stream is learned, only read, or unlearned. Unlearning is for a model's own answers:
+a token that repeats an n-gram of the same answer is made unlikely (unlikelihood training, Welleck
+et al. 2020), which keeps a small model from looping at temperature 0.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dspark.data.corpus import Conversation
-from dspark.data.tokenizer import END, train_tokenizer
+from dspark.data.conversations import Dialogue
+from dspark.data.corpus import Conversation, read_source
+from dspark.data.samples import conversation_samples
+from dspark.data.tokenizer import END, TEXT_END, train_tokenizer
 from dspark.errors import RecipeError
-from dspark.training.recipe import TargetRecipe
-from dspark.training.token_stream import (
-    LEARN,
-    READ,
-    TokenStream,
-    corpus_conversations,
-    corpus_documents,
-    source_conversations,
-)
+from dspark.training.recipe import CorpusSettings, Source, TargetRecipe
+from dspark.training.settings import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEARN, READ, UNLEARN = 1, 0, -1
+TOKEN = np.dtype([("id", np.uint16), ("part", np.int8)])
+"""A token id and its role: LEARN, READ or UNLEARN."""
+
+
+def corpus_conversations(corpus: CorpusSettings) -> Iterator[Conversation]:
+    """Yield the training conversations of every source, each `repeat` times."""
+    for source in corpus.sources:
+        for _ in range(source.repeat):
+            yield from source_conversations(corpus, source)
+
+
+def source_conversations(corpus: CorpusSettings, source: Source) -> Iterator[Conversation]:
+    """Yield the conversations of one source, once."""
+    path = None if source.path is None else Path(corpus.root) / source.path
+    return read_source(source.format, path)
+
+
+def corpus_documents(corpus: CorpusSettings, tokenizer: Any) -> list[np.ndarray]:
+    """Every training conversation, rendered by the chat template and encoded: rows of `TOKEN`."""
+    documents: list[np.ndarray] = []
+    for source in corpus.sources:
+        conversations = list(source_conversations(corpus, source))
+        gram = source.unlearn_repeats
+        encoded = (
+            repeating_documents(tokenizer, conversations, gram)
+            if gram
+            else learned_documents(tokenizer, conversations)
+        )
+        documents += encoded * source.repeat
+    return documents
+
+
+def learned_documents(tokenizer: Any, conversations: Sequence[Conversation]) -> list[np.ndarray]:
+    """Conversations with every token learned."""
+    texts = [tokenizer.apply_chat_template(list(c), tokenize=False) for c in conversations]
+    return [
+        _document(tokenizer, ids, LEARN)
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def repeating_documents(
+    tokenizer: Any, conversations: Sequence[Conversation], gram: int
+) -> list[np.ndarray]:
+    """Conversations whose answers repeat an n-gram; only the repeats are unlearned.
+
+    Args:
+        tokenizer: with a chat template.
+        conversations: with assistant turns written by the model itself.
+        gram: length of a repeated n-gram, tokens.
+    """
+    documents = []
+    for conversation in conversations:
+        for sample in conversation_samples(tokenizer, Dialogue(conversation)):
+            repeated = repeated_tokens(sample.input_ids, sample.loss_mask, gram)
+            if repeated.any():
+                document = _document(tokenizer, sample.input_ids, READ)
+                document["part"][:-1][repeated] = UNLEARN
+                documents.append(document)
+    return documents
+
+
+def repeated_tokens(ids: Sequence[int], own: Sequence[bool], gram: int) -> np.ndarray:
+    """Mask of tokens in an n-gram that occurred earlier in the same answer.
+
+    Args:
+        ids: tokens of a conversation.
+        own: True for answer tokens; consecutive ones form an answer.
+        gram: n.
+
+    Returns:
+        bool, one per token.
+    """
+    found = np.zeros(len(ids), dtype=bool)
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(ids) - gram + 1):
+        if not all(own[start : start + gram]):
+            if not own[start]:
+                seen.clear()
+            continue
+        row = tuple(ids[start : start + gram])
+        if row in seen:
+            found[start : start + gram] = True
+        seen.add(row)
+    return found
+
+
+def _document(tokenizer: Any, ids: Sequence[int], part: int) -> np.ndarray:
+    document = np.empty(len(ids) + 1, dtype=TOKEN)
+    document["id"][:-1] = ids
+    document["id"][-1] = tokenizer.convert_tokens_to_ids(TEXT_END)
+    document["part"] = part
+    return document
+
+
+class TokenStream:
+    """Conversations, reshuffled each epoch, concatenated and split into rows.
+
+    Row r of step s is a function of (seed, s, r) alone.
+    """
+
+    def __init__(self, documents: list[np.ndarray], row_tokens: int, seed: int) -> None:
+        self.documents = documents
+        self.row_tokens = row_tokens
+        self.seed = seed
+        self.rows_per_epoch = sum(len(d) for d in documents) // row_tokens
+        self._epoch = -1
+        self._tokens = np.empty(0, dtype=TOKEN)
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rows `first`..`first + count - 1` of the endless stream.
+
+        Returns:
+            Ids, int64, and parts, int8; both [count, row_tokens].
+        """
+        found = np.stack([self._row(first + i) for i in range(count)])
+        ids, parts = found["id"].astype(np.int64), np.ascontiguousarray(found["part"])
+        return torch.from_numpy(ids), torch.from_numpy(parts)
+
+    def _row(self, index: int) -> np.ndarray:
+        epoch, within = divmod(index, self.rows_per_epoch)
+        if epoch != self._epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            self._tokens = np.concatenate([self.documents[i] for i in order])
+            self._epoch = epoch
+        start = within * self.row_tokens
+        return self._tokens[start : start + self.row_tokens]
 
 
 class LanguageModelObjective:
@@ -85,28 +214,28 @@ def stream_loss(
 ) -> Tensor:
     """-log p of learned tokens and -weight log(1 - p) of unlearned ones, over all N tokens.
 
-    Divided by N whatever the parts, so that the loss of several batches is the mean of theirs.
+    The divisor is always N, so that the loss of several batches is the mean of theirs.
 
     Args:
         logits_NV: of the tokens' predictions.
         labels_N: the tokens.
         parts_N: LEARN, READ or UNLEARN.
-        unlearn_weight: see above.
+        unlearn_weight: weight of unlearned tokens.
     """
     nats_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-    # In a loop p is nearly 1: the small number keeps the gradient finite.
+    # In a loop p is nearly 1; the constant keeps the gradient finite.
     unlearned_N = -torch.log(1 - torch.exp(-nats_N) + 1e-5)
     wanted_N = torch.where(parts_N == LEARN, nats_N, unlearn_weight * unlearned_N)
     return torch.where(parts_N == READ, 0.0, wanted_N).mean()
 
 
 def prepare_tokenizer(recipe: TargetRecipe) -> Any:
-    """The tokenizer in the recipe's output directory, trained from its corpus if there is none."""
+    """The tokenizer in the recipe's output directory, trained on its corpus if absent."""
     output = Path(recipe.run.output_dir)
     for directory in (output, Path(recipe.initial or output)):
         if (directory / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-            if directory != output:  # what other ranks read is not written again
+            if directory != output:  # do not rewrite what other ranks read
                 tokenizer.save_pretrained(output)
             return tokenizer
     if recipe.initial is not None:

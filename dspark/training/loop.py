@@ -1,21 +1,23 @@
-"""The training loop: any objective, exact resume, a gradient of the whole step.
+"""The training loop: any objective, exact resume, one gradient for the whole step.
 
-Everything random in a part of a step is a function of (seed, step, part), and a batch is a
-function of its step, so a run that is cut and resumed computes what the uncut run would have.
+Everything random in a part of a step is a function of (seed, step, part), and a batch is a function
+of its step, so a run that is interrupted and resumed computes what the uninterrupted one would
+have.
 
-A step is divided into parts, `accumulate` of them one after the other on each rank. Its gradient is
-the mean of theirs; an objective sees to it that the mean of the parts' losses is the loss of the
-whole step, however unevenly its supervised tokens lie (FORMAT_FACTS.md B.2).
+A step is divided into parts, `accumulate` of them sequential on each rank. Its gradient is the mean
+of theirs; an objective ensures that the mean of the parts' losses is the loss of the whole step,
+however unevenly its supervised tokens are distributed.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -32,10 +34,7 @@ from dspark.training.checkpoints import (
     saved_steps,
     tidy,
 )
-from dspark.training.logs import Journal
-from dspark.training.objective import DataOrder, Evaluation, Objective, TrainingResult, World
 from dspark.training.optim import MasterOptimiser
-from dspark.training.pace import Pace
 from dspark.training.parallel import (
     barrier,
     gather,
@@ -45,24 +44,117 @@ from dspark.training.parallel import (
     sum_numbers,
     sum_over_ranks,
 )
-from dspark.training.run_settings import OptimiserSettings, RunSettings
-from dspark.training.stopping import StopSignals
+from dspark.training.progress import Journal, Pace, StopSignals
+from dspark.training.settings import OptimiserSettings, RunSettings
+
+
+class Objective(Protocol):
+    """A module to train and the loss of a step's batch.
+
+    Attributes:
+        module: its parameters are updated by the optimiser.
+        tokens_seen: sequence tokens that this rank's steps have read so far.
+    """
+
+    module: nn.Module
+    tokens_seen: int
+
+    def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one of the `parts` of the step's batch, and metrics for the log.
+
+        The mean over the parts is the loss of the step. All parts log the same names.
+        """
+        ...
+
+    def export(self, directory: Path) -> None:
+        """Write the trained weights as a checkpoint that the rest of the project loads."""
+        ...
+
+
+Measure = Callable[[], Mapping[str, float]]
+"""Measures the module; the best one has the highest `real_accepted_length`."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this process.
+        ranks: number of processes.
+        sharded: whether they share masters, gradients and optimiser, or only the data.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """Size and naming of a run's data.
+
+    Attributes:
+        steps_per_epoch: steps per pass over the data.
+        tokens_per_step: mean sequence tokens per step, over all ranks.
+        names: describes the data of (step, part, parts) for messages.
+    """
+
+    steps_per_epoch: float
+    tokens_per_step: float
+    names: Callable[[int, int, int], str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A periodic measurement during a run.
+
+    Attributes:
+        every: steps between measurements.
+        measure: measures the module; called on all ranks, with equal results.
+        keep: writes the module as the best so far; called on the first rank.
+    """
+
+    every: int
+    measure: Measure
+    keep: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of a run.
+
+    Attributes:
+        steps: steps done in all, including those before a resume.
+        loss: loss of the last step.
+        metrics: its metrics.
+        tokens_per_s: sequence tokens per second since the start or resume, over all ranks.
+        peak_memory_bytes: peak resident memory (CPU) or allocation (CUDA) of this process.
+        output_dir: directory of the exported weights.
+    """
+
+    steps: int
+    loss: float
+    metrics: dict[str, float]
+    tokens_per_s: float
+    peak_memory_bytes: int
+    output_dir: Path
 
 
 class Training:
-    """A run: an objective, its optimiser, and where both stand.
+    """A run: an objective, its optimiser and their progress.
 
     Args:
         objective: what is trained.
-        run: how long, and what is kept.
+        run: length and checkpoints of the run.
         settings: of the optimiser.
-        data: how much there is, and what it is called.
+        data: size and naming of the data.
         world: the processes that share the run.
 
     Attributes:
         steps: of the whole run.
-        position: where the run stands.
-        optimiser: what is stepped and saved.
+        position: progress of the run.
+        optimiser: of the objective's parameters.
     """
 
     def __init__(
@@ -91,14 +183,14 @@ class Training:
         self.position = Position(0, self._fixed)
 
     def start(self, resume: bool) -> None:
-        """Take the place of the newest checkpoint, if there is one.
+        """Restore the newest checkpoint, if there is one.
 
         Args:
-            resume: whether there may be one.
+            resume: whether one may exist.
 
         Raises:
-            TrainingError: the output directory holds a run's checkpoint that is not to be resumed,
-                or that of a run with other settings.
+            TrainingError: the output directory holds a checkpoint although `resume` is false, or
+                one of a run with other settings.
             CheckpointError: the checkpoint is damaged.
         """
         if not saved_steps(self.output):
@@ -123,16 +215,16 @@ class Training:
         evaluation: Evaluation | None = None,
         pace: Pace | None = None,
     ) -> TrainingResult:
-        """Take the steps that are left and export the weights.
+        """Take the remaining steps and export the weights.
 
         Args:
-            console: where the progress display goes; standard error by default.
-            evaluation: what is measured on the way.
-            pace: changes the number of steps on the way; for one process.
+            console: of the progress display; standard error by default.
+            evaluation: periodic measurement.
+            pace: adjusts the number of steps to a time budget; for one process.
 
         Raises:
-            TrainingError: the loss is not finite; a checkpoint cannot be written; or SIGTERM or
-                SIGINT came.
+            TrainingError: the loss is not finite; a checkpoint cannot be written; or the run was
+                stopped by SIGTERM or SIGINT.
         """
         journal = Journal(
             self.output,
@@ -175,10 +267,10 @@ class Training:
         )
 
     def gradients(self, step: int) -> tuple[dict[str, float], list[tuple[int, float]]]:
-        """Collect the mean gradient of this rank's parts of a step.
+        """Accumulate the mean gradient of this rank's parts of a step.
 
         Returns:
-            The means of the parts' metrics, the loss among them, and each part's number and loss.
+            The means of the parts' metrics, including the loss, and each part's number and loss.
         """
         accumulate = self.run.accumulate
         parts = self.world.ranks * accumulate
@@ -197,13 +289,13 @@ class Training:
         return means, losses
 
     def shown(self) -> AbstractContextManager[None]:
-        """The module with the weights that are evaluated and exported; for all ranks at once."""
+        """Context in which the module has the weights to evaluate and export; for all ranks."""
         if self.world.sharded or self.optimiser.averages is not None:
             return showing(self.objective.module, self.optimiser.shown())
         return nullcontext()
 
     def _advance(self, signals: StopSignals, evaluation: Evaluation | None) -> bool:
-        """One step, and what is measured after it; whether any rank is asked to stop."""
+        """One step and its measurement; returns whether any rank is to stop."""
         metrics, stopping = self._take_step(self.position.step, signals)
         self.position = replace(self.position, step=self.position.step + 1, metrics=metrics)
         if evaluation is not None and self._is_due(self.position.step, evaluation.every):
@@ -211,7 +303,7 @@ class Training:
         return stopping
 
     def _take_step(self, step: int, signals: StopSignals) -> tuple[dict[str, float], bool]:
-        """One step of the optimiser; its metrics, and whether any rank is asked to stop."""
+        """One optimiser step; its metrics, and whether any rank is to stop."""
         ranks = self.world.ranks
         means, losses = self.gradients(step)
         sums = sum_numbers({**means, "stopping": float(signals.received is not None)})
@@ -219,7 +311,7 @@ class Training:
         metrics = {name: value / ranks for name, value in sums.items()}
         if not math.isfinite(metrics["loss"]):
             raise TrainingError(self._not_finite(step, losses))
-        if not self.world.sharded:  # FSDP has taken the ranks' mean already
+        if not self.world.sharded:  # FSDP has averaged over ranks already
             sum_over_ranks(self.optimiser.gradients())
         norm = self.optimiser.clip(1.0 if self.world.sharded else 1 / ranks)
         if not math.isfinite(norm):
@@ -247,7 +339,7 @@ class Training:
             )
 
     def _change_steps(self, steps: int, journal: Journal) -> None:
-        """Give the run another number of steps; on disk at once, so that it is resumed with it."""
+        """Change the number of steps, and save it so that a resumed run keeps it."""
         if steps == self.steps:
             return
         self.steps = self.optimiser.steps = steps
@@ -294,7 +386,7 @@ class Training:
 
 
 class _PartOfStep(nn.Module):
-    """A part of a training step as a module's forward: what FSDP needs to see as one."""
+    """A part of a training step as one module's forward, as FSDP requires."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -314,7 +406,7 @@ def total_steps(run: RunSettings, steps_per_epoch: float) -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory (CPU) or allocation (CUDA) of this process so far."""
+    """Peak resident memory (CPU) or allocation (CUDA) of this process so far."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -323,5 +415,5 @@ def peak_memory_bytes() -> int:
 
 
 def _part_seed(seed: int, step: int, part: int) -> int:
-    """Names what a part of a step draws from torch's own generator, should it do so."""
+    """Seed of torch's global generator for a part of a step."""
     return hash((seed, step, part)) % (1 << 63)

@@ -1,4 +1,4 @@
-"""Optimisers over fp32 master weights, and their moving average."""
+"""Optimisers over fp32 master weights, their moving average and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dspark.training.run_settings import OptimiserSettings
-from dspark.training.schedules import learning_rate_factor
+from dspark.training.settings import WSD_DECAY, OptimiserSettings
 
 
 class MasterOptimiser:
-    """Steps fp32 masters of the trainable parameters and copies them back to the model's dtype.
+    """Updates fp32 masters of the trainable parameters and copies them to the model's dtype.
 
     `adamw` uses AdamW for all. `muon` uses Muon (Jordan et al. 2024, `torch.optim.Muon`) for the
-    matrices inside the layers, and AdamW for embeddings, heads, norms and biases. Parameters that
-    FSDP has sharded are fp32 shards, and their own masters.
+    matrices inside the layers, and AdamW for embeddings, heads, norms and biases. Parameters
+    sharded by FSDP are fp32 shards and their own masters.
 
     Args:
-        named_parameters: of the module; those without gradient are left out.
+        named_parameters: of the module; those without gradient are ignored.
         settings: rates, schedule, clipping, moving average.
-        steps: of the whole run, which the schedule depends on.
+        steps: of the whole run, for the schedule.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class MasterOptimiser:
         return found
 
     def collect(self) -> None:
-        """Add what the last backward pass left in the model to the masters' fp32 gradients."""
+        """Add the model's gradients to the masters' fp32 gradients and clear them."""
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             if master is parameter or parameter.grad is None:
                 continue
@@ -79,7 +78,7 @@ class MasterOptimiser:
         return [m.grad for m in self.masters if m.grad is not None]
 
     def clear(self) -> None:
-        """Forget the collected gradients."""
+        """Clear the collected gradients."""
         for master in self.masters:
             master.grad = None
 
@@ -98,7 +97,7 @@ class MasterOptimiser:
 
     @torch.no_grad()
     def step(self, step: int) -> float:
-        """Step with the collected gradients, and forget them.
+        """Step with the collected gradients and clear them.
 
         Args:
             step: the index of this step from 0, which sets the learning rate.
@@ -116,7 +115,7 @@ class MasterOptimiser:
         self.clear()
         self._write_back()
         if self.averages is not None and self.settings.ema is not None:
-            # Early on, a mean over few steps: else the initial weights would stay for long.
+            # A shorter average at first, so that the initial weights fade quickly.
             share = 1.0 - min(self.settings.ema, (1.0 + step) / (10.0 + step))
             torch._foreach_lerp_(self.averages, [m.detach() for m in self.masters], share)
         return self.settings.learning_rate * factor
@@ -127,14 +126,14 @@ class MasterOptimiser:
                 parameter.copy_(master)
 
     def shown(self) -> dict[str, Tensor]:
-        """What is evaluated and exported: the moving average, if there is one, else the masters."""
+        """The weights to evaluate and export: the moving average if any, or the masters."""
         tensors = self.averages or [m.detach() for m in self.masters]
         return dict(zip(self.names, tensors, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, moving average and the optimisers' states, by flat names.
+        """Masters, moving average and optimiser states, by flat names.
 
-        With the number of the step this is all that an exact resume needs.
+        Together with the step number this suffices for an exact resume.
         """
         state = {f"master/{n}": m.detach() for n, m in zip(self.names, self.masters, strict=True)}
         if self.averages is not None:
@@ -145,7 +144,7 @@ class MasterOptimiser:
         return state
 
     def blank_state(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors like those that `state_dict` has of these names, for a checkpoint to fill."""
+        """Empty tensors in the shape of `state_dict`'s, for a checkpoint to fill."""
         masters = dict(zip(self.names, self.masters, strict=True))
         blank: dict[str, Tensor] = {}
         for name in names:
@@ -158,7 +157,7 @@ class MasterOptimiser:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore the state of `state_dict`."""
         for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(state[f"master/{name}"])
         self._write_back()
@@ -183,7 +182,7 @@ class MasterOptimiser:
 class Muon(torch.optim.Muon):
     """torch's Muon, in fp32 where bf16 is slow.
 
-    torch iterates in bf16, which CPUs without bf16 units multiply six times slower than fp32
+    torch iterates in bf16, which is six times slower than fp32 on CPUs without bf16 units
     (docs/LOG.md).
     """
 
@@ -213,7 +212,7 @@ class Muon(torch.optim.Muon):
 def _orthogonal(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """The nearest orthogonal matrix, roughly: Muon's Newton-Schulz iterations, in fp32."""
+    """An approximately orthogonalised matrix by Muon's Newton-Schulz iterations, in fp32."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     wide = (matrix.mT if tall else matrix).float()
@@ -233,7 +232,7 @@ def _in_layers(name: str, parameter: Tensor) -> bool:
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
-    """AdamW, in one kernel where the device has it."""
+    """AdamW, fused if the device supports it."""
     options: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.betas,
@@ -242,10 +241,41 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch
     }
     try:
         return torch.optim.AdamW(parameters, fused=True, **options)
-    except RuntimeError:  # says that this device has none
+    except RuntimeError:  # not fused on this device
         return torch.optim.AdamW(parameters, foreach=True, **options)
 
 
 def number_of(parameters: Iterable[Tensor]) -> int:
-    """Numbers in all of some parameters together, whatever share of them lies here."""
+    """Number of elements of all parameters, shards counted in full."""
     return sum(math.prod(p.shape) for p in parameters)
+
+
+def warmup_steps(settings: OptimiserSettings, steps: int) -> int:
+    """Warm-up steps, at least 1, so that step 0 already moves."""
+    return max(1, int(settings.warmup_fraction * steps))
+
+
+def learning_rate_factor(settings: OptimiserSettings, step: int, steps: int) -> float:
+    """Factor on the peak learning rate: linear warm-up to 1, then `settings.schedule`.
+
+    `cosine` and `linear` fall to 0 at `steps`, `constant` stays; `wsd` (warm-up, stable, decay) is
+    constant until its last share of steps, over which it falls as 1 - sqrt(progress) (Hagele et al.
+    2024).
+
+    Args:
+        settings: the schedule and its shares.
+        step: from 0.
+        steps: of the whole run.
+    """
+    warm = warmup_steps(settings, steps)
+    if step < warm:
+        return (step + 1) / warm
+    progress = min(1.0, (step - warm) / max(1, steps - warm))
+    if settings.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if settings.schedule == "linear":
+        return 1.0 - progress
+    if settings.schedule == "wsd":
+        decay = max(1, int((settings.decay_fraction or WSD_DECAY) * steps))
+        return 1.0 - math.sqrt(min(1.0, max(0, step - (steps - decay)) / decay))
+    return 1.0

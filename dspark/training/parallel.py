@@ -1,4 +1,4 @@
-"""Several processes by torch.distributed: who am I, what is summed, what is sharded."""
+"""Parallel training with torch.distributed: ranks, reductions and sharding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATIENCE = timedelta(hours=1)  # the first rank may read data that the others w
 
 
 def start_parallel(device: str) -> tuple[int, int]:
-    """Join the process group that torchrun describes, if it started this process.
+    """Join torchrun's process group, if it started this process.
 
     Returns:
         (rank, number of ranks); (0, 1) outside torchrun.
@@ -39,13 +39,13 @@ def start_parallel(device: str) -> tuple[int, int]:
 
 
 def is_parallel() -> bool:
-    """Whether there are several processes."""
+    """Whether several processes train together."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, summed in fp32, in few messages."""
+    """All-reduce tensors in fp32, in few messages."""
     if not is_parallel():
         return
     bucket: list[Tensor] = []
@@ -62,7 +62,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def sum_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The sums over ranks of numbers that all of them have under the same names, in fp64."""
+    """Sums over ranks, in fp64, of numbers that every rank has under the same names."""
     if not is_parallel():
         return dict(numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -71,7 +71,7 @@ def sum_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def gather(thing: Any) -> list[Any]:
-    """What every rank has, in their order."""
+    """The objects of all ranks, in order."""
     if not is_parallel():
         return [thing]
     found: list[Any] = [None] * dist.get_world_size()
@@ -93,10 +93,10 @@ def pick_device(device: str) -> str:
 
 
 def wants_sharding(parallel: str, device: str, ranks: int) -> bool:
-    """Whether a run is to be sharded.
+    """Whether a run is sharded.
 
     Raises:
-        RecipeError: fsdp is asked of a process that torchrun has not started.
+        RecipeError: fsdp is requested without torchrun.
     """
     if parallel == "fsdp" and not dist.is_initialized():
         raise RecipeError(
@@ -109,12 +109,13 @@ def wants_sharding(parallel: str, device: str, ranks: int) -> bool:
 def shard(step: nn.Module, dtype: torch.dtype) -> None:
     """Shard the parameters of a module whose forward is a whole part of a training step (FSDP2).
 
-    They become fp32 shards, which are stepped; the forward sees them whole and in `dtype`, and
-    gradients are summed in fp32. They are one unit: a drafter's arithmetic reads its layers'
-    weights across modules, so they are gathered at once.
+    The optimiser steps fp32 shards; the forward pass sees whole weights in `dtype`, and gradients
+    are reduced in fp32. All parameters form one unit, because a drafter reads its layers' weights
+    across modules.
 
     Args:
-        step: the module; what it uses beside parameters (a target's embedding and head) stays.
+        step: the module; tensors that are not its parameters (the target's embedding and head) are
+            not sharded.
         dtype: of the forward and backward pass.
     """
     for parameter in step.parameters():
@@ -128,7 +129,7 @@ def shard(step: nn.Module, dtype: torch.dtype) -> None:
 
 
 def reduce_after_this_part(step: nn.Module, last: bool) -> None:
-    """Let a sharded module sum gradients over ranks, and drop whole weights, in the last part."""
+    """Let a sharded module reduce gradients and free whole weights only in the last part."""
     if isinstance(step, FSDPModule):
         step.set_requires_gradient_sync(last)
         step.set_reshard_after_backward(last)
@@ -136,14 +137,14 @@ def reduce_after_this_part(step: nn.Module, last: bool) -> None:
 
 @contextmanager
 def showing(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A module with other weights for a while, whole ones in place of shards.
+    """Temporarily replace a module's parameters, shards by whole weights.
 
-    All ranks must enter, for shards are gathered.
+    All ranks must enter, because shards are gathered.
 
     Args:
-        module: whose parameters are replaced.
-        weights: by parameters' names; they take the dtype that the replaced ones have, or, where
-            those are shards, keep their own.
+        module: the module.
+        weights: by parameter name; they take the dtype of the replaced ones, or keep their own if
+            those are shards.
     """
     named = dict(module.named_parameters())
     new = {id(named[name]): _plain(named[name], weight) for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Recipes: frozen, validated run configurations, read from YAML. Unknown keys are errors."""
+"""Recipes: frozen, validated run configurations read from YAML. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from dspark.data.formats import SourceFormat
+from dspark.data.corpus import SourceFormat
 from dspark.errors import RecipeError
-from dspark.training.drafter_settings import (
+from dspark.training.settings import (
     BlockSettings,
     ChainLossSettings,
     DFlashLossSettings,
+    DrafterRunSettings,
     DSparkLossSettings,
     DSparkSettings,
     Eagle3LossSettings,
     Eagle3Settings,
-    NewDrafterSettings,
-    Settings,
-    check_confidence,
-)
-from dspark.training.feature_settings import FeatureSettings
-from dspark.training.run_settings import (
-    DrafterRunSettings,
     EvaluationSettings,
+    FeatureSettings,
+    NewDrafterSettings,
     OptimiserSettings,
+    Settings,
     TargetRunSettings,
+    check_confidence,
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -1,4 +1,4 @@
-"""From a recipe's name to a finished run."""
+"""Runs: from the name of a recipe to a trained model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from dspark.data.conversations import read_prompts
-from dspark.data.durable import only_run
-from dspark.errors import RecipeError
+from dspark.data.files.atomic import only_run
+from dspark.errors import RecipeError, first_line
 from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
 from dspark.training.checkpoints import BEST
-from dspark.training.compiling import compile_forward
-from dspark.training.drafter import DrafterObjective
-from dspark.training.eagle_drafter import Eagle3Objective
-from dspark.training.held_out import (
+from dspark.training.drafters.held_out import (
     Decode,
     Encode,
     HeldOut,
@@ -28,13 +29,13 @@ from dspark.training.held_out import (
     put_best,
     requests_of,
 )
+from dspark.training.drafters.new_drafter import load_frozen_target, start_from
+from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective, export
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
-from dspark.training.laws import suitable_rows
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, Evaluation, TrainingResult, World
-from dspark.training.online import export, load_frozen_target
-from dspark.training.pace import Pace
+from dspark.training.loop import DataOrder, Evaluation, Training, TrainingResult, World
+from dspark.training.losses.chunked import suitable_rows
 from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
+from dspark.training.progress import Pace
 from dspark.training.recipe import (
     BlockRecipe,
     ChainRecipe,
@@ -45,18 +46,17 @@ from dspark.training.recipe import (
     TargetRecipe,
     load_recipe,
 )
-from dspark.training.warm_start import start_from
 
-DrafterTraining = DrafterObjective | Eagle3Objective
+AnyObjective = DrafterObjective | Eagle3Objective
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How a drafter's real accepted length is measured, by the rooms that know.
+    """Functions that measure a drafter's real accepted length.
 
     Attributes:
-        decode: decodes requests with a drafter and counts.
-        encode: makes token ids of prompts.
+        decode: decodes requests with a drafter and returns counts.
+        encode: encodes prompts.
     """
 
     decode: Decode
@@ -65,7 +65,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run that may start."""
+    """A prepared run."""
 
     training: Training
     evaluation: Evaluation | None
@@ -86,17 +86,17 @@ def run_recipe(
 ) -> TrainingResult:
     """Train what a recipe describes.
 
-    Under torchrun the rows of a step are shared between its processes.
+    Under torchrun, processes share the rows of a step.
 
     Args:
         name: a YAML file or the name of a bundled recipe.
         overrides: `key.subkey=value` strings.
-        resume: go on from the last checkpoint in the output directory, if there is one.
+        resume: continue from the last checkpoint in the output directory, if there is one.
         device: overrides the recipe's device unless `auto`.
-        console: where budget and progress bar go; standard error by default.
-        judge: measures real accepted lengths, for recipes that ask for them.
-        target: of a drafter's recipe, where it is in memory already; with its layers.
-        pace: changes the number of steps on the way, to end in time.
+        console: of the budget and the progress bar; standard error by default.
+        judge: measures real accepted lengths, for recipes that require them.
+        target: of a drafter recipe, if already in memory; with its layers.
+        pace: adjusts the number of steps to a time budget.
 
     Raises:
         RecipeError: the recipe cannot be used.
@@ -125,7 +125,7 @@ def plan_recipe(
     judge: Judge | None = None,
     target: Target | None = None,
 ) -> Budget:
-    """Prepare a run as `run_recipe` does, and say what it will cost instead of starting it.
+    """Prepare a run as `run_recipe` does and report its cost without starting it.
 
     Args, Raises: as `run_recipe`.
     """
@@ -151,7 +151,7 @@ def _prepare(
     _check_division(recipe, ranks)
     if isinstance(recipe, TargetRecipe):
         if rank == 0:
-            prepare_tokenizer(recipe)  # the other ranks read what this one writes
+            prepare_tokenizer(recipe)  # read by the other ranks
         barrier()
         model = LanguageModelObjective(recipe, place)
         order = _stream_order(recipe, model)
@@ -180,7 +180,7 @@ def _check_division(recipe: Recipe, ranks: int) -> None:
 
 def _drafter_objective(
     recipe: BlockRecipe | ChainRecipe, device: str, target: Target | None
-) -> DrafterTraining:
+) -> AnyObjective:
     target = target or load_frozen_target(recipe, device, recipe.run.dtype)
     if isinstance(recipe, Eagle3Recipe | MTPRecipe):
         return Eagle3Objective(recipe, target)
@@ -199,7 +199,7 @@ def _stream_order(recipe: TargetRecipe, objective: LanguageModelObjective) -> Da
     return DataOrder(per_epoch, run.rows * run.row_tokens, names)
 
 
-def _sample_order(recipe: DrafterRecipe, objective: DrafterTraining) -> DataOrder:
+def _sample_order(recipe: DrafterRecipe, objective: AnyObjective) -> DataOrder:
     stream, rows = objective.samples.stream, recipe.run.rows
 
     def names(step: int, part: int, parts: int) -> str:
@@ -212,7 +212,7 @@ def _sample_order(recipe: DrafterRecipe, objective: DrafterTraining) -> DataOrde
 
 
 def _evaluation(
-    recipe: DrafterRecipe, objective: DrafterTraining, world: World, judge: Judge | None
+    recipe: DrafterRecipe, objective: AnyObjective, world: World, judge: Judge | None
 ) -> Evaluation | None:
     settings, every, samples = recipe.evaluation, recipe.run.evaluate_every, objective.samples
     if settings is None or every is None:
@@ -243,7 +243,7 @@ def _evaluation(
     return Evaluation(every, held_out.measure, keep)
 
 
-def _budget(training: Training, objective: DrafterTraining | None, always: bool) -> Budget:
+def _budget(training: Training, objective: AnyObjective | None, always: bool) -> Budget:
     done = training.position.step
     features = vocabulary = 0
     if objective is not None:
@@ -252,7 +252,7 @@ def _budget(training: Training, objective: DrafterTraining | None, always: bool)
         width = (len(objective.drafter.taps) + 1) * target.hidden_size
         features = round(training.data.tokens_per_step / parts * width * target.dtype.itemsize)
         rows = suitable_rows(target.device, target.vocab_size)
-        vocabulary = 3 * rows * target.vocab_size * 4  # draft and target laws, and the gradient
+        vocabulary = 3 * rows * target.vocab_size * 4  # both distributions and the gradient
     due = always or training.steps - done >= PROBED_FROM
     return budget_of(
         training,
@@ -261,3 +261,27 @@ def _budget(training: Training, objective: DrafterTraining | None, always: bool)
         probed=probe(training, done) if due and done < training.steps else None,
         steps_done=done,
     )
+
+
+def compile_forward(module: nn.Module, say: Callable[[str], None]) -> None:
+    """Compile a module's forward, falling back to the uncompiled one if that fails.
+
+    Args:
+        module: changed in place; its other methods stay uncompiled.
+        say: called once with the reason of a fallback.
+    """
+    plain = module.forward
+    chosen: list[Callable[..., Any]] = [torch.compile(plain, dynamic=True)]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return chosen[0](*args, **kwargs)
+        except TorchDynamoException as error:
+            if chosen[0] is plain:
+                raise
+            chosen[0] = plain
+            reason = first_line(error)
+            say(f"run.compile is true, but torch.compile failed ({reason}); training runs plainly.")
+            return plain(*args, **kwargs)
+
+    module.forward = forward

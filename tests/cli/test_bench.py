@@ -8,7 +8,7 @@ import pytest
 
 from dspark.cli.measure import bench
 from dspark.drafters.checkpoints.checkpoint import save_published
-from dspark.evaluation.load import CONTENDERS
+from dspark.evaluation.load.sweep import CONTENDERS
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dspark.cli.measure.check import closing
-from dspark.evaluation.findings import CheckReport, Finding, LiveRun
+from dspark.evaluation.check.findings import CheckReport, Finding, LiveRun
 
 KEYS = {"ok", "expected_speedup", "findings"}
 QUICK = ("--max-new-tokens", 12, "--threads", 1)

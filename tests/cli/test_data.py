@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspark.data.conversations import read_conversations
-from dspark.data.json_lines import read_json_lines
+from dspark.data.files.json_lines import read_json_lines
 from dspark.data.samples import read_samples
 
 WORDS = ("--max-new-tokens", 5, "--json")
@@ -76,7 +76,7 @@ def test_a_file_of_unwanted_answers_is_not_written(dspark, pair, prompts, tmp_pa
     words = ["data", "regenerate", pair.attached, "--prompts", prompts, "--out", out]
     result = dspark(*words, "--max-new-tokens", 1, "--only-finished")
     assert result.status == 1
-    assert "None of the 3 answers was wanted" in result.err
+    assert "The filters rejected all 3 answers" in result.err
     assert not out.exists()
 
 

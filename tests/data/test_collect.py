@@ -5,14 +5,11 @@ import re
 
 import pytest
 
-from dspark.data.collect import Split, collect_prompts
-from dspark.data.contamination import EvaluationTexts, evaluation_texts
-from dspark.data.conversations import read_prompts
-from dspark.data.hub import DataSet
-from dspark.data.records import read_record
-from dspark.data.rows import Row
-from dspark.data.sources import read_rows
-from dspark.data.texts import digest, near_text, words_of
+from dspark.data.conversations import read_prompts, read_record
+from dspark.data.files.json_lines import Row
+from dspark.data.prompts.collect import Split, collect_prompts
+from dspark.data.prompts.dedup import EvaluationTexts, digest, evaluation_texts, near_text, words_of
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError
 
 

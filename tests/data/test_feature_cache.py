@@ -18,15 +18,28 @@ import torch
 
 from dspark.data.features import build, writer
 from dspark.data.features.build import build_cache, mend, wanted_manifest
+from dspark.data.features.cache import FeatureCache, open_cache
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, channel_scales, turning_basis
-from dspark.data.features.forward import by_length, spread, target_features
-from dspark.data.features.identity import sample_key, samples_fingerprint, target_fingerprint
-from dspark.data.features.index import RECORD_BYTES, index_path, shard_path
-from dspark.data.features.manifest import MANIFEST, Coding, Manifest, SampleRecipe
-from dspark.data.features.needed import num_context_rows, teacher_rows
-from dspark.data.features.payload import join, read_sample, split
-from dspark.data.features.reader import FeatureCache, open_cache
+from dspark.data.features.encoder import by_length, spread, target_features
+from dspark.data.features.manifest import (
+    MANIFEST,
+    Coding,
+    Manifest,
+    SampleRecipe,
+    sample_key,
+    samples_fingerprint,
+    target_fingerprint,
+)
 from dspark.data.features.reference import ReferenceCache
+from dspark.data.features.rows import num_context_rows, teacher_rows
+from dspark.data.features.shards import (
+    RECORD_BYTES,
+    index_path,
+    join,
+    read_sample,
+    shard_path,
+    split,
+)
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError
@@ -111,7 +124,7 @@ def relative(got, want):
 
 
 def usable_rows(sample):
-    """By the definition (FORMAT_FACTS.md B.1, A.5), slot by slot, block size without bound."""
+    """By the definition (docs/method.md), slot by slot, block size without bound."""
     mask, length = sample.loss_mask, len(sample.input_ids)
     context, teacher = set(), set()
     for anchor in range(length - 1):
@@ -484,7 +497,7 @@ def test_damage_is_named_and_mended(made, target):
 
 
 def test_a_full_disk_ends_with_one_sentence_and_a_valid_cache(made, target, monkeypatch):
-    real = writer._write_all
+    real = writer.write_all
     left = [4000]
 
     def short(file, data):
@@ -497,7 +510,7 @@ def test_a_full_disk_ends_with_one_sentence_and_a_valid_cache(made, target, monk
 
     for room in (0, 500, 4000, 9000):
         left[0] = room
-        monkeypatch.setattr(writer, "_write_all", short)
+        monkeypatch.setattr(writer, "write_all", short)
         with pytest.raises(DiskFullError, match=r"is full; the \d+ samples .* whole: free space"):
             made()
         monkeypatch.undo()
@@ -607,7 +620,7 @@ def range_samples(count):
 
 
 def write_reference(directory, samples, taps, width, rows_of):
-    """Byte by byte as FORMAT_FACTS.md C.1 says."""
+    """Byte by byte in the layout of `dspark.data.features.reference`."""
     directory.mkdir()
     index, shards = b"", [b"", b""]
     for number, sample in enumerate(samples):

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi, errors
 
-from dspark.data.hub import DataSet, data_set_rows
-from dspark.data.records import RECORD_KEYS, read_record
-from dspark.data.sources import read_rows
+from dspark.data.conversations import RECORD_KEYS, read_record
+from dspark.data.prompts.sources import DataSet, data_set_rows, read_rows
 from dspark.errors import DataError
 
 CARD = """---
@@ -26,7 +25,7 @@ configs:
 @pytest.fixture(autouse=True)
 def why(monkeypatch):
     """Why the hub cannot be reached: by default it can."""
-    monkeypatch.setattr("dspark.data.hub.why_unreachable", lambda: None)
+    monkeypatch.setattr("dspark.data.prompts.sources.why_unreachable", lambda: None)
 
 
 @pytest.fixture
@@ -237,8 +236,8 @@ def test_a_hub_that_is_away_is_tried_once(datasets, folder, monkeypatch, caplog,
         raise AssertionError("asks the hub again")
 
     monkeypatch.setattr(HfApi, "hf_hub_download", no_network)
-    monkeypatch.setattr("dspark.data.hub.why_unreachable", lambda: "no such name")
-    caplog.set_level("INFO", "dspark.data.hub")
+    monkeypatch.setattr("dspark.data.prompts.sources.why_unreachable", lambda: "no such name")
+    caplog.set_level("INFO", "dspark.data.prompts.sources")
     with pytest.raises(
         DataError, match=r"owner/blend is not on this machine.* read it once online"
     ):

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from dspark.data.journal import Journal
-from dspark.data.json_lines import beside, read_json_lines, scan_json_lines, write_json_lines
+from dspark.data.files.journal import Journal
+from dspark.data.files.json_lines import beside, read_json_lines, scan_json_lines, write_json_lines
 from dspark.errors import DataError
 
 

@@ -17,7 +17,7 @@ from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.targets.parts import TargetParts
-from dspark.training.anchors import AnchorBlocks, sample_anchors
+from dspark.training.losses.blocks import AnchorBlocks, sample_anchors
 from tests.helpers.targets import lent_parts, parts_in
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dspark_vanilla"

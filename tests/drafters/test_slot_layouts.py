@@ -7,7 +7,7 @@ import torch
 
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_published
 from dspark.errors import CheckpointError, CompatibilityError
-from dspark.training.losses import LossWeights, block_loss
+from dspark.training.losses.blocks import LossWeights, block_loss
 
 LENGTH = 24
 

@@ -12,7 +12,7 @@ from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
-from dspark.evaluation.check import (
+from dspark.evaluation.check.check import (
     check,
     judge_acceptance,
     judge_sampling,
@@ -20,8 +20,8 @@ from dspark.evaluation.check import (
     judge_tail,
     variants,
 )
-from dspark.evaluation.findings import CheckReport, Finding, LiveRun, Trial, by_severity
-from dspark.evaluation.live import Witness, accepted, other_renderings, race, render
+from dspark.evaluation.check.findings import CheckReport, Finding, LiveRun, Trial, by_severity
+from dspark.evaluation.check.live import ObservedDrafter, accepted, other_renderings, race, render
 from dspark.request import Request, SamplingParams, Stats
 
 SHORT = {"max_new_tokens": 12}
@@ -224,16 +224,16 @@ def test_the_other_slot_convention_is_the_same_drafter_read_otherwise(tiny, targ
     assert accepted(Model(target), drafter, requests) == before
 
 
-def test_a_witness_changes_nothing_and_sees_the_first_law(tiny, target):
+def test_an_observed_drafter_changes_nothing_and_sees_the_first_law(tiny, target):
     requests = [Request((5, 9, 7), SamplingParams(12, seed=2)), Request((8,), SamplingParams(12))]
     drafter = tiny.make_drafter(target)
-    witness = Witness(drafter, drafter.taps)
+    observed = ObservedDrafter(drafter, drafter.taps)
     for temperature in (0.0, 1.0):
         asked = [
             Request(r.prompt_ids, replace(r.params, temperature=temperature)) for r in requests
         ]
-        assert accepted(Model(target), witness, asked) == accepted(Model(target), drafter, asked)
-    sure = Witness(tiny.KnowingDrafter(target), (0, 2))
+        assert accepted(Model(target), observed, asked) == accepted(Model(target), drafter, asked)
+    sure = ObservedDrafter(tiny.KnowingDrafter(target), (0, 2))
     assert sure.belief is None
     accepted(Model(target), sure, requests[:1])
     batch, peaks = list(requests[0].prompt_ids), []

@@ -13,7 +13,7 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DataError
 from dspark.evaluation.evaluate import evaluate, settings_of
-from dspark.evaluation.metrics import Tallies, figures
+from dspark.evaluation.metrics import RoundCounts, figures
 from dspark.evaluation.records import RunRecords, load_runs
 from dspark.evaluation.report.results import report_of
 from dspark.evaluation.tasks import Task
@@ -60,7 +60,7 @@ def test_golden_rounds_are_the_references(folder):
     run = evaluate(model, settings(model, max_new_tokens=new), [task])
     (turn,) = run.of_task("golden")[0].turns
     # The reference drafts past the limit on tokens; rounds without room for a block are left out.
-    found = figures(Tallies.of(run.of_task("golden"), drafter.block_size), "golden")
+    found = figures(RoundCounts.of(run.of_task("golden"), drafter.block_size), "golden")
     whole = found["whole_rounds"]
     assert whole > 10
     assert list(turn.kept[:whole]) == golden["accepted_draft_lengths"][:whole]

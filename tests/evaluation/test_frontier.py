@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dspark.evaluation.frontier import best_at, matched, median_interval, spread
+from dspark.evaluation.load.report import best_at, matched, median_interval, spread
 
 LINE = [(40.0, 40.0), (30.0, 60.0), (10.0, 80.0)]  # one user, two, eight
 

@@ -5,7 +5,7 @@ import torch
 
 from dspark.data.tokenizer import END
 from dspark.engine.model import Model
-from dspark.evaluation.inspection import inspect
+from dspark.evaluation.check.inspection import inspect
 
 PROMPTS = [(5, 6, 7)]
 
@@ -71,7 +71,7 @@ def test_a_mask_token_that_the_template_writes(pair, tokenizer):
     assert pair(mask_token_id=end) == []
     ((severity, what),) = pair(mask_token_id=end, prompts=[(5, end)])
     assert severity == "warning"
-    assert "stands in rendered prompts" in what
+    assert "occurs in rendered prompts" in what
 
 
 def test_missing_heads(pair):

@@ -8,10 +8,11 @@ import pytest
 from dspark.engine.engine import Clock
 from dspark.engine.model import Model
 from dspark.errors import DSparkWarning, UsageError
-from dspark.evaluation import load, load_figure
-from dspark.evaluation.closed_loop import Answer, LoadRun
-from dspark.evaluation.load import Workload, contenders, cover_costs, is_mtp, sweep
-from dspark.evaluation.load_report import at_floors, load_rows, over_best, over_mtp1
+from dspark.evaluation.load import report as load_report
+from dspark.evaluation.load import sweep as load_sweep
+from dspark.evaluation.load.closed_loop import Answer, LoadRun
+from dspark.evaluation.load.report import at_floors, load_rows, over_best, over_mtp1
+from dspark.evaluation.load.sweep import Workload, contenders, cover_costs, is_mtp, sweep
 from dspark.request import Output, Request, SamplingParams, Stats
 
 
@@ -125,7 +126,7 @@ def test_contenders_take_turns_and_decode_the_same(monkeypatch, tiny, target):
         warnings.warn(DSparkWarning("said"), stacklevel=1)
         return run_of(users, 1, 1)
 
-    monkeypatch.setattr(load, "run_once", run_once)
+    monkeypatch.setattr(load_sweep, "run_once", run_once)
     model = Model(target, tiny.make_drafter(target))
     ways = contenders(model, ("off", "fixed", "lagged"))
     workload = Workload((Request((1, 2)), Request((3,))))
@@ -190,10 +191,10 @@ def test_costs_are_measured_only_where_they_do_not_reach(tiny, target):
 
 
 def test_the_figure_has_every_schedule_and_concurrency(tmp_path, rows):
-    paths = load_figure.save_figure(rows, "made up", tmp_path)
+    paths = load_report.save_figure(rows, "made up", tmp_path)
     assert [path.name for path in paths] == ["load.png", "load.svg"]
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     svg = paths[1].read_text()
-    for colour in (load_figure.COLOURS[name] for name in POINTS):
+    for colour in (load_report.COLOURS[name] for name in POINTS):
         assert colour in svg
-    assert set(load_figure.COLOURS) == set(load.CONTENDERS)
+    assert set(load_report.COLOURS) == set(load_sweep.CONTENDERS)

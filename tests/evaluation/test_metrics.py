@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dspark.evaluation.metrics import Tallies, draws, figures, interval
+from dspark.evaluation.metrics import RoundCounts, draws, figures, interval
 from dspark.evaluation.records import Record, Turn
 
 KEPT = (0.85, 0.7, 0.8, 0.6, 0.5)
@@ -46,7 +46,9 @@ def simulate(generator, *, stop=0.03, room=40, kept=KEPT):
 
 def study(seed, prompts, **options):
     generator = np.random.default_rng(seed)
-    return Tallies.of([make_record(simulate(generator, **options)) for _ in range(prompts)], BLOCK)
+    return RoundCounts.of(
+        [make_record(simulate(generator, **options)) for _ in range(prompts)], BLOCK
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": 0.15}, {"stop": 0.0, "room": 13}])
@@ -73,7 +75,7 @@ def test_control_leaving_out_the_rounds_that_a_stop_token_ends_is_biased():
 
 def test_without_cut_rounds_it_is_the_ratio_of_sums():
     records = [make_record(make_turn([0, 5, 2])), make_record(make_turn([1]), make_turn([3, 3]))]
-    tallies = Tallies.of(records, BLOCK)
+    tallies = RoundCounts.of(records, BLOCK)
     assert tallies.accepted_length() == pytest.approx((14 + 6) / 6)
     found = figures(tallies, "task")
     assert found["accepted_length"] == pytest.approx(found["tokens_per_round"])
@@ -85,7 +87,7 @@ def test_without_cut_rounds_it_is_the_ratio_of_sums():
 
 
 def test_a_trimmed_round_is_a_short_one_but_says_nothing_of_what_was_not_verified():
-    tallies = Tallies.of([make_record(make_turn([2, 2, 5], verified=[2, 5, 5]))], BLOCK)
+    tallies = RoundCounts.of([make_record(make_turn([2, 2, 5], verified=[2, 5, 5]))], BLOCK)
     found = figures(tallies, "task")
     assert found["accepted_length"] == pytest.approx(1 + 9 / 3)
     assert found["conditional_counts"] == [3, 3, 2, 1, 1]
@@ -95,24 +97,26 @@ def test_a_trimmed_round_is_a_short_one_but_says_nothing_of_what_was_not_verifie
 
 def test_rounds_without_room_for_a_block_are_counted_but_not_judged():
     # Of 12 tokens one is drawn before; the second round has room for 5, a block needs 6.
-    found = figures(Tallies.of([make_record(make_turn([5, 4], [5, 4], room=12))], BLOCK), "task")
+    found = figures(
+        RoundCounts.of([make_record(make_turn([5, 4], [5, 4], room=12))], BLOCK), "task"
+    )
     assert (found["rounds"], found["whole_rounds"]) == (2, 1)
     assert found["accepted_length"] == pytest.approx(6)
     assert found["tokens_per_round"] == pytest.approx(11 / 2)
 
 
 def test_the_round_that_a_stop_token_ends_counts_up_to_there():
-    found = figures(Tallies.of([make_record(make_turn([0, 3], cut=True))], BLOCK), "task")
+    found = figures(RoundCounts.of([make_record(make_turn([0, 3], cut=True))], BLOCK), "task")
     assert found["conditional_counts"] == [2, 1, 1, 0, 0]
     assert found["conditional_acceptance"] == [0.5, 1, 1, None, None]
     assert (found["cut_rounds"], found["tokens_per_round"]) == (1, (1 + 3) / 2)
 
 
 def test_nothing_observed_is_none_not_a_number():
-    found = figures(Tallies.of([make_record(make_turn([2], [2], room=4))], BLOCK), "task")
+    found = figures(RoundCounts.of([make_record(make_turn([2], [2], room=4))], BLOCK), "task")
     assert found["accepted_length"] is None
     assert found["ci95"] is None
-    assert figures(Tallies.of([], BLOCK), "task")["accepted_length"] is None
+    assert figures(RoundCounts.of([], BLOCK), "task")["accepted_length"] is None
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -125,7 +129,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_pairs_resample_the_same_prompts():
     easy = [study(seed, 1, stop=0.02) for seed in range(30)]
-    once = Tallies.of([], BLOCK)
+    once = RoundCounts.of([], BLOCK)
     for each in easy:
         once = once.joined(each)
     assert interval(draws(once, "a") / draws(once, "a")) == [1, 1]

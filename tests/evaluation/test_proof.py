@@ -15,7 +15,7 @@ from dspark.evaluation.proof import case as cases
 from dspark.evaluation.proof import exact, noise, schedules
 from dspark.evaluation.proof.case import control, of_schedule
 from dspark.evaluation.proof.controls import control_cases
-from dspark.evaluation.proof.coupled import coupled_cases
+from dspark.evaluation.proof.exact import coupled_cases
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.proof import Proof
 from dspark.evaluation.proof.rounds import RULES, Verifier, View, Walk
@@ -334,9 +334,11 @@ def test_controls_find_the_figures_of_the_paper():
 def test_controls_of_noise_need_the_wrong_noise(monkeypatch):
     """Without the wrong variant there is nothing to see, and the control says so."""
     assert all(case.passed for case in noise.noise_cases())
-    right = noise.two_round_law
+    right = noise.two_round_distribution
     monkeypatch.setattr(
-        noise, "two_round_law", lambda world, rule, **_: right(world, rule, keyed_by_position=False)
+        noise,
+        "two_round_distribution",
+        lambda world, rule, **_: right(world, rule, keyed_by_position=False),
     )
     case = next(noise.noise_cases())
     assert (case.expected, case.passed) == ("biased", False)

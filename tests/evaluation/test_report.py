@@ -4,12 +4,11 @@ import re
 
 import pytest
 
-from dspark.evaluation.confidences import calibration_figures
+from dspark.evaluation.calibration import calibration_figures
 from dspark.evaluation.records import Drafted, Plan, Record, RunRecords, Settings, Spent, Turn
 from dspark.evaluation.report.figures import draw
-from dspark.evaluation.report.labels import run_labels
 from dspark.evaluation.report.results import report_of
-from dspark.evaluation.report.selection import main_runs, series
+from dspark.evaluation.report.selection import main_runs, run_labels, series
 from dspark.evaluation.report.write import write_report
 
 BLOCK = 4

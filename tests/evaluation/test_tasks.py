@@ -105,7 +105,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("dspark.data.hub.why_unreachable", lambda: None)
+    monkeypatch.setattr("dspark.data.prompts.sources.why_unreachable", lambda: None)
     return asked
 
 

@@ -9,14 +9,13 @@ import pytest
 
 import dspark.fitting.run as fitting
 from dspark.cli.main import main
-from dspark.data.durable import only_run
-from dspark.data.json_lines import read_json_lines
+from dspark.data.files.atomic import only_run
+from dspark.data.files.json_lines import read_json_lines
 from dspark.engine.loading import load
 from dspark.errors import DSparkError, UsageError
 from dspark.fitting import stages
-from dspark.fitting.progress import Silent
-from dspark.fitting.run import Wish, dry_run, fit
-from dspark.fitting.state import STAGES
+from dspark.fitting.progress import STAGES
+from dspark.fitting.run import FitOptions, dry_run, fit
 from dspark.training.checkpoints import saved_steps
 
 KEYS = {
@@ -26,6 +25,22 @@ KEYS = {
 
 class Killed(BaseException):
     """Nothing in the package catches it."""
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def begin(self, stage, planned_s):
+        pass
+
+    def advance(self, done, total, left_s):
+        pass
+
+    def end(self, stage, seconds, *, skipped):
+        pass
+
+    def say(self, sentence):
+        pass
 
 
 class Killer(Silent):
@@ -62,7 +77,7 @@ def fast(monkeypatch, speeds):
 
 def wish(target, tmp_path, **changes):
     given = {"budget_s": 6.0, "out": tmp_path / "out"} | changes
-    return Wish(str(target), **given)
+    return FitOptions(str(target), **given)
 
 
 def loader(target, loads=None):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from dspark.errors import UsageError
-from dspark.fitting.budget import budget_text, duration, parse_budget
 from dspark.fitting.plan import (
     FEWEST_HELD_OUT,
     FEWEST_ROWS,
@@ -18,6 +17,7 @@ from dspark.fitting.plan import (
     plan_rows,
     smallest_budget,
 )
+from dspark.fitting.progress import State, budget_text, duration, parse_budget
 from dspark.fitting.recipe import (
     COVERAGE,
     VOCABULARY_STEP,
@@ -26,7 +26,6 @@ from dspark.fitting.recipe import (
     choose_taps,
     choose_vocabulary,
 )
-from dspark.fitting.state import State
 
 SHAPE = Shape(2, 128, (1, 5, 9), None, 1e-3)
 

@@ -116,13 +116,13 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
         chances[torch.arange(len(paths)), 0, accepted] += weight[:, None] * following
     weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(dim=1)
     total = weights @ continued(reference, chances)[:, 0]
-    assert worlds.total_variation(total, worlds.target_law(reference)) < EXACT
+    assert worlds.total_variation(total, worlds.target_distribution(reference)) < EXACT
 
 
 def test_enumeration_of_plain_decoding_matches_a_loop():
     """The yardstick itself: sequence laws against products written out."""
     world = worlds.random_world(3, 3, 2)
-    law = worlds.target_law(world)
+    law = worlds.target_distribution(world)
     for x in product(range(3), repeat=3):
         product_law = (
             world.target[0][0, x[0]]

@@ -228,7 +228,7 @@ def test_the_real_noise_gives_the_targets_law(rule):
     for depth in (1, 2):  # what the round left open, plain decoding draws in later rounds
         rest = sample(laws(world.target[depth], output[:, :depth]), uniform(seeds, depth, 0, 2))
         output[:, depth] = torch.where(kept < depth, rest, output[:, depth])
-    expected = worlds.target_law(world) * trials
+    expected = worlds.target_distribution(world) * trials
     counts = torch.bincount(worlds.number(output, 3), minlength=27)
     assert float(((counts - expected) ** 2 / expected).sum()) < 58  # 26 degrees: p = 3e-4
 
@@ -273,7 +273,7 @@ def test_coupled_tokens_follow_the_law():
     trials = 100_000
     world = worlds.random_world(2, 3, 1)
     tokens = plain_coupled(world, torch.arange(trials), 2)
-    expected = worlds.target_law(world) * trials
+    expected = worlds.target_distribution(world) * trials
     counts = torch.bincount(worlds.number(tokens, 3), minlength=9)
     assert float(((counts - expected) ** 2 / expected).sum()) < 30  # 8 degrees: p = 2e-4
 

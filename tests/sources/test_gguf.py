@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 
 import dspark
 from dspark.attention.layout import RaggedBatch
-from dspark.data.features.identity import target_fingerprint
+from dspark.data.features.manifest import target_fingerprint
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, save_attached
 from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.errors import CheckpointError, CompatibilityError

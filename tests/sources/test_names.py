@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dspark
-from dspark.data.answering import recommended_sampling
+from dspark.data.answers.sampling import recommended_sampling
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter, save_attached
 from dspark.errors import CheckpointError
 from dspark.sources import hub, names, smollm2

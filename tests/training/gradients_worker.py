@@ -10,12 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from dspark.training.drafter import DrafterObjective
-from dspark.training.eagle_drafter import Eagle3Objective
+from dspark.training.drafters.new_drafter import load_frozen_target
+from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
 from dspark.training.language_model import LanguageModelObjective
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, World
-from dspark.training.online import load_frozen_target
+from dspark.training.loop import DataOrder, Training, World
 from dspark.training.parallel import start_parallel, sum_over_ranks
 from dspark.training.recipe import load_recipe
 

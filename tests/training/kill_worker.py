@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, World
-from dspark.training.run_settings import OptimiserSettings, RunSettings
+from dspark.training.loop import DataOrder, Training, World
+from dspark.training.settings import OptimiserSettings, RunSettings
 
 STEPS = 3
 ORDER = DataOrder(1.0, 8, lambda step, part, parts: "")

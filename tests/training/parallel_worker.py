@@ -17,10 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dspark.errors import DSparkError
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, Evaluation, World
+from dspark.training.loop import DataOrder, Evaluation, Training, World
 from dspark.training.parallel import start_parallel
-from dspark.training.run_settings import OptimiserSettings, RunSettings
+from dspark.training.settings import OptimiserSettings, RunSettings
 
 ROWS, LENGTH, STEPS = 8, 6, 12
 ORDER = DataOrder(1.0, ROWS * LENGTH, lambda step, part, parts: f"part {part} of {parts}")

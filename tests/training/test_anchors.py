@@ -1,7 +1,7 @@
 import torch
 
 from dspark.data.samples import Sample, SampleBatch
-from dspark.training.anchors import AnchorBlocks, sample_anchors
+from dspark.training.losses.blocks import AnchorBlocks, sample_anchors
 
 
 def generators(count, seed=0):

@@ -6,14 +6,14 @@ import torch
 from rich.console import Console
 
 import dspark
-from dspark.data.features.forward import target_features
+from dspark.data.features.encoder import target_features
 from dspark.data.samples import Sample
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
-from dspark.training.drafter import DrafterObjective, find_mask_token
-from dspark.training.eagle_drafter import Eagle3Objective
-from dspark.training.online import OnlineSamples, commonest_tokens, load_frozen_target
+from dspark.training.drafters.new_drafter import find_mask_token, load_frozen_target
+from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
+from dspark.training.features.samples import OnlineSamples, commonest_tokens
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples
@@ -91,7 +91,7 @@ def test_training_writes_a_drafter_that_serves(recipe, tmp_path, kind):
 def test_losses_are_the_algorithms(recipe, tmp_path, algorithm):
     run_recipe(str(recipe), overrides_of(algorithm), device="cpu", console=QUIET)
     for entry in log_of(tmp_path):
-        if algorithm == "dspark":  # five steps of cross-entropy alone, then METHOD.md 3
+        if algorithm == "dspark":  # five steps of cross-entropy alone, then all losses
             ce, tv = (1.0, 0.0) if entry["step"] <= 5 else (0.1, 0.9)
             total = ce * entry["ce"] + tv * entry["tv"] + entry["confidence"]
         elif algorithm == "dflash":

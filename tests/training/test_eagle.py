@@ -13,10 +13,10 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Weights
 from dspark.drafters.layers import rotary
-from dspark.training import chain_attention as room
-from dspark.training.chain_attention import chain_attention
-from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
-from dspark.training.law_terms import LawWeights
+from dspark.training.losses import chain_attention as room
+from dspark.training.losses.chain_attention import chain_attention
+from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
+from dspark.training.losses.terms import TermWeights
 from tests.helpers.targets import lent_parts, parts_in
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -280,7 +280,7 @@ def test_a_batch_is_its_sequences_one_at_a_time():
 def test_other_terms_than_cross_entropy():
     """Total variation against its definition; the rest is the core's, see test_losses.py."""
     drafter, batch, features, teacher = made_up()
-    report = loss_of(drafter, batch, features, teacher, weights=LawWeights(tv=1.0), decay=0.5)
+    report = loss_of(drafter, batch, features, teacher, weights=TermWeights(tv=1.0), decay=0.5)
     rates = report.accept_rate_P
     expected = sum(0.5**t * 2 * (1 - rates[t]) for t in range(PASSES))
     torch.testing.assert_close(report.loss.detach(), expected)

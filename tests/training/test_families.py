@@ -12,10 +12,9 @@ from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
-from dspark.training.drafter import drafter_config
-from dspark.training.drafter_settings import DSparkSettings
-from dspark.training.eagle_drafter import eagle3_config
+from dspark.training.drafters.new_drafter import drafter_config, eagle3_config
 from dspark.training.recipe import Eagle3Recipe
+from dspark.training.settings import DSparkSettings
 
 EAGLE3 = Eagle3Recipe(
     kind="drafter",

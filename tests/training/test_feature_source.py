@@ -6,18 +6,17 @@ import torch
 from rich.console import Console
 
 from dspark.data.features import writer
-from dspark.data.features.forward import target_features
-from dspark.data.features.identity import sample_key
-from dspark.data.features.needed import num_context_rows, teacher_rows
-from dspark.data.features.reader import FeatureCache
+from dspark.data.features.cache import FeatureCache
+from dspark.data.features.encoder import target_features
+from dspark.data.features.manifest import sample_key
+from dspark.data.features.rows import num_context_rows, teacher_rows
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget
 from dspark.targets.target import Target
-from dspark.training.drafter import DrafterObjective
-from dspark.training.eagle_drafter import Eagle3Objective
-from dspark.training.feature_build import build_features, mend_features
-from dspark.training.online import load_frozen_target
+from dspark.training.drafters.new_drafter import load_frozen_target
+from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
+from dspark.training.features.samples import build_features, mend_features
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples
@@ -145,7 +144,7 @@ def forwards(monkeypatch):
         ran.extend(samples)
         return target_features(target, samples, taps)
 
-    monkeypatch.setattr("dspark.training.feature_source.target_features", watched)
+    monkeypatch.setattr("dspark.training.features.sources.target_features", watched)
     return ran
 
 
@@ -210,7 +209,7 @@ def test_a_full_disk_ends_the_adding_and_not_the_training(settings, monkeypatch,
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write_all", full)
+    monkeypatch.setattr(writer, "write_all", full)
     assert losses(other) == want
     assert [r.message for r in caplog.records if "is full" in r.message][1:] == []
 
@@ -242,7 +241,7 @@ def test_writers_of_several_ranks_share_a_cache(settings, tmp_path, monkeypatch,
     for rank in range(2):
         for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 2)):
             monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
-        monkeypatch.setattr("dspark.training.feature_opening.barrier", lambda: None)
+        monkeypatch.setattr("dspark.training.features.sources.barrier", lambda: None)
         sources.append(objective_of(hybrid).samples)
     samples = sources[0].stream.samples
     sources[0].source.features(samples[:10], (0, 2))
@@ -316,7 +315,7 @@ def test_settings_that_say_nothing_are_refused(recipe, features, said):
 
 @pytest.fixture
 def reference(settings, tmp_path):
-    """One of the recipe's samples and target, written as FORMAT_FACTS.md C.1 says."""
+    """One of the recipe's samples and target, written in the published cache format."""
     import struct
 
     import numpy as np

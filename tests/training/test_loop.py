@@ -15,11 +15,9 @@ from torch import nn
 
 from dspark.errors import CheckpointError, RecipeError, TrainingError
 from dspark.training.checkpoints import path_of, saved_steps
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, Evaluation, World
-from dspark.training.optim import MasterOptimiser
-from dspark.training.run_settings import OptimiserSettings, RunSettings
-from dspark.training.schedules import learning_rate_factor
+from dspark.training.loop import DataOrder, Evaluation, Training, World
+from dspark.training.optim import MasterOptimiser, learning_rate_factor
+from dspark.training.settings import OptimiserSettings, RunSettings
 
 QUIET = Console(quiet=True)
 ORDER = DataOrder(6.0, 64, lambda step, part, parts: f"sample {step * parts + part}")
@@ -214,7 +212,7 @@ def test_a_disk_that_is_full_at_the_last_file(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dspark.training.checkpoints._write_json", full)
+    monkeypatch.setattr("dspark.training.checkpoints.replace_file", full)
     with pytest.raises(TrainingError, match=r"No space left on device.*; none is: make room"):
         run(Toy(), settings(tmp_path))
 

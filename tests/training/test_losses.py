@@ -10,9 +10,15 @@ from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.training.anchors import AnchorBlocks, sample_anchors
-from dspark.training.laws import LawInputs, LawRows, law_loss
-from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss, position_weights
+from dspark.training.losses.blocks import (
+    DFLASH_WEIGHTS,
+    AnchorBlocks,
+    LossWeights,
+    block_loss,
+    position_weights,
+    sample_anchors,
+)
+from dspark.training.losses.chunked import LossInputs, SupervisedRows, chunked_loss
 from tests.helpers.targets import lent_parts, parts_in
 
 BLOCK_FIELDS = [name for name in AnchorBlocks.__dataclass_fields__ if name != "rows"]
@@ -229,11 +235,11 @@ def test_gradcheck(terms):
     feature = drafter.markov_head.block(blocks.previous_MK, hidden).flatten(0, 1)[slots].detach()
 
     def loss_of(hidden, feature, bias):
-        inputs = LawInputs(
+        inputs = LossInputs(
             drafter, hidden, feature, bias, teacher[rows.teacher_U],
             blocks.labels_MK.flatten()[slots], torch.linspace(0.1, 1, len(slots)).double(),
         )  # fmt: skip
-        return law_loss(inputs, rows, weights, chunk_rows=3)[0]
+        return chunked_loss(inputs, rows, weights, chunk_rows=3)[0]
 
     leaves = [x.requires_grad_() for x in (hidden.flatten(0, 1)[slots].clone(), feature, bias)]
     assert torch.autograd.gradcheck(lambda *x: Afresh.apply(loss_of, *x), leaves)
@@ -328,7 +334,7 @@ def test_shares_of_a_step_add_up_to_the_whole():
     for chosen in (~second, second):
         own = {name: getattr(blocks, name)[chosen] for name in BLOCK_FIELDS}
         rows = (own["anchors_M"].unsqueeze(1) + torch.arange(BLOCK)).clamp(max=len(teacher) - 1)
-        half = AnchorBlocks(**own, rows=LawRows.build(rows, own["supervised_MK"]))
+        half = AnchorBlocks(**own, rows=SupervisedRows.build(rows, own["supervised_MK"]))
         parts.append(
             block_loss(drafter, hidden[chosen], teacher, half, weights, total_weight=total).loss
         )
@@ -350,7 +356,9 @@ def test_a_perfect_drafter_has_no_distance_left():
 def test_a_batch_without_anchors_costs_nothing():
     drafter, blocks, hidden, teacher = tiny()
     none = {name: getattr(blocks, name)[:0] for name in BLOCK_FIELDS}
-    nothing = AnchorBlocks(**none, rows=LawRows.build(none["labels_MK"], none["supervised_MK"]))
+    nothing = AnchorBlocks(
+        **none, rows=SupervisedRows.build(none["labels_MK"], none["supervised_MK"])
+    )
     leaf = hidden[:0].clone().requires_grad_()
     report = block_loss(drafter, leaf, teacher, nothing, LossWeights())
     report.loss.backward()

@@ -10,11 +10,10 @@ from torch import nn
 
 from dspark.errors import UsageError
 from dspark.training.checkpoints import read_position
-from dspark.training.loop import Training
-from dspark.training.objective import DataOrder, World
-from dspark.training.pace import Pace
-from dspark.training.run_settings import OptimiserSettings, RunSettings
-from dspark.training.schedules import learning_rate_factor
+from dspark.training.loop import DataOrder, Training, World
+from dspark.training.optim import learning_rate_factor
+from dspark.training.progress import Pace
+from dspark.training.settings import OptimiserSettings, RunSettings
 
 
 def paced(pace, clock, step_s, total, done=0):
@@ -131,7 +130,7 @@ def test_a_run_is_resumed_with_its_new_steps(tmp_path):
 
 
 def test_a_second_run_on_one_output_dir_is_refused(tmp_path, monkeypatch):
-    from dspark.data.durable import only_run
+    from dspark.data.files.atomic import only_run
     from dspark.training import run
 
     class Prepared:

@@ -9,8 +9,7 @@ from dspark.drafters.checkpoints.registry import write_config
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.errors import CompatibilityError, RecipeError
-from dspark.training.drafter import drafter_config
-from dspark.training.eagle_drafter import eagle3_config
+from dspark.training.drafters.new_drafter import drafter_config, eagle3_config
 from dspark.training.recipe import DrafterRecipe, TargetRecipe, load_recipe, recipe_names
 
 MINIMAL = """

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.training.anchors import AnchorBlocks
-from dspark.training.eagle import ChainRows, ttt_loss, ttt_passes
-from dspark.training.losses import DFLASH_WEIGHTS, LossWeights, block_loss
+from dspark.training.losses.blocks import DFLASH_WEIGHTS, AnchorBlocks, LossWeights, block_loss
+from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
 from tests.helpers.targets import lent_parts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "replay"

@@ -12,7 +12,7 @@ from rich.console import Console
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_speculators
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, RecipeError, TrainingError
-from dspark.evaluation.live import accepted, render
+from dspark.evaluation.check.live import accepted, render
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.run import Judge, plan_recipe, run_recipe
@@ -191,7 +191,7 @@ def test_a_compiled_run_takes_the_same_steps(recipe, tmp_path, monkeypatch):
         compiled.append(options)
         return function
 
-    monkeypatch.setattr("dspark.training.compiling.torch.compile", compile_eagerly)
+    monkeypatch.setattr("dspark.training.run.torch.compile", compile_eagerly)
     run(recipe, "run.compile=true")
     assert len(compiled) == 1
 
@@ -207,7 +207,7 @@ def test_where_compiling_fails_the_run_goes_on_plainly_and_says_so_once(
 
         return call
 
-    monkeypatch.setattr("dspark.training.compiling.torch.compile", broken)
+    monkeypatch.setattr("dspark.training.run.torch.compile", broken)
     said = Console(file=io.StringIO(), record=True)
     run_recipe(str(recipe), ["run.compile=true"], device="cpu", console=said)
     assert said.export_text().count("torch.compile failed (no compiler is here)") == 1

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dspark.data.tokenizer import TEXT_END, train_tokenizer
-from dspark.training.language_model import stream_loss
-from dspark.training.recipe import CorpusSettings, Source
-from dspark.training.token_stream import (
+from dspark.training.language_model import (
     LEARN,
     READ,
     UNLEARN,
@@ -17,7 +15,9 @@ from dspark.training.token_stream import (
     learned_documents,
     repeated_tokens,
     repeating_documents,
+    stream_loss,
 )
+from dspark.training.recipe import CorpusSettings, Source
 
 
 def talk(answer, *more):

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspark.cli.options import Command, Common, option
 from dspark.cli.screen import Screen
-from dspark.data.formats import SourceFormat
+from dspark.data.corpus import SourceFormat
 
 EXAMPLE = """\
   dspark data corpus gsm8k --path gsm8k_train.jsonl.gz --out questions.jsonl.gz"""

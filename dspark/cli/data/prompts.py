@@ -13,7 +13,7 @@ from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.data.collect import CollectReport
+    from dspark.data.prompts.collect import CollectReport
 
 COUNT, BATCH_SIZE = 1000, 16
 _OF_SOURCES = ("heldout", "heldout_share", "against", "ngram", "split", "config", "limit", "strict")
@@ -88,11 +88,10 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         _check_self(options)
         return _write_prompts(options.writer, options, screen)
     _check(options)
-    from dspark.data.collect import Split, collect_prompts
-    from dspark.data.contamination import evaluation_texts
-    from dspark.data.hub import DataSet
-    from dspark.data.records import RECORD_KEYS
-    from dspark.data.sources import read_rows
+    from dspark.data.conversations import RECORD_KEYS
+    from dspark.data.prompts.collect import Split, collect_prompts
+    from dspark.data.prompts.dedup import evaluation_texts
+    from dspark.data.prompts.sources import DataSet, read_rows
 
     share = 0.05 if options.heldout_share is None else options.heldout_share
     rows = chain.from_iterable(
@@ -180,8 +179,8 @@ def _sentence(report: CollectReport, out: Path, heldout: Path | None) -> str:
 
 def _write_prompts(name: str, options: Options, screen: Screen) -> dict[str, Any]:
     """Let a model write prompts."""
-    from dspark.data.regenerate import journal_path
-    from dspark.data.self_prompts import SelfPrompts, write_self_prompts
+    from dspark.data.answers.regenerate import journal_path
+    from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
     from dspark.engine.loading import load
 
     use_threads(options)

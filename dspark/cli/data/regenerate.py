@@ -13,9 +13,9 @@ from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.data.answering import Sampling as ChosenSampling
-    from dspark.data.regenerate import RegenerateReport, Responder
-    from dspark.data.wanted import Wanted
+    from dspark.data.answers.regenerate import RegenerateReport, Responder
+    from dspark.data.answers.replay import AnswerFilters
+    from dspark.data.answers.sampling import Sampling as ChosenSampling
 
 EXAMPLE = """\
   dspark data regenerate bundled --prompts questions.jsonl.gz --out answers.jsonl.gz
@@ -117,7 +117,7 @@ class Options(_Answers, _Filters, _Engine, _Servers, Loading):
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     _check(options)
-    from dspark.data.regenerate import journal_path, regenerate
+    from dspark.data.answers.regenerate import journal_path, regenerate
 
     out = options.out
     responder = _by_servers(options, screen) if options.server else _by_engine(options, screen)
@@ -166,10 +166,10 @@ def _check(options: Options) -> None:
             raise UsageError(f"{flag} acts only {other} --server; leave one of them out.")
 
 
-def _wanted(options: Options) -> Wanted:
-    from dspark.data.wanted import Wanted
+def _wanted(options: Options) -> AnswerFilters:
+    from dspark.data.answers.replay import AnswerFilters
 
-    return Wanted(
+    return AnswerFilters(
         finished=options.only_finished,
         token_gram=options.drop_repeated_tokens or 0,
         word_gram=options.drop_repeated_words or 0,
@@ -178,7 +178,7 @@ def _wanted(options: Options) -> Wanted:
 
 
 def _sampling(options: Options, source: str, screen: Screen) -> ChosenSampling:
-    from dspark.data.answering import choose_sampling, recommended_sampling
+    from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     recommended = recommended_sampling(source, revision=options.revision, offline=options.offline)
@@ -190,8 +190,8 @@ def _sampling(options: Options, source: str, screen: Screen) -> ChosenSampling:
 
 
 def _by_engine(options: Options, screen: Screen) -> Responder:
-    from dspark.data.answering import template_options
-    from dspark.data.by_engine import EngineResponder
+    from dspark.data.answers.engine_backend import EngineResponder
+    from dspark.data.answers.sampling import template_options
 
     sampling = _sampling(options, options.target, screen)
     params = sampling.params(options.max_new_tokens, options.seed or 0)
@@ -205,9 +205,13 @@ def _by_engine(options: Options, screen: Screen) -> Responder:
 
 
 def _by_servers(options: Options, screen: Screen) -> Responder:
-    from dspark.data.answering import template_options
-    from dspark.data.by_server import ServerResponder
-    from dspark.data.server import ChatServer, served_model, server_url
+    from dspark.data.answers.sampling import template_options
+    from dspark.data.answers.server_backend import (
+        ChatServer,
+        ServerResponder,
+        served_model,
+        server_url,
+    )
 
     sampling = _sampling(options, options.target, screen)
     sampling.params(options.max_new_tokens, options.seed or 0)  # refuses values out of range

@@ -29,9 +29,9 @@ from dspark.request import Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
-    from dspark.evaluation.closed_loop import LoadRun
-    from dspark.evaluation.load import Contender, ContenderName, Runs, Workload
-    from dspark.evaluation.load_report import LoadRow
+    from dspark.evaluation.load.closed_loop import LoadRun
+    from dspark.evaluation.load.report import LoadRow
+    from dspark.evaluation.load.sweep import Contender, ContenderName, Runs, Workload
 
 EXAMPLE = """\
   dspark bench bundled --threads 1 --out bench
@@ -131,7 +131,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     ways = _contenders(options, model, screen)
     measured = _cover_costs(ways, max(options.concurrency), screen)
     from dspark.cli.decoding import comparable
-    from dspark.evaluation.load_report import load_report, load_rows
+    from dspark.evaluation.load.report import load_report, load_rows
 
     runs = _sweep(options, ways, workload, screen)
     rows = load_rows(runs, compare=comparable(options.temperature, options.verifier))
@@ -144,9 +144,9 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
 def _workload(options: Options, model: Model) -> Workload:
     from dspark.data.conversations import read_prompts
-    from dspark.evaluation.check import PROMPTS
-    from dspark.evaluation.live import render
-    from dspark.evaluation.load import Workload
+    from dspark.evaluation.check.check import PROMPTS
+    from dspark.evaluation.check.live import render
+    from dspark.evaluation.load.sweep import Workload
 
     params = SamplingParams(
         options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
@@ -161,7 +161,7 @@ def _workload(options: Options, model: Model) -> Workload:
 
 def _contenders(options: Options, model: Model, screen: Screen) -> list[Contender]:
     """Every way that was asked for; of the default ones, those that are possible."""
-    from dspark.evaluation.load import contenders
+    from dspark.evaluation.load.sweep import contenders
 
     names = options.schedule or SCHEDULES
     mtp = _mtp(options, model) if "mtp1" in names else None
@@ -177,7 +177,7 @@ def _without_unmeasured(
     model: Model, names: tuple[ContenderName, ...], options: Options, screen: Screen
 ) -> tuple[ContenderName, ...]:
     """The contenders that can run without a cost table, where there is none."""
-    from dspark.evaluation.load import has_costs
+    from dspark.evaluation.load.sweep import has_costs
 
     weighing = [name for name in names if name in ("prefix", "lagged", "lookahead")]
     if not weighing or has_costs(model, max(options.concurrency)):
@@ -194,7 +194,7 @@ def _without_unmeasured(
 
 def _mtp(options: Options, model: Model) -> Model | None:
     from dspark.engine.loading import load_draft
-    from dspark.evaluation.load import is_mtp
+    from dspark.evaluation.load.sweep import is_mtp
 
     if options.mtp is not None:
         return load_draft(model.target, options.mtp, offline=options.offline)
@@ -210,7 +210,7 @@ def _cover_costs(ways: Sequence[Contender], most: int, screen: Screen) -> bool:
     weighing = [way for way in ways if way.weighs_costs]
     if not weighing:
         return False
-    from dspark.evaluation.load import cover_costs
+    from dspark.evaluation.load.sweep import cover_costs
 
     with screen.progress("measuring what steps cost") as tell:
         measured = cover_costs(weighing[0].model, most, progress=tell)
@@ -220,7 +220,7 @@ def _cover_costs(ways: Sequence[Contender], most: int, screen: Screen) -> bool:
 
 
 def _sweep(options: Options, ways: Sequence[Contender], workload: Workload, screen: Screen) -> Runs:
-    from dspark.evaluation.load import sweep
+    from dspark.evaluation.load.sweep import sweep
 
     with Progress(console=screen.log, transient=True) as bar:
         total = options.repeats * len(options.concurrency) * len(ways)
@@ -288,7 +288,7 @@ def _write(
     screen: Screen,
 ) -> list[str]:
     """Write what `--out` asks for; the paths."""
-    from dspark.evaluation.load_figure import MISSING, can_draw, save_figure
+    from dspark.evaluation.load.report import MISSING, can_draw, save_figure
 
     if options.out is None:
         return []

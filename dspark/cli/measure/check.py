@@ -14,7 +14,7 @@ from dspark.cli.screen import Screen
 from dspark.errors import CheckpointError, CompatibilityError
 
 if TYPE_CHECKING:
-    from dspark.evaluation.findings import CheckReport
+    from dspark.evaluation.check.findings import CheckReport
 
 EXAMPLE = """\
   dspark check bundled
@@ -45,7 +45,7 @@ class Options(_LiveRun, Pair):
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     from dspark.data.conversations import read_prompts
-    from dspark.evaluation.findings import CheckReport, Finding
+    from dspark.evaluation.check.findings import CheckReport, Finding
 
     prompts = read_prompts(options.prompts) if options.prompts else None
     try:
@@ -54,7 +54,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         # The target's own errors are raised here; what is left is the drafter's.
         load_model(options.target, "none", options, screen)
         return _show(CheckReport((Finding.refusal(error),)), screen)
-    from dspark.evaluation.check import PROMPTS, check
+    from dspark.evaluation.check.check import PROMPTS, check
 
     with screen.log.status("Decoding plainly and with the drafter ..."):
         report = check(

@@ -291,7 +291,7 @@ def _show(
     runs: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], screen: Screen
 ) -> None:
     """Accepted lengths on the screen."""
-    from dspark.evaluation.report.labels import run_labels
+    from dspark.evaluation.report.selection import run_labels
 
     labels = run_labels(runs)
     numbers = ("prompts", "skipped", "accepted length", "95 %", "kept first", "tokens/s")

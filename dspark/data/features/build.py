@@ -1,4 +1,4 @@
-"""Builds a cache: what is missing of its samples, after an estimate of size and time."""
+"""Feature cache builds: the missing samples are computed after an estimate of size and time."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspark.data.features.encoder import Encoded, Encoder, learn
-from dspark.data.features.forward import by_length, spread, target_features
-from dspark.data.features.identity import sample_key, target_fingerprint
-from dspark.data.features.index import RECORD_BYTES, index_path, parse_records, writers_of
-from dspark.data.features.manifest import MANIFEST, Coding, Manifest, Origin, SampleRecipe
-from dspark.data.features.reader import FeatureCache
+from dspark.data.features.cache import FeatureCache
+from dspark.data.features.encoder import Encoded, Encoder, by_length, learn, spread, target_features
+from dspark.data.features.manifest import (
+    MANIFEST,
+    Coding,
+    Manifest,
+    Origin,
+    SampleRecipe,
+    sample_key,
+    target_fingerprint,
+)
+from dspark.data.features.shards import RECORD_BYTES, index_path, parse_records, writers_of
 from dspark.data.features.writer import CacheWriter, rewrite_index
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 from dspark.targets.target import Target
 
 _PROBE_TOKENS = 2048
-_SLACK = 1.05  # what the estimate may be short by
+_SLACK = 1.05  # allowance for the estimate's error
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left to build, judged by a probe.
+    """Remaining work, estimated from a probe.
 
     Attributes:
-        samples: that are missing.
+        samples: missing samples.
         tokens: of these.
-        bytes: that they will take, before `max_bytes`.
-        seconds: that they will take.
+        bytes: estimated size, before `max_bytes`.
+        seconds: estimated time.
         bytes_per_token: of the probe.
         seconds_per_1000_tokens: of the probe.
-        max_bytes: what the cache may still grow by; None for no limit.
-        free_bytes: on its disk.
+        max_bytes: remaining growth allowed; None for no limit.
+        free_bytes: on the disk.
     """
 
     samples: int
@@ -50,14 +56,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a cache holds after a build.
+    """Content of a cache after a build.
 
     Attributes:
-        records: samples in it.
-        failed: samples whose features are not finite.
-        left_out: samples for which `max_bytes` left no room.
+        records: number of samples.
+        failed: samples with non-finite features.
+        left_out: samples that exceeded `max_bytes`.
         bytes: of its files.
-        tokens: of the samples in it.
+        tokens: of its samples.
     """
 
     records: int
@@ -74,14 +80,14 @@ def wanted_manifest(
     samples: SampleRecipe,
     coding: Coding,
 ) -> Manifest:
-    """The manifest of a cache that is to be made, with nothing learned yet.
+    """The manifest of a cache to be built, without learned parameters.
 
     Args:
-        target: that will make it.
+        target: that computes the features.
         source: directory or hub id of its weights.
         taps: layers to capture.
-        samples: of what.
-        coding: how rows are coded.
+        samples: the samples.
+        coding: of the rows.
     """
     origin = Origin(
         target=source,
@@ -97,16 +103,16 @@ def wanted_manifest(
 def start_cache(
     directory: Path, wanted: Manifest, target: Target, samples: Sequence[Sample]
 ) -> Manifest:
-    """The manifest of a cache to write to: the one that is there, or a new one.
+    """The manifest of a cache to write to: the existing one, or a new one.
 
     Raises:
-        DataError: the cache that is there is of something else.
+        DataError: the existing cache differs from `wanted`.
     """
     if (directory / MANIFEST).is_file():
         found = Manifest.read(directory)
         found.refuse_other(wanted, directory)
         return found
-    for torn in directory.glob(f".{MANIFEST}.*.tmp"):  # of a build that was cut here
+    for torn in directory.glob(f".{MANIFEST}.*.tmp"):  # of an interrupted build
         torn.unlink()
     if directory.is_dir() and any(directory.iterdir()):
         raise DataError(
@@ -136,21 +142,21 @@ def build_cache(
     announce: Callable[[Estimate], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> BuildReport:
-    """Add the samples that a cache lacks; a build that was cut goes on where it stopped.
+    """Add missing samples to a cache; an interrupted build resumes.
 
     Args:
-        directory: of the cache; made if absent.
+        directory: of the cache; created if absent.
         wanted: its manifest, see `wanted_manifest`.
-        target: that makes the features.
-        samples: that are to be in it; equal ones are stored once.
-        tokens_per_forward: that the target runs over at once.
-        max_bytes: what the cache may measure; what fits is kept.
-        announce: told the estimate before the work starts.
-        progress: told (tokens done, tokens in all) after every batch.
+        target: that computes the features.
+        samples: its samples; equal ones are stored once.
+        tokens_per_forward: tokens per target forward pass.
+        max_bytes: size limit of the cache; samples that fit are kept.
+        announce: called with the estimate before the work starts.
+        progress: called with (tokens done, tokens in all) after every batch.
 
     Raises:
-        DataError: the cache that is there is of something else, or the disk is too small.
-        DiskFullError: it became full; what was committed is whole.
+        DataError: the existing cache differs from `wanted`, or the disk is too small.
+        DiskFullError: the disk became full; committed samples are whole.
     """
     manifest = start_cache(directory, wanted, target, samples)
     cache = FeatureCache(directory)
@@ -175,10 +181,10 @@ def build_cache(
 
 
 def mend(directory: Path) -> int:
-    """Check every payload, and drop the records of damaged ones, so that a build makes them anew.
+    """Check every payload and drop the records of damaged ones, so that a build recomputes them.
 
     Returns:
-        How many were damaged.
+        The number of damaged payloads.
     """
     cache = FeatureCache(directory)
     whole = {record for record in cache.records if cache.is_whole(record)}
@@ -193,7 +199,7 @@ def mend(directory: Path) -> int:
 
 @dataclass
 class _Work:
-    """Who computes, codes and writes."""
+    """Computes, encodes and writes batches."""
 
     target: Target
     taps: tuple[int, ...]
@@ -204,9 +210,9 @@ class _Work:
         return self.encoder.encode(samples, *target_features(self.target, samples, self.taps))
 
     def probe(self, missing: Sequence[Sample]) -> tuple[list[Sample], Estimate, Encoded]:
-        """A batch is encoded and timed: the samples that are left, what it says of all, and it."""
+        """Encode and time one batch; the remaining samples, the estimate, and the batch."""
         some = spread(missing, _PROBE_TOKENS)
-        target_features(self.target, some[:1], self.taps)  # a process's first forward is slower
+        target_features(self.target, some[:1], self.taps)  # warm-up
         started = time.perf_counter()
         encoded = self.encode(some)
         size = sum(len(future.result().payload) + RECORD_BYTES for future in encoded.entries)
@@ -227,19 +233,19 @@ class _Work:
         return [s for s in missing if sample_key(s) not in probed], estimate, encoded
 
     def store(self, encoded: Encoded) -> bool:
-        """Write a batch; whether any of it had room."""
+        """Write a batch; whether any sample fitted."""
         stored = [self.writer.add(future.result()) for future in encoded.entries]
         self.writer.commit()
         return any(stored) or not stored
 
     def fill(self, batches: Sequence[list[Sample]], progress: Callable[[int, int], None]) -> int:
-        """Add batches until one has no room; how many samples failed."""
+        """Add batches until one does not fit; the number of failed samples."""
         total = sum(len(s.input_ids) for batch in batches for s in batch)
         seen = failed = 0
         before: Encoded | None = None
         for batch in batches:
             encoded = self.encode(batch)
-            # The batch before is written while this one is packed.
+            # The previous batch is written while this one is packed.
             if before is not None and not self.store(before):
                 return failed
             before, failed = encoded, failed + len(encoded.failed)

@@ -1,16 +1,15 @@
-"""How rows of the target's states become few bytes, and rows again.
+"""Row codecs of the feature cache.
 
-`coded`: uniform quantisation in steps that are a fixed share of what a row's numbers measure, then
-Huffman codes. A number is divided by the scale of its channel, learned from the first samples, and
-by the scale of its row; so channels that are always large (the outlier channels of real models) and
-rows that are (the first token's) keep the relative error of the others. What a channel measures in
-one tap says much of what it measures in the next, for layers add to a residual stream: so the taps
-of each channel are turned by an orthogonal matrix, learned likewise, to numbers that do not
-correlate. That leaves the error as it is and takes a fifth off the bits. For an error e, in units
-of a row's root mean square, the step is sqrt(12) e; independent normal numbers take
-log2(1.193 / e) bits.
+`coded`: uniform quantisation in steps proportional to a row's magnitude, then Huffman codes. A
+number is divided by the scale of its channel, learned from the first samples, and by the scale of
+its row, so that channels that are always large (outlier channels of real models) and rows that are
+(the first token's) keep the relative error of the others. Because layers add to a residual stream,
+a channel in one tap predicts the same channel in the next: the taps of each channel are rotated by
+a learned orthogonal matrix to uncorrelated numbers, which keeps the error and saves a fifth of the
+bits. For an error e, in units of a row's root mean square, the step is sqrt(12) e; independent
+normal numbers take log2(1.193 / e) bits.
 
-`bfloat16`: the numbers themselves, rounded to bf16 if they are not.
+`bfloat16`: the numbers themselves, rounded to bf16 if necessary.
 
 Letters: R rows, P planes (the taps, or the teacher alone), H width.
 """

@@ -1,4 +1,4 @@
-"""From the target's rows to entries of a cache: chosen, quantised on the device, then packed."""
+"""Encoder of a feature cache: target forward, row selection, quantisation, packing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.data.features import payload
+from dspark.attention.layout import RaggedBatch
 from dspark.data.features.codec import Bytes, channel_scales, turning_basis
-from dspark.data.features.forward import spread, target_features
 from dspark.data.features.manifest import Coding, Learned, Manifest
-from dspark.data.features.needed import num_context_rows, teacher_rows
+from dspark.data.features.rows import num_context_rows, teacher_rows
+from dspark.data.features.shards import join
 from dspark.data.features.writer import Entry
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
@@ -27,11 +27,11 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch on its way into a cache.
+    """An encoded batch.
 
     Attributes:
-        entries: of the samples whose rows are finite, packed on other threads.
-        failed: samples whose rows are not.
+        entries: of the samples with finite rows, packed on other threads.
+        failed: samples with non-finite rows.
     """
 
     entries: list[Future[Entry]]
@@ -39,7 +39,7 @@ class Encoded:
 
 
 class Encoder:
-    """Makes entries as a manifest says; a context manager, for the threads it packs on.
+    """Encodes entries of a cache; a context manager that owns its packing threads.
 
     Args:
         manifest: of the cache.
@@ -59,11 +59,11 @@ class Encoder:
         self._pool.shutdown(cancel_futures=kind is not None)
 
     def close(self) -> None:
-        """End the threads, once what they pack is packed."""
+        """End the threads after pending work."""
         self._pool.shutdown()
 
     def encode(self, samples: Sequence[Sample], features_TF: Tensor, hidden_TH: Tensor) -> Encoded:
-        """Start to make the entries of samples whose rows lie one after the other.
+        """Start encoding samples whose rows are concatenated.
 
         Rows leave the device once per batch, quantised.
         """
@@ -95,16 +95,16 @@ class Encoder:
     def _entry(
         self, sample: Sample, features: tuple[Bytes, ...], teacher: tuple[Bytes, ...]
     ) -> Entry:
-        data = payload.join(sample, self._features.pack(features), self._teacher.pack(teacher))
+        data = join(sample, self._features.pack(features), self._teacher.pack(teacher))
         return Entry(sample, len(features[0]), len(teacher[0]), data)
 
 
 def learn(
     target: Target, samples: Sequence[Sample], taps: Sequence[int], coding: Coding
 ) -> Learned | None:
-    """What the rows of samples are coded with; None unless `coded`.
+    """Coding parameters learned from about 4,096 tokens spread over the samples.
 
-    Learned from samples spread over all, together of about 4,096 tokens.
+    None unless `coded`.
     """
     if coding.name != "coded":
         return None
@@ -122,3 +122,44 @@ def _index(rows: list[int], like: Tensor) -> Tensor:
 
 def _rows(arrays: tuple[Bytes, ...], rows: slice) -> tuple[Bytes, ...]:
     return tuple(array[rows] for array in arrays)
+
+
+@torch.no_grad()
+def target_features(
+    target: Target, samples: Sequence[Sample], taps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Run the target over samples.
+
+    Returns:
+        Features [T, F] of the taps, and states after the final norm [T, H]; T is the sum of the
+        samples' lengths.
+    """
+    batch = RaggedBatch.fresh([s.input_ids for s in samples], target.device)
+    output = target.forward(batch, taps=taps)
+    assert output.features_TF is not None
+    return output.features_TF, output.hidden_TH
+
+
+def by_length(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
+    """Batches of samples of similar length, the longest first, each of at most `tokens` tokens.
+
+    A longer sample is its own batch. The first batch is the most expensive, so a lack of memory
+    shows at once.
+    """
+    batches: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda s: len(s.input_ids), reverse=True):
+        length = len(sample.input_ids)
+        if length > room:
+            batches.append([])
+            room = max(tokens, length)
+        batches[-1].append(sample)
+        room -= length
+    return batches
+
+
+def spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Evenly spread samples of about `tokens` tokens in total, at least one."""
+    mean = sum(len(s.input_ids) for s in samples) / len(samples)
+    count = min(len(samples), max(1, round(tokens / mean)))
+    return [samples[i * len(samples) // count] for i in range(count)]

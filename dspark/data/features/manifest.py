@@ -1,11 +1,11 @@
-"""What a cache says of itself: who made it, of what, and how its rows are coded."""
+"""Manifest of a feature cache: target, samples and coding, with the hashes that identify them."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.data.durable import sync_directory
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, RowCodec
-from dspark.errors import DataError
+from dspark.data.files.atomic import replace_file
+from dspark.data.samples import Sample
+from dspark.drafters.checkpoints.files import CONFIG, INDEX, fetch
+from dspark.errors import CheckpointError, DataError
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import origin
+
+KEY_BYTES = 16
+_WINDOW = 4096
+_WINDOWS = 8192  # per file; smaller files are read whole
+
+
+def sample_key(sample: Sample) -> bytes:
+    """The hash [16 bytes] of a sample's tokens and loss mask."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    digest.update(np.asarray(sample.input_ids, dtype="<i4").tobytes())
+    digest.update(np.packbits(np.asarray(sample.loss_mask, dtype=bool)).tobytes())
+    return digest.digest()
+
+
+def samples_fingerprint(keys: Iterable[bytes]) -> str:
+    """The hash of a set of samples, independent of order and multiplicity."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for key in sorted(set(keys)):
+        digest.update(key)
+    return digest.hexdigest()
+
+
+def target_fingerprint(source: str | Path) -> str:
+    """The hash of a target's weight files.
+
+    Files below 32 MiB are read in full, larger ones in 8,192 evenly spread windows of 4 KiB:
+    training changes every matrix, so another target of the same shapes has another hash.
+
+    Args:
+        source: directory, GGUF file, hub id or shipped name.
+
+    Raises:
+        CheckpointError: it is not a directory with weights, nor a hub id that can be fetched.
+    """
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for path in _weight_files(origin(source)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        stride = max(_WINDOW, -(-size // _WINDOWS))
+        with path.open("rb") as file:
+            for start in range(0, size, stride):
+                file.seek(start)
+                digest.update(file.read(_WINDOW))
+    return digest.hexdigest()
+
+
+def _weight_files(source: str | Path) -> list[Path]:
+    if is_gguf(source):
+        return [Path(source)]
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = fetch(str(source), None, False, (CONFIG, "*.safetensors", INDEX))
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    if not files:
+        raise CheckpointError(f"{directory} has no weights (*.safetensors); fetch them again.")
+    return files
+
 
 FORMAT, VERSION = "dspark-features", 1
 MANIFEST = "manifest.json"
@@ -25,7 +86,7 @@ CodecName = Literal["coded", "bfloat16"]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a cache's rows are: another value of any of these makes other rows.
+    """The origin of a cache's rows, which all of these values determine.
 
     Attributes:
         target: directory or hub id, for messages only.
@@ -33,7 +94,7 @@ class Origin:
         num_layers: its decoder layers.
         hidden_size: H.
         taps: the captured layers.
-        dtype: that the target computed in.
+        dtype: of the target's computation.
     """
 
     target: str
@@ -46,15 +107,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """Which samples a cache is of.
+    """The samples of a cache.
 
     Attributes:
         fingerprint: hash of the set of samples.
-        paths: the files that they come from, for messages only.
-        max_length: where they are cut, tokens.
-        min_supervised: answer tokens that they have at least.
-        count: how many there are.
-        tokens: of all of them.
+        paths: source files, for messages only.
+        max_length: truncation length, tokens.
+        min_supervised: least number of answer tokens.
+        count: number of samples.
+        tokens: of all samples.
     """
 
     fingerprint: str
@@ -67,7 +128,7 @@ class SampleRecipe:
 
 @dataclass(frozen=True)
 class Coding:
-    """How rows are coded.
+    """Coding of the rows.
 
     Attributes:
         name: `coded` or `bfloat16`.
@@ -82,11 +143,11 @@ class Coding:
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned from the first samples, to code all of them with.
+    """Coding parameters learned from the first samples.
 
     Attributes:
-        scale_PH: of every channel of every tap, and of the teacher in the last row.
-        basis_HPP: what turns the taps of each channel.
+        scale_PH: of every channel of every tap, with the teacher in the last row.
+        basis_HPP: rotation of the taps of each channel.
     """
 
     scale_PH: Tensor
@@ -98,10 +159,10 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        origin: what made the rows.
-        samples: of what.
-        coding: how they are coded.
-        learned: what `coded` rows are coded with; None for others.
+        origin: of the rows.
+        samples: the samples.
+        coding: of the rows.
+        learned: parameters of `coded` rows; None for others.
     """
 
     origin: Origin
@@ -110,7 +171,7 @@ class Manifest:
     learned: Learned | None
 
     def codecs(self) -> tuple[RowCodec, RowCodec]:
-        """Those of features and of teacher states."""
+        """The codecs of features and of teacher states."""
         planes, width = len(self.origin.taps), self.origin.hidden_size
         if self.learned is None:
             return Bfloat16Rows(planes, width), Bfloat16Rows(1, width)
@@ -121,7 +182,7 @@ class Manifest:
         )
 
     def write(self, directory: Path) -> None:
-        """Put it in place whole, and safe from a crash."""
+        """Write it atomically."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,16 +195,7 @@ class Manifest:
             scale_PH, basis_HPP = self.learned.scale_PH, self.learned.basis_HPP
             content["learned"] = {"scale": _as_text(scale_PH), "basis": _as_text(basis_HPP)}
         directory.mkdir(parents=True, exist_ok=True)
-        beside = directory / f".{MANIFEST}.{os.getpid()}.tmp"
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(directory / MANIFEST)
-        finally:
-            beside.unlink(missing_ok=True)
-        sync_directory(directory)
+        replace_file(directory / MANIFEST, json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -182,10 +234,10 @@ class Manifest:
         return cls(manifest.origin, manifest.samples, manifest.coding, learned)
 
     def refuse_other(self, wanted: Manifest, directory: Path) -> None:
-        """Check that rows made as `wanted` says may join those that are here.
+        """Check that rows made according to `wanted` may be added to this cache.
 
         Raises:
-            DataError: names the first thing that differs, both values and the remedy.
+            DataError: names the first difference, both values and the remedy.
         """
         others = wanted._makers()
         for what, mine in self._makers().items():
@@ -197,7 +249,7 @@ class Manifest:
                 )
 
     def _makers(self) -> dict[str, object]:
-        """What rows that lie together must share."""
+        """Values that all rows of a cache share."""
         return {
             "target_fingerprint": self.origin.target_fingerprint,
             "taps": self.origin.taps,
@@ -209,7 +261,7 @@ class Manifest:
         }
 
     def _said(self, what: str) -> str:
-        """What a reader knows a thing by."""
+        """A readable description of a value's source."""
         if what == "target_fingerprint":
             return f"target {self.origin.target}"
         if what == "samples.fingerprint":
@@ -219,7 +271,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The JSON object of a cache's manifest, whatever its format.
+    """The JSON object of a cache's manifest of any format.
 
     Raises:
         DataError: there is none, or it is damaged.

@@ -1,4 +1,4 @@
-"""Reads the feature cache of the published training code (version 2; FORMAT_FACTS.md C.1).
+"""Reader of the published training code's feature cache (version 2).
 
 Little endian: `samples.idx` holds 56-byte records; a shard holds per sample, unpadded, input_ids
 int32 [S], attention_mask u8 [S], loss_mask u8 [S], the taps' states bf16 [S, P H] and the states
@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dspark.data.features.identity import sample_key
-from dspark.data.features.manifest import MANIFEST, read_manifest
-from dspark.data.features.stored import StoredRows
+from dspark.data.features.manifest import MANIFEST, read_manifest, sample_key
+from dspark.data.features.rows import StoredRows
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 

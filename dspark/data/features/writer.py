@@ -1,24 +1,23 @@
-"""Appends samples to a cache; whatever interrupts it, what was committed is whole.
+"""Crash-safe writer of a feature cache: whatever interrupts it, committed samples stay whole.
 
-Payloads go to a shard, which is synced to disk before the records that name them go to the index,
-which is synced then. So after a crash a shard may have a tail that no record names, and an index
-half a record at its end; the next writer cuts both. Every writer has an index and shards of its
-own, and several may write to one cache at a time.
+Payloads are synced to a shard before the index records that name them are written and synced. After
+a crash a shard may therefore have a tail that no record names, and an index half a record at its
+end; the next writer truncates both. Every writer has its own index and shards, and several may
+write to one cache concurrently.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import sys
 import zlib
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from dspark.data.durable import sync_directory
-from dspark.data.features.identity import sample_key
-from dspark.data.features.index import (
+from dspark.data.features.manifest import sample_key
+from dspark.data.features.shards import (
     RECORD_BYTES,
     Record,
     backed,
@@ -27,6 +26,7 @@ from dspark.data.features.index import (
     shard_path,
     shards_of,
 )
+from dspark.data.files.atomic import replace_file, sync_directory, write_all
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 
@@ -35,12 +35,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class DiskFullError(DataError):
-    """A cache's disk is full; what was committed to the cache is whole."""
+    """The disk of a cache is full; committed samples are whole."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A coded sample, ready to be written."""
+    """An encoded sample."""
 
     sample: Sample
     num_context: int
@@ -52,10 +52,10 @@ class CacheWriter:
     """Writes one writer's index and shards.
 
     Args:
-        directory: of a cache, whose manifest is there.
-        writer: number of this writer, 0 to 999; the rank, where several write.
-        max_bytes: what this writer's files may measure; samples beyond are left out.
-        shard_bytes: where a new shard begins; a sample never splits.
+        directory: of a cache with a manifest.
+        writer: number of this writer, 0 to 999; the rank, if several write.
+        max_bytes: size limit of this writer's files; further samples are left out.
+        shard_bytes: size at which a new shard begins; a sample is never split.
 
     Raises:
         DataError: another process writes under this number.
@@ -87,13 +87,13 @@ class CacheWriter:
         self.bytes += len(records) * RECORD_BYTES
 
     def add(self, entry: Entry) -> bool:
-        """Append a sample; `commit` makes it last.
+        """Append a sample; `commit` makes it durable.
 
         Returns:
-            False where `max_bytes` leaves no room for it.
+            False if it exceeds `max_bytes`.
 
         Raises:
-            DiskFullError: it could not be written; what came before is committed.
+            DiskFullError: it could not be written; earlier samples are committed.
         """
         size = len(entry.payload)
         grown = self.bytes + size + RECORD_BYTES
@@ -102,7 +102,7 @@ class CacheWriter:
         if self._end and self._end + size > self.shard_bytes:
             self._next_shard()
         try:
-            _write_all(self._shard, entry.payload)
+            write_all(self._shard.fileno(), entry.payload)
         except OSError as error:
             self._shard.truncate(self._end)
             self.commit()
@@ -125,10 +125,10 @@ class CacheWriter:
         return True
 
     def commit(self) -> None:
-        """Make what was added last: payloads first, then the records that name them.
+        """Make added samples durable: payloads first, then the records that name them.
 
         Raises:
-            DiskFullError: they could not be written; what was committed before is whole.
+            DiskFullError: they could not be written; earlier commits are whole.
         """
         if not self._pending:
             return
@@ -136,7 +136,7 @@ class CacheWriter:
         start = os.fstat(self._index.fileno()).st_size
         try:
             os.fsync(self._shard.fileno())
-            _write_all(self._index, b"".join(record.pack() for record in pending))
+            write_all(self._index.fileno(), b"".join(record.pack() for record in pending))
             os.fsync(self._index.fileno())
         except OSError as error:
             self._index.truncate(start)
@@ -146,7 +146,7 @@ class CacheWriter:
             raise self._sentence(error) from error
 
     def close(self) -> None:
-        """Commit, and let others write."""
+        """Commit and release the lock."""
         try:
             self.commit()
         finally:
@@ -160,7 +160,7 @@ class CacheWriter:
         self.close()
 
     def _recover(self) -> list[Record]:
-        """Cut what no crash-safe commit stands behind; the records that are left."""
+        """Truncate uncommitted data; returns the committed records."""
         path = index_path(self.directory, self.writer)
         data = path.read_bytes()
         records = backed(self.directory, parse_records(data, self.writer))
@@ -208,28 +208,12 @@ class CacheWriter:
 
 
 def rewrite_index(path: Path, records: list[Record]) -> None:
-    """Put an index of these records in the place of one."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        file.write(b"".join(record.pack() for record in records))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_directory(path.parent)
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    """Atomically replace an index by one of these records."""
+    replace_file(path, b"".join(record.pack() for record in records))
 
 
 def _lock(file: FileIO, directory: Path) -> None:
-    """Be the only writer of an index; where locks are unknown (Windows), trust the caller."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
+    """Lock an index against other writers."""
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

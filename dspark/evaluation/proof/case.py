@@ -1,4 +1,4 @@
-"""What one case of the proof claims, and what was measured."""
+"""Cases of the proof: what one claims, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from dspark.evaluation.proof.worlds import Distance
 
 EXACT, BIASED = 1e-12, 1e-3
-"""An exact law is nearer to plain decoding's than the first, a biased one farther than the last."""
+"""Total variation below which a distribution is exact, and above which it is biased."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Controls: each wrong variant must be seen to fail, or the proof would prove nothing.
+"""Controls: wrong variants that the proof must detect.
 
-Wherever it can be so, the wrong variant is the production code used wrongly, and the right one is
-measured in the same worlds.
+Where possible, the wrong variant is production code misused, and the right one is measured in the
+same worlds.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dspark.evaluation.proof.rounds import (
 )
 from dspark.evaluation.proof.worlds import (
     Distance,
-    Laws,
+    Distributions,
     World,
     WorldAfter,
     random_world,
-    target_law,
+    target_distribution,
 )
 from dspark.sampling.verification import Rule
 from dspark.scheduling.online import OnlineLogistic, observed
@@ -70,7 +70,7 @@ def _alone(world: World) -> list[WorldAfter]:
     return [lambda _prefix: world]
 
 
-def _both(seed: int, logits: Laws | None = None) -> list[WorldAfter]:
+def _both(seed: int, logits: Distributions | None = None) -> list[WorldAfter]:
     """Two requests' only rounds, with these confidence logits or random ones."""
     worlds = [random_world(seed + WORLDS * r, 2, 2, peak=2.0) for r in (0, 1)]
     if logits is not None:
@@ -116,7 +116,7 @@ def _stop_node(rule: Rule, seed: int) -> Case:
 
 
 def _drawn_in_bf16(rule: Rule, seed: int) -> Case:
-    """The verifier is told a law in full precision that no draft was drawn from."""
+    """The verifier is told a distribution in full precision that no draft was drawn from."""
     full, verifier = schedules.fixed(3), Verifier.of(rule)
     wrong, right = [], []
     for world in _worlds(seed, vocab_size=4):
@@ -149,7 +149,7 @@ def _stale_rows(rule: Rule, seed: int) -> Case:
 
 
 def _unrestricted(rule: Rule, seed: int) -> Case:
-    """Drafts come from a slot's two likeliest tokens, but the law of all four is reported."""
+    """Drafts come from a slot's two likeliest tokens, but all four are reported."""
     full, verifier = schedules.fixed(2), Verifier.of(rule)
     wrong, right = (
         Distance.farthest(
@@ -341,7 +341,7 @@ def _online_distance(world: World, *, at_once: bool) -> Distance:
         following = verifier.next_law(p, q, drafts, lengths, kept)
         chances[rows, 0, kept] += weight[:, None] * following
     law = world.path_weights() @ continued(world, chances)[:, 0]
-    return Distance.of(law, [target_law(world)])
+    return Distance.of(law, [target_distribution(world)])
 
 
 def _online_lengths(margins_NK: npt.NDArray[np.float64], learned_N: IntArray | None) -> IntArray:

@@ -1,4 +1,4 @@
-"""Randomness under proof: keys that name the round, and noise that must not be shared."""
+"""Cases about randomness: keys that name the round, and noise that must not be shared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dspark.evaluation.proof.worlds import (
     all_paths,
     along,
     number,
-    sequence_law,
+    sequence_distribution,
 )
 from dspark.sampling import verification
 from dspark.sampling.noise import Stream, gumbel, seed_tensor, uniform
@@ -41,8 +41,8 @@ def _keyed_by_position(seed: int) -> Iterator[Case]:
         distances[rule, keyed] = Distance.farthest(
             [
                 Distance.of(
-                    two_round_law(world, rule, keyed_by_position=keyed),
-                    [sequence_law(world.target, 4)],
+                    two_round_distribution(world, rule, keyed_by_position=keyed),
+                    [sequence_distribution(world.target, 4)],
                 )
                 for world in worlds
             ]
@@ -67,7 +67,7 @@ def _two_round_world(seed: int) -> World:
     return World(tuple(table(2**d) for d in range(4)), (markov[:1], markov), ())
 
 
-def two_round_law(world: World, rule: Rule, *, keyed_by_position: bool) -> Tensor:
+def two_round_distribution(world: World, rule: Rule, *, keyed_by_position: bool) -> Tensor:
     """Two rounds of K = 2 over four tokens, where round 2 may meet a uniform of round 1 again.
 
     Only where round 1 keeps nothing does its second test lie at the position of round 2's first.
@@ -94,7 +94,7 @@ def two_round_law(world: World, rule: Rule, *, keyed_by_position: bool) -> Tenso
                 continue
             if int(kept[n]) > 0:
                 prefix = torch.tensor([[*paths[n, : int(kept[n])].tolist(), token]])
-                rest = sequence_law(world.target, 4 - prefix.shape[1], prefix.shape[1])
+                rest = sequence_distribution(world.target, 4 - prefix.shape[1], prefix.shape[1])
                 place = number(prefix, vocab_size)[0]
                 total.view(-1, rest.shape[1])[place] += shares[n, token] * rest[place]
                 continue
@@ -107,7 +107,7 @@ def two_round_law(world: World, rule: Rule, *, keyed_by_position: bool) -> Tenso
 
 
 def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, float]) -> Tensor:
-    """The law of four tokens after `anchor`, where the first uniform is uniform in `bounds`."""
+    """The distribution of four tokens after `anchor`, the first uniform being within `bounds`."""
     vocab_size, paths = world.vocab_size, all_paths(world.vocab_size, 2)
     whole = torch.cat([torch.full((len(paths), 1), anchor), paths], dim=1)
     p = Blocks.dense(along(world.target, whole)[:, 1:4])
@@ -129,7 +129,7 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
         law = verification.next_law(rule, p, q, paths, lengths, kept).dense()
         for n, count in enumerate(kept.tolist()):
             depth = count + 2
-            rest = sequence_law(world.target, 4 - depth, depth)
+            rest = sequence_distribution(world.target, 4 - depth, depth)
             place = int(number(whole[n : n + 1, : count + 1], vocab_size)) * vocab_size
             share = weights[n] * chance[n] * law[n][:, None]
             after = slice(place, place + vocab_size)

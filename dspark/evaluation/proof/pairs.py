@@ -1,9 +1,8 @@
-"""A small target with a real drafter: DSpark's own forward, heads and confidences, in float64.
+"""A small target with a real drafter: DSpark's forward, heads and confidences, in float64.
 
 The target is a table of random logits over every prefix. The drafter is a `DSparkDrafter` with
-random weights that observes random features and proposes; whatever it draws is dictated, path by
-path, so that its laws and confidences come out over every prefix. Both sides go through the
-processors as in the engine.
+random weights that observes random features; its draws are dictated, path by path, to obtain its
+distributions and confidences over every prefix. Both sides use the engine's processors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import MarkovKind
 from dspark.errors import NumericsError
-from dspark.evaluation.proof.worlds import Laws, Prefix, World, all_paths
+from dspark.evaluation.proof.worlds import Distributions, Prefix, World, all_paths
 from dspark.request import SamplingParams
 from dspark.sampling import processors
 from dspark.sampling.counts import TokenCounts
@@ -153,7 +152,7 @@ class SmallPair:
         return place
 
     def _plain(self, prefix: Prefix, depth: int) -> Tensor:
-        """The target's laws as plain decoding has them: every row with its own output so far."""
+        """The target's distributions in plain decoding: every row with its own output so far."""
         after = all_paths(self.vocab_size, depth).tolist()
         outputs = [[*prefix, *x] for x in after]
         counts = TokenCounts.of([[0]] * len(after), outputs, self.vocab_size)
@@ -180,7 +179,7 @@ class SmallPair:
         """
         return rows[:: self.vocab_size ** (self.block_size - depth)]
 
-    def _judged(self, prefix: Prefix) -> Laws:
+    def _judged(self, prefix: Prefix) -> Distributions:
         laws = []
         for step in range(min(self.block_size + 1, self.horizon - len(prefix))):
             table = self._table(prefix, step)
@@ -189,8 +188,8 @@ class SmallPair:
             laws.append(self._by_prefix(whole.dense(), step))
         return tuple(laws)
 
-    def _drafted(self, prefix: Prefix, top_k: int | None) -> tuple[Laws, Laws]:
-        """The drafter's laws and confidence logits, from one proposal along every path."""
+    def _drafted(self, prefix: Prefix, top_k: int | None) -> tuple[Distributions, Distributions]:
+        """The drafter's distributions and confidence logits, from one proposal along every path."""
         count, rows = len(self._paths), len(prefix) + 1
         tokens = (0, *prefix)
         table = BlockTable((0,), page_size=self.horizon + self.block_size + 1)
@@ -227,7 +226,7 @@ class SmallPair:
 
 @torch.no_grad()
 def _sharpen(drafter: DSparkDrafter) -> None:
-    """Let confidences be high, and both they and laws hang on the token before."""
+    """Let confidences be high, and both they and distributions hang on the token before."""
     markov, confidence = drafter.markov_head, drafter.confidence_head
     assert markov is not None
     assert confidence is not None
@@ -254,7 +253,7 @@ def telling_pair(
     )
 
 
-def _tied(logits: Laws) -> Laws:
+def _tied(logits: Distributions) -> Distributions:
     """Confidence logits of few values, so that survivals tie wherever they can.
 
     All first ones are the same; of the later ones the highest are `CERTAIN`, so that their

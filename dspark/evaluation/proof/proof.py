@@ -1,4 +1,4 @@
-"""The whole proof: every case in its order, and what they say together."""
+"""The complete proof: all cases in order, and whether they pass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from dspark.evaluation.proof.case import Case
 from dspark.evaluation.proof.controls import control_cases
-from dspark.evaluation.proof.coupled import coupled_cases
-from dspark.evaluation.proof.exact import exact_cases
+from dspark.evaluation.proof.exact import coupled_cases, exact_cases
 from dspark.evaluation.proof.noise import noise_cases
 
 

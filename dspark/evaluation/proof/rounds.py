@@ -1,10 +1,10 @@
-"""Rounds of speculative decoding by enumeration: the exact law of what comes out.
+"""Enumeration of speculative rounds: the exact distribution of their output.
 
-Every draft path, verification length and verifier outcome of one or more rounds is walked, for
-one request or several that share a schedule; what follows the last round is drawn from the
-target. Keep probabilities, decisions, residuals and lengths come from the functions that the
-engine calls, looked up in their modules when they are needed, so that a change there acts here.
-The result must be the target's law, of each request and of all of them jointly.
+Every draft path, verification length and verifier outcome of one or more rounds is enumerated, for
+one request or several that share a schedule; tokens after the last round are drawn from the target.
+Keep probabilities, decisions, residuals and lengths come from the functions that the engine calls,
+looked up in their modules at run time, so that a change there takes effect here. The result must be
+the target's distribution, of each request and of all of them jointly.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dspark.evaluation.proof.worlds import (
     World,
     WorldAfter,
     number,
-    sequence_law,
-    target_law,
+    sequence_distribution,
+    target_distribution,
 )
 from dspark.sampling import verification
 from dspark.sampling.distribution import Dense, Sparse
@@ -154,12 +154,12 @@ def verdicts(world: World, verifier: Verifier) -> Tensor:
 
 
 def continued(world: World, verdicts_NLAV: Tensor) -> Tensor:
-    """The law of T tokens: the kept prefix, the next token, then plain decoding. [N, L, V**T]."""
+    """Distribution [N, L, V**T]: the kept prefix, the next token, then plain decoding."""
     paths, vocab_size = world.paths(), world.vocab_size
     count, lengths = verdicts_NLAV.shape[:2]
     laws = torch.zeros(count, lengths, vocab_size**world.horizon, dtype=torch.float64)
     for kept in range(world.block_size + 1):
-        rest = sequence_law(world.target, world.horizon - kept - 1, start=kept + 1)
+        rest = sequence_distribution(world.target, world.horizon - kept - 1, start=kept + 1)
         prefix = number(paths[:, :kept], vocab_size)
         after = rest.view(vocab_size**kept, vocab_size, -1)[prefix]
         # A view on `laws`: the block of sequences that begin with the kept prefix.
@@ -194,12 +194,12 @@ class Walk:
         )
 
     def law(self, rounds: int = 1) -> Tensor:
-        """The joint law of the next T tokens of every request, [V**T] * R."""
+        """The joint distribution of the next T tokens of every request, [V**T] * R."""
         return self._law(((),) * len(self.requests), None, rounds)
 
     def targets(self) -> list[Tensor]:
         """What plain decoding gives each request, [V**T]."""
-        return [target_law(world_after(())) for world_after in self.requests]
+        return [target_distribution(world_after(())) for world_after in self.requests]
 
     def _law(self, prefixes: tuple[Prefix, ...], memory: Memory, rounds: int) -> Tensor:
         key = (prefixes, memory, rounds)

@@ -1,4 +1,4 @@
-"""The schedules under proof: thin callers of the production functions of `scheduling`."""
+"""Schedules for the proof: thin callers of the production functions of `scheduling`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small worlds: a target and a drafter whose laws are laid out over every prefix.
+"""Small worlds: a target and a drafter whose distributions are tabulated over every prefix.
 
 Letters: V vocabulary, K drafts of a round, T tokens that a world's target reaches, N = V**K draft
 paths. A prefix of d tokens is numbered by its base-V digits, first token most significant.
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Laws = tuple[Tensor, ...]
-"""laws[d] is [V**d, V]: the law of token d+1 after each prefix of d tokens."""
+Distributions = tuple[Tensor, ...]
+"""laws[d] is [V**d, V]: the distribution of token d+1 after each prefix of d tokens."""
 Prefix = tuple[int, ...]
 """The tokens of a request that earlier rounds have committed."""
 
@@ -26,18 +26,18 @@ class World:
     """One round of one request, after some prefix.
 
     Attributes:
-        target: laws at depths 0..T-1, with T > K.
-        draft: the drafter's laws at depths 0..K-1, as reported to the verifier.
+        target: distributions at depths 0..T-1, with T > K.
+        draft: the drafter's distributions at depths 0..K-1, as reported to the verifier.
         logits: logits[d] [V**d], the confidence logit of draft d+1 after each prefix.
-        drawn: the laws that drafts are really drawn from; None: as reported.
-        judged: the target's laws at depths 0..K as the verifier sees them; None: as they are.
+        drawn: the distributions that drafts are drawn from; None: as reported.
+        judged: the target's distributions at depths 0..K as the verifier sees them; None: `target`.
     """
 
-    target: Laws
-    draft: Laws
-    logits: Laws
-    drawn: Laws | None = None
-    judged: Laws | None = None
+    target: Distributions
+    draft: Distributions
+    logits: Distributions
+    drawn: Distributions | None = None
+    judged: Distributions | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +60,7 @@ class World:
 
     def path_weights(self) -> Tensor:
         """The probability that the drafter draws each path, [N]."""
-        return sequence_law(self.drawn or self.draft, self.block_size)
+        return sequence_distribution(self.drawn or self.draft, self.block_size)
 
     def path_logits(self) -> Tensor:
         """Confidence logits along each path, [N, K]; that of draft k does not see x_k."""
@@ -100,15 +100,15 @@ def number(prefixes_ND: Tensor, vocab_size: int) -> Tensor:
     return total
 
 
-def along(laws: Laws, paths_NL: Tensor) -> Tensor:
-    """The laws met along each path: depths 0..len(laws)-1, [N, len(laws), V]."""
+def along(laws: Distributions, paths_NL: Tensor) -> Tensor:
+    """The distributions met along each path: depths 0..len(laws)-1, [N, len(laws), V]."""
     vocab_size = laws[0].shape[1]
     rows = [law[number(paths_NL[:, :d], vocab_size)] for d, law in enumerate(laws)]
     return torch.stack(rows, dim=1)
 
 
-def sequence_law(laws: Laws, length: int, start: int = 0) -> Tensor:
-    """The law of `length` tokens after each prefix of `start` tokens.
+def sequence_distribution(laws: Distributions, length: int, start: int = 0) -> Tensor:
+    """The distribution of `length` tokens after each prefix of `start` tokens.
 
     Returns:
         [V**length] for start 0, else [V**start, V**length].
@@ -121,9 +121,9 @@ def sequence_law(laws: Laws, length: int, start: int = 0) -> Tensor:
     return total if start else total[0]
 
 
-def target_law(world: World) -> Tensor:
-    """What plain decoding gives: the law of T tokens, [V**T]."""
-    return sequence_law(world.target, world.horizon)
+def target_distribution(world: World) -> Tensor:
+    """The distribution of T tokens in plain decoding, [V**T]."""
+    return sequence_distribution(world.target, world.horizon)
 
 
 def total_variation(one: Tensor, other: Tensor) -> float:
@@ -133,10 +133,10 @@ def total_variation(one: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a law is from plain decoding's, in total variation.
+    """Total variation between a distribution and plain decoding's.
 
     Attributes:
-        request: the farthest of the requests' own laws.
+        request: the farthest of the requests' own distributions.
         joint: of all requests' outputs together; None for one request.
     """
 
@@ -146,11 +146,11 @@ class Distance:
     @property
     def largest(self) -> float:
         """The larger of both."""
-        return float(np.max([self.request, self.joint or 0.0]))  # NaN comes through
+        return float(np.max([self.request, self.joint or 0.0]))  # propagates NaN
 
     @classmethod
     def of(cls, law: Tensor, targets: Sequence[Tensor]) -> Distance:
-        """From a joint law [V**T] * R to independent requests' laws, [V**T] each."""
+        """From a joint distribution [V**T] * R to independent ones of the requests, [V**T] each."""
         axes = range(len(targets))
         own = [law.sum(dim=[a for a in axes if a != r]) if len(targets) > 1 else law for r in axes]
         pairs = zip(own, targets, strict=True)

@@ -1,1 +1,5 @@
-"""The report of an evaluation: figures as data, then as Markdown, HTML and pictures."""
+"""Evaluation reports as HTML, Markdown, JSON and figures.
+
+Run records enter; a report of figures, tables and comparisons leaves. Called by `dspark eval` and
+`dspark fit`.
+"""

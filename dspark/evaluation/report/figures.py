@@ -1,4 +1,4 @@
-"""The figures of a report, as the paper's Figs. 2 to 6: needs the optional matplotlib."""
+"""Figures of a report, as Figs. 2 to 6 of the paper; requires the optional matplotlib."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from dspark.evaluation.report.labels import run_labels
-from dspark.evaluation.report.selection import Run, main_runs, series
+from dspark.evaluation.report.selection import Run, main_runs, run_labels, series
 from dspark.evaluation.sweeps import SWEEPS
 
 if TYPE_CHECKING:

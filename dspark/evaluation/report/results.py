@@ -1,4 +1,4 @@
-"""What a report says, as plain data: every run, every task, and drafters compared in pairs."""
+"""Results of a report as plain data: runs, tasks, and pairwise comparisons of drafters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dspark.evaluation.confidences import calibration_figures
-from dspark.evaluation.metrics import FloatArray, Tallies, draws, figures, interval
+from dspark.evaluation.calibration import calibration_figures
+from dspark.evaluation.metrics import FloatArray, RoundCounts, draws, figures, interval
 from dspark.evaluation.records import Record, RunRecords, Settings, Spent
 from dspark.request import VERIFIERS
 
@@ -43,7 +43,7 @@ class TaskRecords:
 
     @classmethod
     def of(cls, run: RunRecords, name: str) -> TaskRecords:
-        """Of a task that is planned."""
+        """The records of a planned task."""
         records, plan = run.of_task(name), run.plan.tasks[name]
         return cls(
             name,
@@ -57,23 +57,23 @@ class TaskRecords:
         )
 
     @cached_property
-    def tallies(self) -> Tallies:
+    def counts(self) -> RoundCounts:
         """Counts of its rounds."""
-        return Tallies.of(self.records, self.block_size)
+        return RoundCounts.of(self.records, self.block_size)
 
     @property
     def length(self) -> float | None:
-        """Its accepted length; None where no round was observed."""
-        return float(self.tallies.accepted_length()) if self.tallies.whole_P.sum() else None
+        """Its accepted length; None without observed rounds."""
+        return float(self.counts.accepted_length()) if self.counts.whole_P.sum() else None
 
     @cached_property
     def drawn(self) -> FloatArray:
         """Resampled accepted lengths."""
-        return draws(self.tallies, self.name)
+        return draws(self.counts, self.name)
 
 
 def report_of(runs: Sequence[RunRecords]) -> dict[str, Any]:
-    """The report of some runs, each with a plan, in an order that does not hang on theirs.
+    """The report of some runs, each with a plan, independent of their order.
 
     Returns:
         `runs` and `comparisons`; keys as in docs/evaluation.md. All that hangs on the clock lies
@@ -134,7 +134,7 @@ def run_report(run: RunRecords) -> dict[str, Any]:
 
 
 def _figures(task: TaskRecords, run: RunRecords) -> dict[str, Any]:
-    found = figures(task.tallies, task.name)
+    found = figures(task.counts, task.name)
     drafter, verifier = run.plan.drafter, run.settings.verifier
     calibration = calibration_figures(task.records, drafter, verifier)
     empty = {"ece": None, "auc": None, "brier": None, "calibration": None}
@@ -147,18 +147,18 @@ def _figures(task: TaskRecords, run: RunRecords) -> dict[str, Any]:
 
 
 def _domains(tasks: Sequence[TaskRecords]) -> dict[str, Any]:
-    """All prompts of a domain together, but for its accepted length, a mean over its tasks."""
+    """Figures of all prompts of a domain; its accepted length is a mean over its tasks."""
     found = {}
     for name in dict.fromkeys(task.domain for task in tasks):
         mine = [task for task in tasks if task.domain == name]
-        together = reduce(Tallies.joined, (task.tallies for task in mine))
+        together = reduce(RoundCounts.joined, (task.counts for task in mine))
         found[name] = figures(together, name) | {"tasks": [task.name for task in mine]}
         found[name] |= _mean(mine)
     return found
 
 
 def _mean(tasks: Sequence[TaskRecords]) -> dict[str, Any]:
-    """The mean accepted length over tasks, and its interval, each task resampled by itself."""
+    """The mean accepted length over tasks, and its interval, each task resampled separately."""
     known = [task for task in tasks if task.length is not None]
     lengths = [task.length for task in known if task.length is not None]
     many = bool(known) and all(len(task.records) > 1 for task in known)
@@ -205,7 +205,7 @@ def _timings(spent: Spent, tokens: int, accepted_length: float | None) -> dict[s
 
 
 def comparisons(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
-    """Every two drafters at the same setting, on the prompts that both have answered."""
+    """All pairs of drafters at the same setting, on their common prompts."""
     return [
         compare(a, b)
         for a, b in combinations(runs, 2)
@@ -214,23 +214,24 @@ def comparisons(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
 
 
 def _setting(settings: Settings) -> Settings:
-    """All but the drafter; plain decoding, which has no schedule, compares with the fixed one."""
+    """The settings without the drafter; plain decoding compares with the fixed schedule."""
     schedule = "fixed" if settings.schedule == "off" else settings.schedule
     return replace(settings, drafter="", draft="", draft_weights="", schedule=schedule)
 
 
 def compare(first: RunRecords, second: RunRecords) -> dict[str, Any]:
-    """Accepted lengths of `a`, the better one, over those of `b`: a paired bootstrap over prompts.
+    """Ratio of accepted lengths of `a`, the better one, and `b`: a paired bootstrap over prompts.
 
-    Keys of `tasks` and `macro`: `ratio` and `ci95`; `same_answers` is the share of prompts whose
-    answers are the same, token for token.
+    Keys of `tasks` and `macro`: `ratio` and `ci95`; `same_answers` is the share of prompts with
+    identical answers.
     """
     pairs, same = dict[str, tuple[TaskRecords, TaskRecords]](), list[bool]()
     for name in (n for n in first.plan.tasks if n in second.plan.tasks):
         both = _common(TaskRecords.of(first, name), TaskRecords.of(second, name))
         if both[0].length is not None and both[1].length is not None:
             pairs[name] = both
-            same += [_digests(x) == _digests(y) for x, y in zip(*_records(both), strict=True)]
+            answered = zip(both[0].records, both[1].records, strict=True)
+            same += [_digests(x) == _digests(y) for x, y in answered]
     means = [_mean([pair[side] for pair in pairs.values()])["accepted_length"] for side in (0, 1)]
     better = 0 if not pairs or means[0] >= means[1] else 1
     tasks = {
@@ -250,7 +251,7 @@ def compare(first: RunRecords, second: RunRecords) -> dict[str, Any]:
 
 
 def _common(a: TaskRecords, b: TaskRecords) -> tuple[TaskRecords, TaskRecords]:
-    """The prompts that both have answered, in one order."""
+    """The common prompts of both, in one order."""
     keys = {record.key for record in b.records}
     ours = [record for record in a.records if record.key in keys]
     theirs = {record.key: record for record in b.records}
@@ -258,16 +259,12 @@ def _common(a: TaskRecords, b: TaskRecords) -> tuple[TaskRecords, TaskRecords]:
     return replace(a, records=tuple(ours)), replace(b, records=matched)
 
 
-def _records(pair: tuple[TaskRecords, TaskRecords]) -> tuple[Sequence[Record], Sequence[Record]]:
-    return pair[0].records, pair[1].records
-
-
 def _digests(record: Record) -> list[str]:
     return [turn.digest for turn in record.turns]
 
 
 def _ratio(ours: Sequence[TaskRecords], theirs: Sequence[TaskRecords]) -> dict[str, Any]:
-    """The ratio of mean accepted lengths, resampled alike, so that prompts stay paired."""
+    """The ratio of mean accepted lengths, with paired resamples."""
     a, b = (np.mean([task.drawn for task in tasks], axis=0) for tasks in (ours, theirs))
     many = all(len(task.records) > 1 for task in ours)
     lengths = [_mean(tasks)["accepted_length"] for tasks in (ours, theirs)]

@@ -1,11 +1,10 @@
-"""What a report says, section by section."""
+"""Sections of a report: the content of its tables and text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark.evaluation.report.labels import run_labels
-from dspark.evaluation.report.pieces import (
+from dspark.evaluation.report.document import (
     Grid,
     Heading,
     Picture,
@@ -20,6 +19,7 @@ from dspark.evaluation.report.pieces import (
     three,
     with_interval,
 )
+from dspark.evaluation.report.selection import run_labels
 
 CAPTIONS = {
     "accepted_length": "Accepted length per task (Table 1 of the paper), with 95 % intervals.",

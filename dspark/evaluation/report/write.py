@@ -1,4 +1,4 @@
-"""Writes a report: HTML, Markdown, JSON, and pictures where matplotlib is installed."""
+"""Report files: HTML, Markdown, JSON, and pictures if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.evaluation.load_figure import can_draw
-from dspark.evaluation.report.html import page
-from dspark.evaluation.report.markdown import document
+from dspark.evaluation.load.report import can_draw
+from dspark.evaluation.report.document import document, page
 from dspark.evaluation.report.sections import pieces_of
 from dspark.scheduling.files import write_json
 

@@ -1,0 +1,157 @@
+"""Short live runs: acceptance and speed of a drafter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from dspark.attention.layout import RaggedBatch
+from dspark.attention.pages import CacheShape, PagedCache
+from dspark.data.conversations import Prompt
+from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
+from dspark.engine.model import Model
+from dspark.evaluation.check.findings import LiveRun
+from dspark.request import Request, Stats, merge_stats
+
+REPEATS = 3
+TokenIds = tuple[int, ...]
+
+
+@dataclass
+class ObservedDrafter:
+    """A drafter with chosen taps, whose first draft distributions are recorded.
+
+    Implements `drafters.base.Drafter`.
+
+    Attributes:
+        drafter: the drafter, bound to the target.
+        taps: the layers that it reads; its own, or an alternative.
+        beliefs: per round, the largest probability [R] of each first draft's distribution.
+    """
+
+    drafter: Drafter
+    taps: tuple[int, ...]
+    beliefs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def block_size(self) -> int:
+        """The drafter's own."""
+        return self.drafter.block_size
+
+    @property
+    def context_shapes(self) -> tuple[CacheShape, ...]:
+        """The drafter's own."""
+        return self.drafter.context_shapes
+
+    @property
+    def reads_next_token(self) -> bool:
+        """The drafter's own."""
+        return self.drafter.reads_next_token
+
+    @property
+    def rows_ahead(self) -> int:
+        """The drafter's own."""
+        return self.drafter.rows_ahead
+
+    def bind(self, parts: BorrowedParts) -> None:
+        """Bind the drafter."""
+        self.drafter.bind(parts)
+
+    def observe(
+        self,
+        context: PagedCache,
+        batch: RaggedBatch,
+        features_TF: Tensor,
+        next_tokens_T: Tensor,
+    ) -> None:
+        """Pass the features on."""
+        self.drafter.observe(context, batch, features_TF, next_tokens_T)
+
+    def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
+        """Draft, recording the first distribution; confidences are omitted."""
+
+        def watched(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
+            if step == 0:
+                self.beliefs.append(logits_RC.double().softmax(dim=1).amax(dim=1))
+            return draw(step, logits_RC, tokens)
+
+        return self.drafter.propose(context, replace(batch, confidences=False), watched)
+
+    @property
+    def belief(self) -> float | None:
+        """The mean of `beliefs`: the expected acceptance of first drafts at temperature 0."""
+        values = [value for row in self.beliefs for value in row.tolist()]
+        return sum(values) / len(values) if values else None
+
+
+def render(model: Model, prompts: Sequence[Prompt]) -> list[TokenIds]:
+    """Token ids of prompts: messages by the chat template if there is one, raw text as it is.
+
+    Raises:
+        RequestError: the chat template refuses a prompt, or is missing for a dialogue.
+    """
+    return [
+        model.encode(p.text, raw=True)
+        if p.messages is None
+        else model.encode(p.messages if len(p.messages) > 1 else p.text, raw=False)
+        for p in prompts
+    ]
+
+
+def other_renderings(model: Model, prompts: Sequence[Prompt]) -> dict[str, list[TokenIds]]:
+    """Other renderings that a drafter may have been trained on: raw, or in a thinking mode.
+
+    Renderings with the same tokens as `render` are skipped.
+    """
+    tokenizer = model.target.tokenizer
+    found: dict[str, list[TokenIds]] = {"raw prompts": [model.encode(p.text) for p in prompts]}
+    if "enable_thinking" in (tokenizer.chat_template or ""):
+        for thinking in (True, False):
+            found[f"enable_thinking={thinking}"] = [
+                model.encode(p.messages or p.text, thinking=thinking) for p in prompts
+            ]
+    usual = render(model, prompts)
+    return {name: rendered for name, rendered in found.items() if rendered != usual}
+
+
+def accepted(model: Model, drafter: Drafter, requests: Sequence[Request]) -> Stats:
+    """Decode all requests at once with the drafter; returns counts."""
+    engine = Model(model.target, drafter).engine(
+        requests, batch_size=len(requests), schedule="fixed", strict=True
+    )
+    return merge_stats(engine.run(requests))
+
+
+def race(
+    model: Model, requests: Sequence[Request], *, temperature: float, batch_size: int
+) -> LiveRun:
+    """Decode alternately without and with the drafter; the fastest of `REPEATS` runs counts.
+
+    Args:
+        model: a target with a drafter.
+        requests: to decode; their temperature is replaced.
+        temperature: of all requests.
+        batch_size: requests at once.
+    """
+    warm = [Request(r.prompt_ids, replace(r.params, temperature=temperature)) for r in requests]
+    plain, ours, stats = 0.0, 0.0, Stats()
+    for _ in range(REPEATS):
+        speed, _ = _tokens_per_s(Model(model.target), warm, batch_size)
+        plain = max(plain, speed)
+        speed, stats = _tokens_per_s(model, warm, batch_size)
+        ours = max(ours, speed)
+    first = stats.conditional_acceptance[0] if stats.offered else None
+    return LiveRun(temperature, stats.tokens, stats.accepted_length, first, ours, plain)
+
+
+def _tokens_per_s(
+    model: Model, requests: Sequence[Request], batch_size: int
+) -> tuple[float, Stats]:
+    engine = model.engine(requests, batch_size=batch_size, schedule="fixed", strict=True)
+    started = time.perf_counter()
+    outputs = engine.run(requests)
+    seconds = time.perf_counter() - started
+    return sum(len(output.token_ids) for output in outputs) / seconds, merge_stats(outputs)

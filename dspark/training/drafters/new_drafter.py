@@ -1,0 +1,325 @@
+"""New drafters: configuration derived from the target, and initial weights.
+
+A drafter starts from random weights, from the target's last layers or from another drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspark.drafters.backbone import ParallelBackbone
+from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
+from dspark.drafters.eagle3 import Eagle3Config
+from dspark.errors import CompatibilityError
+from dspark.targets.layerless import load_without_layers
+from dspark.targets.target import Target
+from dspark.training.recipe import ChainRecipe, DrafterRecipe, Eagle3Recipe
+from dspark.training.settings import BlockSettings, DSparkSettings, LayerFamily
+
+
+def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
+    """The configuration of a new drafter: its target's shapes with a recipe's settings.
+
+    Settings that are not DSpark's give a drafter without sequential and confidence heads: DFlash.
+
+    Raises:
+        CompatibilityError: the settings do not fit the target.
+    """
+    taps = settings.taps(target.num_layers)
+    backbone = backbone_shapes(
+        target,
+        num_layers=settings.num_layers,
+        num_taps=len(taps),
+        intermediate_size=settings.intermediate_size,
+        layers=settings.layers,
+    )
+    mask = settings.mask_token_id
+    config = DSparkConfig(
+        backbone=backbone,
+        vocab_size=target.vocab_size,
+        block_size=settings.block_size,
+        mask_token_id=find_mask_token(target) if mask is None else mask,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        max_position_embeddings=target.max_context,
+        sample_from_anchor=settings.sample_from_anchor,
+        draft_vocab_size=settings.draft_vocab_size,
+        markov_rank=0,
+        confidence_head=False,
+        confidence_head_with_markov=False,
+    )
+    if not isinstance(settings, DSparkSettings):
+        return config
+    return replace(
+        config,
+        markov_rank=settings.markov_rank,
+        markov_head_type=settings.markov_head_type,
+        confidence_head=settings.confidence_head,
+        confidence_head_with_markov=settings.confidence_head_with_markov
+        and settings.markov_rank > 0,
+    )
+
+
+def find_mask_token(target: Target) -> int | None:
+    """The token whose embedding fills a block.
+
+    The tokenizer's mask token; else an id that the embedding has but the tokenizer does not use;
+    else its unknown or padding token; else None, for a learned vector.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        return None
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    if len(tokenizer) < target.vocab_size:
+        return len(tokenizer)
+    for token in (tokenizer.unk_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    return None
+
+
+def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
+    """The configuration of a new drafter: its target's shapes with a recipe's settings.
+
+    MTP-1 reads the last layer and runs one pass.
+
+    Raises:
+        CompatibilityError: the settings do not fit the target.
+    """
+    taps: tuple[int, ...] = (target.num_layers - 1,)
+    passes, decay = 1, 1.0
+    if isinstance(recipe, Eagle3Recipe):
+        own = recipe.drafter
+        taps = own.taps(target.num_layers)
+        passes, decay = own.ttt_length, recipe.loss.step_loss_decay
+    return Eagle3Config(
+        backbone=backbone_shapes(
+            target,
+            num_layers=1,
+            num_taps=len(taps),
+            intermediate_size=recipe.drafter.intermediate_size,
+            layers=recipe.drafter.layers,
+        ),
+        vocab_size=target.vocab_size,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        ttt_length=passes,
+        step_loss_decay=decay,
+        max_position_embeddings=target.max_context,
+        draft_vocab_size=recipe.drafter.draft_vocab_size,
+    )
+
+
+def backbone_shapes(
+    target: Target,
+    *,
+    num_layers: int,
+    num_taps: int,
+    intermediate_size: int | None,
+    layers: LayerFamily = "qwen3",
+) -> BackboneConfig:
+    """Shapes of a new drafter's layers: the target's unless given.
+
+    Raises:
+        CompatibilityError: Gemma4's layers are asked for another target.
+    """
+    config = layer_config(target)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    heads = int(config.num_attention_heads)
+    return BackboneConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=intermediate_size
+        or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or target.hidden_size // heads),
+        num_taps=num_taps,
+        rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        **(gemma4_parts(target, rope) if layers == "gemma4" else {}),
+    )
+
+
+def gemma4_parts(target: Target, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in which Gemma4's global attention layers differ from Qwen3's (transformers).
+
+    Raises:
+        CompatibilityError: the target has no such layers.
+    """
+    kind = str(getattr(target.config, "model_type", None))
+    if not kind.startswith("gemma4"):
+        raise CompatibilityError(
+            f"drafter.layers is gemma4, but the target is a {kind} model; set it to qwen3."
+        )
+    return {
+        **GEMMA4_PARTS,
+        "value_from_key": bool(getattr(target.config, "attention_k_eq_v", False)),
+        "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),
+    }
+
+
+def layer_config(target: Target) -> Any:
+    """The configuration that a drafter's layers follow.
+
+    The target's, or, if its layers differ in shape (Gemma4), that of its last full-attention layer,
+    since all draft layers attend to everything (of its last layer if none does).
+    """
+    config = target.config
+    by_layer = getattr(config, "per_layer_config", None)
+    if not by_layer:
+        return config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * target.num_layers
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    return by_layer[full[-1] if full else -1]
+
+
+def load_frozen_target(recipe: DrafterRecipe, device: str, dtype: str) -> Target:
+    """Load the recipe's target, without its layers if the run does not need them.
+
+    They are needed unless all features are read from a cache and no drafter is measured.
+    """
+    if recipe.features.source == "cache" and recipe.evaluation is None:
+        return load_without_layers(recipe.target, device=device, dtype=dtype)
+    return Target.load(recipe.target, device=device, dtype=dtype, weights="plain")
+
+
+def with_plain_weights(target: Target, recipe: DrafterRecipe) -> Target:
+    """The target itself, or a second copy if its layers hold packed weights only.
+
+    Raises:
+        CheckpointError: the recipe's target cannot be loaded.
+    """
+    if target.weights == "plain":
+        return target
+    return Target.load(recipe.target, device="cpu", dtype=target.dtype, weights="plain")
+
+
+_COPIED = (
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+
+
+def start_from(drafter: AnyDrafter, source: str) -> list[str]:
+    """Copy the weights of a checkpoint of any layout.
+
+    Args:
+        drafter: new, bound; its own configuration stays.
+        source: directory or hub id.
+
+    Returns:
+        Names of parameters that the checkpoint lacks and that stay unchanged.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `load_drafter`; or the checkpoint has a tensor that
+            the drafter lacks or has in another shape, or another reduced vocabulary.
+    """
+    loaded = load_drafter(source)
+    if type(loaded) is not type(drafter):
+        raise CompatibilityError(
+            f"initial is {source}, which holds a drafter of another kind than the recipe trains "
+            f"({type(loaded).__name__}, not {type(drafter).__name__}); give one of that kind."
+        )
+    mine, theirs = drafter.state_dict(), loaded.state_dict()
+    for name, tensor in theirs.items():
+        if name not in mine:
+            raise CompatibilityError(
+                f"{source} has {name}, which the recipe's drafter lacks; correct the recipe's "
+                "`drafter`, or leave `initial` out."
+            )
+        if tensor.shape != mine[name].shape:
+            raise CompatibilityError(
+                f"{source} has {name} of shape {list(tensor.shape)}, but the recipe's drafter has "
+                f"{list(mine[name].shape)}; correct the recipe's `drafter`, or leave `initial` out."
+            )
+        if not tensor.is_floating_point() and not tensor.equal(mine[name].to(tensor.device)):
+            raise CompatibilityError(
+                f"{source} knows other tokens ({name}) than the recipe's drafter, whose reduced "
+                "vocabulary is taken from the samples; use the samples that it was made with."
+            )
+    if loaded.taps != drafter.taps:
+        raise CompatibilityError(
+            f"{source} reads target_layer_ids {list(loaded.taps)}, but the recipe's drafter "
+            f"{list(drafter.taps)}; set drafter.target_layer_ids to those."
+        )
+    drafter.load_state_dict(theirs, strict=False)
+    return sorted(set(mine) - set(theirs))
+
+
+def has_copyable_layers(target: Target) -> bool:
+    """Whether a target's layers have the modules that `start_from_last_layers` copies."""
+    names = {name for name, _ in target.layers[-1].named_parameters()}
+    return all(f"{part}.weight" in names for part in _COPIED)
+
+
+@torch.no_grad()
+def start_from_last_layers(drafter: ParallelBackbone, target: Target) -> None:
+    """Copy the target's last decoder layers into a drafter's layers.
+
+    The context projection starts as the deepest captured layer alone, with the input norm of the
+    first copied layer, so that the initial keys and values of the context are close to the
+    target's. Per-head norms that the target lacks start at the typical size of its queries and
+    keys.
+
+    Args:
+        drafter: new, with as many layers as are copied.
+        target: with plain weights.
+
+    Raises:
+        CompatibilityError: the target has fewer layers, or layers of another shape or other parts.
+    """
+    own = list(drafter.layers)
+    theirs = list(target.layers)[-len(own) :]
+    if len(theirs) < len(own):
+        raise CompatibilityError(
+            f"The drafter has {len(own)} layers, but the target only {len(theirs)}; set "
+            "drafter.num_layers to that at most, or drafter.initial_layers to random."
+        )
+    for layer, source in zip(own, theirs, strict=True):
+        _copy_layer(layer, source, target.norm_offset)
+    width = drafter.backbone_config.hidden_size
+    drafter.fc.weight.zero_()
+    drafter.fc.weight[:, -width:].fill_diagonal_(1.0)
+    drafter.hidden_norm.weight.copy_(own[0].get_parameter("input_layernorm.weight"))
+
+
+def _copy_layer(layer: nn.Module, source: nn.Module, norm_offset: float) -> None:
+    given = {n: _plain(n, p, norm_offset) for n, p in source.named_parameters()}
+    before_mlp = given.get("pre_feedforward_layernorm.weight")
+    if before_mlp is not None and getattr(layer, "pre_feedforward_layernorm", None) is None:
+        given["post_attention_layernorm.weight"] = before_mlp
+    lacking = []
+    for name, parameter in layer.named_parameters():
+        if name in given and given[name].shape == parameter.shape:
+            parameter.copy_(given[name])
+        else:
+            lacking.append(name)
+    for name in lacking:
+        part = name.removesuffix("_norm.weight")
+        if part not in ("self_attn.q", "self_attn.k"):
+            raise CompatibilityError(
+                f"The target's layers have no {name} of the drafter's shape, so none can be "
+                "copied; set drafter.initial_layers to random."
+            )
+        projection = layer.get_parameter(f"{part}_proj.weight")
+        scale_H = layer.get_parameter("input_layernorm.weight")
+        # Root mean square of the projection of a normed input, whose own is 1.
+        size = (projection * scale_H).square().sum(-1).mean().sqrt()
+        layer.get_parameter(name).fill_(float(size))
+
+
+def _plain(name: str, weight: Tensor, norm_offset: float) -> Tensor:
+    """A weight in the drafter's convention, in which norms multiply by the weight alone."""
+    return weight + norm_offset if name.endswith("norm.weight") else weight
