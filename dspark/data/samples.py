@@ -109,7 +109,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError as error:
         raise DataError(
-            "The target's tokenizer cannot tell which characters a token stands for; use its fast "
+            "The target's tokenizer does not report the characters of its tokens; use its fast "
             "version, with a tokenizer.json."
         ) from error
     return list(found["input_ids"]), [(start, stop) for start, stop in found["offset_mapping"]]

@@ -129,7 +129,7 @@ class DrafterRecipe(Settings):
             given, missing = ("evaluation", "run.evaluate_every")
             if self.evaluation is None:
                 given, missing = missing, given
-            raise ValueError(f"{given} says nothing without {missing}; give both or neither")
+            raise ValueError(f"{given} has no effect without {missing}; give both or neither")
         return self
 
 

@@ -52,7 +52,7 @@ class TapSettings(NewDrafterSettings):
     def _one_way_to_name_layers(self) -> Self:
         if self.num_taps is not None and self.target_layer_ids is not None:
             raise ValueError(
-                f"num_taps ({self.num_taps}) says nothing beside target_layer_ids; remove it"
+                f"num_taps ({self.num_taps}) has no effect beside target_layer_ids; remove it"
             )
         return self
 
@@ -118,7 +118,9 @@ class DistributionLossSettings(Settings):
         if not any(terms.values()):
             raise ValueError(f"{', '.join(terms)} are all 0, which trains nothing; give one weight")
         if self.lk_eta is not None and not self.lk_hybrid:
-            raise ValueError(f"lk_eta ({self.lk_eta}) says nothing where lk_hybrid is 0; remove it")
+            raise ValueError(
+                f"lk_eta ({self.lk_eta}) has no effect where lk_hybrid is 0; remove it"
+            )
         return self
 
     def _term_weights(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class DSparkLossSettings(BlockLossSettings):
     ce: float = Field(0.1, ge=0, description="cross-entropy against the true tokens")
     tv: float = Field(0.9, ge=0, description="sum of |p_d - p_t|, twice the total variation")
     confidence: float = Field(
-        1.0, ge=0, description="the confidence head's cross-entropy; without that head it is none"
+        1.0, ge=0, description="the confidence head's cross-entropy; unused without that head"
     )
     detach_confidence: bool = Field(
         False, description="keep the confidence loss from training all but its head"
@@ -154,10 +156,10 @@ class DSparkLossSettings(BlockLossSettings):
     @model_validator(mode="after")
     def _everything_acts(self) -> Self:
         if self.detach_confidence and not self.confidence:
-            raise ValueError("detach_confidence says nothing where confidence is 0; remove it")
+            raise ValueError("detach_confidence has no effect if confidence is 0; remove it")
         if self.ce_first_steps and not any(v for k, v in self._terms().items() if k != "ce"):
             raise ValueError(
-                f"ce_first_steps ({self.ce_first_steps}) says nothing beside ce alone; remove it"
+                f"ce_first_steps ({self.ce_first_steps}) has no effect beside ce alone; remove it"
             )
         return self
 
@@ -219,7 +221,7 @@ def check_confidence(drafter: DSparkSettings, loss: DSparkLossSettings) -> None:
     given = {"confidence", "detach_confidence"} & loss.model_fields_set
     if not drafter.confidence_head and given and loss.confidence:
         raise ValueError(
-            f"loss.{min(given)} says nothing where drafter.confidence_head is false; remove it"
+            f"loss.{min(given)} has no effect if drafter.confidence_head is false; remove it"
         )
 
 
@@ -254,14 +256,14 @@ class FeatureSettings(Settings):
     def _every_key_acts(self) -> Self:
         given = self.model_fields_set - {"source"}
         if self.source == "online" and given:
-            raise ValueError(f"{sorted(given)[0]} says nothing when source is online; remove it")
+            raise ValueError(f"{sorted(given)[0]} has no effect when source is online; remove it")
         if self.source != "online" and self.path is None:
             raise ValueError(f"source is {self.source}, so path must name the cache's directory")
         if self.source == "cache" and "add" in given:
-            raise ValueError("add says nothing when source is cache; remove it, or use hybrid")
+            raise ValueError("add has no effect when source is cache; remove it, or use hybrid")
         errors = given & {"feature_error", "teacher_error"}
         if self.codec == "bfloat16" and errors:
-            raise ValueError(f"{sorted(errors)[0]} says nothing with codec bfloat16; remove it")
+            raise ValueError(f"{sorted(errors)[0]} has no effect with codec bfloat16; remove it")
         return self
 
     @property
@@ -303,7 +305,7 @@ class OptimiserSettings(Settings):
     def _only_wsd_decays_late(self) -> Self:
         if self.decay_fraction is not None and self.schedule != "wsd":
             raise ValueError(
-                f"decay_fraction ({self.decay_fraction}) says nothing beside schedule "
+                f"decay_fraction ({self.decay_fraction}) has no effect beside schedule "
                 f"{self.schedule}; remove it or set schedule to wsd"
             )
         return self

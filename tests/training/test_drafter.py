@@ -211,12 +211,12 @@ def test_an_autoregressive_drafter_may_learn_from_other_terms(recipe):
         ("dspark", "loss={ce: 0, tv: 0}", "all 0, which trains nothing"),
         ("dflash", "loss={ce: 0}", "all 0, which trains nothing"),
         ("mtp", "loss={soft_ce: 0}", "all 0, which trains nothing"),
-        ("dspark", "loss.lk_eta=2", "lk_eta .* says nothing where lk_hybrid is 0"),
+        ("dspark", "loss.lk_eta=2", "lk_eta .* has no effect if lk_hybrid is 0"),
         ("dspark", "loss={confidence: 0}", "untrained"),
         (
             "dspark",
             "loss={confidence: 0, detach_confidence: true}",
-            "detach_confidence says nothing",
+            "detach_confidence has no effect",
         ),
         ("dspark", "loss={ce: 1, tv: 0, ce_first_steps: 5}", "ce_first_steps .* beside ce alone"),
         ("dflash", "loss.confidence=1", "no key 'loss.confidence'"),
@@ -232,7 +232,7 @@ def test_losses_that_mean_nothing_are_refused(recipe, algorithm, override, said)
 def test_a_confidence_weight_needs_the_head(recipe):
     off = "drafter.confidence_head=false"
     assert load_recipe(str(recipe), [off]).drafter.confidence_head is False
-    with pytest.raises(RecipeError, match=r"loss\.confidence says nothing where"):
+    with pytest.raises(RecipeError, match=r"loss\.confidence has no effect if"):
         load_recipe(str(recipe), [off, "loss.confidence=1"])
 
 

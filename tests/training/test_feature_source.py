@@ -295,10 +295,10 @@ def test_an_empty_cache_directory_is_refused(settings):
 @pytest.mark.parametrize(
     ("features", "said"),
     [
-        ("{source: online, path: x}", "path says nothing when source is online"),
-        ("{source: online, codec: bfloat16}", "codec says nothing"),
+        ("{source: online, path: x}", "path has no effect when source is online"),
+        ("{source: online, codec: bfloat16}", "codec has no effect"),
         ("{source: cache}", "path must name"),
-        ("{source: cache, path: x, add: true}", "add says nothing"),
+        ("{source: cache, path: x, add: true}", "add has no effect"),
         ("{source: hybrid, path: x, codec: bfloat16, feature_error: 0.1}", "feature_error says"),
         ("{source: disk, path: x}", "'online', 'cache' or 'hybrid'"),
         ("{source: cache, path: x, feature_error: 0}", "greater than 0"),

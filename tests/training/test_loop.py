@@ -272,7 +272,7 @@ def test_only_wsd_has_a_share_that_decays():
     own = OptimiserSettings(schedule="wsd", decay_fraction=0.5)
     assert learning_rate_factor(own, 50, 100) == 1.0
     assert learning_rate_factor(own, 51, 100) < 1.0
-    with pytest.raises(ValueError, match="says nothing beside schedule cosine"):
+    with pytest.raises(ValueError, match="has no effect beside schedule cosine"):
         OptimiserSettings(decay_fraction=0.5)
 
 

@@ -55,10 +55,10 @@ def test_overrides_reach_nested_keys(minimal):
         ("run.row_tokens=64", "no key 'run.row_tokens'"),
         ("run.epochs=2", "run: a run has either steps or epochs, but both are given"),
         ("run.steps=null", "run: a run has either steps or epochs, but neither is given"),
-        ("run.evaluate_every=5", "run.evaluate_every says nothing without evaluation"),
-        ("evaluation={heldout: 4}", "evaluation says nothing without run.evaluate_every"),
+        ("run.evaluate_every=5", "run.evaluate_every has no effect without evaluation"),
+        ("evaluation={heldout: 4}", "evaluation has no effect without run.evaluate_every"),
         ("evaluation={limit: 4}", "either prompts or heldout samples, but neither is given"),
-        ("optimiser.decay_fraction=0.2", "says nothing beside schedule cosine"),
+        ("optimiser.decay_fraction=0.2", "has no effect beside schedule cosine"),
         ("run.steps=none", "run.steps"),
         ("run.steps=0", "run.steps"),
         ("optimiser.learning_rate=-1", "learning_rate"),
@@ -100,7 +100,9 @@ def test_what_contradicts_the_algorithm_is_named(minimal, algorithm, override, s
 @pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
 def test_layers_are_named_in_one_way(minimal, algorithm):
     both = ["drafter.num_taps=3", "drafter.target_layer_ids=[0, 1, 2]", f"algorithm={algorithm}"]
-    with pytest.raises(RecipeError, match=r"drafter: num_taps \(3\) says nothing beside target_la"):
+    with pytest.raises(
+        RecipeError, match=r"drafter: num_taps \(3\) has no effect beside target_la"
+    ):
         load_recipe(str(minimal), both)
     assert load_recipe(str(minimal), both[1:]).drafter.taps(12) == (0, 1, 2)
     assert load_recipe(str(minimal), both[::2]).drafter.taps(12) == (1, 5, 9)

@@ -1,6 +1,6 @@
 """Answer regeneration: the target answers the prompts that its drafter will be trained on.
 
-Every assistant turn of a conversation is answered anew, in order, each after the regenerated turns
+Every assistant turn of a conversation is regenerated in order, each after the regenerated turns
 before it. A `Responder` answers: our engine (`engine_backend.py`) or servers (`server_backend.py`).
 A journal beside the output records what has been done, so that an interrupted run resumes without
 losing a line or answering one twice.

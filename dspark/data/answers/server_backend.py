@@ -357,7 +357,7 @@ class _WorkerPool:
                 if silent >= threads + _PATIENCE:
                     raise DataError(
                         f"No server has answered {silent} conversations in a row ({ended.fault}); "
-                        "start it again and run the same command: it goes on from here."
+                        "start it again and run the same command, which resumes here."
                     )
         finally:
             responder.server.stop.set()

@@ -209,14 +209,14 @@ class Manifest:
             raise DataError(
                 f"{directory / MANIFEST} is of format {content.get('format')!r}, version "
                 f"{content.get('version')!r}; this release reads {FORMAT!r}, version {VERSION}: "
-                "build the cache anew elsewhere."
+                "build a new cache elsewhere."
             )
         try:
             return cls._parse(content)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{directory / MANIFEST} is damaged ({error!r}); delete the cache and build it "
-                "anew."
+                "again."
             ) from error
 
     @classmethod
@@ -285,9 +285,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); build the cache anew.") from error
+        raise DataError(f"{path} is not valid JSON ({error}); build the cache again.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object; build the cache anew.")
+        raise DataError(f"{path} holds no JSON object; build the cache again.")
     return content
 
 

@@ -135,6 +135,6 @@ class Journal:
         self._fd = -1
 
     def remove(self) -> None:
-        """Delete the file, once its content stands in the output."""
+        """Delete the file, once its content is in the output."""
         self.close()
         self.path.unlink(missing_ok=True)

@@ -169,7 +169,7 @@ def _check_any(report: CollectReport) -> None:
     if not report.records + report.heldout:
         raise DataError(
             f"No prompt is left of {report.input} lines: {report.malformed} are malformed, "
-            f"{report.contaminated} stand in an evaluation set; check the sources and --against."
+            f"{report.contaminated} match an evaluation set; check the sources and --against."
         )
 
 

@@ -51,7 +51,7 @@ Piece = Heading | Text | Grid | Picture
 
 
 def number(value: float | None) -> str:
-    """Two decimals, or none where it is large."""
+    """Two decimals, none for large numbers."""
     return "-" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 

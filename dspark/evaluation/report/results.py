@@ -76,8 +76,8 @@ def report_of(runs: Sequence[RunRecords]) -> dict[str, Any]:
     """The report of some runs, each with a plan, independent of their order.
 
     Returns:
-        `runs` and `comparisons`; keys as in docs/evaluation.md. All that hangs on the clock lies
-        under keys named `timings`.
+        `runs` and `comparisons`; keys as in docs/evaluation.md. Everything that depends on
+        the clock is under keys named `timings`.
     """
     ordered = sorted(runs, key=lambda run: _order(run.settings))
     return {

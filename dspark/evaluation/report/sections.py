@@ -182,7 +182,7 @@ def _verification(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     text = (
         "Drafts sent to the target per round with room for a whole block, those of them that were "
         "rejected, and acceptance as in Fig. 5 of the paper, (accepted + 1) / (verified + 1). "
-        "Tokens per round is the plain ratio, cut rounds included, which is what a server sees."
+        "Tokens per round is the plain ratio, cut rounds included, as a server observes it."
     )
     head = (
         "run, task", "rounds", "whole", "cut", "verified", "wasted", "acceptance",
@@ -211,8 +211,8 @@ def _calibration(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     if not rows:
         return []
     text = (
-        "Predicted survival of a draft (the product of confidences up to it) against what became "
-        "of it: expected calibration error (20 bins), area under the ROC curve and Brier score, "
+        "Predicted survival of a draft (the product of confidences up to it) against its outcome: "
+        "expected calibration error (20 bins), area under the ROC curve and Brier score, "
         "means over positions weighted by their rounds, before and after calibration. Stored: by "
         "the drafter's own calibration. Cross-fitted: it has none for this setting, so each half "
         "of the prompts is judged by the temperatures that were fitted on the other."
@@ -271,15 +271,15 @@ def _prompts(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     )
     if skipped:
         pieces += [
-            Text("Skipped, for they do not fit the context:"),
+            Text("Skipped, because they exceed the context:"),
             Grid(("task", "prompt", "why"), tuple(skipped)),
         ]
     unfinished = [f"{label} ({run['unfinished']})" for label, run in named if run["unfinished"]]
     if unfinished:
         pieces.append(
             Text(
-                f"Not finished, with so many prompts to go: {', '.join(unfinished)}. The same "
-                "command goes on where it stopped."
+                f"Unfinished, with the number of remaining prompts: {', '.join(unfinished)}. The "
+                "same command resumes the evaluation."
             )
         )
     return pieces

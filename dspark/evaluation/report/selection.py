@@ -11,9 +11,9 @@ MOST_RUNS = 14
 
 
 def main_runs(runs: Sequence[Run]) -> list[Run]:
-    """One run for each drafter, temperature, verifier and top-p: of whole blocks, untrimmed.
+    """One run per drafter, temperature, verifier and top-p: the one with the most drafts verified.
 
-    Of a sweep over blocks or thresholds that is the longest block and the lowest threshold.
+    In a sweep over blocks or thresholds that is the longest block and the lowest threshold.
     """
     best: dict[tuple[Any, ...], Run] = {}
     for run in runs:
@@ -32,7 +32,7 @@ def _wholeness(run: Run) -> tuple[int, bool, float]:
 
 
 def series(runs: Sequence[Run], field: str) -> list[list[Run]]:
-    """Runs that differ in this setting alone, in its order: two of them at least."""
+    """Groups of at least two runs that differ in this setting alone, in its order."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = run["settings"]
@@ -49,18 +49,17 @@ def series(runs: Sequence[Run], field: str) -> list[list[Run]]:
 
 
 def _value(run: Run, field: str) -> Any:
-    """The setting, or the block size that a drafter has by itself."""
+    """The setting, or the drafter's own block size."""
     return run["drafter"]["block_size"] if field == "block_size" else run["settings"][field]
 
 
 def _in_order(values: Mapping[Any, Run]) -> list[Any]:
-    """Numbers by size, words as they come."""
+    """Numbers sorted, words in their order."""
     numbers = all(isinstance(value, int | float) for value in values)
     return sorted(values) if numbers else list(values)
 
 
-Run = Mapping[str, Any]
-# Settings that a label names where runs differ in them, and how.
+# Settings that appear in labels if runs differ in them, and their format.
 _NAMES = {
     "target": "of {}",
     "draft": "({})",
@@ -94,7 +93,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
         if name not in _OF_A_DRAFTER and len({each[name] for each in settings}) > 1
     ]
     labels = [_label(each, differing) for each in settings]
-    if len(set(labels)) < len(labels):  # one drafter, retrained or loaded from elsewhere
+    if len(set(labels)) < len(labels):  # a drafter retrained, or loaded from elsewhere
         labels = [_label(each, [*differing, *_OF_A_DRAFTER]) for each in settings]
     return labels
 
