@@ -115,11 +115,12 @@ def comma_list(read: Callable[[str], T], what: str) -> Callable[[str], tuple[T, 
     return parse
 
 
-def number(text: str, *, least: float = 0.0, above: bool = False) -> float:
-    """Parse a finite number of at least, or above, a bound; else a ValueError."""
+def number(text: str, *, above: bool = False) -> float:
+    """Parse a finite number of at least 0, or above 0; what is no number is a ValueError."""
     value = float(text)
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise ValueError(text)
+    if not math.isfinite(value) or value < 0 or (above and value == 0):
+        bound = "above 0" if above else "0 or above"
+        raise argparse.ArgumentTypeError(f"{text.strip()} is not {bound}")
     return value
 
 

@@ -88,7 +88,7 @@ class _Load:
     floors: tuple[float, ...] = option(
         (),
         "per-user tokens/s at which throughput is told (default: five that were measured between)",
-        read=comma_list(partial(number, above=True), "numbers above 0 like 20,40"),
+        read=comma_list(partial(number, above=True), "numbers like 20,40"),
         metavar="F,F",
     )
 

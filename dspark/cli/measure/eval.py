@@ -102,7 +102,7 @@ class _Decoding:
     temperature: tuple[float, ...] | None = option(
         None,
         "one or several, each a run of its own (default: 0)",
-        read=comma_list(number, "numbers of at least 0 like 0,1"),
+        read=comma_list(number, "numbers like 0,1"),
         metavar="T,T",
     )
     top_p: float = pick(Sampling, "top_p")
