@@ -1,6 +1,10 @@
-"""Imports point down only, and heavy packages stay in their rooms (ARCHITECTURE: rooms)."""
+"""Imports point down only, in a circle never, and take no private name of another file.
+
+Heavy packages stay in their rooms.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +62,10 @@ HEAVY = {
 }
 
 
+# Entries of a folder; every other one has 14 at most.
+ENTRIES = {".": 24, "engine": 30, "scheduling": 15, "serving": 35}
+
+
 def module_name(path: Path, root: Path) -> str:
     """Dotted name below the package; empty for the package itself."""
     parts = list(path.relative_to(root).with_suffix("").parts)
@@ -95,6 +103,75 @@ def violations(name: str, source: str) -> list[str]:
     return found
 
 
+def private_names(name: str, source: str) -> list[str]:
+    """Names with an underscore that a module takes from other modules of the package."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            taken = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            taken = [alias.name for alias in node.names]
+        else:
+            continue
+        found += [
+            f"{name} imports {path}"
+            for path in taken
+            if path.startswith("dspark.") and re.search(r"\._(?!_)", path)
+        ]
+    return found
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere, type checks included."""
+    graph: dict[str, set[str]] = {name: set() for name in sources}
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                graph[name].update(alias.name.removeprefix("dspark.") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dspark"):
+                base = (node.module or "").removeprefix("dspark").removeprefix(".")
+                for alias in node.names:
+                    module = f"{base}.{alias.name}".removeprefix(".")
+                    # `from room import module` is of the module, and not of its room.
+                    graph[name].add(module if module in sources else base)
+        graph[name] &= sources.keys() - {"", name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that all import one another, by whatever way round."""
+    reach = {name: set(found) for name, found in graph.items()}
+    for between in graph:
+        for found in reach.values():
+            if between in found:
+                found.update(reach[between])
+    sets = {frozenset(m for m in reach[n] if n in reach[m]) for n in graph if n in reach[n]}
+    return [set(found) for found in sets]
+
+
+def sources() -> dict[str, str]:
+    """Every module of the package, and its text."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {module_name(path, PACKAGE): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_no_circles():
+    assert circles(import_graph(sources())) == []
+
+
+def test_no_file_takes_a_private_name_of_another():
+    found = [each for name, text in sources().items() for each in private_names(name, text)]
+    assert found == []
+
+
+def test_no_folder_is_above_14_entries():
+    for folder in (PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())):
+        entries = [path for path in folder.iterdir() if path.name != "__pycache__"]
+        name = folder.relative_to(PACKAGE).as_posix()
+        if "__pycache__" not in folder.parts:
+            assert len(entries) <= ENTRIES.get(name, 14), name
+
+
 def test_imports_point_down_and_heavy_packages_stay_home():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 30
@@ -124,6 +201,35 @@ def test_imports_point_down_and_heavy_packages_stay_home():
 )
 def test_control_a_bad_import_is_caught(name, source):
     assert len(violations(name, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from dspark.drafters.checkpoints.published import _write_dspark",
+        "from dspark.targets import _hidden",
+        "import dspark.targets._hidden",
+        "def f():\n    from dspark.targets.fast.packing import PLAIN, _seconds",
+    ],
+)
+def test_control_a_private_name_is_caught(source):
+    assert len(private_names("engine.engine", source)) == 1
+    assert private_names("engine.engine", source.replace("_", "")) == []
+
+
+def test_control_a_circle_is_caught():
+    texts = {
+        "a.one": "from dspark.a.two import f",
+        "a.two": "if TYPE_CHECKING:\n    from dspark.b import three",
+        "b": "",
+        "b.three": "def f():\n    import dspark.a.one",
+        "b.four": "from dspark.b.three import f",
+    }
+    assert circles(import_graph(texts)) == [{"a.one", "a.two", "b.three"}]
+    assert circles(import_graph(texts | {"a.two": "from dspark.b import four"})) == [
+        {"a.one", "a.two", "b.three", "b.four"}
+    ]
+    assert circles(import_graph(texts | {"b.three": ""})) == []
 
 
 @pytest.mark.parametrize(
