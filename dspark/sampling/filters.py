@@ -1,7 +1,8 @@
 """Top-k, top-p and min-p: the likeliest tokens of a row, which are all that it can draw.
 
 Each filter keeps a beginning of the row's tokens in order of falling score, equal ones by rising
-id. So the likeliest 64 are selected first, and more only of the rows that keep them all.
+id. So the likeliest 64 are selected first, and more of the rows that keep them all. Of a flat row
+thousands may stay: on a CPU a histogram of its probabilities finds the least of them, unsorted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _WIDTHS = (64, 512, 4096)
 _GROUP_TOKENS = 16
+# From so many tokens on a histogram costs less than a selection.
+_FLAT_TOKENS = 512
+# Of a probability in fp32: what is left has the exponent and 7 bits of the fraction.
+_BIN_SHIFT = 16
+# More than a sum of a row's probabilities is off 1.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,12 @@ def likeliest(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
             found = (begin.columns_MW[known_M], probs_MW[known_M], kept_M[known_M])
             parts.append((rows_M[known_M], *_ascending(*found, everything)))
         rows_M = rows_M[~known_M]
+        if width >= _FLAT_TOKENS and whole_NC is not None and _has_bins(whole_NC):
+            flat_M = limit_N[rows_M] == everything
+            parts += [_flat_row(scores_NC, whole_NC, tails, row) for row in rows_M[flat_M].tolist()]
+            rows_M = rows_M[~flat_M]
+            if not rows_M.numel():
+                break
     if len(parts) == 1:
         return parts[0][1:]
     most = max(part[1].shape[1] for part in parts)
@@ -81,6 +95,43 @@ def _widths(everything: int, limit_N: Tensor) -> Iterator[int]:
     needed = 1 + int(cut_N.max()) if cut_N.numel() else 0
     yield from (w for w in (*_WIDTHS, everything) if needed <= w < everything)
     yield everything
+
+
+def _has_bins(probs_NC: Tensor) -> bool:
+    return probs_NC.dtype == torch.float32 and probs_NC.device.type == "cpu"
+
+
+def _flat_row(
+    scores_NC: Tensor, whole_NC: Tensor, tails: Tails, row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What top-p and min-p leave of one row: its number, columns [1, M] and probabilities [1, M].
+
+    Probabilities fall into bins by their leading bits, so that one pass gives the mass above each;
+    only the bin in which the mass reaches p is sorted.
+    """
+    probs_C = whole_NC[row].numpy()
+    top_p, least = float(tails.top_p_N[row]), tails.min_p_N[row].float() * whole_NC[row].max()
+    # Tokens far below the even share of what top-p leaves out do not hold that together.
+    cut = 1 - top_p if 1 - top_p > _ROUNDING else 0.0
+    columns_M = np.flatnonzero(probs_C > cut / (2 * len(probs_C)))
+    probs_M = probs_C[columns_M]
+    if top_p < 1:
+        bins_M = probs_M.view(np.int32) >> _BIN_SHIFT
+        bins_M -= bins_M.min()
+        above_B = np.append(np.bincount(bins_M, weights=probs_M)[::-1].cumsum()[::-1], 0.0)
+        last = int(np.count_nonzero(above_B[1:] >= top_p))
+        inside = np.flatnonzero(bins_M == last)
+        scores = scores_NC[row].numpy()[columns_M[inside]]
+        inside = inside[np.argsort(-scores, kind="stable")]
+        mass = np.append(0.0, probs_M[inside].cumsum(dtype=np.float64)) + above_B[last + 1]
+        stays_M = bins_M > last
+        stays_M[inside[mass[:-1] < top_p]] = True
+    else:
+        stays_M = probs_M > 0
+    stays_M &= probs_M >= least.numpy()
+    columns_M, probs_M = columns_M[stays_M], probs_M[stays_M]
+    probs_M /= np.float32(probs_M.sum(dtype=np.float64))
+    return torch.tensor([row]), torch.from_numpy(columns_M)[None], torch.from_numpy(probs_M)[None]
 
 
 @dataclass(frozen=True)

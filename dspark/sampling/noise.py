@@ -55,6 +55,7 @@ def _signed(number: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
+_FEW_TOKENS = 4096  # up to here the noise of all tokens costs less than calls for each row
 _SLACK = 1 + 1e-5  # more than rounding to fp32 can hide
 
 FloatArray = npt.NDArray[np.float32]
@@ -115,7 +116,7 @@ def most_noisy(
     """
     if tokens_C is None:
         tokens_C = torch.arange(probs_NC.shape[1], device=probs_NC.device)
-    if probs_NC.device.type != "cpu":
+    if probs_NC.device.type != "cpu" or probs_NC.shape[1] <= _FEW_TOKENS:
         noise_NC = gumbel(seed_N, position_N, tokens_C)
         return noise_NC.add_(probs_NC.to(torch.float64).log()).argmax(dim=1)
     steps_C, row_N = (tokens_C + 1) * _GOLDEN, _bits(seed_N, Stream.COUPLED, position_N)

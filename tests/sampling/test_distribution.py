@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark.request import SamplingParams
-from dspark.sampling import distribution, filters
+from dspark.sampling import distribution, filters, noise
 from dspark.sampling.distribution import Dense, Sparse
 from dspark.sampling.noise import gumbel, most_noisy, uniform
 from dspark.sampling.processors import Chain, Known, law
@@ -53,13 +53,13 @@ def test_tokens_are_drawn_as_by_the_whole_distribution_function(form):
 
 def test_coupled_tokens_are_the_argmax_over_all_tokens(form):
     seeds, positions = torch.arange(40) * 17, torch.arange(40)
-    noise = gumbel(seeds, positions, torch.arange(V))
-    wanted = (form.dense().double().log() + noise).argmax(dim=1)
+    wanted = (form.dense().double().log() + gumbel(seeds, positions, torch.arange(V))).argmax(1)
     assert torch.equal(form.draw_coupled(seeds, positions), wanted)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 3.0, 30.0])
-def test_the_race_is_won_by_the_same_token_however_flat_the_law(scale):
+def test_the_race_is_won_by_the_same_token_however_flat_the_law(monkeypatch, scale):
+    monkeypatch.setattr(noise, "_FEW_TOKENS", 0)
     seeds, positions = torch.arange(300), torch.zeros(300, dtype=torch.int64)
     probs = logits(300, scale=scale, seed=4).softmax(1)
     wanted = (probs.double().log() + gumbel(seeds, positions, torch.arange(V))).argmax(1)
@@ -101,6 +101,23 @@ def test_the_likeliest_tokens_are_the_reference_s(options, scale, temperature):
     assert torch.allclose(got.dense(), wanted, rtol=1e-12, atol=0)
     single = dense_law(wide.float(), rows)
     assert torch.allclose(law(wide.float(), rows).dense(), single, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.95}, {"top_p": 1 - 1e-6}, {"min_p": 1e-3}, {"top_p": 0.9, "min_p": 1e-2}],
+)
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, 2.0])
+def test_a_histogram_finds_what_a_selection_finds(monkeypatch, options, scale):
+    flat = logits(24, 9000, scale=scale)
+    flat[::3] = flat[::3].round(decimals=1)  # ties
+    flat[1, ::2] = float("-inf")
+    found = law(flat, chain(24, **options))
+    monkeypatch.setattr(filters, "_has_bins", lambda _probs: False)
+    wanted = law(flat, chain(24, **options))
+    assert bool(((wanted.dense() > 0).sum(1) > filters._FLAT_TOKENS).any())
+    assert torch.equal(found.tokens_NC, wanted.tokens_NC)
+    assert torch.allclose(found.probs_NC, wanted.probs_NC, rtol=1e-6, atol=0)
 
 
 def test_highest_of_groups_equals_topk():
