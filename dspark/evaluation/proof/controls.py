@@ -226,7 +226,7 @@ def _ties_by_value(rule: Rule, seed: int) -> Case:
 def _global_search(rule: Rule, seed: int) -> Case:
     """The best budget of this round's own survivals, where a stair pays only with what follows.
 
-    Whether it is climbed, and the first drafts are verified at all, hangs on those drafts.
+    Whether it is climbed, and the first drafts are verified at all, depends on those drafts.
     """
     logits = (_float64([2.0]), _float64([4.0, -2.0]))
     step_ms = [1.0, 2.0, 2.0, 2.2, 2.2]
@@ -244,7 +244,7 @@ def _global_search(rule: Rule, seed: int) -> Case:
 
 
 def _appendix_a(rule: Rule) -> Iterator[Case]:
-    """Verifying two drafts pays only where c_2 is high, which hangs on x_1.
+    """Verifying two drafts pays only where c_2 is high, which depends on x_1.
 
     Searched globally, drafts of A are always verified and drafts of B never.
     """

@@ -221,7 +221,7 @@ def _differing(drawn: _Drawn, schedule: Schedule, seed: int) -> tuple[Distance, 
 
 @dataclass
 class _Drawn:
-    """What requests with seeds `first`, `first + 1` draw; it hangs on no schedule.
+    """What requests with seeds `first`, `first + 1` draw; independent of the schedule.
 
     Attributes:
         pairs: of the requests.

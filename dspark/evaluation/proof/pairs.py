@@ -104,7 +104,7 @@ class SmallPair:
 
     @property
     def telling(self) -> bool:
-        """Whether schedules have something to decide: c_2 hangs on x_1, and c_1 reaches up to it.
+        """Whether schedules have something to decide: c_2 depends on x_1, and c_1 reaches up to it.
 
         A world without that would prove nothing.
         """
@@ -175,7 +175,7 @@ class SmallPair:
     def _by_prefix(self, rows: Tensor, depth: int) -> Tensor:
         """Rows of all paths as rows of all prefixes of `depth` tokens.
 
-        One row stands for all paths with its prefix, so that no last bit hangs on later drafts.
+        One row represents all paths with its prefix, so that no last bit depends on later drafts.
         """
         return rows[:: self.vocab_size ** (self.block_size - depth)]
 
@@ -226,7 +226,7 @@ class SmallPair:
 
 @torch.no_grad()
 def _sharpen(drafter: DSparkDrafter) -> None:
-    """Let confidences be high, and both they and distributions hang on the token before."""
+    """Let confidences be high, and make them and the distributions depend on the previous token."""
     markov, confidence = drafter.markov_head, drafter.confidence_head
     assert markov is not None
     assert confidence is not None

@@ -188,7 +188,7 @@ class Walk:
     _laws: dict[tuple[Hashable, ...], Tensor] = field(default_factory=dict)
 
     def under(self, schedule: Schedule) -> Walk:
-        """The same under another schedule; what hangs on no schedule is computed once."""
+        """The same under another schedule; what is independent of the schedule is computed once."""
         return Walk(
             self.requests, self.verifier, schedule, _rounds=self._rounds, _paths=self._paths
         )

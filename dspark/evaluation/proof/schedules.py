@@ -146,7 +146,7 @@ class _Timed:
 def measured(step_ms: npt.ArrayLike) -> Schedule:
     """`lagged` with costs that the round before corrects, and drafting that must pay for itself.
 
-    The time of a round hangs on which drafts stayed: the worst that a clock can tell. Where none
+    The time of a round depends on which drafts were kept, the worst case for a clock. Where none
     did, drafting has lost so much that the next round drafts nothing.
     """
     costs_N = np.asarray(step_ms, dtype=np.float64)
@@ -206,7 +206,7 @@ def survivals(view: View) -> FloatArray:
 
 
 def telling_thresholds(logits: Sequence[FloatArray]) -> list[float]:
-    """Thresholds at and between the confidences that occur, so that lengths hang on the path.
+    """Thresholds at and between the confidences that occur, so that lengths depend on the path.
 
     Args:
         logits: of each request, along every path [N, K].

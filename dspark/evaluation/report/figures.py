@@ -193,12 +193,10 @@ def _block(report: Report) -> Figure | None:
     return figure
 
 
-def _line(lines: Sequence[Sequence[Run]], index: int) -> str:
+def _line(lines: Sequence[Sequence[Run]], index: int, *varied: str) -> str:
     """The label of a line: its first run's among the lines' first runs."""
-    bare = [
-        {**line[0], "settings": {**line[0]["settings"], "block_size": None, "threshold": None}}
-        for line in lines
-    ]
+    without = dict.fromkeys(varied or ("block_size", "threshold"))
+    bare = [{**line[0], "settings": {**line[0]["settings"], **without}} for line in lines]
     return run_labels(bare)[index]
 
 
@@ -313,9 +311,8 @@ def _sweep(name: str) -> Callable[[Report], Figure | None]:
             known = [run for run in line if run["macro"]["accepted_length"] is not None]
             values = [run["macro"]["accepted_length"] for run in known]
             xs = [run["settings"][field] for run in known]
-            bare = [{**each[0], "settings": {**each[0]["settings"], field: None}} for each in lines]
             colour = COLOURS[i % len(COLOURS)]
-            axes.plot(xs, values, "o-", color=colour, label=run_labels(bare)[i], ms=4)
+            axes.plot(xs, values, "o-", color=colour, label=_line(lines, i, field), ms=4)
         axes.set_xlabel(SWEEPS[name].label)
         axes.set_ylabel("accepted length, mean over tasks")
         axes.legend(fontsize=8)

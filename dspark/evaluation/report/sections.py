@@ -164,10 +164,17 @@ def _decay(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     ]
 
 
+def _by_task(named: Sequence[tuple[str, Report]]) -> list[tuple[str, Report]]:
+    """Every task's figures, labelled with run and task."""
+    return [
+        (f"{label}, {name}", task) for label, run in named for name, task in run["tasks"].items()
+    ]
+
+
 def _verification(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     rows = [
         (
-            f"{label}, {name}",
+            where,
             str(row["rounds"]),
             str(row["whole_rounds"]),
             str(row["cut_rounds"]),
@@ -176,8 +183,7 @@ def _verification(named: Sequence[tuple[str, Report]]) -> list[Piece]:
             percent(row["acceptance"]),
             number(row["tokens_per_round"]),
         )
-        for label, run in named
-        for name, row in run["tasks"].items()
+        for where, row in _by_task(named)
     ]
     text = (
         "Drafts sent to the target per round with room for a whole block, those of them that were "
@@ -193,21 +199,20 @@ def _verification(named: Sequence[tuple[str, Report]]) -> list[Piece]:
 
 def _calibration(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     rows = []
-    for label, run in named:
-        for name, task in run["tasks"].items():
-            found = task["calibration"]
-            if found is None:
-                continue
-            before, after = found["mean_before"], found["mean_after"] or {}
-            rows.append(
-                (
-                    f"{label}, {name}",
-                    str(found["rounds"]),
-                    *(percent(each.get("ece")) for each in (before, after)),
-                    *(three(each.get(n)) for n in ("auc", "brier") for each in (before, after)),
-                    found["after_by"] or "too few rounds",
-                )
+    for where, task in _by_task(named):
+        found = task["calibration"]
+        if found is None:
+            continue
+        before, after = found["mean_before"], found["mean_after"] or {}
+        rows.append(
+            (
+                where,
+                str(found["rounds"]),
+                *(percent(each.get("ece")) for each in (before, after)),
+                *(three(each.get(n)) for n in ("auc", "brier") for each in (before, after)),
+                found["after_by"] or "too few rounds",
             )
+        )
     if not rows:
         return []
     text = (
@@ -225,18 +230,13 @@ def _calibration(named: Sequence[tuple[str, Report]]) -> list[Piece]:
 
 
 def _speed(named: Sequence[tuple[str, Report]]) -> list[Piece]:
-    rows = []
-    for label, run in named:
-        for name, task in run["tasks"].items():
-            spent = task["timings"]
-            cells = [
-                number(spent[key])
-                for key in (
-                    "tokens_per_s", "draft_ms", "schedule_ms", "verify_ms", "requests_per_step",
-                    "latency_ms_per_token",
-                )
-            ]  # fmt: skip
-            rows.append((f"{label}, {name}", *cells))
+    keys = (
+        "tokens_per_s", "draft_ms", "schedule_ms", "verify_ms", "requests_per_step",
+        "latency_ms_per_token",
+    )  # fmt: skip
+    rows = [
+        (where, *(number(task["timings"][key]) for key in keys)) for where, task in _by_task(named)
+    ]
     text = (
         "Tokens per second of all requests together, prompts read included; and per step that "
         "reads no prompt the terms of a token's latency L = (T_draft + T_schedule + T_verify) / "
@@ -250,7 +250,6 @@ def _speed(named: Sequence[tuple[str, Report]]) -> list[Piece]:
 
 
 def _prompts(named: Sequence[tuple[str, Report]]) -> list[Piece]:
-    pieces: list[Piece] = []
     rows = [
         (
             f"{label}, {name}",
@@ -265,7 +264,7 @@ def _prompts(named: Sequence[tuple[str, Report]]) -> list[Piece]:
         for name, row in run["tasks"].items()
     ]
     head = ("run, task", "source", "available", "chosen", "answered", "skipped", "tokens")
-    pieces += [Heading("Prompts"), Grid(head, tuple(rows))]
+    pieces: list[Piece] = [Heading("Prompts"), Grid(head, tuple(rows))]
     skipped = dict.fromkeys(
         (each["task"], each["key"], each["why"]) for _, run in named for each in run["skipped"]
     )
