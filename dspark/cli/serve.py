@@ -169,7 +169,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     check_positive(options, "max_body_bytes", "rate_limit", "step_tokens", "cache_tokens")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
-    from dspark.serving.logs import start_logging
+    from dspark.serving.ops.logs import start_logging
     from dspark.serving.server import Server, bind
     from dspark.serving.service import EngineService
 

@@ -11,17 +11,19 @@ from starlette.middleware.cors import CORSMiddleware
 
 import dspark
 from dspark.engine.model import Model
-from dspark.serving import chat, completions, health, live, metrics, models
 from dspark.serving.context import Context, Seeds
-from dspark.serving.faults import Reply, add_handlers
-from dspark.serving.grammar import Grammars
-from dspark.serving.guard import Guard
-from dspark.serving.metrics import Metrics
+from dspark.serving.live import routes as live
+from dspark.serving.live.engines import Stages, offered
+from dspark.serving.openai import chat, completions, models
+from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.errors import Reply, add_handlers
+from dspark.serving.openai.grammar import Grammars
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.ops import health, metrics
+from dspark.serving.ops.metrics import Metrics
+from dspark.serving.ops.middleware import Guard
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Stages, offered
-from dspark.serving.template import ChatTemplate
-from dspark.serving.tokens import TokenTexts
 
 SUMMARY = "OpenAI-compatible server with speculative decoding that changes no output."
 

@@ -12,13 +12,13 @@ from typing import TypeVar
 from fastapi import Request
 
 from dspark.params import sample_seed
-from dspark.serving.grammar import Grammars
-from dspark.serving.metrics import Metrics
+from dspark.serving.live.engines import Stages
+from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.grammar import Grammars
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.ops.metrics import Metrics
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Stages
-from dspark.serving.template import ChatTemplate
-from dspark.serving.tokens import TokenTexts
 
 _T = TypeVar("_T")
 _SHORT = 4096  # fewer are encoded sooner than a thread would take over

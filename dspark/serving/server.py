@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.serving.app import create_app
-from dspark.serving.faults import error_body
+from dspark.serving.openai.errors import error_body
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
 

@@ -23,12 +23,12 @@ from dspark.engine.record import RoundRecord
 from dspark.engine.sequence import Piece
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
-from dspark.serving.events import Owner
-from dspark.serving.listeners import Listeners, Step
-from dspark.serving.snapshot import Snapshot
-from dspark.serving.stream import Subscription, Ticket, Update
-from dspark.serving.tally import Tally
-from dspark.serving.turns import Turns
+from dspark.serving.engine_lock import Turns
+from dspark.serving.ops.counters import Tally
+from dspark.serving.ops.snapshot import Snapshot
+from dspark.serving.round_events import Owner
+from dspark.serving.streams import Subscription, Ticket, Update
+from dspark.serving.subscriptions import Listeners, Step
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -13,11 +13,11 @@ import pytest
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.serving import live as live_module
-from dspark.serving.examples import EXAMPLES
+from dspark.serving.engine_lock import Turns
+from dspark.serving.live import routes as live_module
+from dspark.serving.live.engines import Choice
+from dspark.serving.live.examples import EXAMPLES
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Choice
-from dspark.serving.turns import Turns
 
 PROMPT = EXAMPLES["chat"][0]
 RUN = "/v1/dspark/live"
@@ -254,7 +254,7 @@ def test_runs_take_turns(shown):
 
 
 def test_a_visitor_too_many_is_sent_away(shown, monkeypatch):
-    monkeypatch.setattr("dspark.serving.stages.MOST_WAITING", 0)
+    monkeypatch.setattr("dspark.serving.live.engines.MOST_WAITING", 0)
     with run(shown, max_tokens=120, ignore_eos=True) as first:
         first.until("round")
         with run(shown) as second:
@@ -459,7 +459,7 @@ def test_nothing_else_is_served(live, name):
 
 def test_the_page_goes_into_the_wheel():
     source = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"serving/page/*"' in source
+    assert '"serving/live/page/*"' in source
 
 
 def test_turns_go_round_and_never_overlap():

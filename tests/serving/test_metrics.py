@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.scheduling.reliability import expected_calibration_error
-from dspark.serving.tally import GAP_S, Drift, Tally, Times
+from dspark.serving.ops.counters import GAP_S, Drift, Tally, Times
 
 
 @pytest.fixture(scope="module")

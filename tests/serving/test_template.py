@@ -8,10 +8,10 @@ from dspark.data.tokenizer import train_tokenizer
 from dspark.engine.sequence import Piece
 from dspark.errors import RequestError
 from dspark.request import Output, Stats
-from dspark.serving.chat import ChatVoice, Message
-from dspark.serving.parsing import AnswerParser
-from dspark.serving.template import ChatTemplate, encode
-from dspark.serving.tokens import TokenTexts
+from dspark.serving.openai.chat import ChatVoice, Message
+from dspark.serving.openai.chat_template import ChatTemplate, encode
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.openai.output_parser import AnswerParser
 
 # The parts of Qwen3's template that matter here.
 TEMPLATE = """

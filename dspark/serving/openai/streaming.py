@@ -17,8 +17,8 @@ from dspark.engine.sequence import Piece
 from dspark.errors import DSparkError
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.serving.context import Context
-from dspark.serving.faults import ApiError, Reply, as_api_error, error_body, error_reply
-from dspark.serving.stream import Ticket
+from dspark.serving.openai.errors import ApiError, Reply, as_api_error, error_body, error_reply
+from dspark.serving.streams import Ticket
 
 _T = TypeVar("_T")
 Choice = dict[str, Any]

@@ -13,14 +13,14 @@ from starlette.responses import Response
 from dspark.engine.sequence import Piece
 from dspark.params import MOST_SAMPLES, sample_seed
 from dspark.request import Logprob, Output, Request
-from dspark.serving.answers import Choice, Job, reply
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import IGNORED_HEADER, SharedFields, TokenId, check_logprobs
-from dspark.serving.formats import mask_of
-from dspark.serving.models import check_model
-from dspark.serving.template import encode
-from dspark.serving.tokens import TokenTexts, text_logprobs
+from dspark.serving.openai.chat_template import encode
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import IGNORED_HEADER, SharedFields, TokenId, check_logprobs
+from dspark.serving.openai.formats import mask_of
+from dspark.serving.openai.logprobs import TokenTexts, text_logprobs
+from dspark.serving.openai.models import check_model
+from dspark.serving.openai.streaming import Choice, Job, reply
 
 router = APIRouter(tags=["completions"])
 Ids = Annotated[list[TokenId], Field(min_length=1)]

@@ -16,10 +16,10 @@ from typing import Any
 
 from dspark.errors import DSparkError
 from dspark.request import Output, Request
-from dspark.serving.faults import as_api_error, error_body
-from dspark.serving.load import BackgroundLoad
-from dspark.serving.stages import Choice, Stage, Stages
-from dspark.serving.stream import Subscription, Update
+from dspark.serving.live.background_load import BackgroundLoad
+from dspark.serving.live.engines import Choice, Stage, Stages
+from dspark.serving.openai.errors import as_api_error, error_body
+from dspark.serving.streams import Subscription, Update
 
 Event = tuple[str, dict[str, Any]]
 """(name, JSON object)"""

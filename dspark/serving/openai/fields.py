@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dspark.params import MOST_LOGPROBS, MOST_SAMPLES, MOST_STOP_STRINGS, SamplingParams
 from dspark.serving.context import Context
-from dspark.serving.faults import ApiError
+from dspark.serving.openai.errors import ApiError
 
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 IGNORED_HEADER = "x-dspark-ignored"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import Reply
+from dspark.serving.openai.errors import Reply
 
 router = APIRouter(tags=["health"])
 _ANSWERS: dict[int | str, dict[str, Any]] = {503: {"description": "no"}}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark.errors import RequestError
-from dspark.serving.grammar import WHITE_SPACE
-from dspark.serving.parsing import ToolCall, read_call
-from dspark.serving.template import CALL, CALL_END, THINK, THINK_END, ChatTemplate
-from dspark.serving.tools import CallRule, ToolUse
+from dspark.serving.openai.chat_template import CALL, CALL_END, THINK, THINK_END, ChatTemplate
+from dspark.serving.openai.grammar import WHITE_SPACE
+from dspark.serving.openai.output_parser import ToolCall, read_call
+from dspark.serving.openai.tools import CallRule, ToolUse
 
 _NAME, _KEY, _VALUE = "the_function", "the_key", "the_value"
 _GAP = r"/[ \n]{0,4}/"

@@ -24,9 +24,9 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from dspark.request import Output
+from dspark.serving.live.engines import Stages
+from dspark.serving.ops.counters import Times
 from dspark.serving.service import EngineService
-from dspark.serving.stages import Stages
-from dspark.serving.tally import Times
 
 router = APIRouter(tags=["metrics"])
 _SECONDS = (

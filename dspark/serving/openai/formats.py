@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from dspark.request import TokenMask
-from dspark.serving.calls import Marks, call_form, calls_grammar
 from dspark.serving.context import Context
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import (
+from dspark.serving.openai.calls import Marks, call_form, calls_grammar
+from dspark.serving.openai.chat_template import THINK, ChatTemplate, Rendered
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import (
     GrammarFormat,
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -16,9 +17,8 @@ from dspark.serving.fields import (
     SharedFields,
     TextFormat,
 )
-from dspark.serving.grammar import ANY_OBJECT
-from dspark.serving.template import THINK, ChatTemplate, Rendered
-from dspark.serving.tools import ToolUse
+from dspark.serving.openai.grammar import ANY_OBJECT
+from dspark.serving.openai.tools import ToolUse
 
 _ALWAYS_LONG = 1 << 20  # a grammar may take long to read, however short it is
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dspark.serving.faults import ApiError, error_reply
-from dspark.serving.logs import log_request
+from dspark.serving.openai.errors import ApiError, error_reply
+from dspark.serving.ops.logs import log_request
 from dspark.serving.settings import Settings
 
 _CLOSED_PATHS = ("/v1/", "/metrics")

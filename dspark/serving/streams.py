@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dspark.engine.sequence import Piece
 from dspark.errors import DSparkError
 from dspark.request import Output
-from dspark.serving.events import RoundEvent
+from dspark.serving.round_events import RoundEvent
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from dspark.engine.record import RoundRecord
 from dspark.engine.sequence import Event
-from dspark.serving.events import Owner, RoundEvent, TokenText, plain_event, round_events
-from dspark.serving.stream import Subscription
+from dspark.serving.round_events import Owner, RoundEvent, TokenText, plain_event, round_events
+from dspark.serving.streams import Subscription
 
 
 @dataclass

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.serving.template import CALL, CALL_END, THINK, THINK_END
+from dspark.serving.openai.chat_template import CALL, CALL_END, THINK, THINK_END
 
 
 @dataclass(frozen=True)

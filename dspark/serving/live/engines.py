@@ -30,10 +30,10 @@ from dspark.errors import (
 from dspark.params import SamplingParams
 from dspark.request import VERIFIERS, Request, Verifier
 from dspark.scheduling.cost import CostTable
-from dspark.serving.events import RoundEvent
+from dspark.serving.ops.counters import Totals
+from dspark.serving.round_events import RoundEvent
 from dspark.serving.service import EngineService
-from dspark.serving.stream import Subscription
-from dspark.serving.tally import Totals
+from dspark.serving.streams import Subscription
 
 Kind = tuple[str, str, str]
 """(drafter, verifier, schedule)"""

@@ -13,16 +13,16 @@ from starlette.responses import Response
 
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Request
-from dspark.serving.answers import Choice, Job, reply
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
-from dspark.serving.formats import calls_mask_of, mask_of
-from dspark.serving.models import check_model
-from dspark.serving.parsing import AnswerParser, Content, Part, Reasoning, ToolCall
-from dspark.serving.template import CALL, THINK, ChatTemplate, call_arguments
-from dspark.serving.tokens import TokenTexts, chat_logprobs
-from dspark.serving.tools import Tool, tool_use
+from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate, call_arguments
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
+from dspark.serving.openai.formats import calls_mask_of, mask_of
+from dspark.serving.openai.logprobs import TokenTexts, chat_logprobs
+from dspark.serving.openai.models import check_model
+from dspark.serving.openai.output_parser import AnswerParser, Content, Part, Reasoning, ToolCall
+from dspark.serving.openai.streaming import Choice, Job, reply
+from dspark.serving.openai.tools import Tool, tool_use
 
 router = APIRouter(tags=["completions"])
 

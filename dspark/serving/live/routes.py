@@ -22,15 +22,15 @@ from dspark.engine.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
 from dspark.params import SamplingParams
 from dspark.request import Request, Verifier
-from dspark.serving.answers import EventStream
-from dspark.serving.comparison import Event, Run
 from dspark.serving.context import Context, context_of
-from dspark.serving.examples import EXAMPLES
-from dspark.serving.faults import ApiError, Reply
-from dspark.serving.fields import Count, Number, Strict
-from dspark.serving.models import card
-from dspark.serving.stages import Choice
-from dspark.serving.template import encode
+from dspark.serving.live.engines import Choice
+from dspark.serving.live.examples import EXAMPLES
+from dspark.serving.live.run import Event, Run
+from dspark.serving.openai.chat_template import encode
+from dspark.serving.openai.errors import ApiError, Reply
+from dspark.serving.openai.fields import Count, Number, Strict
+from dspark.serving.openai.models import card
+from dspark.serving.openai.streaming import EventStream
 
 router = APIRouter(tags=["live page"], include_in_schema=False)
 PAGE = Path(__file__).parent / "page"

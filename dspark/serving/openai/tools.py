@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import Strict
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import Strict
 
 _CHOICES = '\'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": NAME}}'
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
