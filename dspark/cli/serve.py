@@ -187,12 +187,12 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
             markup=False,
         )
         server.run([address])
-    tally = server.service.tally
+    counters = server.service.counters
     return {
         "ok": server.started and server.service.fault is None,
-        "steps": tally.steps,
-        "verified": int(tally.verified_K.sum()),
-        "accepted": int(tally.accepted_K.sum()),
+        "steps": counters.steps,
+        "verified": int(counters.verified_K.sum()),
+        "accepted": int(counters.accepted_K.sum()),
     }
 
 

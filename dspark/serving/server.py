@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers end or end them, then close the connections."""
-        await self.app.state.context.stages.close()
+        await self.app.state.context.engines.close()
         stopping = asyncio.ensure_future(self.service.stop(self.settings.drain_s))
         while not stopping.done():
             await asyncio.wait((stopping,), timeout=0.1)

@@ -16,13 +16,19 @@ from dspark.request import Output, Request
 from dspark.serving.context import Context, context_of
 from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate, call_arguments
 from dspark.serving.openai.errors import ApiError
-from dspark.serving.openai.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
-from dspark.serving.openai.formats import calls_mask_of, mask_of
+from dspark.serving.openai.fields import (
+    IGNORED_HEADER,
+    Count,
+    SharedFields,
+    Strict,
+    check_logprobs,
+    mask_of,
+)
 from dspark.serving.openai.logprobs import TokenTexts, chat_logprobs
 from dspark.serving.openai.models import check_model
 from dspark.serving.openai.output_parser import AnswerParser, Content, Part, Reasoning, ToolCall
 from dspark.serving.openai.streaming import Choice, Job, reply
-from dspark.serving.openai.tools import Tool, tool_use
+from dspark.serving.openai.tools import Tool, calls_mask_of, tool_use
 
 router = APIRouter(tags=["completions"])
 
@@ -166,8 +172,8 @@ async def chat_completions(
     if context.settings.log_prompts:
         facts["messages"] = messages
     free = format_mask is None  # a format's answer has no markup
-    voices = tuple(
-        ChatVoice(
+    writers = tuple(
+        ChatWriter(
             i,
             AnswerParser(
                 reasoning=free and template.mentions(THINK),
@@ -182,7 +188,7 @@ async def chat_completions(
     ignored = fields.ignored() + _ignored_names(fields.messages, template)
     job = Job(
         requests=(request,),
-        voices=voices,
+        writers=writers,
         request_id=http.state.request_id,
         kind="chat.completion",
         prefix="chatcmpl",
@@ -211,7 +217,7 @@ def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[
     return [f"messages.{name}" for name in sorted(given) if not template.mentions(name)]
 
 
-class ChatVoice:
+class ChatWriter:
     """One answer in the shapes of chat completions.
 
     Args:
@@ -228,14 +234,14 @@ class ChatVoice:
         self._parser = parser
         self._texts = texts
         self._logprobs = logprobs
-        self._heard = 0
+        self._streamed = 0
         self._calls = 0
         self._begun = False
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
-        self._heard += len(text)
+        self._streamed += len(text)
         choices = self._deltas(self._parser.feed(text))
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
         if self._logprobs and found:
@@ -244,13 +250,13 @@ class ChatVoice:
             choices[0]["logprobs"] = chat_logprobs(found, self._texts)
         return self._with_role(choices)
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """The last text, and why it ended."""
-        rest = self._parser.feed(output.text[self._heard :]) + self._parser.finish()
+        rest = self._parser.feed(output.text[self._streamed :]) + self._parser.finish()
         end = self._choice({}, self._reason(output, rest))
         return self._with_role([*self._deltas(rest), end])
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
         parts = self._parser.feed(output.text) + self._parser.finish()
         calls = [_call(part) for part in parts if isinstance(part, ToolCall)]

@@ -1,4 +1,4 @@
-"""Chat messages and tools to tokens, and what the model's own markup looks like."""
+"""Chat template: messages and tools to token ids, and the marks of reasoning and tool calls."""
 
 from __future__ import annotations
 

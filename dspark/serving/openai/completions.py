@@ -16,8 +16,13 @@ from dspark.request import Logprob, Output, Request
 from dspark.serving.context import Context, context_of
 from dspark.serving.openai.chat_template import encode
 from dspark.serving.openai.errors import ApiError
-from dspark.serving.openai.fields import IGNORED_HEADER, SharedFields, TokenId, check_logprobs
-from dspark.serving.openai.formats import mask_of
+from dspark.serving.openai.fields import (
+    IGNORED_HEADER,
+    SharedFields,
+    TokenId,
+    check_logprobs,
+    mask_of,
+)
 from dspark.serving.openai.logprobs import TokenTexts, text_logprobs
 from dspark.serving.openai.models import check_model
 from dspark.serving.openai.streaming import Choice, Job, reply
@@ -116,8 +121,8 @@ async def completions(
     ignored = fields.ignored()
     job = Job(
         requests=requests,
-        voices=tuple(
-            TextVoice(i, context.tokens, logprobs=logprobs is not None)
+        writers=tuple(
+            TextWriter(i, context.tokens, logprobs=logprobs is not None)
             for i in range(len(requests) * params.n)
         ),
         request_id=http.state.request_id,
@@ -141,7 +146,7 @@ def _encode(prompt: str | list[int], context: Context) -> tuple[int, ...]:
     return encode(tokenizer, prompt)
 
 
-class TextVoice:
+class TextWriter:
     """One answer in the shapes of text completions.
 
     Args:
@@ -154,23 +159,25 @@ class TextVoice:
         self._index = index
         self._texts = texts
         self._logprobs = logprobs
-        self._heard = 0
+        self._streamed = 0
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
         if not text and not (self._logprobs and found):
             return []
-        choice = self._choice(text, found, self._heard)
-        self._heard += len(text)
+        choice = self._choice(text, found, self._streamed)
+        self._streamed += len(text)
         return [choice]
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """The last text, and why it ended."""
-        return [self._choice(output.text[self._heard :], (), self._heard, output.finish_reason)]
+        return [
+            self._choice(output.text[self._streamed :], (), self._streamed, output.finish_reason)
+        ]
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
         return self._choice(output.text, output.logprobs or (), 0, output.finish_reason)
 

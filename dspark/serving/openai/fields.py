@@ -1,4 +1,4 @@
-"""The parameters that both kinds of completion share, and what becomes of each.
+"""Request parameters that all completion routes share, and their translation for the engine.
 
 The rule: a parameter acts, or it is refused by name. The few that only label a request (`LABELS`)
 are accepted and named in the header `x-dspark-ignored`. Unknown ones are refused.
@@ -6,16 +6,21 @@ are accepted and named in the header `x-dspark-ignored`. Unknown ones are refuse
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dspark.params import MOST_LOGPROBS, MOST_SAMPLES, MOST_STOP_STRINGS, SamplingParams
+from dspark.request import TokenMask
 from dspark.serving.context import Context
 from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.grammar import ANY_OBJECT
 
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 IGNORED_HEADER = "x-dspark-ignored"
+ALWAYS_LONG = 1 << 20
+"""The size of work that may take long, however short its text: a grammar."""
 _MOST_NUMBER = (1 << 63) - 1
 
 Count = Annotated[int, Field(ge=1, le=_MOST_NUMBER)]
@@ -214,3 +219,28 @@ def check_logprobs(count: int | None, name: str) -> int | None:
         sentence = f"{name} is {count}, but must be from 0 to {MOST_LOGPROBS}."
         raise ApiError(422, sentence, param=name, code="invalid_value")
     return count
+
+
+async def mask_of(fields: SharedFields, context: Context) -> TokenMask | None:
+    """The mask that a request's response format asks for; None for any text.
+
+    Raises:
+        RequestError: the package for it is missing, or it cannot be followed.
+        ApiError: the answer could not end.
+    """
+    wanted, grammars = fields.response_format, context.grammars
+    if isinstance(wanted, JsonObjectFormat):
+        make = partial(grammars.json_schema, ANY_OBJECT)
+    elif isinstance(wanted, JsonSchemaFormat):
+        make = partial(grammars.json_schema, wanted.json_schema.schema_)
+    elif isinstance(wanted, RegexFormat):
+        make = partial(grammars.regex, wanted.pattern)
+    elif isinstance(wanted, GrammarFormat):
+        make = partial(grammars.lark, wanted.grammar)
+    else:
+        return None
+    if fields.ignore_eos:
+        sentence = "ignore_eos and response_format exclude each other; leave one out."
+        raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
+    grammars.check_installed("response_format")
+    return await context.prepare(make, ALWAYS_LONG)

@@ -1,4 +1,4 @@
-"""From a submission to a reply: whole, or as a stream of server-sent events."""
+"""Replies to completions, whole or as server-sent events, with their usage and metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dspark.errors import DSparkError
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.serving.context import Context
 from dspark.serving.openai.errors import ApiError, Reply, as_api_error, error_body, error_reply
-from dspark.serving.streams import Ticket
+from dspark.serving.streams import OutputStream
 
 _T = TypeVar("_T")
 Choice = dict[str, Any]
@@ -26,18 +26,18 @@ DONE = "data: [DONE]\n\n"
 _write_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Voice(Protocol):
-    """Gives one answer the shape that its API has."""
+class ChoiceWriter(Protocol):
+    """Writes one answer as choices of its API."""
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         ...
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """How a stream ends."""
         ...
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
         ...
 
@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         requests: for the engine.
-        voices: one per answer, in the order of their numbers.
+        writers: one per answer, in the order of their numbers.
         request_id: of the HTTP request.
         kind: the `object` of a whole reply; a stream's has `.chunk` behind it where `chunked`.
         prefix: of the completion's id.
@@ -60,7 +60,7 @@ class Job:
     """
 
     requests: tuple[Request, ...]
-    voices: tuple[Voice, ...]
+    writers: tuple[ChoiceWriter, ...]
     request_id: str
     kind: str
     prefix: str
@@ -72,8 +72,8 @@ class Job:
 
 
 @dataclass
-class _Account:
-    """What a completion took, for the usage, the metrics and the log."""
+class _Progress:
+    """Times and outputs of a completion, for usage, metrics and log."""
 
     context: Context
     job: Job
@@ -125,7 +125,7 @@ class _Account:
 
     def close(self) -> None:
         """Tell the log; answers that have not ended were left by their client, or broken off."""
-        for _ in range(len(self.job.voices) - len(self.outputs)):
+        for _ in range(len(self.job.writers) - len(self.outputs)):
             self.context.metrics.note_reason("abort")
         usage = self.usage()
         reasons = [output.finish_reason for _, output in sorted(self.outputs.items())]
@@ -152,55 +152,55 @@ async def reply(job: Job, context: Context, receive: Receive) -> Response:
     Raises:
         DSparkError: it cannot be made; or what ended it, where nothing has been sent yet.
     """
-    account = _Account(context, job)
-    ticket = await context.service.submit(job.requests, name=job.request_id, live=job.stream)
+    account = _Progress(context, job)
+    output_stream = await context.service.submit(job.requests, name=job.request_id, live=job.stream)
 
     def end() -> None:
-        ticket.cancel()
+        output_stream.cancel()
         account.close()
 
     if job.stream:
-        return EventStream(_events(ticket, account), job.headers, end)
+        return EventStream(_events(output_stream, account), job.headers, end)
     try:
-        await unless_gone(_collect(ticket, account), receive)
-    except ClientGone:
+        await until_disconnect(_collect(output_stream, account), receive)
+    except ClientDisconnected:
         return error_reply(ApiError(400, "The client left before its answer was complete."))
     finally:
         end()
     body = _frame(job, context, chunk=False) | {
-        "choices": [voice.whole(account.outputs[i]) for i, voice in enumerate(job.voices)],
+        "choices": [writer.full(account.outputs[i]) for i, writer in enumerate(job.writers)],
         "usage": account.usage(),
     }
     return Reply(body, headers=job.headers)
 
 
-async def _collect(ticket: Ticket, account: _Account) -> None:
-    async for updates in ticket:
+async def _collect(output_stream: OutputStream, account: _Progress) -> None:
+    async for updates in output_stream:
         for update in updates:
             account.note(update.answer, update.pieces, update.output)
             if update.output is not None:
                 update.output.checked()
 
 
-async def _events(ticket: Ticket, account: _Account) -> AsyncGenerator[bytes, None]:
+async def _events(output_stream: OutputStream, account: _Progress) -> AsyncGenerator[bytes, None]:
     """The stream, which always ends: with its last answer, or with an error."""
     job, rest = account.job, list[str]()
     chunks = _Chunks(_frame(job, account.context, chunk=True), usage=job.usage)
     try:
-        async for updates in ticket:
+        async for updates in output_stream:
             fault = None
             for update in updates:
                 account.note(update.answer, update.pieces, update.output)
-                voice = job.voices[update.answer]
-                choices = voice.hear(update.pieces) if update.pieces else []
+                writer = job.writers[update.answer]
+                choices = writer.stream_delta(update.pieces) if update.pieces else []
                 if update.output is not None and update.output.fault is not None:
                     fault = update.output.fault
                 elif update.output is not None:
-                    choices += voice.close(update.output)
+                    choices += writer.stream_end(update.output)
                 rest += map(chunks.event, choices)
             if fault is not None:
                 raise fault
-            if rest and not ticket.is_over:  # what comes last goes out with the end
+            if rest and not output_stream.is_over:  # what comes last goes out with the end
                 yield "".join(rest).encode("ascii")
                 rest.clear()
         if job.usage:
@@ -245,11 +245,11 @@ def _event(body: Mapping[str, Any]) -> str:
     return "data: " + _write_json(body) + "\n\n"
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """Nobody is there any more to read the reply."""
 
 
-async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
+async def until_disconnect(work: Awaitable[_T], receive: Receive) -> _T:
     """Do something until it is done, or the client has gone.
 
     Args:
@@ -257,7 +257,7 @@ async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
         receive: of the HTTP request, whose body has been read.
 
     Raises:
-        ClientGone: the client has gone.
+        ClientDisconnected: the client has gone.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
@@ -265,7 +265,7 @@ async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise ClientDisconnected
     finally:
         for each in (task, gone):
             each.cancel()
@@ -305,8 +305,8 @@ class EventStream(Response):
         del scope
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(ClientGone):
-                await unless_gone(self._send_all(send), receive)
+            with contextlib.suppress(ClientDisconnected):
+                await until_disconnect(self._send_all(send), receive)
         finally:
             self._end()
 

@@ -1,4 +1,4 @@
-"""Before any route: request ids, keys, rates, and bodies of bounded size; after it: one log line.
+"""Middleware: request ids, API keys, rate and body limits, and one log line per request.
 
 Pure ASGI, so that a stream costs nothing more for having passed here.
 """
@@ -26,7 +26,7 @@ _MOST_CLIENTS = 10_000
 _ids = random.Random()  # seeded by the system; an id is no secret
 
 
-class Guard:
+class Middleware:
     """Lets a request through to the routes, or answers it.
 
     Args:
