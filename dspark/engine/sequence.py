@@ -66,6 +66,8 @@ class ActiveRequest:
         observed: tokens whose rows the drafter has nevertheless, where it is plain.
         logprobs: of the generated tokens, if it asked.
         fault: what ended it, if that was an error.
+        prompt_logprobs: of its prompt's tokens from the second on, as far as they are read, if it
+            asked.
     """
 
     request_id: int
@@ -89,6 +91,7 @@ class ActiveRequest:
     observed: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     fault: DSparkError | None = None
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -112,6 +115,12 @@ class ActiveRequest:
     def unread(self) -> int:
         """Tokens to be read before it is ready, the anchor of a first round included."""
         return len(self.tokens) - self.cached - self.resumed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        wanted = self.request.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.request.prompt_ids) - 1
 
     @property
     def longest(self) -> int:
@@ -225,4 +234,7 @@ class ActiveRequest:
             stats=self.stats,
             logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
             fault=self.fault,
+            prompt_logprobs=None
+            if self.request.prompt_logprobs is None
+            else tuple(self.prompt_logprobs),
         )
