@@ -14,7 +14,7 @@ from dspark.engine.model import Model
 from dspark.serving.context import Context, Seeds
 from dspark.serving.live import routes as live
 from dspark.serving.live.engines import PageEngines, offered
-from dspark.serving.openai import chat, completions, models
+from dspark.serving.openai import chat, completions, models, responses, tokenize
 from dspark.serving.openai.chat_template import ChatTemplate
 from dspark.serving.openai.errors import Reply, add_handlers
 from dspark.serving.openai.grammar import Grammars
@@ -71,7 +71,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.context = context
-    for routes in (chat, completions, models, health, metrics, live):
+    for routes in (chat, completions, responses, tokenize, models, health, metrics, live):
         app.include_router(routes.router)
     add_handlers(app)
     app.add_middleware(Middleware, settings=settings)
@@ -81,6 +81,6 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "x-dspark-ignored", "retry-after"],
+            expose_headers=["x-request-id", "warning", "retry-after"],
         )
     return app

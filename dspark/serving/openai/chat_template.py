@@ -59,6 +59,9 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        *,
+        prompt: bool = True,
+        continues: bool = False,
     ) -> Rendered:
         """Write the messages down and encode them.
 
@@ -66,12 +69,14 @@ class ChatTemplate:
             messages: with roles, texts, and calls of tools as mappings.
             tools: JSON schemas of functions.
             options: further variables of the template, such as `enable_thinking`.
+            prompt: whether the template opens the answer.
+            continues: whether the answer goes on where the last message ends.
 
         Raises:
             RequestError: the template has no place for the tools or an option, or refuses the
                 messages; or their text is no valid Unicode.
         """
-        text = self.write(messages, tools, options)
+        text = self.write(messages, tools, options, prompt=prompt, continues=continues)
         ids = encode(self.tokenizer, text, special=False)
         return Rendered(ids, text.rstrip().endswith(THINK))
 
@@ -82,6 +87,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         *,
         prompt: bool = True,
+        continues: bool = False,
     ) -> str:
         """The messages as text.
 
@@ -89,7 +95,8 @@ class ChatTemplate:
             messages: as `render`.
             tools: as `render`.
             options: as `render`.
-            prompt: whether an answer is to follow.
+            prompt: as `render`.
+            continues: as `render`.
 
         Raises:
             RequestError: as `render`.
@@ -110,6 +117,7 @@ class ChatTemplate:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=prompt,
+                continue_final_message=continues,
                 **(options or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import RequestError
+from dspark.request import TokenMask
 from dspark.targets.target import Target
 
 MISSING = (
@@ -76,6 +77,35 @@ class GrammarMask:
         self._consumed = output_ids[: shared + taken]
         if taken != len(rest):
             raise RequestError("The output has left the grammar that it was to follow.")
+
+
+class BannedTokens:
+    """Bans the last token of each of some sequences where the others stand before it.
+
+    A `TokenMask`.
+
+    Args:
+        sequences: of token ids, none empty.
+        vocab_size: V.
+        other: a mask that holds too.
+    """
+
+    def __init__(
+        self, sequences: Sequence[tuple[int, ...]], vocab_size: int, other: TokenMask | None = None
+    ) -> None:
+        self._sequences = tuple(sequences)
+        self._vocab_size = vocab_size
+        self._other = other
+
+    def allowed(self, output_ids: Sequence[int], /) -> npt.NDArray[np.bool_]:
+        """Which tokens may follow, bool [V]."""
+        allowed_V = np.ones(self._vocab_size, dtype=np.bool_)
+        if self._other is not None:
+            allowed_V = np.array(self._other.allowed(output_ids), dtype=np.bool_)
+        for *before, last in self._sequences:
+            if list(output_ids[len(output_ids) - len(before) :]) == before:
+                allowed_V[last] = False
+        return allowed_V
 
 
 class Grammars:

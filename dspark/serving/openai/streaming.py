@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -23,7 +23,7 @@ from dspark.serving.streams import OutputStream
 _T = TypeVar("_T")
 Choice = dict[str, Any]
 DONE = "data: [DONE]\n\n"
-_write_json = json.JSONEncoder(separators=(",", ":")).encode
+write_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ChoiceWriter(Protocol):
@@ -42,6 +42,30 @@ class ChoiceWriter(Protocol):
         ...
 
 
+class Framing(Protocol):
+    """Puts the choices of all answers into the body of a reply, or into server-sent events."""
+
+    def full(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of a whole reply."""
+        ...
+
+    def begin(self) -> str:
+        """The events before the first choice."""
+        ...
+
+    def event(self, choice: Choice) -> str:
+        """The events of one choice."""
+        ...
+
+    def end(self, usage: dict[str, Any]) -> str:
+        """The events after the last choice."""
+        ...
+
+    def error(self, error: ApiError) -> str:
+        """The events that end a stream which failed."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """A completion that is asked for.
@@ -49,26 +73,23 @@ class Job:
     Attributes:
         requests: for the engine.
         writers: one per answer, in the order of their numbers.
+        framing: of the API that was asked.
         request_id: of the HTTP request.
-        kind: the `object` of a whole reply; a stream's has `.chunk` behind it where `chunked`.
-        prefix: of the completion's id.
-        chunked: as `kind` says.
         stream: whether a stream is wanted.
-        usage: whether the stream ends with the usage.
         headers: of the reply.
         facts: what the log is told.
+        scores_only: whether only log-probabilities of prompts are wanted: the token that each
+            request generates all the same is left out.
     """
 
     requests: tuple[Request, ...]
     writers: tuple[ChoiceWriter, ...]
+    framing: Framing
     request_id: str
-    kind: str
-    prefix: str
-    chunked: bool
     stream: bool
-    usage: bool
     headers: dict[str, str]
     facts: dict[str, Any]
+    scores_only: bool = False
 
 
 @dataclass
@@ -89,6 +110,8 @@ class _Progress:
             self.context.metrics.note_first_token(now_s - self.started_s)
         if output is None:
             return
+        if self.job.scores_only:
+            output = replace(output, token_ids=(), text="", logprobs=())
         self.outputs[answer] = output
         first_s = self.first_s.get(answer)
         self.context.metrics.note_end(
@@ -167,11 +190,8 @@ async def reply(job: Job, context: Context, receive: Receive) -> Response:
         return error_reply(ApiError(400, "The client left before its answer was complete."))
     finally:
         end()
-    body = _frame(job, context, chunk=False) | {
-        "choices": [writer.full(account.outputs[i]) for i, writer in enumerate(job.writers)],
-        "usage": account.usage(),
-    }
-    return Reply(body, headers=job.headers)
+    choices = [writer.full(account.outputs[i]) for i, writer in enumerate(job.writers)]
+    return Reply(job.framing.full(choices, account.usage()), headers=job.headers)
 
 
 async def _collect(output_stream: OutputStream, account: _Progress) -> None:
@@ -184,8 +204,8 @@ async def _collect(output_stream: OutputStream, account: _Progress) -> None:
 
 async def _events(output_stream: OutputStream, account: _Progress) -> AsyncGenerator[bytes, None]:
     """The stream, which always ends: with its last answer, or with an error."""
-    job, rest = account.job, list[str]()
-    chunks = _Chunks(_frame(job, account.context, chunk=True), usage=job.usage)
+    job = account.job
+    rest = list(filter(None, [job.framing.begin()]))
     try:
         async for updates in output_stream:
             fault = None
@@ -197,52 +217,58 @@ async def _events(output_stream: OutputStream, account: _Progress) -> AsyncGener
                     fault = update.output.fault
                 elif update.output is not None:
                     choices += writer.stream_end(update.output)
-                rest += map(chunks.event, choices)
+                rest += map(job.framing.event, choices)
             if fault is not None:
                 raise fault
             if rest and not output_stream.is_over:  # what comes last goes out with the end
                 yield "".join(rest).encode("ascii")
                 rest.clear()
-        if job.usage:
-            rest.append(chunks.last(account.usage()))
+        rest.append(job.framing.end(account.usage()))
     except DSparkError as error:
-        told = as_api_error(error)
-        rest.append(_event(error_body(told.status, str(told), told.param, told.code)))
-    yield "".join([*rest, DONE]).encode("ascii")
+        rest.append(job.framing.error(as_api_error(error)))
+    yield "".join(rest).encode("ascii")
 
 
-class _Chunks:
-    """Writes the events of one stream, which differ in their choices alone.
+class CompletionFraming:
+    """The bodies and events of chat and text completions; events differ in their choices alone.
 
     Args:
-        frame: what all have in common.
-        usage: whether the last one holds the usage; all others then say that they do not.
+        name: the completion's id.
+        model: the model's name.
+        kind: the `object` of a whole reply.
+        chunk_kind: that of a stream's events.
+        usage: whether the last event holds the usage; all others then say that they do not.
     """
 
-    def __init__(self, frame: Mapping[str, Any], *, usage: bool) -> None:
-        self._head = "data: " + _write_json(frame)[:-1] + ',"choices":['
+    def __init__(self, name: str, model: str, kind: str, chunk_kind: str, *, usage: bool) -> None:
+        common = {"created": int(time.time()), "model": model}
+        self._body = {"id": name, "object": kind, **common}
+        chunk = {"id": name, "object": chunk_kind, **common}
+        self._head = "data: " + write_json(chunk)[:-1] + ',"choices":['
         self._tail = '],"usage":null}\n\n' if usage else "]}\n\n"
+        self._usage = usage
+
+    def full(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of a whole reply."""
+        return {**self._body, "choices": choices, "usage": usage}
+
+    def begin(self) -> str:
+        """Nothing: the first event is that of the first choice."""
+        return ""
 
     def event(self, choice: Choice) -> str:
         """The event of one choice."""
-        return self._head + _write_json(choice) + self._tail
+        return self._head + write_json(choice) + self._tail
 
-    def last(self, usage: Mapping[str, Any]) -> str:
-        """The event with the usage."""
-        return self._head + '],"usage":' + _write_json(usage) + "}\n\n"
+    def end(self, usage: dict[str, Any]) -> str:
+        """The event with the usage, where it is wanted."""
+        last = self._head + '],"usage":' + write_json(usage) + "}\n\n" if self._usage else ""
+        return last + DONE
 
-
-def _frame(job: Job, context: Context, *, chunk: bool) -> dict[str, Any]:
-    return {
-        "id": f"{job.prefix}-{job.request_id}",
-        "object": f"{job.kind}.chunk" if chunk and job.chunked else job.kind,
-        "created": int(time.time()),
-        "model": context.settings.model_name,
-    }
-
-
-def _event(body: Mapping[str, Any]) -> str:
-    return "data: " + _write_json(body) + "\n\n"
+    def error(self, error: ApiError) -> str:
+        """The error as an event."""
+        body = error_body(error.status, str(error), error.param, error.code)
+        return "data: " + write_json(body) + "\n\n" + DONE
 
 
 class ClientDisconnected(Exception):

@@ -331,9 +331,10 @@ async def calls_mask_of(
         raise ApiError(400, sentence, param="response_format", code="invalid_combination")
     if told is None or use.because is None or formatted:
         return None
-    if fields.ignore_eos:
-        sentence = "ignore_eos excludes calls that are forced or checked; leave it out."
-        raise ApiError(400, sentence, param="ignore_eos", code="invalid_combination")
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(fields, name):
+            sentence = f"{name} excludes calls that are forced or checked; leave it out."
+            raise ApiError(400, sentence, param=name, code="invalid_combination")
     grammars.check_installed(use.because)
 
     def make() -> TokenMask:

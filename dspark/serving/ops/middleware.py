@@ -20,7 +20,7 @@ from dspark.serving.openai.errors import ApiError, error_reply
 from dspark.serving.ops.logs import log_request
 from dspark.serving.settings import Settings
 
-_CLOSED_PATHS = ("/v1/", "/metrics")
+_CLOSED_PATHS = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_CLIENTS = 10_000
 _ids = random.Random()  # seeded by the system; an id is no secret
