@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dspark.errors import DataError, UsageError
+from dspark.errors import DataError, UsageError, is_unicode
 
 if TYPE_CHECKING:
     from dspark.data.conversations import Message
@@ -82,4 +82,6 @@ def _read_stdin() -> str:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise DataError(f"Standard input is not {error.encoding} text; convert it.") from error
+    if not is_unicode(text):  # where the locale lets any byte through
+        raise DataError(f"Standard input is not {sys.stdin.encoding} text; convert it.")
     return text.removesuffix("\n")

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from dspark.data.durable import writing
 from dspark.data.rows import Row
-from dspark.errors import DataError
+from dspark.errors import DataError, is_unicode
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 """How the names of JSON-lines files end."""
@@ -30,8 +30,10 @@ def scan_json_lines(path: str | Path) -> Iterator[Row]:
         DataError: the file is missing.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():  # a device or a pipe is as good as a file
         raise DataError(f"The file {path} does not exist.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give one of its files.")
     number = 0
     with _open(path, "rb") as file:
         try:
@@ -61,6 +63,8 @@ def _record(number: int, raw: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, f"is not valid JSON: {error}"
     if not isinstance(record, dict):
         return None, "is not a JSON object"
+    if b"\\u" in text and not is_unicode(json.dumps(record, ensure_ascii=False)):
+        return None, "has half of a surrogate pair, which is no character"
     return record, ""
 
 
@@ -81,7 +85,7 @@ def json_lines_files(path: Path) -> list[Path]:
         DataError: there are none.
     """
     if not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path} does not exist; give a JSON-lines file or a folder of them.")
         return [path]
     found = sorted(p for p in path.rglob("*") if p.name.endswith(JSON_LINES))

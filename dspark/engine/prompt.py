@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import TemplateError
 
-from dspark.errors import RequestError
+from dspark.errors import RequestError, is_unicode
 from dspark.targets.target import Target
 
 Messages = Sequence[Mapping[str, str]]
@@ -22,6 +22,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt.strip():
             raise RequestError("The prompt is empty; give at least one word.")
+        check_text(prompt)
         if raw or not tokenizer.chat_template:
             return tuple(tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
@@ -39,6 +40,19 @@ def encode_prompt(
     except TemplateError as error:
         raise RequestError(f"The chat template refuses the messages: {error}.") from error
     return tuple(encoded["input_ids"])
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that no tokenizer takes.
+
+    Raises:
+        RequestError: it is no valid Unicode.
+    """
+    if not is_unicode(text):
+        raise RequestError(
+            "The text has bytes or half of a surrogate pair that are no character; give valid "
+            "Unicode."
+        )
 
 
 def one_prompt(prompt: str | None, messages: Messages | None) -> str | Messages:
@@ -63,3 +77,5 @@ def _check_messages(messages: Messages) -> None:
                 f"A message is {dict(message)!r}, but must have a 'role' and a 'content', both "
                 "text."
             )
+        for key in ("role", "content"):
+            check_text(message[key])

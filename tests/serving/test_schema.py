@@ -18,7 +18,8 @@ def operations(live):
 
 def test_the_description_names_every_route(operations):
     assert {operation.path for operation in operations} >= {
-        *POSTED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/ping", "/version"
+        *POSTED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics",
+        "/ping", "/version",
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from dspark.engine.prompt import check_text
 from dspark.errors import RequestError
 
 THINK, THINK_END = "<think>", "</think>"
@@ -137,12 +138,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> tuple[int, ...
     Raises:
         RequestError: the text is no valid Unicode, or empty.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "The text has half of a surrogate pair, which is no character; send valid Unicode."
-        ) from error
+    check_text(text)
     ids = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
     if not ids:
         raise RequestError("The prompt is empty; give at least one word.")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark.engine.prompt import check_text
 from dspark.errors import RequestError
 from dspark.request import TokenMask
 from dspark.targets.target import Target
@@ -142,6 +143,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        check_text(pattern)
         return self._mask(LLMatcher.grammar_from_regex(pattern))
 
     def lark(self, grammar: str, *, what: str = "response format") -> GrammarMask:
@@ -156,6 +158,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        check_text(grammar)
         return self._mask(LLMatcher.grammar_from_lark(grammar), what)
 
     def check_installed(self, parameter: str) -> None:
@@ -175,6 +178,7 @@ class Grammars:
     def _mask(self, grammar: str, what: str = "response format") -> GrammarMask:
         from llguidance import LLMatcher
 
+        check_text(grammar)
         ends = self._target.eos_token_ids
         matcher = LLMatcher(self._tokens(ends), grammar, log_level=0)
         if matcher.is_error():
