@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from dspark.data.durable import writing
 from dspark.data.rows import Row
-from dspark.errors import DataError, is_unicode
+from dspark.errors import DataError
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 """How the names of JSON-lines files end."""
@@ -63,8 +63,6 @@ def _record(number: int, raw: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, f"is not valid JSON: {error}"
     if not isinstance(record, dict):
         return None, "is not a JSON object"
-    if b"\\u" in text and not is_unicode(json.dumps(record, ensure_ascii=False)):
-        return None, "has half of a surrogate pair, which is no character"
     return record, ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dspark.attention.pages import BlockTable
 from dspark.engine.text import TextStream
@@ -12,24 +13,39 @@ from dspark.errors import DSparkError, RequestError
 from dspark.request import FinishReason, Logprob, Output, Request, Stats
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One committed token as a stream shows it.
+class Piece(str):
+    """The text that one committed token settles, with the token; streams are made of these.
+
+    A string like any other: `"".join(model.stream(...))` is the text. It may be empty, or hold
+    earlier tokens' text.
 
     Attributes:
-        text: the text that this token settles; may be empty, or hold earlier tokens' text.
         token_id: the token.
         drafted: whether the drafter proposed it and the target kept it.
         logprob: what the model thought of it, if the request asked.
     """
 
-    text: str
+    __slots__ = ("drafted", "logprob", "token_id")
     token_id: int
     drafted: bool
-    logprob: Logprob | None = None
+    logprob: Logprob | None
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls, text: str, token_id: int, drafted: bool, logprob: Logprob | None = None
+    ) -> Piece:
+        """A piece of a stream."""
+        made = super().__new__(cls, text)
+        made.token_id, made.drafted, made.logprob = token_id, drafted, logprob
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made of."""
+        return self.text, self.token_id, self.drafted, self.logprob
+
+    @property
+    def text(self) -> str:
+        """The text alone."""
+        return str(self)
 
 
 @dataclass(frozen=True)

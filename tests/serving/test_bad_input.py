@@ -112,7 +112,7 @@ WRONG = [
     (CHAT, {"messages": [{"role": "user", "content": "\udcff"}]}, 400, None),
     ("/v1/responses", {"input": "\udcff"}, 400, None),
     ("/tokenize", {"prompt": "\udcff"}, 400, None),
-    ("/v1/dspark/live", {"prompt": "\udcff", "drafter": "own"}, 400, None),
+    ("/v1/dspark/live", {"prompt": "\udcff", "drafter": "own"}, 422, None),
     (CHAT, chat(beam_width=2), 400, "beam_width"),
     (CHAT, chat(skip_special_tokens=False), 422, "skip_special_tokens"),
     (CHAT, chat(modalities=["audio"]), 422, None),
