@@ -46,7 +46,10 @@ class Options(Common):
         metavar="LAYOUT",
     )
     weight_type: str | None = option(
-        None, "of the matrices of a GGUF file (default: bf16)", flag="--type", choices=WEIGHT_TYPES
+        None,
+        "type of the matrices in a GGUF file (default: bf16)",
+        flag="--type",
+        choices=WEIGHT_TYPES,
     )
     target: str | None = option(
         None,

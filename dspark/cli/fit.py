@@ -42,7 +42,7 @@ class Options(Loading):
         "its prompts itself)",
         metavar="F",
     )
-    budget: str = option("30m", "time in all, as 30m or 8h (default: {default})", metavar="T")
+    budget: str = option("30m", "total time, as 30m or 8h (default: {default})", metavar="T")
     out: Path | None = option(
         None,
         "folder of the run, where the drafter then stays; the same command continues there "

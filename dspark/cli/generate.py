@@ -34,7 +34,7 @@ DRAFTED = "green"
 
 
 @dataclass(frozen=True)
-class _Answers(Sampling):
+class _Answers:
     TITLE: ClassVar = "sampling"
 
     stop: tuple[str, ...] = option((), "ends the output; repeatable", metavar="S")
@@ -63,7 +63,7 @@ class _Decoding(Speculation, Batch):
 
 
 @dataclass(frozen=True)
-class Options(Prompts, _Answers, _Decoding, PairOrPlain):
+class Options(Prompts, Sampling, _Answers, _Decoding, PairOrPlain):
     """Options of `generate`."""
 
 

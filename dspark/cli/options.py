@@ -338,7 +338,7 @@ class Sampling:
 
     TITLE: ClassVar = "sampling"
 
-    max_new_tokens: int = option(256, "default: {default}", metavar="N")
+    max_new_tokens: int = option(256, "tokens of each answer (default: {default})", metavar="N")
     temperature: float = option(0.0, "0 (default) takes the most likely token", metavar="T")
     top_p: float = option(1.0, "1 (default) is off", metavar="P")
     top_k: int = option(0, "0 (default) is off", metavar="K")

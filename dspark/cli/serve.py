@@ -27,10 +27,10 @@ MISSING = "dspark serve needs fastapi and uvicorn; install the extra dspark[serv
 class _Server:
     TITLE: ClassVar = "server"
 
-    host: str = option("127.0.0.1", "default: {default}", metavar="H")
-    port: int = option(8000, "0 takes any (default: {default})", metavar="P")
+    host: str = option("127.0.0.1", "address to listen on (default: {default})", metavar="H")
+    port: int = option(8000, "0 picks a free port (default: {default})", metavar="P")
     served_model_name: str | None = option(
-        None, "what requests call it (default: TARGET)", metavar="NAME"
+        None, "name that requests use (default: TARGET)", metavar="NAME"
     )
     api_key: tuple[str, ...] = option(
         (),
@@ -45,8 +45,8 @@ class _Server:
     )
     page_draft: tuple[str, ...] = option(
         (),
-        "a further drafter that the live page offers; repeatable (ngram, and the bundled model's, "
-        "are there by themselves)",
+        "a further drafter that the live page offers; repeatable (ngram and the bundled model's are "
+        "always there)",
         metavar="D",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(
@@ -55,7 +55,7 @@ class _Server:
     log_prompts: bool = option(False, "also log the texts of prompts and answers")
     drain: float = option(
         30.0,
-        "seconds that open answers have once the server is to stop (default: {default})",
+        "seconds that running answers get when the server stops (default: {default})",
         metavar="S",
     )
 

@@ -18,12 +18,10 @@ EXAMPLE = """\
 class Options(Common):
     """Options of `data corpus`."""
 
-    format: SourceFormat = option(
-        "messages", "how its records become conversations", positional=True
-    )
+    format: SourceFormat = option("messages", "format of the file's records", positional=True)
     path: Path | None = option(None, "JSON lines (python_stdlib takes none)", metavar="FILE")
     out: Path = option(None, "JSON lines, .gz compresses", metavar="FILE", required=True)
-    limit: int | None = option(None, "write at most so many", metavar="N", least=1)
+    limit: int | None = option(None, "write at most N", metavar="N", least=1)
     drop_containing: tuple[str, ...] = option(
         (), "drop conversations that contain TEXT; repeatable", metavar="TEXT"
     )

@@ -54,8 +54,10 @@ class Options(_Self, Common):
         metavar="SOURCE",
     )
     out: Path = option(None, "JSON lines, .gz compresses", metavar="FILE", required=True)
-    heldout: Path | None = option(None, "where held-out prompts go", metavar="FILE")
-    heldout_share: float | None = option(None, "of the prompts (default: 0.05)", metavar="S")
+    heldout: Path | None = option(None, "file for held-out prompts", metavar="FILE")
+    heldout_share: float | None = option(
+        None, "share of the prompts that is held out (default: 0.05)", metavar="S"
+    )
     against: tuple[str, ...] = option(
         (),
         "an evaluation set whose prompts are left out, or a folder of them; repeatable",
@@ -63,19 +65,21 @@ class Options(_Self, Common):
     )
     ngram: int | None = option(
         None,
-        "a prompt is left out if it shares so many neighbouring words with --against (default: 13)",
+        "leave out prompts that share N neighbouring words with --against (default: 13)",
         metavar="N",
         least=1,
     )
-    split: str | None = option(None, "of data sets (default: train)")
-    config: str | None = option(None, "of data sets that have several", metavar="NAME")
+    split: str | None = option(None, "split of a data set (default: train)")
+    config: str | None = option(
+        None, "configuration of a data set that has several", metavar="NAME"
+    )
     revision: str | None = pick(
         Loading, "revision", help="branch, tag or commit of a data set, or of MODEL"
     )
     offline: bool = pick(Loading, "offline")
     limit: int | None = option(
         None,
-        "read at most so many lines; of data sets no more is fetched than that needs",
+        "read at most N lines; no more of a data set is fetched than that needs",
         metavar="N",
         least=1,
     )

@@ -90,14 +90,14 @@ class _Servers:
         None, "TARGET's name there (default: the one it has)", metavar="NAME"
     )
     concurrency: int | None = option(
-        None, "requests at once, per server (default: 32)", metavar="R", least=1
+        None, "concurrent requests per server (default: 32)", metavar="R", least=1
     )
     api_key_env: str | None = option(
         None, "the environment variable that holds the key", metavar="VARIABLE"
     )
     timeout: float | None = option(None, "seconds for a reply (default: 600)", metavar="S")
     retries: int | None = option(
-        None, "calls made again after a fault (default: 4)", metavar="N", least=0
+        None, "times that a failed call is repeated (default: 4)", metavar="N", least=0
     )
 
 
@@ -110,7 +110,7 @@ class Options(_Answers, _Filters, _Engine, _Servers, Loading):
     out: Path = option(
         Path("regenerated.jsonl"), "JSON lines, .gz compresses (default: {default})", metavar="FILE"
     )
-    limit: int | None = option(None, "read at most so many lines", metavar="N", least=1)
+    limit: int | None = option(None, "read at most N lines", metavar="N", least=1)
     strict: bool = option(False, "stop at the first malformed line")
 
 

@@ -73,21 +73,23 @@ class _Load:
     )
     schedule: Any = option(
         None,
-        f"of {', '.join(ALL_SCHEDULES)} (default: {','.join(SCHEDULES)})",
+        f"schedules, of {', '.join(ALL_SCHEDULES)} (default: {','.join(SCHEDULES)})",
         read=comma_list(_schedule, f"names among {', '.join(ALL_SCHEDULES)}"),
         metavar="S,S",
     )
     requests: int = option(
         16,
-        "counted at each concurrency, or twice the users if that is more (default: {default})",
+        "requests counted at each concurrency, at least twice the users (default: {default})",
         metavar="N",
         least=1,
     )
-    repeats: int = option(3, "medians count (default: {default})", metavar="R", least=1)
+    repeats: int = option(
+        3, "repetitions, whose median is reported (default: {default})", metavar="R", least=1
+    )
     no_profile: bool = pick(Speculation, "no_profile")
     floors: tuple[float, ...] = option(
         (),
-        "per-user tokens/s at which throughput is told (default: five that were measured between)",
+        "per-user tokens/s at which throughput is reported (default: five of the measured range)",
         read=comma_list(partial(number, above=True), "numbers like 20,40"),
         metavar="F,F",
     )

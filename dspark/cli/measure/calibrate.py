@@ -35,7 +35,7 @@ class _Rounds:
     )
     batch_size: int = pick(Batch, "batch_size", 16)
     rounds: int | None = option(
-        None, "stop after so many (default: all prompts)", metavar="N", least=1
+        None, "stop after N rounds (default: all prompts)", metavar="N", least=1
     )
     temperatures_only: bool = option(
         False, "fit no shifts beside the temperatures: the paper's form, and what SGLang reads"

@@ -128,7 +128,7 @@ class _Sweep:
         None, "a run for each value of this setting; for a sweep over depth give several --draft"
     )
     values: tuple[str, ...] | None = option(
-        None, "of the sweep, in place of its own", read=_words, metavar="V,V"
+        None, "values of the sweep (default: its own)", read=_words, metavar="V,V"
     )
 
 

@@ -24,7 +24,7 @@ class Options(Pair):
     repeats: int = option(5, "rounds per point (default: {default})", metavar="N", least=1)
     out: Path | None = option(
         None,
-        "where the table goes (default: the user's cache, where other commands look)",
+        "file for the table (default: in the user's cache, where other commands look)",
         metavar="FILE",
     )
 
