@@ -45,8 +45,8 @@ class _Server:
     )
     page_draft: tuple[str, ...] = option(
         (),
-        "a further drafter that the live page offers; repeatable (ngram and the bundled model's are "
-        "always there)",
+        "a further drafter that the live page offers; repeatable (ngram and the bundled model's "
+        "are always there)",
         metavar="D",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(
