@@ -26,16 +26,10 @@ from dspark.targets.families import Anatomy
 IMPLEMENTATION = "dspark_ragged"
 
 # Said by some models beside what `ragged` already carries; they change nothing here.
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "output_attentions",
-        "is_causal",
-        "output_router_logits",
-    }
-)
+_HARMLESS = frozenset({
+    "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal",
+    "output_router_logits",
+})  # fmt: skip
 
 
 class LayoutLostError(CompatibilityError):

@@ -17,35 +17,18 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _GEMMA4_ACTIVATION = "gelu_pytorch_tanh"
 
 # The fields that act in layers of either family, and in one of them only.
-_COMMON = frozenset(
-    {
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "rms_norm_eps",
-        "attention_bias",
-        "layer_types",
-        "sliding_window_non_causal",
-    }
-)
+_COMMON = frozenset({
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "rms_norm_eps", "attention_bias", "layer_types", "sliding_window_non_causal",
+})  # fmt: skip
 QWEN3_FIELDS = _COMMON | {
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-}
+    "model_type", "num_key_value_heads", "head_dim", "hidden_act", "rope_parameters",
+    "rope_theta", "rope_scaling",
+}  # fmt: skip
 GEMMA4_FIELDS = _COMMON | {
-    "num_global_key_value_heads",
-    "global_head_dim",
-    "attention_k_eq_v",
-    "hidden_activation",
-    "enable_moe_block",
-    "hidden_size_per_layer_input",
-}
+    "num_global_key_value_heads", "global_head_dim", "attention_k_eq_v", "hidden_activation",
+    "enable_moe_block", "hidden_size_per_layer_input",
+}  # fmt: skip
 
 
 class Reader:

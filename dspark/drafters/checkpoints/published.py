@@ -33,47 +33,27 @@ LLAMA_EAGLE3 = "LlamaForCausalLMEagle3"  # the EAGLE authors' (`checkpoints.eagl
 RESIDUAL = "norm_before_residual"
 
 # Every field that acts here beside the layers'; all others are kept in `DSparkConfig.extra`.
-_DSPARK_FIELDS = frozenset(
-    {
-        "architectures",
-        "block_size",
-        "max_position_embeddings",
-        "vocab_size",
-        "draft_vocab_size",
-        "sample_from_anchor",
-        "mask_token_id",
-        "target_layer_ids",
-        "num_target_layers",
-        "num_anchors",
-        "markov_rank",
-        "markov_head_type",
-        "enable_confidence_head",
-        "confidence_head_with_markov",
-        "tie_word_embeddings",
-        "dtype",
-        "torch_dtype",
-    }
-)
+_DSPARK_FIELDS = frozenset({
+    "architectures", "block_size", "max_position_embeddings", "vocab_size", "draft_vocab_size",
+    "sample_from_anchor", "mask_token_id", "target_layer_ids", "num_target_layers",
+    "num_anchors", "markov_rank", "markov_head_type", "enable_confidence_head",
+    "confidence_head_with_markov", "tie_word_embeddings", "dtype", "torch_dtype",
+})  # fmt: skip
 
 
 # Every field that acts here beside the layer's; all others are kept in `Eagle3Config.extra`.
-_EAGLE3_FIELDS = frozenset(
-    {
-        "architectures",
-        "draft_num_hidden_layers",
-        "max_position_embeddings",
-        "vocab_size",
-        "draft_vocab_size",
-        "target_layer_ids",
-        "num_target_layers",
-        "ttt_length",
-        "step_loss_decay",
-        RESIDUAL,
-        "tie_word_embeddings",
-        "dtype",
-        "torch_dtype",
-    }
-)
+_EAGLE3_FIELDS = frozenset({
+    "architectures", "draft_num_hidden_layers", "max_position_embeddings", "vocab_size",
+    "draft_vocab_size", "target_layer_ids", "num_target_layers", "ttt_length",
+    "step_loss_decay", RESIDUAL, "tie_word_embeddings", "dtype", "torch_dtype",
+})  # fmt: skip
+
+
+def _reduced(read: Reader, vocab: int) -> int | None:
+    """Tokens of a reduced vocabulary; None where the drafter knows all."""
+    if read.data.get("draft_vocab_size") in (None, vocab):
+        return None
+    return read.integer("draft_vocab_size")
 
 
 def dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
@@ -99,13 +79,12 @@ def dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         )
     rank = read.integer("markov_rank", minimum=0)
     confidence = read.boolean("enable_confidence_head")
-    known = vocab if data.get("draft_vocab_size") is None else read.integer("draft_vocab_size")
     layers = gemma4_layers_from_json if gemma4 else qwen3_layers_from_json
     fields = _DSPARK_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return DSparkConfig(
         backbone=layers(data, where, len(taps)),
         vocab_size=vocab,
-        draft_vocab_size=None if known == vocab else known,
+        draft_vocab_size=_reduced(read, vocab),
         block_size=read.integer("block_size"),
         sample_from_anchor=read.boolean("sample_from_anchor", default=True),
         mask_token_id=mask,
@@ -173,7 +152,6 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_EAGLE3
     taps = read.integers("target_layer_ids")
     vocab = read.integer("vocab_size")
-    known = vocab if data.get("draft_vocab_size") is None else read.integer("draft_vocab_size")
     if gemma4:
         backbone = gemma4_layers_from_json(data, where, len(taps))
     else:
@@ -189,7 +167,7 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
         ttt_length=read.integer("ttt_length"),
         step_loss_decay=read.number("step_loss_decay") if "step_loss_decay" in data else 0.8,
         max_position_embeddings=read.integer("max_position_embeddings", default=40960),
-        draft_vocab_size=None if known == vocab else known,
+        draft_vocab_size=_reduced(read, vocab),
         extra={key: value for key, value in data.items() if key not in fields},
     )
 

@@ -38,27 +38,15 @@ TARGET_NAME, TARGET_ARCHITECTURES = "target_model_name_or_path", "target_archite
 _LAYER_DEFAULTS = {"head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 # Fields that have the same name and meaning at the top of either layout.
 _SAME = (
-    "block_size",
-    "confidence_head_with_markov",
-    "draft_vocab_size",
-    "enable_confidence_head",
-    "markov_head_type",
-    "markov_rank",
-    "mask_token_id",
-    "num_target_layers",
-    "sample_from_anchor",
-    "sliding_window_non_causal",
-)
+    "block_size", "confidence_head_with_markov", "draft_vocab_size", "enable_confidence_head",
+    "markov_head_type", "markov_rank", "mask_token_id", "num_target_layers",
+    "sample_from_anchor", "sliding_window_non_causal",
+)  # fmt: skip
 # Fields of the layers' configuration that the layers themselves do not read.
 _NESTED = {
-    "attention_dropout",
-    "initializer_range",
-    "max_position_embeddings",
-    "sliding_window",
-    "use_cache",
-    "use_sliding_window",
-    "vocab_size",
-}
+    "attention_dropout", "initializer_range", "max_position_embeddings", "sliding_window",
+    "use_cache", "use_sliding_window", "vocab_size",
+}  # fmt: skip
 _NO_HEADS = {"enable_confidence_head": False, "markov_rank": 0}
 
 
@@ -76,16 +64,12 @@ def _dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         CheckpointError: a field is missing or has a value of the wrong kind.
         CompatibilityError: an option that is not supported.
     """
-    kind, layers = data["speculators_model_type"], data.get("transformer_layer_config")
-    if not isinstance(layers, Mapping):
-        raise CheckpointError(f"{where} has transformer_layer_config {layers!r}, not an object.")
+    kind, layers = data["speculators_model_type"], _layers(data, where)
     read = Reader(data, where)
     read.only("projector_type", "dflash")
     read.only("shift_label", False)
     Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
-    aux = read.integers("aux_hidden_state_layer_ids")
-    if not aux:
-        raise CheckpointError(f"{where} has no aux_hidden_state_layer_ids.")
+    aux = _captured(read, "aux_hidden_state_layer_ids")
     width = layers.get("hidden_size")
     if data.get("target_hidden_size") not in (None, width):
         raise CompatibilityError(
@@ -190,11 +174,7 @@ def _sample_from_anchor(read: Reader, kind: str) -> bool:
     """
     if read.data.get("sample_from_anchor") is not None:
         return read.boolean("sample_from_anchor")
-    block = read.integer("block_size")
-    try:
-        tokens = read.data["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-    except (KeyError, IndexError, TypeError):
-        tokens = None
+    block, tokens = read.integer("block_size"), _speculative_tokens(read.data)
     told = {block: True, block - 1: False}.get(tokens)
     found = kind == DSPARK if told is None else told
     logger.warning(
@@ -206,6 +186,28 @@ def _sample_from_anchor(read: Reader, kind: str) -> bool:
         str(found).lower(),
     )
     return found
+
+
+def _layers(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    layers = data.get("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise CheckpointError(f"{where} has transformer_layer_config {layers!r}, not an object.")
+    return layers
+
+
+def _captured(read: Reader, name: str) -> list[int]:
+    """The captured layers, counted from 1."""
+    taps = read.integers(name)
+    if not taps:
+        raise CheckpointError(f"{read.where} has no {name}.")
+    return taps
+
+
+def _speculative_tokens(data: Mapping[str, Any]) -> Any:
+    try:
+        return data["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def _verifier_fields(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,10 +253,7 @@ def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
         CheckpointError: a field is missing or has a value of the wrong kind.
         CompatibilityError: an option that is not supported.
     """
-    layers = data.get("transformer_layer_config")
-    if not isinstance(layers, Mapping):
-        raise CheckpointError(f"{where} has transformer_layer_config {layers!r}, not an object.")
-    read = Reader(data, where)
+    layers, read = _layers(data, where), Reader(data, where)
     for flag in FLAGS:
         read.only(flag, False)
     llama = layers.get("model_type") == "llama"
@@ -262,16 +261,12 @@ def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
         Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
     if data.get("target_hidden_size") is not None:
         read.only("target_hidden_size", layers.get("hidden_size"))
-    taps = read.integers(AUX_LAYERS)
-    if not taps:
-        raise CheckpointError(f"{where} has no {AUX_LAYERS}.")
-    try:
-        tokens = data["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-    except (KeyError, IndexError, TypeError) as error:
+    taps, tokens = _captured(read, AUX_LAYERS), _speculative_tokens(data)
+    if tokens is None:
         raise CheckpointError(
             f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
             "how many drafts a round has."
-        ) from error
+        )
     own = ("num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL)
     flat: dict[str, Any] = {
         **_LAYER_DEFAULTS,
