@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   dspark eval bundled --prompts questions.jsonl --temperature 0,1 --out evaluation
   dspark eval ./target --draft DSpark=./dspark --draft DFlash=./dflash --tasks gsm8k,mt-bench \\
-      --data ../shared/data/eval --limit 100 --out evaluation
+      --data ./tasks --limit 100 --out evaluation
   dspark eval ./target --draft ./drafter --tasks gsm8k --sweep threshold --out thresholds
   dspark eval --report evaluation"""
 
