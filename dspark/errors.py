@@ -65,6 +65,15 @@ class DSparkWarning(UserWarning):
     """Something was left out because it cannot be used; decoding goes on without it."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text is valid Unicode: bytes that are no text come in as half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough for a sentence: no line but its first."""
     lines = (line.strip() for line in str(error).splitlines())

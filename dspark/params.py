@@ -44,6 +44,8 @@ class SamplingParams:
             they are all the same.
         logprobs: report each token's log-probability, and those of this many most likely tokens
             in its place, 0 to 20; None reports nothing. Taken from the model's raw logits.
+        min_tokens: tokens to generate before an end token may be drawn, or a stop string ends the
+            output; at most `max_new_tokens`.
     """
 
     max_new_tokens: int = 256
@@ -61,6 +63,7 @@ class SamplingParams:
     seed: int = 0
     n: int = 1
     logprobs: int | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that have no meaning.
@@ -83,6 +86,7 @@ class SamplingParams:
     def _check_integers(self) -> None:
         for name, low, high, remedy in (
             ("max_new_tokens", 1, None, "an integer of at least 1"),
+            ("min_tokens", 0, self.max_new_tokens, "an integer from 0 to max_new_tokens"),
             ("top_k", 0, None, "0 (off) or a positive integer"),
             ("seed", -_INT64, _INT64 - 1, "an integer from -2^63 to 2^63 - 1"),
             ("n", 1, MOST_SAMPLES, f"an integer from 1 to {MOST_SAMPLES}"),

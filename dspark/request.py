@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from dspark.errors import DSparkError, RequestError, UsageError
-from dspark.params import SamplingParams, is_integer
+from dspark.params import MOST_LOGPROBS, SamplingParams, is_integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,10 +70,14 @@ class Request:
         reproducible: whether its output hangs on prompt, parameters and seed alone, not on load,
             schedule, block size or drafter: it is then verified by `coupled`, whatever the
             engine's verifier, and its tokens are those of plain decoding.
+        prompt_logprobs: report the log-probability of each prompt token but the first, and those of
+            this many most likely tokens in its place, 0 to 20; None reports nothing. Such a prompt
+            is read whole, whatever of it the cache holds.
 
     Raises:
         RequestError: the prompt is empty, or holds what is no token id.
-        UsageError: the timeout is not a positive number of seconds.
+        UsageError: the timeout is not a positive number of seconds, or `prompt_logprobs` is none
+            of these numbers.
     """
 
     prompt_ids: tuple[int, ...]
@@ -81,6 +85,7 @@ class Request:
     mask: TokenMask | None = None
     timeout_s: float | None = None
     reproducible: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -91,6 +96,11 @@ class Request:
         if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
             raise UsageError(
                 f"timeout_s is {self.timeout_s!r}, but must be a positive number of seconds."
+            )
+        wanted = self.prompt_logprobs
+        if wanted is not None and not (is_integer(wanted) and 0 <= wanted <= MOST_LOGPROBS):
+            raise UsageError(
+                f"prompt_logprobs is {wanted!r}, but must be None or from 0 to {MOST_LOGPROBS}."
             )
 
     def samples(self) -> tuple[Request, ...]:
@@ -192,6 +202,7 @@ class Output:
         stats: what it took.
         logprobs: of each generated token; None where nobody asked.
         fault: what ended it, where that was an error.
+        prompt_logprobs: of each prompt token from the second on; None where nobody asked.
     """
 
     prompt: str
@@ -201,6 +212,7 @@ class Output:
     stats: Stats
     logprobs: tuple[Logprob, ...] | None = None
     fault: DSparkError | None = None
+    prompt_logprobs: tuple[Logprob, ...] | None = None
 
     @property
     def error(self) -> str | None:

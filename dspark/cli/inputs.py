@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dspark.cli.options import Common, Loading, Pair, Prompts, Speculation
 from dspark.cli.screen import Screen
-from dspark.errors import DataError, UsageError
+from dspark.errors import DataError, UsageError, is_unicode
 from dspark.request import Request
 
 if TYPE_CHECKING:
@@ -83,9 +83,12 @@ def named_prompts(options: Prompts) -> list[PromptText]:
     if sys.stdin.isatty():
         raise UsageError("There is no prompt; give --prompt TEXT, --prompts FILE or a pipe.")
     try:
-        return [PromptText(sys.stdin.read().removesuffix("\n"))]
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise DataError(f"Standard input is not {error.encoding} text; convert it.") from error
+    if not is_unicode(text):  # where the locale lets any byte through
+        raise DataError(f"Standard input is not {sys.stdin.encoding} text; convert it.")
+    return [PromptText(text.removesuffix("\n"))]
 
 
 def use_threads(options: Common) -> None:

@@ -15,7 +15,7 @@ from dspark.cli import convert, data, demo, fit, generate, serve, train
 from dspark.cli.measure import bench, calibrate, check, eval, profile, prove, report
 from dspark.cli.options import read_options
 from dspark.cli.screen import Screen, showing_remarks, without_nan
-from dspark.errors import DSparkError, DSparkWarning, UsageError
+from dspark.errors import DSparkError, DSparkWarning, UsageError, is_unicode
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -75,6 +75,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace | int:
         sys.stdout.flush()
         return stop.code if isinstance(stop.code, int) else WRONG_USAGE
     found.words = tuple(sys.argv[1:] if argv is None else argv)
+    for word in found.words:
+        if not is_unicode(word):
+            shown = word.encode("ascii", "backslashreplace").decode()
+            raise UsageError(f"The argument {shown!r} has bytes that are no text; convert it.")
     return found
 
 

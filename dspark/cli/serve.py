@@ -131,7 +131,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(MISSING)
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
-    from dspark.serving.logs import start_logging
+    from dspark.serving.ops.logs import start_logging
     from dspark.serving.server import Server, bind
     from dspark.serving.service import EngineService
 
@@ -147,12 +147,12 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             f"Serving {settings.model_name} on http://{options.host}:{port}; Ctrl-C stops."
         )
         server.run([address])
-    tally = server.service.tally
+    counters = server.service.counters
     return {
         "ok": server.started and server.service.fault is None,
-        "steps": tally.steps,
-        "verified": int(tally.verified_K.sum()),
-        "accepted": int(tally.accepted_K.sum()),
+        "steps": counters.steps,
+        "verified": int(counters.verified_K.sum()),
+        "accepted": int(counters.accepted_K.sum()),
     }
 
 

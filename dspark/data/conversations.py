@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.data.files.json_lines import read_json_lines, write_json_lines
-from dspark.errors import DataError
+from dspark.errors import DataError, is_unicode
 
 __all__ = [
     "ROLES",
@@ -232,6 +232,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     for where, record in read_json_lines(path):
         if limit is not None and len(prompts) >= limit:
             break
+        if not is_unicode(json.dumps(record, ensure_ascii=False)):
+            raise DataError(f"{where} has half of a surrogate pair, which is no character.")
         prompts.append(as_prompt(record, where))
     if not prompts:
         raise DataError(f"{path} holds no prompt.")

@@ -14,6 +14,8 @@ from dspark.engine.sequence import ActiveRequest
 
 # Of the budget prompts get at least this share, however many rows verification takes.
 _PROMPT_SHARE = 0.25
+# Rows of a step whose logits are kept for a prompt's log-probabilities: each holds V numbers.
+_SCORED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def plan_step(
         1,
     )
     opening, reading = list[ActiveRequest](), list[Chunk]()
-    for request, count in zip(unread, fair_shares([r.unread for r in unread], left), strict=True):
+    wants = [min(r.unread, _SCORED_ROWS) if r.scores_prompt else r.unread for r in unread]
+    for request, count in zip(unread, fair_shares(wants, left), strict=True):
         if count == request.unread and not request.resumed:
             opening.append(request)
         elif count:

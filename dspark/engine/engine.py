@@ -181,7 +181,9 @@ class Engine:
             prompt=prompt,
             end_ids=ends,
             max_tokens=self.max_length,
-            text=None if tokenizer is None else TextStream(tokenizer, params.stop),
+            text=None
+            if tokenizer is None
+            else TextStream(tokenizer, params.stop, params.min_tokens),
             live=live or bool(params.stop),
             first_id=first_id,
             deadline=None if timeout_s is None else self._now() + timeout_s,

@@ -36,12 +36,13 @@ def emitted_logprobs(
     found, begin = list[tuple[Logprob, ...] | None](), 0
     for length, tokens, count in zip(lengths, committed, wanted, strict=True):
         rows_MV = logits_NV[begin : begin + len(tokens)]
-        found.append(None if count is None else _of_rows(rows_MV, tokens, count))
+        found.append(None if count is None else logprobs_of(rows_MV, tokens, count))
         begin += length + 1
     return tuple(found)
 
 
-def _of_rows(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[Logprob, ...]:
+def logprobs_of(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[Logprob, ...]:
+    """What the model thought of one token per row, and of the `count` most likely ones."""
     logprobs_MV = torch.log_softmax(at_least_fp32(logits_MV), dim=1)
     tokens_M1 = torch.tensor(tokens, dtype=torch.int64, device=logits_MV.device)[:, None]
     own = logprobs_MV.gather(1, tokens_M1).squeeze(1).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,12 +41,15 @@ class RowMasks:
         cls, requests: Sequence[ActiveRequest], vocab_size: int, device: torch.device
     ) -> RowMasks | None:
         """The masks of these requests, where they now stand; None if no request has one."""
-        masks = tuple(r.request.mask for r in requests)
+        masks = tuple(_mask_of(r, vocab_size) for r in requests)
         if all(mask is None for mask in masks):
             return None
         return cls(
             masks,
-            tuple(tuple(r.output_ids) if r.request.mask else () for r in requests),
+            tuple(
+                tuple(r.output_ids) if mask is not None else ()
+                for r, mask in zip(requests, masks, strict=True)
+            ),
             tuple(r.end_ids for r in requests),
             vocab_size,
             device,
@@ -90,6 +94,41 @@ class RowMasks:
         if key not in self._known:
             self._known[key] = _ask(mask, self.outputs[request] + drafted, self.vocab_size)
         return self._known[key]
+
+
+@dataclass(frozen=True)
+class MinTokensMask:
+    """Bans a request's end tokens until it has so many tokens of output: a `TokenMask`.
+
+    Attributes:
+        min_tokens: tokens before the first that may be an end token.
+        end_ids: what is banned.
+        vocab_size: V.
+        other: the request's own mask, which holds too.
+    """
+
+    min_tokens: int
+    end_ids: frozenset[int]
+    vocab_size: int
+    other: TokenMask | None = None
+
+    def allowed(self, output_ids: Sequence[int], /) -> npt.NDArray[np.bool_]:
+        """Which tokens may follow, bool [V]."""
+        allowed_V = np.ones(self.vocab_size, dtype=np.bool_)
+        if self.other is not None:
+            allowed_V = np.array(self.other.allowed(output_ids), dtype=np.bool_)
+        if len(output_ids) < self.min_tokens:
+            allowed_V[sorted(self.end_ids)] = False
+        return allowed_V
+
+
+def _mask_of(request: ActiveRequest, vocab_size: int) -> TokenMask | None:
+    """The mask of a request where it now stands."""
+    own, least = request.request.mask, request.request.params.min_tokens
+    if len(request.output_ids) >= least:
+        return own
+    known = frozenset(token for token in request.end_ids if token < vocab_size)
+    return MinTokensMask(least, known, vocab_size, own)
 
 
 def _ask(mask: TokenMask, output_ids: tuple[int, ...], vocab_size: int) -> Tensor | RequestError:

@@ -79,7 +79,7 @@ class Memory:
 
     def findable(self, request: ActiveRequest) -> int:
         """How many tokens of a request lie in pages that it could take over."""
-        return self.pool.peek(request.tokens) * PAGE_SIZE
+        return self.pool.peek(_sharable(request)) * PAGE_SIZE
 
     def admit(self, request: ActiveRequest, spare_pages: int = 0) -> bool:
         """Give a request pages for all its tokens and one round, shared ones first.
@@ -91,10 +91,11 @@ class Memory:
         Returns:
             Whether there were enough; if not, nothing has changed.
         """
-        missing = pages_of(len(request.tokens) + self._rows_ahead) - self.pool.peek(request.tokens)
-        if not self.pool.can_allocate(missing + spare_pages, beside=request.tokens):
+        tokens = _sharable(request)
+        missing = pages_of(len(request.tokens) + self._rows_ahead) - self.pool.peek(tokens)
+        if not self.pool.can_allocate(missing + spare_pages, beside=tokens):
             return False
-        shared = self.pool.match(request.tokens)
+        shared = self.pool.match(tokens)
         room = pages_of(request.longest + self._rows_ahead) - len(shared)
         own = self.pool.allocate(missing, room=room)
         assert own is not None, "can_allocate has just said so"
@@ -153,6 +154,11 @@ class Memory:
             AssertionError: pages were lost, or are held twice.
         """
         self.pool.check({str(r.request_id): r.table.pages for r in running})
+
+
+def _sharable(request: ActiveRequest) -> Sequence[int]:
+    """Tokens that may be found in the cache: none of a prompt whose rows are all to be computed."""
+    return () if request.scores_prompt else request.tokens
 
 
 def pages_of(tokens: int) -> int:

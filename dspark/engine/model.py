@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -306,6 +306,8 @@ class Model:
             return outputs[0] if params.n == 1 else outputs
         if messages is not None:
             raise RequestError("Give either prompts or messages.")
+        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence):
+            raise RequestError(f"The prompt is {prompt!r}, but must be a text or a list of texts.")
         requests = [
             Request(self.encode(p), params.with_seed(params.seed + i), **limits)
             for i, p in enumerate(prompt)

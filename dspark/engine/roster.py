@@ -91,7 +91,7 @@ class Roster:
 
     def _soon_shared(self, request: ActiveRequest) -> bool:
         """Whether a running request is reading a prefix that this one could take over."""
-        if not self.memory.pool.reuse:
+        if not self.memory.pool.reuse or request.scores_prompt:
             return False
         found = None
         for other in self.running:

@@ -22,6 +22,7 @@ from dspark.engine.batching import StepPlan
 from dspark.engine.context import DraftContext
 from dspark.engine.drafting import Drafts, Drawing, choose, confidence_array, draft_limits, propose
 from dspark.engine.judging import Verdict, verify
+from dspark.engine.logprobs import logprobs_of
 from dspark.engine.record import FloatArray, RoundRecord, Watch
 from dspark.engine.scheduler import Offer, Scheduler, Spent
 from dspark.engine.sequence import ActiveRequest, Piece
@@ -94,13 +95,19 @@ def play(
             drafts = _draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
     batch, judged = target_batch(plan, drafts, target.device)
+    scored = _scored_rows(plan, batch)
+    wanted = _with_rows(judged, scored, batch.offsets[-1], target.device)
     observes = speculator is not None and not all(request.plain for request in plan.running)
     taps = speculator.drafter.taps if speculator is not None and observes else ()
-    output = target.forward(batch, cache, taps=taps, logit_rows=judged)
+    output = target.forward(batch, cache, taps=taps, logit_rows=wanted)
     verdict = Verdict((), ())
     if state is not None:
         assert output.logits_NV is not None
-        verdict = verify(output.logits_NV, drafts, state)
+        verified = len(output.logits_NV) - sum(len(rows) for _, rows in scored)
+        verdict = verify(output.logits_NV[:verified], drafts, state)
+    if scored:
+        assert output.logits_NV is not None
+        _score_prompts(output.logits_NV, scored)
     if speculator is not None and output.features_TF is not None:
         with speculator.shield.over(plan.running):
             _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
@@ -201,6 +208,51 @@ def target_batch(
     if not judged:
         return batch, None
     return batch, "all" if len(judged) == end else torch.tensor(judged, device=device)
+
+
+def _scored_rows(plan: StepPlan, batch: RaggedBatch) -> list[tuple[ActiveRequest, range]]:
+    """Rows of the step that predict prompt tokens whose log-probabilities are wanted."""
+    found = []
+    everyone = (*plan.judged, *(chunk.request for chunk in plan.reading))
+    for i, request in enumerate(everyone):
+        if not request.scores_prompt:
+            continue
+        begin, end = batch.offsets[i], batch.offsets[i + 1]
+        first = begin + len(request.prompt_logprobs) - request.cached
+        last = begin + len(request.request.prompt_ids) - 1 - request.cached
+        rows = range(max(begin, first), min(end, last))
+        if rows:
+            found.append((request, rows))
+    return found
+
+
+def _with_rows(
+    judged: Tensor | Literal["all"] | None,
+    scored: Sequence[tuple[ActiveRequest, range]],
+    count: int,
+    device: torch.device,
+) -> Tensor | Literal["all"] | None:
+    """The rows to verify, and behind them those of prompts."""
+    if not scored:
+        return judged
+    more = torch.tensor([row for _, rows in scored for row in rows], device=device)
+    if judged is None:
+        return more
+    if isinstance(judged, str):
+        judged = torch.arange(count, device=device)
+    return torch.cat([judged, more])
+
+
+def _score_prompts(logits_NV: Tensor, scored: Sequence[tuple[ActiveRequest, range]]) -> None:
+    """Note the log-probabilities of prompt tokens; their rows are the last of the logits."""
+    begin = len(logits_NV) - sum(len(rows) for _, rows in scored)
+    for request, rows in scored:
+        count, first = request.request.prompt_logprobs, len(request.prompt_logprobs) + 1
+        assert count is not None
+        tokens = request.request.prompt_ids[first : first + len(rows)]
+        rows_MV = logits_NV[begin : begin + len(rows)]
+        request.prompt_logprobs += logprobs_of(rows_MV, tokens, count)
+        begin += len(rows)
 
 
 def _observe(

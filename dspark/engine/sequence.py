@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dspark.attention.pages import BlockTable
 from dspark.engine.text import TextStream
@@ -12,24 +13,39 @@ from dspark.errors import DSparkError, RequestError
 from dspark.request import FinishReason, Logprob, Output, Request, Stats
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One committed token as a stream shows it.
+class Piece(str):
+    """The text that one committed token settles, with the token; streams are made of these.
+
+    A string like any other: `"".join(model.stream(...))` is the text. It may be empty, or hold
+    earlier tokens' text.
 
     Attributes:
-        text: the text that this token settles; may be empty, or hold earlier tokens' text.
         token_id: the token.
         drafted: whether the drafter proposed it and the target kept it.
         logprob: what the model thought of it, if the request asked.
     """
 
-    text: str
+    __slots__ = ("drafted", "logprob", "token_id")
     token_id: int
     drafted: bool
-    logprob: Logprob | None = None
+    logprob: Logprob | None
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls, text: str, token_id: int, drafted: bool, logprob: Logprob | None = None
+    ) -> Piece:
+        """A piece of a stream."""
+        made = super().__new__(cls, text)
+        made.token_id, made.drafted, made.logprob = token_id, drafted, logprob
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made of."""
+        return self.text, self.token_id, self.drafted, self.logprob
+
+    @property
+    def text(self) -> str:
+        """The text alone."""
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,8 @@ class ActiveRequest:
         observed: tokens whose rows the drafter has nevertheless, where it is plain.
         logprobs: of the generated tokens, if it asked.
         fault: what ended it, if that was an error.
+        prompt_logprobs: of its prompt's tokens from the second on, as far as they are read, if it
+            asked.
     """
 
     request_id: int
@@ -89,6 +107,7 @@ class ActiveRequest:
     observed: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     fault: DSparkError | None = None
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -112,6 +131,12 @@ class ActiveRequest:
     def unread(self) -> int:
         """Tokens to be read before it is ready, the anchor of a first round included."""
         return len(self.tokens) - self.cached - self.resumed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        wanted = self.request.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.request.prompt_ids) - 1
 
     @property
     def longest(self) -> int:
@@ -225,4 +250,7 @@ class ActiveRequest:
             stats=self.stats,
             logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
             fault=self.fault,
+            prompt_logprobs=None
+            if self.request.prompt_logprobs is None
+            else tuple(self.prompt_logprobs),
         )

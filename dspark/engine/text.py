@@ -17,9 +17,11 @@ class TextStream:
     Args:
         tokenizer: a transformers tokenizer.
         stop: strings that end the text; the string itself is never given out.
+        min_tokens: tokens in whose text nothing is looked for.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._min_tokens = min_tokens
         self._tokenizer = tokenizer
         self._stops = tuple(map(_StopString, stop))
         self._ids: list[int] = []
@@ -71,6 +73,9 @@ class TextStream:
 
     def _settle(self, new: str) -> str:
         """Give out what can no longer become part of a stop string, of `new` text and held."""
+        if len(self._ids) <= self._min_tokens:
+            self.text += new
+            return new
         before = len(self._held)
         self._held += new
         starts = [before + end - len(s.text) for s in self._stops if (end := s.feed(new))]

@@ -11,17 +11,19 @@ from starlette.middleware.cors import CORSMiddleware
 
 import dspark
 from dspark.engine.model import Model
-from dspark.serving import chat, completions, health, live, metrics, models
 from dspark.serving.context import Context, Seeds
-from dspark.serving.faults import Reply, add_handlers
-from dspark.serving.grammar import Grammars
-from dspark.serving.guard import Guard
-from dspark.serving.metrics import Metrics
+from dspark.serving.live import routes as live
+from dspark.serving.live.engines import PageEngines, offered
+from dspark.serving.openai import chat, completions, models, responses, tokenize
+from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.errors import Reply, add_handlers
+from dspark.serving.openai.grammar import Grammars
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.ops import health, metrics
+from dspark.serving.ops.metrics import Metrics
+from dspark.serving.ops.middleware import Middleware
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Stages, offered
-from dspark.serving.template import ChatTemplate
-from dspark.serving.tokens import TokenTexts
 
 SUMMARY = "OpenAI-compatible server with speculative decoding that changes no output."
 
@@ -38,16 +40,16 @@ def create_app(
             prompt lookup.
     """
     target = service.engine.target
-    stages = Stages(service, offered(service.engine) if drafters is None else drafters)
+    engines = PageEngines(service, offered(service.engine) if drafters is None else drafters)
     context = Context(
         service=service,
         settings=settings,
-        metrics=Metrics(service, stages, settings.model_name),
+        metrics=Metrics(service, engines, settings.model_name),
         template=ChatTemplate.of(target.tokenizer, target.name),
         tokens=TokenTexts(target.tokenizer),
         grammars=Grammars(target),
         seeds=Seeds(settings.seed),
-        stages=stages,
+        engines=engines,
         created_s=int(time.time()),
     )
 
@@ -55,9 +57,9 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        await context.stages.close()
+        await context.engines.close()
         await service.stop(settings.drain_s)
-        context.cook.shutdown(wait=False)
+        context.prompt_thread.shutdown(wait=False)
 
     app = FastAPI(
         title="dspark",
@@ -69,16 +71,16 @@ def create_app(
         redoc_url=None,
     )
     app.state.context = context
-    for routes in (chat, completions, models, health, metrics, live):
+    for routes in (chat, completions, responses, tokenize, models, health, metrics, live):
         app.include_router(routes.router)
     add_handlers(app)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Middleware, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "x-dspark-ignored", "retry-after"],
+            expose_headers=["x-request-id", "warning", "retry-after"],
         )
     return app

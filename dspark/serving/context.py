@@ -1,4 +1,4 @@
-"""What every route works with."""
+"""Context: the service, settings, template, metrics and masks that all routes share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TypeVar
 from fastapi import Request
 
 from dspark.params import sample_seed
-from dspark.serving.grammar import Grammars
-from dspark.serving.metrics import Metrics
+from dspark.serving.live.engines import PageEngines
+from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.grammar import Grammars
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.ops.metrics import Metrics
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Stages
-from dspark.serving.template import ChatTemplate
-from dspark.serving.tokens import TokenTexts
 
 _T = TypeVar("_T")
 _SHORT = 4096  # fewer are encoded sooner than a thread would take over
@@ -56,9 +56,9 @@ class Context:
         tokens: texts of single tokens.
         grammars: masks for constrained answers.
         seeds: of requests without one.
-        stages: engines of the live page.
+        engines: engines of the live page.
         created_s: when the server started, seconds since 1970.
-        cook: the one thread in which prompts become tokens: long ones must not hold the loop up.
+        prompt_thread: encodes long prompts, which must not block the event loop.
     """
 
     service: EngineService
@@ -68,9 +68,9 @@ class Context:
     tokens: TokenTexts
     grammars: Grammars
     seeds: Seeds
-    stages: Stages
+    engines: PageEngines
     created_s: int
-    cook: ThreadPoolExecutor = field(
+    prompt_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="dspark-prompts")
     )
 
@@ -83,7 +83,7 @@ class Context:
         """
         if size <= _SHORT:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self.cook, work)
+        return await asyncio.get_running_loop().run_in_executor(self.prompt_thread, work)
 
 
 async def context_of(request: Request) -> Context:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.serving.app import create_app
-from dspark.serving.faults import error_body
+from dspark.serving.openai.errors import error_body
 from dspark.serving.service import EngineService
 from dspark.serving.settings import Settings
 
@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers end or end them, then close the connections."""
-        await self.app.state.context.stages.close()
+        await self.app.state.context.engines.close()
         stopping = asyncio.ensure_future(self.service.stop(self.settings.drain_s))
         while not stopping.done():
             await asyncio.wait((stopping,), timeout=0.1)

@@ -1,4 +1,4 @@
-"""The engine at work in a thread of its own, and the asyncio side that asks and listens.
+"""EngineService: the engine in a thread of its own, behind an asyncio interface.
 
 One thread owns the engine: it takes orders (submit, cancel, ...) between steps and hands what a
 step brought to the event loop in one call. Everything else here runs on the loop. So a step never
@@ -12,7 +12,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -23,12 +24,11 @@ from dspark.engine.record import RoundRecord
 from dspark.engine.sequence import Piece
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
-from dspark.serving.events import Owner
-from dspark.serving.listeners import Listeners, Step
-from dspark.serving.snapshot import Snapshot
-from dspark.serving.stream import Subscription, Ticket, Update
-from dspark.serving.tally import Tally
-from dspark.serving.turns import Turns
+from dspark.serving.ops.counters import Counters
+from dspark.serving.ops.snapshot import Snapshot
+from dspark.serving.round_events import Owner
+from dspark.serving.streams import OutputStream, Update
+from dspark.serving.subscriptions import Listeners, Step, Subscription
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -39,8 +39,34 @@ class _Job:
     """An answer that the engine is at: whose it is, who waits for it, and its last output."""
 
     owner: Owner
-    ticket: Ticket
+    output_stream: OutputStream
     last_s: float | None = None
+
+
+class EngineLock:
+    """Lets engines of one target step one at a time, in the order in which they came.
+
+    A target captures features with hooks on its modules, so no two of its forwards may run at
+    once. A plain lock would do, but may be taken again and again by whoever has just held it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._given = self._served = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Wait for a turn, and hold it."""
+        with self._changed:
+            number = self._given
+            self._given += 1
+            self._changed.wait_for(lambda: self._served == number)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._served += 1
+                self._changed.notify_all()
 
 
 class EngineService:
@@ -48,19 +74,19 @@ class EngineService:
 
     Args:
         engine: has nothing to do yet. It may be watched by the service alone.
-        turns: of the services whose engines share a target; by default there is no other.
+        engine_lock: of the services whose engines share a target; its own by default.
 
     Attributes:
         engine: for what never changes: its target, sizes and schedule.
-        turns: whose turn it is to step.
-        tally: counts of all rounds and steps, for metrics.
+        engine_lock: held for each step.
+        counters: counts of all rounds and steps, for metrics.
         fault: what ended the engine's thread, if that was an error.
     """
 
-    def __init__(self, engine: Engine, turns: Turns | None = None) -> None:
+    def __init__(self, engine: Engine, engine_lock: EngineLock | None = None) -> None:
         self.engine = engine
-        self.turns = turns or Turns()
-        self.tally = Tally(engine.num_drafts, whole_blocks=engine.verifier == "block")
+        self.engine_lock = engine_lock or EngineLock()
+        self.counters = Counters(engine.num_drafts, whole_blocks=engine.verifier == "block")
         self.fault: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -109,7 +135,7 @@ class EngineService:
 
     async def submit(
         self, requests: Sequence[Request], *, name: str = "", live: bool = True
-    ) -> Ticket:
+    ) -> OutputStream:
         """Queue requests, all or none.
 
         Args:
@@ -128,16 +154,18 @@ class EngineService:
         """
         loop = self._check_open()
         self._names += 1
-        ticket = Ticket(name or f"local-{self._names}", sum(r.params.n for r in requests))
-        ticket.on_cancel = partial(self._order_cancel, ticket)
+        output_stream = OutputStream(
+            name or f"local-{self._names}", sum(r.params.n for r in requests)
+        )
+        output_stream.on_cancel = partial(self._order_cancel, output_stream)
         admitted: asyncio.Future[None] = loop.create_future()
-        self._orders.put(partial(self._admit, ticket, tuple(requests), live, admitted))
+        self._orders.put(partial(self._admit, output_stream, tuple(requests), live, admitted))
         try:
             await admitted
         except BaseException:
-            ticket.cancel()
+            output_stream.cancel()
             raise
-        return ticket
+        return output_stream
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """Decode one request, yielding its tokens as they are decided.
@@ -151,16 +179,16 @@ class EngineService:
         """
         if request.params.n != 1:
             raise UsageError(f"n is {request.params.n}, but a stream shows one answer; use submit.")
-        ticket = await self.submit([request])
+        output_stream = await self.submit([request])
         try:
-            async for updates in ticket:
+            async for updates in output_stream:
                 for update in updates:
                     for piece in update.pieces:
                         yield piece
                     if update.output is not None:
                         update.output.checked()
         finally:
-            ticket.cancel()
+            output_stream.cancel()
 
     def subscribe(self, request_id: str | None = None, *, size: int = 256) -> Subscription:
         """Listen to the rounds of one request, or of all.
@@ -223,8 +251,8 @@ class EngineService:
 
         self._orders.put(order)
 
-    def _order_cancel(self, ticket: Ticket) -> None:
-        self._orders.put(partial(self._cancel, ticket))
+    def _order_cancel(self, output_stream: OutputStream) -> None:
+        self._orders.put(partial(self._cancel, output_stream))
 
     # From here on: the engine's thread.
 
@@ -257,29 +285,29 @@ class EngineService:
 
     def _step(self) -> None:
         self._record = None
-        with self.turns.mine():
+        with self.engine_lock.hold():
             started = time.perf_counter()
             events = self.engine.step()
             ended = time.perf_counter()
         step_ms = (ended - started) * 1e3
-        self.tally.add_step(step_ms, self._record)
-        updates, owners = list[tuple[Ticket, Update]](), dict[int, Owner]()
+        self.counters.add_step(step_ms, self._record)
+        updates, owners = list[tuple[OutputStream, Update]](), dict[int, Owner]()
         for event in events:
             job = self._jobs.get(event.request_id)
             if job is None:
                 continue
             if event.pieces:
                 if job.last_s is not None:
-                    self.tally.gaps.add(ended - job.last_s)
+                    self.counters.gaps.add(ended - job.last_s)
                 job.last_s = ended
             owners[event.request_id] = job.owner
-            updates.append((job.ticket, Update(job.owner[1], event.pieces, event.output)))
+            updates.append((job.output_stream, Update(job.owner[1], event.pieces, event.output)))
             if event.output is not None:
                 del self._jobs[event.request_id]
         self._snapshot = Snapshot.of(self.engine, self._record, step_ms)
         step = None
         if self._heard:
-            step = Step(self.tally.steps, self._record, events, owners, step_ms)
+            step = Step(self.counters.steps, self._record, events, owners, step_ms)
         if updates:
             self._tell(partial(self._deliver, updates, step))
 
@@ -292,7 +320,7 @@ class EngineService:
 
     def _admit(
         self,
-        ticket: Ticket,
+        output_stream: OutputStream,
         requests: Sequence[Request],
         live: bool,
         admitted: asyncio.Future[None],
@@ -301,7 +329,7 @@ class EngineService:
         try:
             self._refuse_late()
             if len(requests) > 1:
-                engine.roster.check_queue(ticket.answers)
+                engine.roster.check_queue(output_stream.answers)
             for request in requests:
                 first = engine.add(request, live=live)
                 numbers += range(first, first + request.params.n)
@@ -311,11 +339,11 @@ class EngineService:
             self._tell(partial(_fail, admitted, error))
             return
         for answer, number in enumerate(numbers):
-            self._jobs[number] = _Job((ticket.name, answer), ticket)
+            self._jobs[number] = _Job((output_stream.name, answer), output_stream)
         self._tell(partial(_resolve, admitted, None))
 
-    def _cancel(self, ticket: Ticket) -> None:
-        for number in [n for n, job in self._jobs.items() if job.ticket is ticket]:
+    def _cancel(self, output_stream: OutputStream) -> None:
+        for number in [n for n, job in self._jobs.items() if job.output_stream is output_stream]:
             self.engine.cancel(number)
             del self._jobs[number]
         self._snapshot = Snapshot.of(self.engine, self._record, self._snapshot.step_ms)
@@ -329,10 +357,10 @@ class EngineService:
         else:
             error = UnavailableError("The engine has failed; restart the server.")
         self._deadline = time.monotonic()
-        tickets = {id(job.ticket): job.ticket for job in self._jobs.values()}
+        streams = {id(job.output_stream): job.output_stream for job in self._jobs.values()}
         self._jobs.clear()
         self._take_rest()
-        self._tell(partial(self._finish, tuple(tickets.values()), error))
+        self._tell(partial(self._finish, tuple(streams.values()), error))
 
     def _tell(self, act: Callable[[], None]) -> None:
         """Have the loop do something; a loop that is gone has nobody who waits."""
@@ -342,17 +370,17 @@ class EngineService:
 
     # Called on the loop by the engine's thread.
 
-    def _deliver(self, updates: Sequence[tuple[Ticket, Update]], step: Step | None) -> None:
-        for ticket, update in updates:
-            ticket.put(update)
+    def _deliver(self, updates: Sequence[tuple[OutputStream, Update]], step: Step | None) -> None:
+        for output_stream, update in updates:
+            output_stream.put(update)
         if step is not None:
             self._listeners.publish(step)
 
-    def _finish(self, tickets: Sequence[Ticket], error: UnavailableError) -> None:
+    def _finish(self, streams: Sequence[OutputStream], error: UnavailableError) -> None:
         self._closing = True
         self._take_rest()  # what was ordered while the thread ended
-        for ticket in tickets:
-            ticket.fail(error)
+        for output_stream in streams:
+            output_stream.fail(error)
         self._listeners.close()
         assert self._ended is not None
         self._ended.set()

@@ -1,4 +1,4 @@
-"""What the server is told besides its engine."""
+"""Settings of the server, apart from those of its engine."""
 
 from __future__ import annotations
 

@@ -255,6 +255,10 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} extends itself, by way of {extended[-1]}; remove one `extends`.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it."
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(data, dict):

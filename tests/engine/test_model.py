@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import pytest
 
 import dspark
@@ -94,7 +98,11 @@ def test_engine_options_act(model):
 def test_stream(model):
     pieces = list(model.stream("the cat", **OPTIONS))
     output = model.generate("the cat", **OPTIONS)
-    assert "".join(map(str, pieces)) == output.text
+    assert "".join(pieces) == output.text
+    assert [piece.text for piece in pieces] == pieces
+    for twin in (copy.copy(pieces[0]), pickle.loads(pickle.dumps(pieces[0]))):
+        assert (twin, twin.token_id, twin.drafted) == (*pieces[:1], pieces[0].token_id, False)
+    assert json.loads(json.dumps(pieces)) == pieces
     assert tuple(piece.token_id for piece in pieces) == output.token_ids
 
 
@@ -119,6 +127,15 @@ def test_messages_go_through_the_chat_template(model):
         ("  \n", None, "prompt is empty"),
         (None, [], "list of messages is empty"),
         (None, [{"role": "user"}], "must have a 'role' and a 'content'"),
+        (5, None, "prompt is 5, but must be a text or a list of texts"),
+        (b"a", None, "prompt is b'a', but must be a text or a list of texts"),
+        ({"role": "user"}, None, "prompt is {'role': 'user'}, but must be a text or a list"),
+        ([5], None, "prompt is 5, but must be a text or a list of messages"),
+        ([["a"]], None, "A message is 'a', but must have"),
+        (None, 5, "prompt is 5, but must be a text or a list of messages"),
+        (None, [5], "A message is 5, but must have"),
+        (None, [{"role": "wizard", "content": "a"}], "has the role 'wizard', but roles are system"),
+        (None, [{"role": 1, "content": "a"}], "must have a 'role' and a 'content'"),
     ],
 )
 def test_prompts_that_mean_nothing(model, prompt, messages, message):

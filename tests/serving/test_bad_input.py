@@ -78,8 +78,8 @@ WRONG = [
     (TEXT, {"prompt": "x", "logit_bias": {"5000": 1}}, 400, None),
     (TEXT, {"prompt": "x", "seed": 1 << 63}, 422, "seed"),
     (TEXT, {"prompt": "x", "timeout_s": 0}, 422, "timeout_s"),
-    (TEXT, {"prompt": "x", "echo": True}, 400, "echo"),
-    (TEXT, {"prompt": "x", "suffix": "y"}, 400, "suffix"),
+    (TEXT, {"prompt": "x", "echo": True, "logprobs": 1, "stream": True}, 400, "echo"),
+    (TEXT, {"prompt": "x", "suffix": "y"}, 422, "suffix"),
     (TEXT, {"prompt": "x", "best_of": 2}, 400, "best_of"),
     (TEXT, {"prompt": "x", "stream_options": {}}, 400, "stream_options"),
     (TEXT, {"prompt": "x", "stream": True, "stream_options": {"a": 1}}, 400, "stream_options.a"),
@@ -106,7 +106,16 @@ WRONG = [
     (CHAT, chat(chat_template_kwargs={"enable_thinking": False}), 400, None),
     (CHAT, chat(model="gpt-6"), 404, "model"),
     (CHAT, chat(functions=[]), 400, "functions"),
-    (CHAT, chat(reasoning_effort="high"), 400, "reasoning_effort"),
+    (CHAT, chat(response_format={"type": "regex", "pattern": "\ud800"}), 400, None),
+    (CHAT, chat(response_format={"type": "grammar", "grammar": 'start: "\ud800"'}), 400, None),
+    (CHAT, chat(bad_words=["\ud800"]), 400, None),
+    (CHAT, {"messages": [{"role": "user", "content": "\udcff"}]}, 400, None),
+    ("/v1/responses", {"input": "\udcff"}, 400, None),
+    ("/tokenize", {"prompt": "\udcff"}, 400, None),
+    ("/v1/dspark/live", {"prompt": "\udcff", "drafter": "own"}, 422, None),
+    (CHAT, chat(beam_width=2), 400, "beam_width"),
+    (CHAT, chat(skip_special_tokens=False), 422, "skip_special_tokens"),
+    (CHAT, chat(modalities=["audio"]), 422, None),
 ]
 
 

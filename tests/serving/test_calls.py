@@ -15,12 +15,11 @@ from tokenizers import AddedToken
 import dspark
 from dspark.errors import RequestError
 from dspark.request import Request, SamplingParams
-from dspark.serving import grammar
-from dspark.serving.calls import Marks, call_form, calls_grammar
-from dspark.serving.grammar import Grammars
-from dspark.serving.parsing import AnswerParser, ToolCall
-from dspark.serving.template import ChatTemplate
-from dspark.serving.tools import Tool, tool_use
+from dspark.serving.openai import grammar
+from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.grammar import Grammars
+from dspark.serving.openai.output_parser import AnswerParser, ToolCall
+from dspark.serving.openai.tools import Marks, Tool, call_form, calls_grammar, tool_use
 
 pytest.importorskip("llguidance")
 QWEN = (Path(__file__).parents[1] / "data/templates/qwen3.jinja").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 from dspark.errors import RequestError
 from dspark.request import Request, SamplingParams
-from dspark.serving import grammar
-from dspark.serving.grammar import Grammars
+from dspark.serving.openai import grammar
+from dspark.serving.openai.grammar import Grammars
 
 pytest.importorskip("llguidance")
 SCHEMA = {

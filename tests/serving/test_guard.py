@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from dspark.errors import UsageError
-from dspark.serving.faults import ApiError
-from dspark.serving.guard import RateLimit
-from dspark.serving.logs import JsonLines
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.ops.logs import JsonLines
+from dspark.serving.ops.middleware import RateLimit
 from dspark.serving.server import read_keys
 from dspark.serving.settings import Settings
 

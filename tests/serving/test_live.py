@@ -13,11 +13,11 @@ import pytest
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.serving import live as live_module
-from dspark.serving.examples import EXAMPLES
+from dspark.serving.live import routes as live_module
+from dspark.serving.live.engines import Choice
+from dspark.serving.live.routes import EXAMPLES
+from dspark.serving.service import EngineLock
 from dspark.serving.settings import Settings
-from dspark.serving.stages import Choice
-from dspark.serving.turns import Turns
 
 PROMPT = EXAMPLES["chat"][0]
 RUN = "/v1/dspark/live"
@@ -182,8 +182,8 @@ def test_without_a_drafter_there_is_one_side(shown, given):
     assert found["done"][0]["speedup"] is None
 
 
-def stages_of(server):
-    return server.server.app.state.context.stages
+def engines_of(server):
+    return server.server.app.state.context.engines
 
 
 def engines():
@@ -195,13 +195,13 @@ def test_background_requests_are_real_and_end_when_nobody_watches(shown):
         events.until("round")
         seen = [events.until("round")["requests"] for _ in range(3)]
         assert max(seen) == 4
-        (stage,) = [s for c, s in stages_of(shown)._open.items() if c.drafter == "dspark"]
-        assert stage.service.snapshot().running == 4
+        (page_engine,) = [s for c, s in engines_of(shown)._open.items() if c.drafter == "dspark"]
+        assert page_engine.service.snapshot().running == 4
     until = time.monotonic() + 20
-    while stage.service.snapshot().running or stages_of(shown).in_line:
+    while page_engine.service.snapshot().running or engines_of(shown).in_line:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert stage.service.engine.memory.pool.in_use == 0
+    assert page_engine.service.engine.memory.pool.in_use == 0
     assert shown.service.snapshot().running == 0
 
 
@@ -254,7 +254,7 @@ def test_runs_take_turns(shown):
 
 
 def test_a_visitor_too_many_is_sent_away(shown, monkeypatch):
-    monkeypatch.setattr("dspark.serving.stages.MOST_WAITING", 0)
+    monkeypatch.setattr("dspark.serving.live.engines.MOST_WAITING", 0)
     with run(shown, max_tokens=120, ignore_eos=True) as first:
         first.until("round")
         with run(shown) as second:
@@ -264,10 +264,10 @@ def test_a_visitor_too_many_is_sent_away(shown, monkeypatch):
 
 
 def test_only_the_engines_in_use_stay_open(shown):
-    before = len(engines()) - len(stages_of(shown)._open)
+    before = len(engines()) - len(engines_of(shown)._open)
     for drafter in ("dspark", "ngram", "dspark"):
         whole(shown, drafter=drafter, max_tokens=4)
-        opened = stages_of(shown)._open
+        opened = engines_of(shown)._open
         assert [choice for choice in opened if not choice.plain] == [Choice(drafter)]
         plain = [choice for choice in opened if choice.plain]
         assert len(engines()) - before == 1 + len(plain)
@@ -392,7 +392,7 @@ def test_a_page_that_only_looks_costs_the_engine_nothing(shown):
         names = [next(events)[0] for _ in range(2)]
         assert set(names) == {"state"}
         assert not shown.service._heard
-        assert not stages_of(shown).listeners
+        assert not engines_of(shown).listeners
     finally:
         events.close()
 
@@ -459,17 +459,17 @@ def test_nothing_else_is_served(live, name):
 
 def test_the_page_goes_into_the_wheel():
     source = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"serving/page/*"' in source
+    assert '"serving/live/page/*"' in source
 
 
 def test_turns_go_round_and_never_overlap():
-    turns, held, order = Turns(), [0], []
+    lock, held, order = EngineLock(), [0], []
     ready = threading.Barrier(3)
 
     def work(name):
         ready.wait()
         for _ in range(50):
-            with turns.mine():
+            with lock.hold():
                 held[0] += 1
                 assert held[0] == 1
                 order.append(name)
@@ -490,8 +490,8 @@ def test_turns_go_round_and_never_overlap():
 
 
 def test_a_turn_that_fails_is_given_back():
-    turns = Turns()
-    with pytest.raises(ValueError, match="x"), turns.mine():
+    lock = EngineLock()
+    with pytest.raises(ValueError, match="x"), lock.hold():
         raise ValueError("x")
-    with turns.mine():
+    with lock.hold():
         pass

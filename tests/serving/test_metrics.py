@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.scheduling.reliability import expected_calibration_error
-from dspark.serving.tally import GAP_S, Drift, Tally, Times
+from dspark.serving.ops.counters import GAP_S, Counters, RunningCalibrationError, SecondsHistogram
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_speculation(counted):
     assert sum(kept) == accepted > 0
     drafts = found["vllm:spec_decode_num_drafts_total",]
     assert found["dspark_accepted_length",] == pytest.approx(1 + accepted / drafts)
-    assert found["dspark_step_seconds_count",] == service.tally.steps
+    assert found["dspark_step_seconds_count",] == service.counters.steps
     pages = {state: found["dspark_cache_pages", state] for state in ("held", "kept", "free")}
     assert pages["held"] == 0
     assert sum(pages.values()) == service.engine.memory.pool.pages
@@ -74,7 +74,7 @@ def test_time_between_outputs(counted):
 
 def test_buckets_are_those_of_prometheus():
     values = np.concatenate([np.random.default_rng(0).lognormal(-3, 3, 500), GAP_S])
-    times = Times(GAP_S)
+    times = SecondsHistogram(GAP_S)
     for value in values:
         times.add(float(value))
     below = [int((values <= bound).sum()) for bound in GAP_S]
@@ -86,7 +86,7 @@ def test_drift_is_the_calibration_error():
     rng = np.random.default_rng(0)
     predicted = rng.random(400)
     stayed = rng.random(400) < predicted**2
-    drift = Drift()
+    drift = RunningCalibrationError()
     for part in np.split(np.arange(400), 8):
         drift.add(predicted[part], stayed[part])
     assert drift.observed == 400
@@ -106,10 +106,10 @@ def test_trimmed_drafts_tell_nothing(model, kit):
         draft_ms = schedule_ms = verify_ms = 1.0
 
     for whole, seen in ((True, 3), (False, 4)):
-        tally = Tally(3, whole_blocks=whole)
-        tally.add_step(3.0, Record)
-        assert tally.drift.observed == seen
-        assert tally.drafted_K.tolist() == [2, 2, 2]
-        assert tally.verified_K.tolist() == [2, 1, 1]
-        assert tally.accepted_K.tolist() == [2, 0, 0]
-        assert tally.rounds == 2
+        counters = Counters(3, whole_blocks=whole)
+        counters.add_step(3.0, Record)
+        assert counters.drift.observed == seen
+        assert counters.drafted_K.tolist() == [2, 2, 2]
+        assert counters.verified_K.tolist() == [2, 1, 1]
+        assert counters.accepted_K.tolist() == [2, 0, 0]
+        assert counters.rounds == 2

@@ -207,11 +207,11 @@ def test_labels_are_accepted_and_named(client, kit):
         user="me",
         store=False,
     )
-    assert answer.headers["x-dspark-ignored"] == "user, store"
+    assert answer.headers["warning"] == '299 dspark "Ignored, without effect here: user, store"'
     plain = client.chat.completions.with_raw_response.create(
         model="bundled", messages=kit.messages("Hi"), max_tokens=2
     )
-    assert "x-dspark-ignored" not in plain.headers
+    assert "warning" not in plain.headers
 
 
 def test_the_clients_errors(client, kit):

@@ -395,7 +395,7 @@ def test_stop_ends_a_run(server, visit):
     visitor.page.click('#go:text-is("Stop")')
     visitor.ended()
     assert visitor.text("#status") == "Stopped."
-    server.wait_until(lambda _: server.server.app.state.context.stages.in_line == 0)
+    server.wait_until(lambda _: server.server.app.state.context.engines.in_line == 0)
 
 
 def test_the_load_slider_acts_while_a_run_goes_on(server, visit):

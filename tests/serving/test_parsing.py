@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dspark.serving.parsing import AnswerParser, Content, Reasoning, ToolCall
+from dspark.serving.openai.output_parser import AnswerParser, Content, Reasoning, ToolCall
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "</x>"]}}\n</tool_call>'
 ADD = ToolCall("add", '{"a": 1, "b": [2, "</x>"]}')

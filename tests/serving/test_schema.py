@@ -5,7 +5,9 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-POSTED = ("/v1/chat/completions", "/v1/completions")
+POSTED = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,8 @@ def operations(live):
 
 def test_the_description_names_every_route(operations):
     assert {operation.path for operation in operations} >= {
-        *POSTED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"
+        *POSTED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics",
+        "/ping", "/version",
     }  # fmt: skip
 
 
@@ -39,8 +42,9 @@ def test_no_request_makes_the_server_fail(operations, live, mode):
         )
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case):
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 2)
+            for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+                if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+                    case.body[name] = min(case.body[name], 2)
             response = case.call(timeout=60)
             statuses.append(response.status_code)
             assert response.status_code < 500, (case.body, response.content)

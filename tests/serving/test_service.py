@@ -110,12 +110,12 @@ def test_all_or_none_are_admitted(requests, play):
         with pytest.raises(RequestError, match="300 tokens"):
             await service.submit([good, too_long])
         assert not service.engine.has_work
-        ticket = await service.submit([good])
-        await anext(ticket)
+        output_stream = await service.submit([good])
+        await anext(output_stream)
         with pytest.raises(QueueFullError):
             await service.submit(rest)
         assert (service.snapshot().running, service.snapshot().queued) == (1, 0)
-        ticket.cancel()
+        output_stream.cancel()
 
     play(work, max_requests=1, max_queue=1)
 
@@ -166,12 +166,12 @@ def test_stopping_ends_what_is_left_with_an_error(requests, play):
     wanted = requests(6, 230, ignore_eos=True)  # two of them wait
 
     async def work(service):
-        tickets = [await service.submit([request]) for request in wanted]
+        streams = [await service.submit([request]) for request in wanted]
         listener = service.subscribe()
         await service.stop(0.0)
-        for ticket in tickets:
+        for output_stream in streams:
             with pytest.raises(UnavailableError, match="before the answer was complete"):
-                async for _ in ticket:
+                async for _ in output_stream:
                     pass
         async for _ in listener:  # it ends
             pass
@@ -186,13 +186,13 @@ def test_an_engine_that_fails_leaves_nobody_waiting(requests, kit, model):
     async def work():
         service = EngineService(engine)
         service.start()
-        tickets = [await service.submit([request]) for request in wanted]
-        await anext(tickets[0])
+        streams = [await service.submit([request]) for request in wanted]
+        await anext(streams[0])
         engine.target.forward, kept = fail, engine.target.forward
         try:
-            for ticket in tickets:
+            for output_stream in streams:
                 with pytest.raises(UnavailableError, match="engine has failed"):
-                    async for _ in ticket:
+                    async for _ in output_stream:
                         pass
         finally:
             engine.target.forward = kept
@@ -213,8 +213,8 @@ def test_rounds_tell_what_the_engine_did(requests, play):
     async def work(service):
         listener = service.subscribe("mine")
         other = service.subscribe("other")
-        ticket = await service.submit([request], name="mine")
-        outputs = [u.output async for updates in ticket for u in updates if u.output]
+        output_stream = await service.submit([request], name="mine")
+        outputs = [u.output async for updates in output_stream for u in updates if u.output]
         listener.close()
         other.close()
         assert [event async for event in other] == []
@@ -243,7 +243,7 @@ def test_rounds_tell_what_the_engine_did(requests, play):
         survival *= draft.confidence
         assert draft.survival == pytest.approx(survival)
     assert whole.rows == 1 + len(whole.drafts)
-    assert service.tally.drift.observed > 0
+    assert service.counters.drift.observed > 0
 
 
 def test_nobody_listens_nothing_is_computed(requests, play):
@@ -251,11 +251,11 @@ def test_nobody_listens_nothing_is_computed(requests, play):
 
     async def work(service):
         assert [piece async for piece in service.stream(request)]
-        return service.tally
+        return service.counters
 
-    tally = play(work, schedule="fixed")
-    assert tally.drift.observed == 0
-    assert tally.rounds > 0
+    counters = play(work, schedule="fixed")
+    assert counters.drift.observed == 0
+    assert counters.rounds > 0
 
 
 def test_a_slow_listener_loses_the_oldest_and_nobody_waits(requests, play):

@@ -8,10 +8,10 @@ from dspark.data.tokenizer import train_tokenizer
 from dspark.engine.sequence import Piece
 from dspark.errors import RequestError
 from dspark.request import Output, Stats
-from dspark.serving.chat import ChatVoice, Message
-from dspark.serving.parsing import AnswerParser
-from dspark.serving.template import ChatTemplate, encode
-from dspark.serving.tokens import TokenTexts
+from dspark.serving.openai.chat import ChatWriter, Message
+from dspark.serving.openai.chat_template import ChatTemplate, encode
+from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.openai.output_parser import AnswerParser
 
 # The parts of Qwen3's template that matter here.
 TEMPLATE = """
@@ -112,16 +112,16 @@ def output_of(text, reason="stop"):
 
 
 @pytest.fixture
-def voice(tokenizer):
+def writer(tokenizer):
     def make():
         parser = AnswerParser(reasoning=True, tools=True)
-        return ChatVoice(0, parser, TokenTexts(tokenizer), logprobs=False)
+        return ChatWriter(0, parser, TokenTexts(tokenizer), logprobs=False)
 
     return make
 
 
-def test_calls_and_reasoning_in_a_whole_answer(voice):
-    choice = voice().whole(output_of(f"<think>Hm.</think>\n\nWait. {CALL}\n{CALL}"))
+def test_calls_and_reasoning_in_a_whole_answer(writer):
+    choice = writer().full(output_of(f"<think>Hm.</think>\n\nWait. {CALL}\n{CALL}"))
     message = choice["message"]
     assert message["reasoning_content"] == "Hm."
     assert message["content"] == "Wait."
@@ -130,18 +130,18 @@ def test_calls_and_reasoning_in_a_whole_answer(voice):
     ] * 2
     assert choice["finish_reason"] == "tool_calls"
     assert len({call["id"] for call in message["tool_calls"]}) == 2
-    alone = voice().whole(output_of(CALL))["message"]
+    alone = writer().full(output_of(CALL))["message"]
     assert alone["content"] is None
-    cut = voice().whole(output_of(f"{CALL} x", "length"))
+    cut = writer().full(output_of(f"{CALL} x", "length"))
     assert cut["finish_reason"] == "length"
 
 
-def test_calls_and_reasoning_in_a_stream(voice):
+def test_calls_and_reasoning_in_a_stream(writer):
     text = f"<think>Hm.</think>\n\nWait. {CALL}\n{CALL}"
-    speaker, choices = voice(), []
+    speaker, choices = writer(), []
     for letter in text[:-3]:
-        choices += speaker.hear([Piece(letter, 1, drafted=False)])
-    choices += speaker.close(output_of(text))
+        choices += speaker.stream_delta([Piece(letter, 1, drafted=False)])
+    choices += speaker.stream_end(output_of(text))
     deltas = [choice["delta"] for choice in choices]
     assert deltas[0]["role"] == "assistant"
     assert "".join(d.get("content", "") for d in deltas) == "Wait."

@@ -60,8 +60,10 @@ def scan_json_lines(path: str | Path) -> Iterator[Row]:
         DataError: the file is missing.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():  # a device or a pipe is as good as a file
         raise DataError(f"The file {path} does not exist.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give one of its files.")
     number = 0
     with _open(path, "rb") as file:
         try:
@@ -111,7 +113,7 @@ def json_lines_files(path: Path) -> list[Path]:
         DataError: there are none.
     """
     if not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path} does not exist; give a JSON-lines file or a folder of them.")
         return [path]
     found = sorted(p for p in path.rglob("*") if p.name.endswith(JSON_LINES))

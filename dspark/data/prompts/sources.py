@@ -43,7 +43,9 @@ def read_rows(
         DataError: the source does not exist or is empty, or as `data_set_rows`.
     """
     path = Path(source.name).expanduser()
-    if path.is_file() or (path.is_dir() and any(map(_is_json_lines, path.rglob("*")))):
+    if (path.exists() and not path.is_dir()) or (
+        path.is_dir() and any(map(_is_json_lines, path.rglob("*")))
+    ):
         for file in json_lines_files(path):
             yield from scan_json_lines(file)
         return

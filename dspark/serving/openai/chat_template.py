@@ -1,4 +1,4 @@
-"""Chat messages and tools to tokens, and what the model's own markup looks like."""
+"""Chat template: messages and tools to token ids, and the marks of reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from dspark.engine.prompt import check_text
 from dspark.errors import RequestError
 
 THINK, THINK_END = "<think>", "</think>"
@@ -59,6 +60,9 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        *,
+        prompt: bool = True,
+        continues: bool = False,
     ) -> Rendered:
         """Write the messages down and encode them.
 
@@ -66,12 +70,14 @@ class ChatTemplate:
             messages: with roles, texts, and calls of tools as mappings.
             tools: JSON schemas of functions.
             options: further variables of the template, such as `enable_thinking`.
+            prompt: whether the template opens the answer.
+            continues: whether the answer goes on where the last message ends.
 
         Raises:
             RequestError: the template has no place for the tools or an option, or refuses the
                 messages; or their text is no valid Unicode.
         """
-        text = self.write(messages, tools, options)
+        text = self.write(messages, tools, options, prompt=prompt, continues=continues)
         ids = encode(self.tokenizer, text, special=False)
         return Rendered(ids, text.rstrip().endswith(THINK))
 
@@ -82,6 +88,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         *,
         prompt: bool = True,
+        continues: bool = False,
     ) -> str:
         """The messages as text.
 
@@ -89,7 +96,8 @@ class ChatTemplate:
             messages: as `render`.
             tools: as `render`.
             options: as `render`.
-            prompt: whether an answer is to follow.
+            prompt: as `render`.
+            continues: as `render`.
 
         Raises:
             RequestError: as `render`.
@@ -110,6 +118,7 @@ class ChatTemplate:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=prompt,
+                continue_final_message=continues,
                 **(options or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -129,12 +138,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> tuple[int, ...
     Raises:
         RequestError: the text is no valid Unicode, or empty.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "The text has half of a surrogate pair, which is no character; send valid Unicode."
-        ) from error
+    check_text(text)
     ids = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
     if not ids:
         raise RequestError("The prompt is empty; give at least one word.")

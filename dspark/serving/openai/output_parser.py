@@ -1,4 +1,4 @@
-"""Reads a model's markup out of its answer, also while it comes: reasoning, and calls of tools.
+"""Output parser: reasoning and tool calls out of an answer's text, whole or streamed.
 
 The markup of Qwen3 and of the Hermes family: `<think>...</think>`, and `<tool_call>` around a JSON
 object with `name` and `arguments`. What only looks like it stays what it is: content. No character
@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.serving.template import CALL, CALL_END, THINK, THINK_END
+from dspark.serving.openai.chat_template import CALL, CALL_END, THINK, THINK_END
 
 
 @dataclass(frozen=True)

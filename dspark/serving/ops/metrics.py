@@ -24,9 +24,9 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from dspark.request import Output
+from dspark.serving.live.engines import PageEngines
+from dspark.serving.ops.counters import SecondsHistogram
 from dspark.serving.service import EngineService
-from dspark.serving.stages import Stages
-from dspark.serving.tally import Times
 
 router = APIRouter(tags=["metrics"])
 _SECONDS = (
@@ -42,11 +42,11 @@ class Metrics:
 
     Args:
         service: whose engine is counted.
-        stages: the engines of the live page, which are counted apart.
+        engines: the engines of the live page, which are counted apart.
         model_name: the label of the figures that vLLM has too.
     """
 
-    def __init__(self, service: EngineService, stages: Stages, model_name: str) -> None:
+    def __init__(self, service: EngineService, engines: PageEngines, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
         labels = ("model_name",)
@@ -95,7 +95,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.registry.register(_EngineFigures(service, model_name))
-        self.registry.register(_PageFigures(stages))
+        self.registry.register(_PageFigures(engines))
 
     def note_reply(self, route: str, status: int) -> None:
         """Count an HTTP request."""
@@ -178,9 +178,9 @@ class _EngineFigures(Collector):
         )
 
     def _speculation(self) -> Iterator[Metric]:
-        tally = self._service.tally
-        verified, accepted = int(tally.verified_K.sum()), int(tally.accepted_K.sum())
-        yield self._counter("vllm:spec_decode_num_drafts", "Verified blocks.", tally.rounds)
+        counters = self._service.counters
+        verified, accepted = int(counters.verified_K.sum()), int(counters.accepted_K.sum())
+        yield self._counter("vllm:spec_decode_num_drafts", "Verified blocks.", counters.rounds)
         yield self._counter(
             "vllm:spec_decode_num_draft_tokens", "Drafts sent to the target.", verified
         )
@@ -190,55 +190,55 @@ class _EngineFigures(Collector):
             "Drafts that stayed, by position.",
             labels=["model_name", "position"],
         )
-        for place, count in enumerate(tally.accepted_K):
+        for place, count in enumerate(counters.accepted_K):
             by_place.add_metric([*self._model, str(place)], int(count))
         yield by_place
         for name, text, counts in (
-            ("dspark_drafted_tokens", "Drafts made, by position.", tally.drafted_K),
-            ("dspark_verified_tokens", "Drafts verified, by position.", tally.verified_K),
+            ("dspark_drafted_tokens", "Drafts made, by position.", counters.drafted_K),
+            ("dspark_verified_tokens", "Drafts verified, by position.", counters.verified_K),
         ):
             family = CounterMetricFamily(name, text, labels=["position"])
             for place, count in enumerate(counts):
                 family.add_metric([str(place)], int(count))
             yield family
-        length = 1 + accepted / tally.rounds if tally.rounds else 0.0
+        length = 1 + accepted / counters.rounds if counters.rounds else 0.0
         yield GaugeMetricFamily(
             "dspark_accepted_length", "Tokens per verified block, bonus included.", length
         )
         yield GaugeMetricFamily(
             "dspark_calibration_error",
             "Expected calibration error of survivals against outcomes, of late.",
-            tally.drift.error,
+            counters.drift.error,
         )
         yield CounterMetricFamily(
-            "dspark_calibration_observations", "Drafts it was taken from.", tally.drift.observed
+            "dspark_calibration_observations", "Drafts it was taken from.", counters.drift.observed
         )
 
     def _steps(self) -> Iterator[Metric]:
-        tally = self._service.tally
+        counters = self._service.counters
         gaps = HistogramMetricFamily(
             "vllm:inter_token_latency_seconds",
             "Time between an answer's outputs; one holds all tokens of a step.",
             labels=["model_name"],
         )
-        _add_times(gaps, self._model, tally.gaps)
+        _add_times(gaps, self._model, counters.gaps)
         yield gaps
         steps = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
-        _add_times(steps, [], tally.step_times)
+        _add_times(steps, [], counters.step_times)
         yield steps
         parts = CounterMetricFamily(
             "dspark_round_part_seconds", "Time of rounds with a drafter, by part.", labels=["part"]
         )
         for part in ("draft", "schedule", "verify"):
-            parts.add_metric([part], getattr(tally, f"{part}_ms") / 1e3)
+            parts.add_metric([part], getattr(counters, f"{part}_ms") / 1e3)
         yield parts
 
 
 class _PageFigures(Collector):
     """The live page's engines: apart from those of the server, whose drafter may be another."""
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    def __init__(self, engines: PageEngines) -> None:
+        self._stages = engines
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -259,7 +259,7 @@ class _PageFigures(Collector):
             yield family
 
 
-def _add_times(family: HistogramMetricFamily, labels: list[str], times: Times) -> None:
+def _add_times(family: HistogramMetricFamily, labels: list[str], times: SecondsHistogram) -> None:
     """Add a histogram, whose buckets Prometheus wants summed up."""
     bounds = [*map(str, times.bounds_s), "+Inf"]
     sums = itertools.accumulate(list(times.counts))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import ApiError, Reply
+from dspark.serving.openai.errors import ApiError, Reply
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

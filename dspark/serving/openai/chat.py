@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -13,16 +14,23 @@ from starlette.responses import Response
 
 from dspark.engine.sequence import Piece
 from dspark.request import Output, Request
-from dspark.serving.answers import Choice, Job, reply
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import IGNORED_HEADER, Count, SharedFields, Strict, check_logprobs
-from dspark.serving.formats import calls_mask_of, mask_of
-from dspark.serving.models import check_model
-from dspark.serving.parsing import AnswerParser, Content, Part, Reasoning, ToolCall
-from dspark.serving.template import CALL, THINK, ChatTemplate, call_arguments
-from dspark.serving.tokens import TokenTexts, chat_logprobs
-from dspark.serving.tools import Tool, tool_use
+from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate, call_arguments
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import (
+    Count,
+    SharedFields,
+    Strict,
+    check_logprobs,
+    mask_of,
+    warning,
+    without_bad_words,
+)
+from dspark.serving.openai.logprobs import TokenTexts, chat_logprobs
+from dspark.serving.openai.models import check_model
+from dspark.serving.openai.output_parser import AnswerParser, Content, Part, Reasoning, ToolCall
+from dspark.serving.openai.streaming import Choice, CompletionFraming, Framing, Job, reply
+from dspark.serving.openai.tools import Tool, calls_mask_of, tool_use
 
 router = APIRouter(tags=["completions"])
 
@@ -99,6 +107,12 @@ class ChatFields(SharedFields):
         tool_choice: `auto`, `none` to leave the tools out, `required`, or a function by name.
         parallel_tool_calls: whether an answer may have several calls.
         chat_template_kwargs: variables of the template, such as `enable_thinking` (not of OpenAI).
+        add_generation_prompt: whether the template opens the answer (not of OpenAI).
+        continue_final_message: have the answer go on where the last message, the assistant's, ends
+            (not of OpenAI).
+        echo: put that message in front of the answer (not of OpenAI).
+        reasoning_effort, verbosity: variables of templates that know them, else without effect.
+        modalities: text.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -109,6 +123,12 @@ class ChatFields(SharedFields):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    modalities: list[Literal["text"]] | None = None
 
     def new_tokens(self) -> int | None:
         """New tokens at most, by either name.
@@ -121,6 +141,49 @@ class ChatFields(SharedFields):
             sentence = "max_tokens and max_completion_tokens differ; give one of them."
             raise ApiError(400, sentence, param="max_tokens", code="invalid_combination")
         return both.pop() if both else None
+
+    def continued(self) -> str | None:
+        """The text of the message that the answer goes on with; None where it begins anew.
+
+        Raises:
+            ApiError: there is nothing to go on with, or other parameters contradict.
+        """
+        last = self.messages[-1]
+        text = last.for_template()["content"]
+        for name, wrong, sentence in (
+            (
+                "continue_final_message",
+                self.continue_final_message and (last.role != "assistant" or not text),
+                "continue_final_message needs a last message of the assistant with text.",
+            ),
+            (
+                "add_generation_prompt",
+                self.continue_final_message and self.add_generation_prompt,
+                "add_generation_prompt and continue_final_message exclude each other; leave one "
+                "out.",
+            ),
+            (
+                "echo",
+                self.echo and not self.continue_final_message,
+                "echo needs continue_final_message; leave it out.",
+            ),
+        ):
+            if wrong:
+                raise ApiError(400, sentence, param=name, code="invalid_combination")
+        return str(text) if self.continue_final_message else None
+
+    def template_options(self, template: ChatTemplate) -> tuple[dict[str, Any], list[str]]:
+        """Variables for the template, and the names of parameters that it has no place for."""
+        options, ignored = dict(self.chat_template_kwargs or {}), list[str]()
+        for name in ("reasoning_effort", "verbosity"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if template.mentions(name):
+                options.setdefault(name, value)
+            else:
+                ignored.append(name)
+        return options, ignored
 
     def wanted_logprobs(self) -> int | None:
         """How many most likely tokens are reported; None for no log-probabilities.
@@ -139,35 +202,83 @@ async def chat_completions(
     fields: ChatFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
 ) -> Response:
     """Answer a chat."""
+    usage = fields.wants_usage()
+    chat = await prepare_chat(fields, http, context)
+    framing = CompletionFraming(
+        f"chatcmpl-{http.state.request_id}",
+        context.settings.model_name,
+        "chat.completion",
+        "chat.completion.chunk",
+        usage=usage,
+    )
+    return await reply(chat.job(fields, framing, http), context, http.receive)
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A chat that is ready for the engine.
+
+    Attributes:
+        request: for the engine.
+        writers: of its answers.
+        ignored: names of parameters that are without effect.
+    """
+
+    request: Request
+    writers: tuple[ChatWriter, ...]
+    ignored: list[str]
+
+    def job(self, fields: ChatFields, framing: Framing, http: HttpRequest) -> Job:
+        """The job that it is for an API."""
+        return Job(
+            requests=(self.request,),
+            writers=self.writers,
+            framing=framing,
+            request_id=http.state.request_id,
+            stream=bool(fields.stream),
+            headers=warning(self.ignored),
+            facts=http.state.facts,
+        )
+
+
+async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) -> PreparedChat:
+    """Render a chat, and make what holds its answer to what is wanted.
+
+    Raises:
+        ApiError: something that is wanted cannot be had.
+        DSparkError: likewise.
+    """
     check_model(fields.model, context)
-    template = context.template
-    if template is None:
-        raise ApiError(400, "This model has no chat template; use /v1/completions.")
+    template = chat_template_of(context)
+    continued = fields.continued()
     use = tool_use(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
-    tools, usage = use.told, fields.wants_usage()
+    tools = use.told
     messages = [message.for_template() for message in fields.messages]
     params = fields.params(
         context, logprobs=fields.wanted_logprobs(), max_tokens=fields.new_tokens()
     )
-    options = fields.chat_template_kwargs
+    options, ignored = fields.template_options(template)
+    opened = continued is None and fields.add_generation_prompt is not False
     rendered = await context.prepare(
-        lambda: template.render(messages, tools, options), _size_of(messages, tools)
+        lambda: template.render(
+            messages, tools, options, prompt=opened, continues=continued is not None
+        ),
+        _size_of(messages, tools),
     )
     format_mask = await mask_of(fields, context)
     calls_mask = await calls_mask_of(fields, use, rendered, template, context)
     request = Request(
-        rendered.token_ids,
+        fields.truncated(rendered.token_ids, params.max_new_tokens, context),
         params,
-        format_mask or calls_mask,
+        without_bad_words(fields, format_mask or calls_mask, context),
         fields.timeout(context),
         reproducible=fields.seed is not None,
     )
-    facts: dict[str, Any] = http.state.facts
     if context.settings.log_prompts:
-        facts["messages"] = messages
+        http.state.facts["messages"] = messages
     free = format_mask is None  # a format's answer has no markup
-    voices = tuple(
-        ChatVoice(
+    writers = tuple(
+        ChatWriter(
             i,
             AnswerParser(
                 reasoning=free and template.mentions(THINK),
@@ -176,23 +287,23 @@ async def chat_completions(
             ),
             context.tokens,
             logprobs=params.logprobs is not None,
+            echoed=continued if continued and fields.echo else "",
         )
         for i in range(params.n)
     )
-    ignored = fields.ignored() + _ignored_names(fields.messages, template)
-    job = Job(
-        requests=(request,),
-        voices=voices,
-        request_id=http.state.request_id,
-        kind="chat.completion",
-        prefix="chatcmpl",
-        chunked=True,
-        stream=bool(fields.stream),
-        usage=usage,
-        headers={IGNORED_HEADER: ", ".join(ignored)} if ignored else {},
-        facts=facts,
-    )
-    return await reply(job, context, http.receive)
+    ignored += fields.ignored() + _ignored_names(fields.messages, template)
+    return PreparedChat(request, writers, ignored)
+
+
+def chat_template_of(context: Context) -> ChatTemplate:
+    """The model's chat template.
+
+    Raises:
+        ApiError: it has none.
+    """
+    if context.template is None:
+        raise ApiError(400, "This model has no chat template; use /v1/completions.")
+    return context.template
 
 
 def _size_of(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> int:
@@ -211,7 +322,7 @@ def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[
     return [f"messages.{name}" for name in sorted(given) if not template.mentions(name)]
 
 
-class ChatVoice:
+class ChatWriter:
     """One answer in the shapes of chat completions.
 
     Args:
@@ -219,23 +330,31 @@ class ChatVoice:
         parser: reads the model's markup.
         texts: of single tokens.
         logprobs: whether log-probabilities are reported.
+        echoed: text to stand in front of the answer's.
     """
 
     def __init__(
-        self, index: int, parser: AnswerParser, texts: TokenTexts, *, logprobs: bool
+        self,
+        index: int,
+        parser: AnswerParser,
+        texts: TokenTexts,
+        *,
+        logprobs: bool,
+        echoed: str = "",
     ) -> None:
+        self._echoed = echoed
         self._index = index
         self._parser = parser
         self._texts = texts
         self._logprobs = logprobs
-        self._heard = 0
+        self._streamed = 0
         self._calls = 0
         self._begun = False
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
-        self._heard += len(text)
+        self._streamed += len(text)
         choices = self._deltas(self._parser.feed(text))
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
         if self._logprobs and found:
@@ -244,17 +363,18 @@ class ChatVoice:
             choices[0]["logprobs"] = chat_logprobs(found, self._texts)
         return self._with_role(choices)
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """The last text, and why it ended."""
-        rest = self._parser.feed(output.text[self._heard :]) + self._parser.finish()
+        rest = self._parser.feed(output.text[self._streamed :]) + self._parser.finish()
         end = self._choice({}, self._reason(output, rest))
         return self._with_role([*self._deltas(rest), end])
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
         parts = self._parser.feed(output.text) + self._parser.finish()
         calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
-        content = "".join(part.text for part in parts if isinstance(part, Content))
+        said = [part.text for part in parts if isinstance(part, Content)]
+        content = "".join([self._echoed, *said])
         reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
         message: dict[str, Any] = {
             "role": "assistant",
@@ -295,7 +415,8 @@ class ChatVoice:
     def _with_role(self, choices: list[Choice]) -> list[Choice]:
         if choices and not self._begun:
             self._begun = True
-            choices = [self._choice({"role": "assistant", "content": ""}), *choices]
+            first = {"role": "assistant", "content": self._echoed}
+            choices = [self._choice(first), *choices]
         return choices
 
     def _choice(self, delta: dict[str, Any], reason: str | None = None) -> Choice:

@@ -1,4 +1,4 @@
-"""Before any route: request ids, keys, rates, and bodies of bounded size; after it: one log line.
+"""Middleware: request ids, API keys, rate and body limits, and one log line per request.
 
 Pure ASGI, so that a stream costs nothing more for having passed here.
 """
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dspark.serving.faults import ApiError, error_reply
-from dspark.serving.logs import log_request
+from dspark.serving.openai.errors import ApiError, error_reply
+from dspark.serving.ops.logs import log_request
 from dspark.serving.settings import Settings
 
-_CLOSED_PATHS = ("/v1/", "/metrics")
+_CLOSED_PATHS = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_CLIENTS = 10_000
 _ids = random.Random()  # seeded by the system; an id is no secret
 
 
-class Guard:
+class Middleware:
     """Lets a request through to the routes, or answers it.
 
     Args:

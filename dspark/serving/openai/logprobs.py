@@ -87,23 +87,35 @@ def chat_logprobs(found: Sequence[Logprob], texts: TokenTexts) -> dict[str, Any]
     }
 
 
-def text_logprobs(found: Sequence[Logprob], texts: TokenTexts, offset: int) -> dict[str, Any]:
+def text_logprobs(
+    found: Sequence[Logprob | None], texts: TokenTexts, offset: int, first_id: int = -1
+) -> dict[str, Any]:
     """Log-probabilities as text completions show them.
 
     Args:
-        found: of the tokens.
+        found: of the tokens; None for the first of a prompt, which nothing predicts.
         texts: of tokens.
+        first_id: that token.
         offset: characters of the answer before them; tokens that are no whole characters count
             as their `bytes:` writing does not: by what they add once decoded, that is, nothing.
     """
+    ids = [first_id if each is None else each.token_id for each in found]
     offsets = []
-    for each in found:
+    for token_id in ids:
         offsets.append(offset)
-        text = texts(each.token_id)
+        text = texts(token_id)
         offset += 0 if text.startswith("bytes:") else len(text)
     return {
-        "tokens": [texts(each.token_id) for each in found],
-        "token_logprobs": [each.logprob for each in found],
-        "top_logprobs": [{texts(token): value for token, value in each.top} for each in found],
+        "tokens": [texts(token_id) for token_id in ids],
+        "token_logprobs": [None if each is None else _finite(each.logprob) for each in found],
+        "top_logprobs": [
+            None if each is None else {texts(token): value for token, value in each.top}
+            for each in found
+        ],
         "text_offset": offsets,
     }
+
+
+def _finite(logprob: float) -> float:
+    """A number for JSON, which has no infinite ones: that of vLLM."""
+    return max(logprob, -9999.0)

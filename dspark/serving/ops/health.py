@@ -1,4 +1,4 @@
-"""`/health`: is the engine alive; `/ready`: does it take requests. Open without a key."""
+"""`/health` and `/ping`, `/ready`, `/version`: for supervisors and clients, without a key."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
+import dspark
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import Reply
+from dspark.serving.openai.errors import Reply
 
 router = APIRouter(tags=["health"])
 _ANSWERS: dict[int | str, dict[str, Any]] = {503: {"description": "no"}}
@@ -18,6 +19,19 @@ async def health(context: Annotated[Context, Depends(context_of)]) -> Reply:
     """Whether the engine works; 503 once it has failed, so that a supervisor restarts it."""
     alive = context.service.fault is None
     return Reply({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+
+@router.get("/ping", responses=_ANSWERS)
+@router.post("/ping", responses=_ANSWERS)
+async def ping(context: Annotated[Context, Depends(context_of)]) -> Reply:
+    """The same as `/health`, as hosting services ask."""
+    return await health(context)
+
+
+@router.get("/version")
+async def version() -> Reply:
+    """The version of this package."""
+    return Reply({"version": dspark.__version__})
 
 
 @router.get("/ready", responses=_ANSWERS)

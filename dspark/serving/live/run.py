@@ -16,10 +16,11 @@ from typing import Any
 
 from dspark.errors import DSparkError
 from dspark.request import Output, Request
-from dspark.serving.faults import as_api_error, error_body
-from dspark.serving.load import BackgroundLoad
-from dspark.serving.stages import Choice, Stage, Stages
-from dspark.serving.stream import Subscription, Update
+from dspark.serving.live.background_load import BackgroundLoad
+from dspark.serving.live.engines import Choice, PageEngine, PageEngines
+from dspark.serving.openai.errors import as_api_error, error_body
+from dspark.serving.streams import Update
+from dspark.serving.subscriptions import Subscription
 
 Event = tuple[str, dict[str, Any]]
 """(name, JSON object)"""
@@ -68,7 +69,7 @@ class Run:
     """One run, which ends when nobody reads its events any more.
 
     Args:
-        stages: the engines.
+        engines: the engines.
         choice: what the visitor wants to see.
         request: the prompt.
         load_prompts: what background requests ask.
@@ -82,7 +83,7 @@ class Run:
 
     def __init__(
         self,
-        stages: Stages,
+        engines: PageEngines,
         choice: Choice,
         request: Request,
         load_prompts: Sequence[tuple[int, ...]],
@@ -91,9 +92,9 @@ class Run:
         run_id: str,
         compare: bool,
     ) -> None:
-        stages.check(choice)
+        engines.check(choice)
         self.run_id = run_id
-        self._stages = stages
+        self._engines = engines
         self._choice = choice
         self._request = request
         self._load_prompts = load_prompts
@@ -126,9 +127,9 @@ class Run:
             },
         )
         try:
-            if self._stages.in_line:
-                yield "phase", {"phase": "waiting", "ahead": self._stages.in_line}
-            async with self._stages.turn(), aclosing(self._run()) as found:
+            if self._engines.in_line:
+                yield "phase", {"phase": "waiting", "ahead": self._engines.in_line}
+            async with self._engines.turn(), aclosing(self._run()) as found:
                 async for event in found:
                     yield event
         except DSparkError as error:
@@ -141,19 +142,21 @@ class Run:
         plan += [(PLAINLY, self._choice.plainly)] if self._compare else []
         for name, choice in plan:
             yield "phase", {"phase": "preparing", "side": name}
-            stage = await self._stages.open(choice)
+            page_engine = await self._engines.open(choice)
             sides[name] = _Side()
-            async with aclosing(self._play(name, stage, sides[name])) as found:
+            async with aclosing(self._play(name, page_engine, sides[name])) as found:
                 async for event in found:
                     yield event
         yield "done", self._verdict(sides)
 
-    async def _play(self, name: str, stage: Stage, side: _Side) -> AsyncGenerator[Event, None]:
+    async def _play(
+        self, name: str, page_engine: PageEngine, side: _Side
+    ) -> AsyncGenerator[Event, None]:
         """One side under its load."""
-        for note in stage.notes:
+        for note in page_engine.notes:
             yield "note", {"side": name, "message": note}
         params = replace(self._request.params, max_new_tokens=_LOAD_TOKENS, ignore_eos=False)
-        load = BackgroundLoad(stage.service, self._load_prompts, params)
+        load = BackgroundLoad(page_engine.service, self._load_prompts, params)
         async with load:
             self._background = load
             load.set_level(self._wanted)
@@ -162,34 +165,36 @@ class Run:
                     yield "phase", {"phase": "loading", "side": name, "load": load.level}
                     await load.settled()
                 yield "phase", {"phase": "decoding", "side": name, "load": load.level}
-                tally = self._stages.main.tally
-                before = tally.steps
-                async with aclosing(self._decode(name, stage, side)) as found:
+                counters = self._engines.main.counters
+                before = counters.steps
+                async with aclosing(self._decode(name, page_engine, side)) as found:
                     async for event in found:
                         yield event
-                side.other_steps = tally.steps - before
+                side.other_steps = counters.steps - before
             finally:
                 self._background = None
         yield "end", _summary(name, side)
 
-    async def _decode(self, name: str, stage: Stage, side: _Side) -> AsyncGenerator[Event, None]:
+    async def _decode(
+        self, name: str, page_engine: PageEngine, side: _Side
+    ) -> AsyncGenerator[Event, None]:
         listener: Subscription | None = None
         if name == SPECULATIVE:
-            listener = stage.service.subscribe(self.run_id)
+            listener = page_engine.service.subscribe(self.run_id)
         side.started_s = time.perf_counter()
-        ticket = await stage.service.submit([self._request], name=self.run_id)
+        output_stream = await page_engine.service.submit([self._request], name=self.run_id)
         try:
-            async for updates in ticket:
+            async for updates in output_stream:
                 pieces = side.note(updates)
                 if pieces:
                     figures = {"tokens": side.tokens, "seconds": round(side.seconds, 6)}
                     yield "text", {"side": name, "pieces": pieces, **figures}
                 # The service gives a step's tokens and its rounds in one go.
                 for event in listener.take() if listener is not None else ():
-                    self._stages.publish(event)
+                    self._engines.publish(event)
                     yield "round", event.to_json()
         finally:
-            ticket.cancel()
+            output_stream.cancel()
             if listener is not None:
                 listener.close()
 
@@ -213,7 +218,7 @@ class Run:
 
 def _summary(name: str, side: _Side) -> dict[str, Any]:
     output = side.output
-    assert output is not None, "a ticket ends with its output, or raises"
+    assert output is not None, "a output_stream ends with its output, or raises"
     stats = output.stats
     return {
         "side": name,

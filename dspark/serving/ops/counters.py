@@ -1,4 +1,4 @@
-"""Counts of what the engine's rounds did, kept by its own thread and read by the metrics."""
+"""Counters of rounds, drafts and step times: written by the engine's thread, read for metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HALF_LIFE = 20_000
 Counts = npt.NDArray[np.int64]
 
 
-class Times:
+class SecondsHistogram:
     """A histogram of seconds, written by the engine's thread at the cost of a search and two sums.
 
     Args:
@@ -47,7 +47,7 @@ class Times:
 
 
 @dataclass
-class Drift:
+class RunningCalibrationError:
     """A running calibration error: predicted survivals against what came of the drafts.
 
     Equal-width bins as in `scheduling.reliability`, whose contents fade as new drafts come.
@@ -75,7 +75,7 @@ class Drift:
         return float(np.abs(predicted - stayed).sum() / total) if total > 0 else 0.0
 
 
-class Tally:
+class Counters:
     """What rounds and steps added up to.
 
     Args:
@@ -102,10 +102,10 @@ class Tally:
         self.verified_K: Counts = np.zeros(num_drafts, dtype=np.int64)
         self.accepted_K: Counts = np.zeros(num_drafts, dtype=np.int64)
         self.steps = 0
-        self.step_times = Times(STEP_S)
-        self.gaps = Times(GAP_S)
+        self.step_times = SecondsHistogram(STEP_S)
+        self.gaps = SecondsHistogram(GAP_S)
         self.draft_ms = self.schedule_ms = self.verify_ms = 0.0
-        self.drift = Drift()
+        self.drift = RunningCalibrationError()
 
     def add_step(self, step_ms: float, record: RoundRecord | None) -> None:
         """Count a step, and the round in it where a drafter took part."""
@@ -165,10 +165,10 @@ class Totals:
     verified: int = 0
     accepted: int = 0
 
-    def add(self, tally: Tally) -> None:
+    def add(self, counters: Counters) -> None:
         """Add what an engine has counted."""
-        self.steps += tally.steps
-        self.step_s += tally.step_times.total_s
-        self.rounds += tally.rounds
-        self.verified += int(tally.verified_K.sum())
-        self.accepted += int(tally.accepted_K.sum())
+        self.steps += counters.steps
+        self.step_s += counters.step_times.total_s
+        self.rounds += counters.rounds
+        self.verified += int(counters.verified_K.sum())
+        self.accepted += int(counters.accepted_K.sum())

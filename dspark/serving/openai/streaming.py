@@ -1,4 +1,4 @@
-"""From a submission to a reply: whole, or as a stream of server-sent events."""
+"""Replies to completions, whole or as server-sent events, with their usage and metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -17,28 +17,52 @@ from dspark.engine.sequence import Piece
 from dspark.errors import DSparkError
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.serving.context import Context
-from dspark.serving.faults import ApiError, Reply, as_api_error, error_body, error_reply
-from dspark.serving.stream import Ticket
+from dspark.serving.openai.errors import ApiError, Reply, as_api_error, error_body, error_reply
+from dspark.serving.streams import OutputStream
 
 _T = TypeVar("_T")
 Choice = dict[str, Any]
 DONE = "data: [DONE]\n\n"
-_write_json = json.JSONEncoder(separators=(",", ":")).encode
+write_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Voice(Protocol):
-    """Gives one answer the shape that its API has."""
+class ChoiceWriter(Protocol):
+    """Writes one answer as choices of its API."""
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         ...
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """How a stream ends."""
         ...
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
+        ...
+
+
+class Framing(Protocol):
+    """Puts the choices of all answers into the body of a reply, or into server-sent events."""
+
+    def full(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of a whole reply."""
+        ...
+
+    def begin(self) -> str:
+        """The events before the first choice."""
+        ...
+
+    def event(self, choice: Choice) -> str:
+        """The events of one choice."""
+        ...
+
+    def end(self, usage: dict[str, Any]) -> str:
+        """The events after the last choice."""
+        ...
+
+    def error(self, error: ApiError) -> str:
+        """The events that end a stream which failed."""
         ...
 
 
@@ -48,32 +72,29 @@ class Job:
 
     Attributes:
         requests: for the engine.
-        voices: one per answer, in the order of their numbers.
+        writers: one per answer, in the order of their numbers.
+        framing: of the API that was asked.
         request_id: of the HTTP request.
-        kind: the `object` of a whole reply; a stream's has `.chunk` behind it where `chunked`.
-        prefix: of the completion's id.
-        chunked: as `kind` says.
         stream: whether a stream is wanted.
-        usage: whether the stream ends with the usage.
         headers: of the reply.
         facts: what the log is told.
+        scores_only: whether only log-probabilities of prompts are wanted: the token that each
+            request generates all the same is left out.
     """
 
     requests: tuple[Request, ...]
-    voices: tuple[Voice, ...]
+    writers: tuple[ChoiceWriter, ...]
+    framing: Framing
     request_id: str
-    kind: str
-    prefix: str
-    chunked: bool
     stream: bool
-    usage: bool
     headers: dict[str, str]
     facts: dict[str, Any]
+    scores_only: bool = False
 
 
 @dataclass
-class _Account:
-    """What a completion took, for the usage, the metrics and the log."""
+class _Progress:
+    """Times and outputs of a completion, for usage, metrics and log."""
 
     context: Context
     job: Job
@@ -89,6 +110,8 @@ class _Account:
             self.context.metrics.note_first_token(now_s - self.started_s)
         if output is None:
             return
+        if self.job.scores_only:
+            output = replace(output, token_ids=(), text="", logprobs=())
         self.outputs[answer] = output
         first_s = self.first_s.get(answer)
         self.context.metrics.note_end(
@@ -125,7 +148,7 @@ class _Account:
 
     def close(self) -> None:
         """Tell the log; answers that have not ended were left by their client, or broken off."""
-        for _ in range(len(self.job.voices) - len(self.outputs)):
+        for _ in range(len(self.job.writers) - len(self.outputs)):
             self.context.metrics.note_reason("abort")
         usage = self.usage()
         reasons = [output.finish_reason for _, output in sorted(self.outputs.items())]
@@ -152,104 +175,107 @@ async def reply(job: Job, context: Context, receive: Receive) -> Response:
     Raises:
         DSparkError: it cannot be made; or what ended it, where nothing has been sent yet.
     """
-    account = _Account(context, job)
-    ticket = await context.service.submit(job.requests, name=job.request_id, live=job.stream)
+    account = _Progress(context, job)
+    output_stream = await context.service.submit(job.requests, name=job.request_id, live=job.stream)
 
     def end() -> None:
-        ticket.cancel()
+        output_stream.cancel()
         account.close()
 
     if job.stream:
-        return EventStream(_events(ticket, account), job.headers, end)
+        return EventStream(_events(output_stream, account), job.headers, end)
     try:
-        await unless_gone(_collect(ticket, account), receive)
-    except ClientGone:
+        await until_disconnect(_collect(output_stream, account), receive)
+    except ClientDisconnected:
         return error_reply(ApiError(400, "The client left before its answer was complete."))
     finally:
         end()
-    body = _frame(job, context, chunk=False) | {
-        "choices": [voice.whole(account.outputs[i]) for i, voice in enumerate(job.voices)],
-        "usage": account.usage(),
-    }
-    return Reply(body, headers=job.headers)
+    choices = [writer.full(account.outputs[i]) for i, writer in enumerate(job.writers)]
+    return Reply(job.framing.full(choices, account.usage()), headers=job.headers)
 
 
-async def _collect(ticket: Ticket, account: _Account) -> None:
-    async for updates in ticket:
+async def _collect(output_stream: OutputStream, account: _Progress) -> None:
+    async for updates in output_stream:
         for update in updates:
             account.note(update.answer, update.pieces, update.output)
             if update.output is not None:
                 update.output.checked()
 
 
-async def _events(ticket: Ticket, account: _Account) -> AsyncGenerator[bytes, None]:
+async def _events(output_stream: OutputStream, account: _Progress) -> AsyncGenerator[bytes, None]:
     """The stream, which always ends: with its last answer, or with an error."""
-    job, rest = account.job, list[str]()
-    chunks = _Chunks(_frame(job, account.context, chunk=True), usage=job.usage)
+    job = account.job
+    rest = list(filter(None, [job.framing.begin()]))
     try:
-        async for updates in ticket:
+        async for updates in output_stream:
             fault = None
             for update in updates:
                 account.note(update.answer, update.pieces, update.output)
-                voice = job.voices[update.answer]
-                choices = voice.hear(update.pieces) if update.pieces else []
+                writer = job.writers[update.answer]
+                choices = writer.stream_delta(update.pieces) if update.pieces else []
                 if update.output is not None and update.output.fault is not None:
                     fault = update.output.fault
                 elif update.output is not None:
-                    choices += voice.close(update.output)
-                rest += map(chunks.event, choices)
+                    choices += writer.stream_end(update.output)
+                rest += map(job.framing.event, choices)
             if fault is not None:
                 raise fault
-            if rest and not ticket.is_over:  # what comes last goes out with the end
+            if rest and not output_stream.is_over:  # what comes last goes out with the end
                 yield "".join(rest).encode("ascii")
                 rest.clear()
-        if job.usage:
-            rest.append(chunks.last(account.usage()))
+        rest.append(job.framing.end(account.usage()))
     except DSparkError as error:
-        told = as_api_error(error)
-        rest.append(_event(error_body(told.status, str(told), told.param, told.code)))
-    yield "".join([*rest, DONE]).encode("ascii")
+        rest.append(job.framing.error(as_api_error(error)))
+    yield "".join(rest).encode("ascii")
 
 
-class _Chunks:
-    """Writes the events of one stream, which differ in their choices alone.
+class CompletionFraming:
+    """The bodies and events of chat and text completions; events differ in their choices alone.
 
     Args:
-        frame: what all have in common.
-        usage: whether the last one holds the usage; all others then say that they do not.
+        name: the completion's id.
+        model: the model's name.
+        kind: the `object` of a whole reply.
+        chunk_kind: that of a stream's events.
+        usage: whether the last event holds the usage; all others then say that they do not.
     """
 
-    def __init__(self, frame: Mapping[str, Any], *, usage: bool) -> None:
-        self._head = "data: " + _write_json(frame)[:-1] + ',"choices":['
+    def __init__(self, name: str, model: str, kind: str, chunk_kind: str, *, usage: bool) -> None:
+        common = {"created": int(time.time()), "model": model}
+        self._body = {"id": name, "object": kind, **common}
+        chunk = {"id": name, "object": chunk_kind, **common}
+        self._head = "data: " + write_json(chunk)[:-1] + ',"choices":['
         self._tail = '],"usage":null}\n\n' if usage else "]}\n\n"
+        self._usage = usage
+
+    def full(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of a whole reply."""
+        return {**self._body, "choices": choices, "usage": usage}
+
+    def begin(self) -> str:
+        """Nothing: the first event is that of the first choice."""
+        return ""
 
     def event(self, choice: Choice) -> str:
         """The event of one choice."""
-        return self._head + _write_json(choice) + self._tail
+        return self._head + write_json(choice) + self._tail
 
-    def last(self, usage: Mapping[str, Any]) -> str:
-        """The event with the usage."""
-        return self._head + '],"usage":' + _write_json(usage) + "}\n\n"
+    def end(self, usage: dict[str, Any]) -> str:
+        """The event with the usage, where it is wanted."""
+        last = self._head + '],"usage":' + write_json(usage) + "}\n\n" if self._usage else ""
+        return last + DONE
 
-
-def _frame(job: Job, context: Context, *, chunk: bool) -> dict[str, Any]:
-    return {
-        "id": f"{job.prefix}-{job.request_id}",
-        "object": f"{job.kind}.chunk" if chunk and job.chunked else job.kind,
-        "created": int(time.time()),
-        "model": context.settings.model_name,
-    }
+    def error(self, error: ApiError) -> str:
+        """The error as an event."""
+        body = error_body(error.status, str(error), error.param, error.code)
+        return "data: " + write_json(body) + "\n\n" + DONE
 
 
-def _event(body: Mapping[str, Any]) -> str:
-    return "data: " + _write_json(body) + "\n\n"
-
-
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """Nobody is there any more to read the reply."""
 
 
-async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
+async def until_disconnect(work: Awaitable[_T], receive: Receive) -> _T:
     """Do something until it is done, or the client has gone.
 
     Args:
@@ -257,7 +283,7 @@ async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
         receive: of the HTTP request, whose body has been read.
 
     Raises:
-        ClientGone: the client has gone.
+        ClientDisconnected: the client has gone.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
@@ -265,7 +291,7 @@ async def unless_gone(work: Awaitable[_T], receive: Receive) -> _T:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise ClientDisconnected
     finally:
         for each in (task, gone):
             each.cancel()
@@ -305,8 +331,8 @@ class EventStream(Response):
         del scope
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(ClientGone):
-                await unless_gone(self._send_all(send), receive)
+            with contextlib.suppress(ClientDisconnected):
+                await until_disconnect(self._send_all(send), receive)
         finally:
             self._end()
 

@@ -1,4 +1,4 @@
-"""Background requests: real ones, so that a schedule feels a real load."""
+"""Background load of the live page: real requests, so that schedules see a real batch."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class BackgroundLoad:
 
     async def _work(self) -> None:
         while True:
-            ticket = await self._service.submit([next(self._requests)], live=False)
+            output_stream = await self._service.submit([next(self._requests)], live=False)
             try:
-                async for updates in ticket:
+                async for updates in output_stream:
                     for update in updates:
                         if update.output is not None:
                             update.output.checked()
             finally:
-                ticket.cancel()
+                output_stream.cancel()
 
     async def __aenter__(self) -> BackgroundLoad:
         return self

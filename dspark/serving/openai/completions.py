@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
@@ -13,14 +13,21 @@ from starlette.responses import Response
 from dspark.engine.sequence import Piece
 from dspark.params import MOST_SAMPLES, sample_seed
 from dspark.request import Logprob, Output, Request
-from dspark.serving.answers import Choice, Job, reply
 from dspark.serving.context import Context, context_of
-from dspark.serving.faults import ApiError
-from dspark.serving.fields import IGNORED_HEADER, SharedFields, TokenId, check_logprobs
-from dspark.serving.formats import mask_of
-from dspark.serving.models import check_model
-from dspark.serving.template import encode
-from dspark.serving.tokens import TokenTexts, text_logprobs
+from dspark.serving.openai.chat_template import encode
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import (
+    MOST_NUMBER,
+    SharedFields,
+    TokenId,
+    check_logprobs,
+    mask_of,
+    warning,
+    without_bad_words,
+)
+from dspark.serving.openai.logprobs import TokenTexts, text_logprobs
+from dspark.serving.openai.models import check_model
+from dspark.serving.openai.streaming import Choice, CompletionFraming, Job, reply
 
 router = APIRouter(tags=["completions"])
 Ids = Annotated[list[TokenId], Field(min_length=1)]
@@ -40,7 +47,8 @@ class CompletionFields(SharedFields):
             i n + j.
         logprobs: report log-probabilities, with those of so many most likely tokens.
         best_of: as many as `n`, which is what happens.
-        echo: false: a prompt's own log-probabilities are not computed.
+        echo: put the prompt in front of each answer, with `logprobs` its own log-probabilities too.
+        max_tokens: with echo also 0, which scores the prompt and generates nothing.
         suffix: none: the model writes on, it does not fill in.
     """
 
@@ -48,7 +56,8 @@ class CompletionFields(SharedFields):
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool | None = None
-    suffix: str | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_NUMBER)] | None = None
+    suffix: Literal[""] | None = None
 
     def check(self) -> None:
         """Refuse what is not supported, and too much at once.
@@ -60,10 +69,9 @@ class CompletionFields(SharedFields):
         for name, wrong, sentence in (
             (
                 "echo",
-                self.echo,
-                "echo is not supported; put the prompt in front yourself.",
+                self.echo and self.stream and self.logprobs is not None,
+                "echo with logprobs cannot be streamed; leave out stream.",
             ),
-            ("suffix", self.suffix is not None, "suffix is not supported; leave it out."),
             ("best_of", self.best_of not in (None, n), "best_of must be n here; leave it out."),
             (
                 "n",
@@ -73,6 +81,9 @@ class CompletionFields(SharedFields):
         ):
             if wrong:
                 raise ApiError(400, sentence, param=name, code="unsupported_value")
+        if self.max_tokens == 0 and (not self.echo or self.stream):
+            sentence = "max_tokens is 0, which needs echo, and no stream."
+            raise ApiError(422, sentence, param="max_tokens", code="invalid_value")
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt by itself."""
@@ -93,41 +104,57 @@ async def completions(
     fields.check()
     usage = fields.wants_usage()
     logprobs = check_logprobs(fields.logprobs, "logprobs")
-    params = fields.params(context, logprobs=logprobs, max_tokens=fields.max_tokens)
+    scores_only = fields.max_tokens == 0
+    params = fields.params(
+        context, logprobs=logprobs, max_tokens=1 if scores_only else fields.max_tokens
+    )
     prompts = fields.prompts()
     encoded = await context.prepare(
-        lambda: [_encode(each, context) for each in prompts], sum(map(len, prompts))
+        lambda: [
+            fields.truncated(_encode(each, context), params.max_new_tokens, context)
+            for each in prompts
+        ],
+        sum(map(len, prompts)),
     )
     requests = tuple(
         [
             Request(
                 ids,
                 params.with_seed(sample_seed(params.seed, i * params.n)),
-                await mask_of(fields, context),
+                without_bad_words(fields, await mask_of(fields, context), context),
                 fields.timeout(context),
                 reproducible=fields.seed is not None,
+                prompt_logprobs=logprobs if fields.echo else None,
             )
             for i, ids in enumerate(encoded)
         ]
     )
+    echoed = [
+        _text_of(prompt, ids, context) if fields.echo else ""
+        for prompt, ids in zip(prompts, encoded, strict=True)
+    ]
     facts: dict[str, Any] = http.state.facts
     if context.settings.log_prompts:
         facts["prompts"] = prompts
-    ignored = fields.ignored()
+    name, kind = f"cmpl-{http.state.request_id}", "text_completion"
     job = Job(
         requests=requests,
-        voices=tuple(
-            TextVoice(i, context.tokens, logprobs=logprobs is not None)
+        writers=tuple(
+            TextWriter(
+                i,
+                context.tokens,
+                logprobs=logprobs is not None,
+                echoed=echoed[i // params.n],
+                prompt_ids=encoded[i // params.n] if fields.echo else (),
+            )
             for i in range(len(requests) * params.n)
         ),
+        framing=CompletionFraming(name, context.settings.model_name, kind, kind, usage=usage),
         request_id=http.state.request_id,
-        kind="text_completion",
-        prefix="cmpl",
-        chunked=False,
         stream=bool(fields.stream),
-        usage=usage,
-        headers={IGNORED_HEADER: ", ".join(ignored)} if ignored else {},
+        headers=warning(fields.ignored()),
         facts=facts,
+        scores_only=scores_only,
     )
     return await reply(job, context, http.receive)
 
@@ -141,41 +168,74 @@ def _encode(prompt: str | list[int], context: Context) -> tuple[int, ...]:
     return encode(tokenizer, prompt)
 
 
-class TextVoice:
+def _text_of(prompt: str | list[int], ids: tuple[int, ...], context: Context) -> str:
+    """The text of a prompt, as far as it was not cut."""
+    tokenizer = context.service.engine.target.tokenizer
+    if isinstance(prompt, str) and ids == encode(tokenizer, prompt):
+        return prompt
+    if tokenizer is None:
+        raise ApiError(400, "This model has no tokenizer, so echo has no text.", param="echo")
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+class TextWriter:
     """One answer in the shapes of text completions.
 
     Args:
         index: its number.
         texts: of single tokens.
         logprobs: whether log-probabilities are reported.
+        echoed: the text of the prompt, to stand in front.
+        prompt_ids: its tokens, whose log-probabilities are reported too.
     """
 
-    def __init__(self, index: int, texts: TokenTexts, *, logprobs: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        texts: TokenTexts,
+        *,
+        logprobs: bool,
+        echoed: str = "",
+        prompt_ids: tuple[int, ...] = (),
+    ) -> None:
+        self._echoed = echoed
+        self._prompt_ids = prompt_ids
         self._index = index
         self._texts = texts
         self._logprobs = logprobs
-        self._heard = 0
+        self._streamed = 0
 
-    def hear(self, pieces: Sequence[Piece]) -> list[Choice]:
+    def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
         if not text and not (self._logprobs and found):
             return []
-        choice = self._choice(text, found, self._heard)
-        self._heard += len(text)
+        choice = self._choice(self._take_echo() + text, found, self._streamed)
+        self._streamed += len(text)
         return [choice]
 
-    def close(self, output: Output) -> list[Choice]:
+    def stream_end(self, output: Output) -> list[Choice]:
         """The last text, and why it ended."""
-        return [self._choice(output.text[self._heard :], (), self._heard, output.finish_reason)]
+        rest = self._take_echo() + output.text[self._streamed :]
+        return [self._choice(rest, (), self._streamed, output.finish_reason)]
 
-    def whole(self, output: Output) -> Choice:
+    def full(self, output: Output) -> Choice:
         """The answer at once."""
-        return self._choice(output.text, output.logprobs or (), 0, output.finish_reason)
+        found: list[Logprob | None] = list(output.logprobs or ())
+        if self._prompt_ids and output.prompt_logprobs is not None:
+            found = [None, *output.prompt_logprobs, *found]
+        return self._choice(self._echoed + output.text, found, 0, output.finish_reason)
+
+    def _take_echo(self) -> str:
+        echoed, self._echoed = self._echoed, ""
+        return echoed
 
     def _choice(
-        self, text: str, found: Sequence[Logprob], offset: int, reason: str | None = None
+        self, text: str, found: Sequence[Logprob | None], offset: int, reason: str | None = None
     ) -> Choice:
-        shown = text_logprobs(found, self._texts, offset) if self._logprobs and found else None
+        shown = None
+        if self._logprobs and found:
+            first_id = self._prompt_ids[0] if self._prompt_ids else -1
+            shown = text_logprobs(found, self._texts, offset, first_id)
         return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": reason}

@@ -1,4 +1,4 @@
-"""How an engine stands, in numbers that do not change any more."""
+"""Snapshot: an engine's queue, cache and last round, as immutable numbers."""
 
 from __future__ import annotations
 

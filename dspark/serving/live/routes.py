@@ -18,19 +18,19 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 from starlette.responses import Response
 
+from dspark.data.corpus import BOXED
 from dspark.engine.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
 from dspark.params import SamplingParams
 from dspark.request import Request, Verifier
-from dspark.serving.answers import EventStream
-from dspark.serving.comparison import Event, Run
 from dspark.serving.context import Context, context_of
-from dspark.serving.examples import EXAMPLES
-from dspark.serving.faults import ApiError, Reply
-from dspark.serving.fields import Count, Number, Strict
-from dspark.serving.models import card
-from dspark.serving.stages import Choice
-from dspark.serving.template import encode
+from dspark.serving.live.engines import Choice
+from dspark.serving.live.run import Event, Run
+from dspark.serving.openai.chat_template import encode
+from dspark.serving.openai.errors import ApiError, Reply
+from dspark.serving.openai.fields import Count, Number, Strict
+from dspark.serving.openai.models import card
+from dspark.serving.openai.streaming import EventStream
 
 router = APIRouter(tags=["live page"], include_in_schema=False)
 PAGE = Path(__file__).parent / "page"
@@ -51,6 +51,34 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "maths": (
+        "Anna bakes 24 muffins every morning. She sells half of them at the market for $3 each "
+        "and gives the rest to her neighbors. How much money does she make in a week?" + BOXED,
+        "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils "
+        "does he have left?" + BOXED,
+        "A train travels 60 miles per hour for 3 hours, then 40 miles per hour for 2 hours. How "
+        "many miles does it travel in total?" + BOXED,
+        "Maria saves $15 every week. How many weeks does she need to buy a bike that costs $180?"
+        + BOXED,
+    ),
+    "code": (
+        "What does the command `tar` do? Show me common usages.",
+        "What does the command `grep` do? Show me common usages.",
+        "What does the command `git commit` do? Show me common usages.",
+        "What does the command `ssh` do? Show me common usages.",
+    ),
+    "chat": (
+        "Hi, I want to book a table for two at an Italian restaurant in San Jose.",
+        "I need a hotel in Seattle for three nights, please.",
+        "Can you find me a bus from Los Angeles to San Francisco for tomorrow morning?",
+        "I would like to listen to some music. Can you find a song for me?",
+    ),
+}
+"""Prompts by domain, which background requests ask too.
+
+Their wording is that of the bundled model's training data: it knows no other.
+"""
 Its = Annotated[Context, Depends(context_of)]
 
 
@@ -77,17 +105,17 @@ def _file(name: str) -> Response:
 @router.get("/v1/dspark/live")
 async def options(context: Its) -> Reply:
     """What a run can be asked to do here."""
-    stages = context.stages
+    engines = context.engines
     engine = context.service.engine
     return Reply(
         {
             "model": card(context),
             "device": str(engine.target.device),
             "dtype": str(engine.target.dtype).removeprefix("torch."),
-            "drafters": stages.drafters(),
+            "drafters": engines.drafters(),
             "verifiers": ["block", "token", "coupled"],
-            "max_load": stages.max_load,
-            "max_length": stages.max_length,
+            "max_load": engines.max_load,
+            "max_length": engines.max_length,
             "examples": {domain: list(prompts) for domain, prompts in EXAMPLES.items()},
             "chat": context.template is not None,
         }
@@ -133,25 +161,25 @@ class LoadFields(Strict):
 @router.post("/v1/dspark/live")
 async def start(fields: RunFields, context: Its) -> Response:
     """Run a prompt, then decode it plainly; a stream of server-sent events tells what happens."""
-    stages = context.stages
+    engines = context.engines
     _check_load(fields.load, context)
     choice = Choice(fields.drafter, fields.verifier, fields.schedule, fields.threshold)
     prompt, load_prompts = await context.prepare(
         lambda: _prompts(fields.prompt, context), len(fields.prompt)
     )
-    if len(prompt) >= stages.max_length:
+    if len(prompt) >= engines.max_length:
         raise RequestError(
-            f"The prompt has {len(prompt)} tokens, but the live page takes {stages.max_length - 1} "
-            "at most; shorten it."
+            f"The prompt has {len(prompt)} tokens, but the live page takes "
+            f"{engines.max_length - 1} at most; shorten it."
         )
     params = SamplingParams(
-        min(fields.max_tokens, stages.max_length - len(prompt)),
+        min(fields.max_tokens, engines.max_length - len(prompt)),
         temperature=fields.temperature,
         seed=fields.seed,
         ignore_eos=fields.ignore_eos,
     )
     run = Run(
-        stages,
+        engines,
         choice,
         Request(prompt, params),
         load_prompts,
@@ -159,10 +187,10 @@ async def start(fields: RunFields, context: Its) -> Response:
         run_id=f"live-{secrets.token_hex(6)}",
         compare=fields.compare,
     )
-    stages.loads[run.run_id] = run.set_load
+    engines.loads[run.run_id] = run.set_load
 
     def end() -> None:
-        del stages.loads[run.run_id]
+        del engines.loads[run.run_id]
 
     return EventStream(_encoded(run.events()), end=end)
 
@@ -171,7 +199,7 @@ async def start(fields: RunFields, context: Its) -> Response:
 async def set_load(run_id: str, fields: LoadFields, context: Its) -> Reply:
     """Change the number of background requests of a run that takes place."""
     _check_load(fields.load, context)
-    change = context.stages.loads.get(run_id)
+    change = context.engines.loads.get(run_id)
     if change is None:
         raise ApiError(404, "There is no such run; it may have ended.", code="run_not_found")
     change(fields.load)
@@ -179,14 +207,14 @@ async def set_load(run_id: str, fields: LoadFields, context: Its) -> Reply:
 
 
 def _check_load(load: int, context: Context) -> None:
-    most = context.stages.max_load
+    most = context.engines.max_load
     if load > most:
         raise UsageError(f"load is {load}, but this server has room for {most} beside the visitor.")
 
 
 def _prompts(text: str, context: Context) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Token ids of the visitor's prompt, and of the background's, cut to what fits."""
-    most = max(context.stages.max_length // 2, 1)
+    most = max(context.engines.max_length // 2, 1)
     mixed = [prompt for row in zip(*EXAMPLES.values(), strict=True) for prompt in row]
     return _ids(text, context), [_ids(prompt, context)[:most] for prompt in mixed]
 
@@ -219,11 +247,11 @@ async def events(
 async def _feed(
     context: Context, request_id: str | None, rounds: bool
 ) -> AsyncGenerator[Event, None]:
-    service, stages = context.service, context.stages
+    service, engines = context.service, context.engines
     listener = None
     if rounds:
         listener = service.subscribe(request_id)
-        stages.listeners.append(listener)
+        engines.listeners.append(listener)
     try:
         yield "hello", card(context)
         due_s = time.monotonic()
@@ -239,14 +267,14 @@ async def _feed(
         yield "bye", {}
     finally:
         if listener is not None:
-            stages.listeners.remove(listener)
+            engines.listeners.remove(listener)
             listener.close()
 
 
 def _state(context: Context) -> dict[str, Any]:
     found = asdict(context.service.snapshot())
     del found["cost_points"]
-    return found | {"time_s": time.time(), "live_runs": context.stages.in_line}
+    return found | {"time_s": time.time(), "live_runs": context.engines.in_line}
 
 
 async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:

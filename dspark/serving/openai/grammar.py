@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark.engine.prompt import check_text
 from dspark.errors import RequestError
+from dspark.request import TokenMask
 from dspark.targets.target import Target
 
 MISSING = (
@@ -78,6 +80,35 @@ class GrammarMask:
             raise RequestError("The output has left the grammar that it was to follow.")
 
 
+class BannedTokens:
+    """Bans the last token of each of some sequences where the others stand before it.
+
+    A `TokenMask`.
+
+    Args:
+        sequences: of token ids, none empty.
+        vocab_size: V.
+        other: a mask that holds too.
+    """
+
+    def __init__(
+        self, sequences: Sequence[tuple[int, ...]], vocab_size: int, other: TokenMask | None = None
+    ) -> None:
+        self._sequences = tuple(sequences)
+        self._vocab_size = vocab_size
+        self._other = other
+
+    def allowed(self, output_ids: Sequence[int], /) -> npt.NDArray[np.bool_]:
+        """Which tokens may follow, bool [V]."""
+        allowed_V = np.ones(self._vocab_size, dtype=np.bool_)
+        if self._other is not None:
+            allowed_V = np.array(self._other.allowed(output_ids), dtype=np.bool_)
+        for *before, last in self._sequences:
+            if list(output_ids[len(output_ids) - len(before) :]) == before:
+                allowed_V[last] = False
+        return allowed_V
+
+
 class Grammars:
     """Makes masks for a target; its tokenizer is read once, at the first.
 
@@ -112,6 +143,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        check_text(pattern)
         return self._mask(LLMatcher.grammar_from_regex(pattern))
 
     def lark(self, grammar: str, *, what: str = "response format") -> GrammarMask:
@@ -126,6 +158,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        check_text(grammar)
         return self._mask(LLMatcher.grammar_from_lark(grammar), what)
 
     def check_installed(self, parameter: str) -> None:
@@ -145,6 +178,7 @@ class Grammars:
     def _mask(self, grammar: str, what: str = "response format") -> GrammarMask:
         from llguidance import LLMatcher
 
+        check_text(grammar)
         ends = self._target.eos_token_ids
         matcher = LLMatcher(self._tokens(ends), grammar, log_level=0)
         if matcher.is_error():

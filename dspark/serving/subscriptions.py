@@ -1,15 +1,82 @@
-"""Who listens to rounds, and what a step of the engine has for them."""
+"""Subscriptions to round events, and their delivery after each step of the engine."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dspark.engine.record import RoundRecord
 from dspark.engine.sequence import Event
-from dspark.serving.events import Owner, RoundEvent, TokenText, plain_event, round_events
-from dspark.serving.stream import Subscription
+from dspark.serving.round_events import Owner, RoundEvent, TokenText, plain_event, round_events
+
+
+class Subscription:
+    """Round events for one listener: an async iterator with a buffer that drops the oldest.
+
+    Args:
+        request_id: whose; None for everyone's.
+        size: events that wait at most.
+        on_close: told once.
+
+    Attributes:
+        dropped: events that were dropped because the listener was too slow.
+    """
+
+    def __init__(
+        self, request_id: str | None, size: int, on_close: Callable[[Subscription], None]
+    ) -> None:
+        self.request_id = request_id
+        self.dropped = 0
+        self._events: deque[RoundEvent] = deque(maxlen=size)
+        self._on_close: Callable[[Subscription], None] | None = on_close
+        self._ready = asyncio.Event()
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> RoundEvent:
+        """The oldest event that has not been dropped."""
+        while not self._events:
+            if self._on_close is None:
+                raise StopAsyncIteration
+            self._ready.clear()
+            await self._ready.wait()
+        return self._events.popleft()
+
+    async def wait(self, seconds: float) -> list[RoundEvent]:
+        """All that wait, once there are any; none where none came in time, or ever will."""
+        if not self._events and self._on_close is not None:
+            self._ready.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), max(seconds, 0.0))
+        return self.take()
+
+    def take(self) -> list[RoundEvent]:
+        """All that wait, at once."""
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
+    def put(self, event: RoundEvent) -> None:
+        """Take an event, in place of the oldest where the buffer is full."""
+        self.dropped += len(self._events) == self._events.maxlen
+        self._events.append(event)
+        self._ready.set()
+
+    def close(self) -> None:
+        """Hear no more; what waits may still be taken."""
+        if self._on_close is not None:
+            on_close, self._on_close = self._on_close, None
+            on_close(self)
+            self._ready.set()
+
+    async def aclose(self) -> None:
+        """`close`, as `contextlib.aclosing` calls it."""
+        self.close()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Engines of the live page: one per choice of drafter, verifier and schedule.
+"""Engines of the live page, one per choice of drafter, verifier and schedule.
 
 An engine has one drafter, one verifier and one schedule for all its requests, so a visitor's choice
 is an engine of its own. All of them share the target's weights with the server's engine, and take
@@ -30,10 +30,10 @@ from dspark.errors import (
 from dspark.params import SamplingParams
 from dspark.request import VERIFIERS, Request, Verifier
 from dspark.scheduling.cost import CostTable
-from dspark.serving.events import RoundEvent
+from dspark.serving.ops.counters import Totals
+from dspark.serving.round_events import RoundEvent
 from dspark.serving.service import EngineService
-from dspark.serving.stream import Subscription
-from dspark.serving.tally import Totals
+from dspark.serving.subscriptions import Subscription
 
 Kind = tuple[str, str, str]
 """(drafter, verifier, schedule)"""
@@ -56,7 +56,7 @@ class Choice:
     """What a visitor wants to see at work.
 
     Attributes:
-        drafter: its name among the stages' models; `none` decodes plainly.
+        drafter: its name among the engines' models; `none` decodes plainly.
         verifier: which rule decides whether a draft stays.
         schedule: which drafts are verified.
         threshold: of the schedule `threshold`.
@@ -93,7 +93,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PageEngine:
     """An engine at work for the page.
 
     Attributes:
@@ -107,7 +107,7 @@ class Stage:
     notes: tuple[str, ...]
 
 
-class Stages:
+class PageEngines:
     """Opens and closes the page's engines; one run takes place at a time.
 
     Args:
@@ -126,8 +126,8 @@ class Stages:
         self.models = dict(models)
         self.listeners: list[Subscription] = []
         self.loads: dict[str, Callable[[int], None]] = {}
-        self._open: dict[Choice, Stage] = {}
-        self._working: list[Stage] = []  # those that are about to stop included
+        self._open: dict[Choice, PageEngine] = {}
+        self._working: list[PageEngine] = []  # those that are about to stop included
         self._ended: dict[Kind, Totals] = {}
         self._line = asyncio.Lock()
         self._in_line = 0
@@ -156,8 +156,8 @@ class Stages:
     def totals(self) -> dict[Kind, Totals]:
         """What all engines so far have done, warming up included."""
         found = {kind: replace(totals) for kind, totals in self._ended.items()}
-        for stage in self._working:
-            found.setdefault(stage.choice.kind, Totals()).add(stage.service.tally)
+        for page_engine in self._working:
+            found.setdefault(page_engine.choice.kind, Totals()).add(page_engine.service.counters)
         return found
 
     def publish(self, event: RoundEvent) -> None:
@@ -206,7 +206,7 @@ class Stages:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait in line, then have the stages for oneself.
+        """Wait in line, then have the engines for oneself.
 
         Raises:
             QueueFullError: too many wait already.
@@ -243,7 +243,7 @@ class Stages:
                 f"({self._unmeasured(choice.drafter)})."
             )
 
-    async def open(self, choice: Choice) -> Stage:
+    async def open(self, choice: Choice) -> PageEngine:
         """An engine that does what was chosen; of others, only plain ones stay open.
 
         Raises:
@@ -256,16 +256,16 @@ class Stages:
             if other != choice:
                 await self._end(other)
         if choice not in self._open:
-            stage = await asyncio.to_thread(self._build, choice)
+            page_engine = await asyncio.to_thread(self._build, choice)
             if self._closed:
                 raise UnavailableError("The server is stopping; ask again once it is back.")
-            stage.service.start()
-            self._open[choice] = stage
-            self._working.append(stage)
-            await self._warm_up(stage.service)
+            page_engine.service.start()
+            self._open[choice] = page_engine
+            self._working.append(page_engine)
+            await self._warm_up(page_engine.service)
         return self._open[choice]
 
-    def _build(self, choice: Choice) -> Stage:
+    def _build(self, choice: Choice) -> PageEngine:
         main = self.main.engine
         model = self.models.get(choice.drafter) or Model(main.target)
         with warnings.catch_warnings(record=True) as caught:
@@ -280,7 +280,7 @@ class Stages:
                 prefix_reuse=False,  # or a prompt's second run would find its first
             )
         notes = [str(w.message) for w in caught if issubclass(w.category, DSparkWarning)]
-        return Stage(choice, EngineService(engine, self.main.turns), tuple(notes))
+        return PageEngine(choice, EngineService(engine, self.main.engine_lock), tuple(notes))
 
     async def _warm_up(self, service: EngineService) -> None:
         """A first step allocates what later ones reuse: no visitor's time may hold that."""
@@ -296,10 +296,10 @@ class Stages:
             await self._end(next(iter(self._open)))
 
     async def _end(self, choice: Choice) -> None:
-        stage = self._open.pop(choice)
-        await stage.service.stop()
-        self._working.remove(stage)
-        self._ended.setdefault(choice.kind, Totals()).add(stage.service.tally)
+        page_engine = self._open.pop(choice)
+        await page_engine.service.stop()
+        self._working.remove(page_engine)
+        self._ended.setdefault(choice.kind, Totals()).add(page_engine.service.counters)
 
 
 def offered(engine: Engine) -> dict[str, Model]:

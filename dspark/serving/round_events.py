@@ -1,4 +1,4 @@
-"""What one round did for one answer, made from what the engine really did."""
+"""RoundEvent: what one round drafted, verified and accepted for one answer."""
 
 from __future__ import annotations
 
