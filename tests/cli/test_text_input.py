@@ -4,11 +4,10 @@ import io
 import sys
 
 import pytest
-from dspark.data.hub import DataSet
-from dspark.data.json_lines import read_json_lines
-from dspark.data.sources import read_rows
 
 import dspark as package
+from dspark.data.files.json_lines import read_json_lines
+from dspark.data.prompts.sources import DataSet, read_rows
 from dspark.errors import DataError, RecipeError, RequestError
 from dspark.training.recipe import load_recipe
 

@@ -1,9 +1,9 @@
 """The name `bundled` names a drafter wherever the names of its siblings do."""
 
 import pytest
-from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.files import resolve
 
+from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.drafters.checkpoints.files import resolve
 from dspark.engine.loading import load, load_draft
 from dspark.sources.names import BUNDLED_DRAFTERS
 
