@@ -19,14 +19,14 @@ import torch
 
 from benchmarks.common import add_decoding_options, emit, environment, load_pair, longest, say
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Output, Request, SamplingParams, Verifier
+from dspark.sampling.logits_processors import Chain, law
 from dspark.sampling.noise import gumbel, seed_tensor
-from dspark.sampling.processors import Chain, law
 from dspark.targets.target import Target
 
 TOLERATED_GAP = 1e-5

@@ -9,19 +9,19 @@ from dataclasses import replace
 import torch
 
 from dspark.drafters.base import Drafter
-from dspark.engine.batching import StepPlan, plan_step
-from dspark.engine.clock import Clock
-from dspark.engine.memory import Memory
-from dspark.engine.record import Watch
-from dspark.engine.refusals import check_request, check_sizes, checked_num_drafts
-from dspark.engine.roster import Roster
+from dspark.engine.kv.memory import Memory
+from dspark.engine.requests.admission import Roster
+from dspark.engine.requests.detokenizer import TextStream
+from dspark.engine.requests.sequence import ActiveRequest, Event, Piece
+from dspark.engine.requests.step_plan import StepPlan, plan_step
+from dspark.engine.requests.validation import check_request, check_sizes, checked_num_drafts
 from dspark.engine.round import Speculator, play
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
-from dspark.engine.sequence import ActiveRequest, Event, Piece
-from dspark.engine.shield import Shield
-from dspark.engine.state import RequestLaws, RoundState
-from dspark.engine.text import TextStream
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.drafter_faults import Shield
+from dspark.engine.speculation.round_record import Watch
+from dspark.engine.speculation.sampling_state import RequestLaws, RoundState
+from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.timing import Clock
 from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
 

@@ -6,10 +6,10 @@ import pytest
 
 import dspark
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import merge_stats
-from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.scheduling.machine import MachineKey
 
 NEW_TOKENS = 12

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import Proposal
-from dspark.engine.drafting import Drawing
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
-from dspark.engine.state import RoundState
+from dspark.engine.speculation.draft import Drawing
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.scheduling.machine import MachineKey
 from tests.helpers.laws import tempered_top_p
 

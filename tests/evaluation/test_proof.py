@@ -22,7 +22,8 @@ from dspark.evaluation.proof.rounds import RULES, Verifier, View, Walk
 from dspark.evaluation.proof.worlds import Distance, number, random_world
 from dspark.request import SamplingParams
 from dspark.sampling import verification
-from dspark.scheduling import lookahead, prefix, survival
+from dspark.scheduling import budget as prefix
+from dspark.scheduling import lookahead, survival
 
 NAN = float("nan")
 

@@ -8,8 +8,8 @@ import torch
 from dspark.request import SamplingParams
 from dspark.sampling import distribution, filters, noise
 from dspark.sampling.distribution import Dense, Sparse
+from dspark.sampling.logits_processors import Chain, Known, law
 from dspark.sampling.noise import gumbel, most_noisy, uniform
-from dspark.sampling.processors import Chain, Known, law
 from tests.helpers.laws import dense_law, dense_sample
 
 V = 1000
@@ -148,7 +148,7 @@ def test_no_bit_of_a_row_hangs_on_the_others(form_name, monkeypatch):
 
 def test_processors_act_on_known_tokens_as_on_all():
     """Bias, penalties and mask of a reduced vocabulary: the same law, 0 elsewhere."""
-    from dspark.sampling.counts import TokenCounts
+    from dspark.sampling.token_counts import TokenCounts
 
     params = SamplingParams(
         temperature=0.8,

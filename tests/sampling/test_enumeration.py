@@ -11,8 +11,8 @@ from dspark.evaluation.proof import schedules, worlds
 from dspark.evaluation.proof.rounds import Verifier, Walk, continued, outcomes
 from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
-from dspark.sampling import processors
-from dspark.sampling.counts import TokenCounts
+from dspark.sampling import logits_processors as processors
+from dspark.sampling.token_counts import TokenCounts
 
 EXACT = 1e-12
 RULES = ("token", "block")

@@ -7,8 +7,8 @@ from dspark.evaluation.proof import worlds
 from dspark.request import SamplingParams
 from dspark.sampling import verification
 from dspark.sampling.distribution import Dense
+from dspark.sampling.logits_processors import Chain, greedy_tokens, law
 from dspark.sampling.noise import Stream, gumbel, uniform
-from dspark.sampling.processors import Chain, greedy_tokens, law
 from dspark.sampling.verification import Blocks, accepted_by_identity, accepted_lengths
 
 RULES = ("token", "block")

@@ -38,8 +38,8 @@ from dspark.evaluation.proof.worlds import (
     target_distribution,
 )
 from dspark.sampling.verification import Rule
+from dspark.scheduling.budget import fill_budget, threshold_lengths
 from dspark.scheduling.online import OnlineLogistic, observed
-from dspark.scheduling.prefix import fill_budget, threshold_lengths
 from dspark.scheduling.survival import confidence, survival
 
 WORLDS = 6

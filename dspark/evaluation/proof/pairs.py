@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -22,9 +22,9 @@ from dspark.drafters.heads import MarkovKind
 from dspark.errors import NumericsError
 from dspark.evaluation.proof.worlds import Distributions, Prefix, World, all_paths
 from dspark.request import SamplingParams
-from dspark.sampling import processors
-from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain, Known
+from dspark.sampling import logits_processors as processors
+from dspark.sampling.logits_processors import Chain, Known
+from dspark.sampling.token_counts import TokenCounts
 
 WIDTH, RANK = 8, 3
 CERTAIN = 40.0

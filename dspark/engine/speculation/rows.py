@@ -1,4 +1,4 @@
-"""Row laws where a row may fail: what is wrong with one request leaves the others as they are."""
+"""Distributions of rows, some of which may fail without a change to the others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dspark.errors import DSparkError, NumericsError, RequestError
 from dspark.params import SamplingParams
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Distribution
-from dspark.sampling.processors import Chain, Known, rows_without_law
+from dspark.sampling.logits_processors import Chain, Known, rows_without_law
+from dspark.sampling.token_counts import TokenCounts
 
 RowsT_co = TypeVar("RowsT_co", Tensor, Distribution, covariant=True)
 

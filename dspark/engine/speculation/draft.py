@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
 from dspark.drafters.heads import at_least_fp32
-from dspark.engine.record import FloatArray
-from dspark.engine.rows import compute_rows
-from dspark.engine.sequence import ActiveRequest
-from dspark.engine.state import Kind, RoundState
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.round_record import FloatArray
+from dspark.engine.speculation.rows import compute_rows
+from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Distribution, Sparse
-from dspark.sampling.processors import Known, greedy_tokens, law, law_dtype
+from dspark.sampling.logits_processors import Known, greedy_tokens, law, law_dtype
+from dspark.sampling.token_counts import TokenCounts
 from dspark.sampling.verification import coupled_tokens
 
 

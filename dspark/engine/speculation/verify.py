@@ -1,4 +1,4 @@
-"""Judging: which drafts stay, and the token after them."""
+"""Verification of a round: which drafts stay, and the token after them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dspark.engine.drafting import Drafts
-from dspark.engine.logprobs import emitted_logprobs
-from dspark.engine.rows import compute_rows
-from dspark.engine.state import Kind, RoundState
+from dspark.engine.requests.logprobs import emitted_logprobs
+from dspark.engine.speculation.draft import Drafts
+from dspark.engine.speculation.rows import compute_rows
+from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
 from dspark.request import Logprob
 from dspark.sampling.distribution import Distribution
-from dspark.sampling.processors import greedy_tokens, law
+from dspark.sampling.logits_processors import greedy_tokens, law
 from dspark.sampling.verification import (
     Blocks,
     Rule,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dspark.errors import NumericsError, RequestError
 from dspark.request import SamplingParams
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Dense, Distribution, Sparse, row_chunks
 from dspark.sampling.filters import Tails, likeliest
+from dspark.sampling.token_counts import TokenCounts
 
 _ROW_TENSORS = (
     "temperature_N",

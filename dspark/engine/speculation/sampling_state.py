@@ -1,4 +1,4 @@
-"""What the laws and draws of a round depend on, beside the logits."""
+"""Sampling state of a round: what distributions and draws depend on beside the logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dspark.engine.masks import RowMasks
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.masks import RowMasks
+from dspark.engine.requests.sequence import ActiveRequest
 from dspark.request import Request, Verifier
-from dspark.sampling.counts import TokenCounts
+from dspark.sampling.logits_processors import Chain
 from dspark.sampling.noise import Stream, seed_tensor, uniform
-from dspark.sampling.processors import Chain
+from dspark.sampling.token_counts import TokenCounts
 
 # Bans a token in a draft law as surely as minus infinity, but a draft law that has no other token
 # (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.

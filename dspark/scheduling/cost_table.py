@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import CompatibilityError, DataError, UsageError
-from dspark.scheduling.files import read_json, typed_fields, write_json
+from dspark.scheduling.json_files import read_json, typed_fields, write_json
 from dspark.scheduling.machine import MachineKey
 
 VERSION = 3
