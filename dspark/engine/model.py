@@ -20,8 +20,7 @@ from dspark.errors import RequestError, UsageError
 from dspark.request import Output, Request, Verifier
 from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost_table import CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostTable, MachineKey
 from dspark.targets.target import Target
 
 

@@ -17,8 +17,7 @@ from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
-from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.targets.target import Target
 
 PROMPT_TOKENS = 64

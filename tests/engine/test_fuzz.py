@@ -15,8 +15,7 @@ from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.protection import Protection
 
 PER_SETTING, LENGTH = 100, 40

@@ -26,8 +26,7 @@ from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from tests.helpers.laws import tempered_top_p
 
 VOCAB, TOKENS, PER_KIND = 6, 3, 1000

@@ -14,8 +14,7 @@ from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import Rounds
 from dspark.scheduling.calibration_file import Calibration, calibrate
-from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.survival import confidence
 
 MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")

@@ -14,9 +14,8 @@ from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedul
 from dspark.scheduling import budget as admission
 from dspark.scheduling import lookahead as foresight
 from dspark.scheduling import survival as chances
-from dspark.scheduling.cost_table import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.machine import MachineKey
 from dspark.scheduling.protection import Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 
