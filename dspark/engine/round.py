@@ -84,14 +84,15 @@ def play(
 
     Args:
         plan: who takes part.
-        state: laws and keys of randomness of the judged requests; None if there are none.
+        state: sampling and keys of randomness of the judged requests; None if there are none.
         target: the model whose outputs are wanted.
         cache: its keys and values.
         speculator: who proposes; None decodes plainly.
 
     Returns:
         The committed pieces of each judged request, and what the round's parts took. Requests that
-        came to a row without a law have ended with an error; what the drafter did wrong is logged.
+        came to a row without a distribution have ended with an error; faults of the drafter are
+        logged.
     """
     times, requests = RoundTimes(), plan.judged
     drafts = Drafts.none(len(requests), target.device)

@@ -292,7 +292,7 @@ def ranks_ties_backwards(survival_RK, limits_R, right=prefix._ranked):
     ("module", "name", "wrong", "schedule"),
     [
         (verification, "accepted_lengths", stops_at_first_failure, "fixed"),
-        (verification, "next_law", never_corrects, "fixed"),
+        (verification, "next_distribution", never_corrects, "fixed"),
         (verification, "keep_probabilities", keeps_too_much, "fixed"),
         (prefix, "threshold_lengths", looks_behind, "threshold"),
         (prefix, "prefix_lengths", searches_this_round, "prefix"),

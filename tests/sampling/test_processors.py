@@ -42,7 +42,7 @@ OUTPUTS = [[(3 * n + k) % V for k in range(n % 4)] * 2 for n in range(len(PARAMS
 
 
 def law(*args):
-    return processors.law(*args).dense()
+    return processors.token_distribution(*args).dense()
 
 
 def sample(probs, uniforms):

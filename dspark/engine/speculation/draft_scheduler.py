@@ -386,7 +386,7 @@ class Scheduler:
 
 
 def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
-    """What verifying these requests together costs: `greedy` takes no law of any row."""
+    """What verifying these requests together costs: `greedy` takes no distribution of any row."""
     temperatures = (request.request.params.temperature for request in requests)
     return temperature_class(max(temperatures, default=0.0))
 
