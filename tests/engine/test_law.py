@@ -250,7 +250,7 @@ def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, m
 
     def misreport(self, step, logits_RC, tokens=None):
         tokens_R = draw(self, step, logits_RC, tokens)
-        for laws in self.laws.values():
+        for laws in self.distributions.values():
             laws[-1].probs_NC.sqrt_()
             laws[-1].probs_NC.div_(laws[-1].probs_NC.sum(dim=1, keepdim=True))
         return tokens_R
