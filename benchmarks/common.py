@@ -23,7 +23,7 @@ from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
-from dspark.engine.schedule import SCHEDULES, Schedule
+from dspark.engine.speculation.schedule import SCHEDULES, Schedule
 from dspark.request import VERIFIERS, Output, Request, Stats, merge_stats
 from dspark.sources.names import BUNDLED
 from dspark.targets.target import Target

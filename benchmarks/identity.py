@@ -19,14 +19,14 @@ import torch
 
 from benchmarks.common import add_decoding_options, emit, environment, load_pair, longest, say
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Output, Request, SamplingParams, Verifier
+from dspark.sampling.logits_processors import Chain, token_distribution
 from dspark.sampling.noise import gumbel, seed_tensor
-from dspark.sampling.processors import Chain, law
 from dspark.targets.target import Target
 
 TOLERATED_GAP = 1e-5
@@ -78,7 +78,9 @@ def top_gap(target: Target, request: Request, tokens: Sequence[int]) -> float:
     score_NV = target.forward(batch, logit_rows=rows).logits_NV
     assert score_NV is not None
     if request.params.temperature > 0:
-        law_NV = law(score_NV, Chain.of([request.params], target.device), None).dense()
+        law_NV = token_distribution(
+            score_NV, Chain.of([request.params], target.device), None
+        ).dense()
         seed_N = seed_tensor([request.params.seed], target.device)
         position_N = torch.tensor([len(ids)], device=target.device)
         score_NV = law_NV.double().log() + gumbel(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.common import DTYPES, add_options, emit, environment, model_path
 from benchmarks.placement import QWEN3_06B, Placement, Shape, Weights
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter

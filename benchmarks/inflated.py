@@ -38,8 +38,8 @@ from benchmarks.common import (
 from benchmarks.inflate import inflate_drafter, inflate_target, largest_deviation
 from benchmarks.placement import QWEN3_06B, Shape
 from benchmarks.prompts import DOMAINS, domain_requests
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, BlockTable
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams

@@ -20,8 +20,8 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention, sigm
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, model_path, say
 from benchmarks.placement import Shape
 from benchmarks.sequential_head import random_target
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, BlockTable
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.targets.target import Target
 
 # Qwen3-0.6B's width, with fewer layers.

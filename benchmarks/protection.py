@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dspark
 from benchmarks.common import add_options, emit, environment, model_path, rounded, say
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.common import load_pair
 from benchmarks.prompts import DOMAINS, domain_requests
 from benchmarks.simulated_traffic import FloatArray, Record
-from dspark.engine.record import RoundRecord
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.request import SamplingParams
 from dspark.scheduling.calibration import Rounds, TemperatureScaling, fit
 from dspark.scheduling.survival import survival

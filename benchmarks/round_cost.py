@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, DSparkConfig, evenly_spaced_taps
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine import round as round_module
-from dspark.engine.drafting import Drawing
 from dspark.engine.engine import Engine
+from dspark.engine.speculation.draft import Drawing
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.targets.target import Target
 

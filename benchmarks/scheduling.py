@@ -31,8 +31,8 @@ from benchmarks.simulated_traffic import (
     record_of,
     tables,
 )
+from dspark.scheduling.budget import best_budget, drafting_gain, fill_budget, prefix_lengths
 from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.prefix import best_budget, drafting_gain, fill_budget, prefix_lengths
 
 FLOORS = {"over_hindsight": 0.95, "over_better": 0.99}
 CEILING_MS = 1.0

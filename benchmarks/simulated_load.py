@@ -14,10 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from benchmarks.simulated_traffic import FloatArray, IntArray, Record
-from dspark.scheduling.cost import CostTable
-from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.prefix import (
+from dspark.scheduling.budget import (
     best_budget,
     drafting_gain,
     fill_budget,
@@ -25,7 +22,10 @@ from dspark.scheduling.prefix import (
     prefix_lengths,
     worth_drafting,
 )
-from dspark.scheduling.switch import DraftSwitch
+from dspark.scheduling.cost_table import CostTable
+from dspark.scheduling.draft_switch import DraftSwitch
+from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.lookahead import lookahead_lengths
 
 LAG = 2  # rounds until what a round showed is used, as where scheduling overlaps the step
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import add_options, emit, environment, load_pair, say
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import SCHEDULES, Schedule
+from dspark.engine.speculation.schedule import SCHEDULES, Schedule
 from dspark.request import Request, SamplingParams
 
 

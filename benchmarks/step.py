@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import model_path
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, BlockTable
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.engine.profile import hardware_name
 from dspark.targets.target import Target
 

@@ -138,7 +138,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether a row's law depends on the tokens before it (beyond the model itself)."""
+        """Whether a distribution depends on the tokens before it beyond the model itself."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0

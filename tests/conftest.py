@@ -22,5 +22,9 @@ def no_hidden_faults(
     yield
     if "faulty" in request.keywords:
         return
-    records = [r for r in caplog.get_records("call") if r.name == "dspark.engine.shield"]
+    records = [
+        r
+        for r in caplog.get_records("call")
+        if r.name == "dspark.engine.speculation.drafter_faults"
+    ]
     assert [record.exc_info or record.getMessage() for record in records] == []

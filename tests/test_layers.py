@@ -249,7 +249,7 @@ def test_control_a_good_import_passes(name, source):
     "statement",
     [
         "import dspark",
-        "import dspark.scheduling.survival, dspark.scheduling.prefix, dspark.request",
+        "import dspark.scheduling.survival, dspark.scheduling.budget, dspark.request",
         "from dspark.cli.main import main; main(['generate', '--help'])",
     ],
 )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 
 class Rule(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark.attention.backends import folded_heads, fused
 from dspark.attention.padding import MIN_FILL, gathered_rows
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
 
 
 @dataclass(frozen=True)

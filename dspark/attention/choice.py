@@ -12,8 +12,8 @@ from torch import Tensor
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.flex import flex_attention
 from dspark.attention.invariant import invariant_attention
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.attention.varlen import VarlenAttention, missing_from_torch
 from dspark.errors import UsageError, first_line
 

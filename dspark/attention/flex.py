@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from dspark.attention.backends import Rule
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 # Rows of a batch that share a list of pages.
 _QUERY_BLOCK = 128

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.backends import Rule
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 # Query rows of a call: those of a round of speculation fit.
 QUERY_ROWS = 16

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark.attention.layout import RaggedBatch, Segment
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch, Segment
 
 # Segments up to this long count as short.
 SHORT_ROWS = 16

@@ -17,8 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.invariant import invariant_attention
-from dspark.attention.layout import RaggedBatch, hand_over
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch, hand_over
 
 MEMO = ("varlen",)
 """The name of a batch's `VarlenLayout` in its memo."""

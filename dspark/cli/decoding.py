@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.engine.clock import Clock
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
+from dspark.engine.timing import Clock
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.targets.target import Target
 

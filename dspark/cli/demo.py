@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dspark.cli.decoding import Decoded, EngineOptions
     from dspark.cli.decoding import Show as Told
     from dspark.engine.model import Model
-    from dspark.engine.sequence import Piece
+    from dspark.engine.requests.sequence import Piece
 
 EXAMPLE = """\
   dspark demo

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dspark.cli.decoding import Decoded, Difference, EngineOptions
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
-    from dspark.engine.sequence import Piece
+    from dspark.engine.requests.sequence import Piece
 
 EXAMPLE = """\
   dspark generate bundled --prompt "What does the command `tar` do?" --compare
@@ -107,7 +107,7 @@ def _default_verifier(options: Options) -> Verifier:
 def _engine_options(options: Options, model: Model) -> EngineOptions:
     """Check what only makes sense with a drafter, or with one schedule."""
     from dspark.cli.decoding import EngineOptions
-    from dspark.engine.schedule import Schedule
+    from dspark.engine.speculation.schedule import Schedule
 
     Schedule(options.schedule or "fixed", options.threshold)  # refuses what does not go together
     idle = model.drafter is None or options.schedule == "off"

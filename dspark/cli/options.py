@@ -32,7 +32,7 @@ from typing import (
     get_type_hints,
 )
 
-from dspark.engine.schedule import ScheduleName
+from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import UsageError
 from dspark.request import Verifier
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 
 class BorrowedParts(Protocol):

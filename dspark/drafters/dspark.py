@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.blocks import BlockContext, block_attention
-from dspark.attention.layout import RaggedBatch
 from dspark.attention.packed import BlockLayout
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig

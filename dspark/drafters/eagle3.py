@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark.attention.backends import ragged_attention
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.layers import (

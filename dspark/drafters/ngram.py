@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
 from dspark.drafters.plugins import DrafterKind
 from dspark.errors import CompatibilityError, UsageError

@@ -9,19 +9,19 @@ from dataclasses import replace
 import torch
 
 from dspark.drafters.base import Drafter
-from dspark.engine.batching import StepPlan, plan_step
-from dspark.engine.clock import Clock
-from dspark.engine.memory import Memory
-from dspark.engine.record import Watch
-from dspark.engine.refusals import check_request, check_sizes, checked_num_drafts
-from dspark.engine.roster import Roster
+from dspark.engine.kv.memory import Memory
+from dspark.engine.requests.admission import Roster
+from dspark.engine.requests.detokenizer import TextStream
+from dspark.engine.requests.sequence import ActiveRequest, Event, Piece
+from dspark.engine.requests.step_plan import StepPlan, plan_step
+from dspark.engine.requests.validation import check_request, check_sizes, checked_num_drafts
 from dspark.engine.round import Speculator, play
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
-from dspark.engine.sequence import ActiveRequest, Event, Piece
-from dspark.engine.shield import Shield
-from dspark.engine.state import RequestLaws, RoundState
-from dspark.engine.text import TextStream
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.drafter_faults import Shield
+from dspark.engine.speculation.round_record import Watch
+from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
+from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.timing import Clock
 from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
 
@@ -111,7 +111,7 @@ class Engine:
         self.roster = Roster(self.memory, max_requests, max_queue)
         self.clock = Clock()
         self._next_id = 0
-        self._laws: RequestLaws | None = None
+        self._sampling: RequestSampling | None = None
         self._speculator: Speculator | None = None
         if self.drafter is not None:
             assert self.memory.context is not None
@@ -275,13 +275,13 @@ class Engine:
         roster.running.sort(key=lambda request: request.plain)  # who drafts comes first
 
     def _play(self, plan: StepPlan) -> list[Event]:
-        requests, laws, state = plan.judged, None, None
+        requests, sampling, state = plan.judged, None, None
         if requests:
-            laws, vocab_size = self._laws_of(requests), self.target.vocab_size
-            state = RoundState.of(requests, laws, self.num_drafts, vocab_size)
+            sampling, vocab_size = self._sampling_of(requests), self.target.vocab_size
+            state = RoundState.of(requests, sampling, self.num_drafts, vocab_size)
         pieces, times = play(plan, state, self.target, self.memory.cache, self._speculator)
-        if laws is not None:
-            laws.commit([[piece.token_id for piece in new] for new in pieces])
+        if sampling is not None:
+            sampling.commit([[piece.token_id for piece in new] for new in pieces])
         self.clock.record(times, prefill=plan.reads_prompts)
         if plan.reads_prompts:
             self._settle(plan)
@@ -300,14 +300,14 @@ class Engine:
         for request in (*plan.opening, *(chunk.request for chunk in plan.reading)):
             self.memory.settle(request)
 
-    def _laws_of(self, requests: Sequence[ActiveRequest]) -> RequestLaws:
-        """The laws of the running requests, rebuilt only when other requests run."""
+    def _sampling_of(self, requests: Sequence[ActiveRequest]) -> RequestSampling:
+        """Sampling of the running requests, rebuilt only when other requests run."""
         ids = tuple(request.request_id for request in requests)
-        if self._laws is None or self._laws.request_ids != ids:
+        if self._sampling is None or self._sampling.request_ids != ids:
             verifier: Verifier = self.verifier if self.drafter is not None else "coupled"
             vocab_size, device = self.target.vocab_size, self.target.device
-            self._laws = RequestLaws.of(requests, verifier, vocab_size, device)
-        return self._laws
+            self._sampling = RequestSampling.of(requests, verifier, vocab_size, device)
+        return self._sampling
 
     def run(self, requests: Sequence[Request], prompts: Sequence[str] = ()) -> list[Output]:
         """Decode requests to their end, in the order given.

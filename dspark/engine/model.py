@@ -11,17 +11,16 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.engine import Engine
 from dspark.engine.options import split_options
 from dspark.engine.profile import Progress, machine_key, measure_costs
-from dspark.engine.prompt import Messages, encode_prompt, one_prompt
-from dspark.engine.record import Watch
-from dspark.engine.schedule import ScheduleName
+from dspark.engine.requests.prompt import Messages, encode_prompt, one_prompt
+from dspark.engine.requests.sequence import Piece
 from dspark.engine.schedule_choice import choose_schedule
-from dspark.engine.sequence import Piece
+from dspark.engine.speculation.round_record import Watch
+from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
 from dspark.request import Output, Request, Verifier
 from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostTable, MachineKey
 from dspark.targets.target import Target
 
 

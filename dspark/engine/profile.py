@@ -13,12 +13,11 @@ import torch
 
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Offer, Scheduler
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.targets.target import Target
 
 PROMPT_TOKENS = 64

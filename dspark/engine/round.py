@@ -15,19 +15,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import Part, RaggedBatch
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import Part, RaggedBatch
 from dspark.drafters.base import Drafter, Proposal
-from dspark.engine.batching import StepPlan
-from dspark.engine.context import DraftContext
-from dspark.engine.drafting import Drafts, Drawing, choose, confidence_array, draft_limits, propose
-from dspark.engine.judging import Verdict, verify
-from dspark.engine.logprobs import logprobs_of
-from dspark.engine.record import FloatArray, RoundRecord, Watch
-from dspark.engine.scheduler import Offer, Scheduler, Spent
-from dspark.engine.sequence import ActiveRequest, Piece
-from dspark.engine.shield import Shield
-from dspark.engine.state import RoundState
+from dspark.engine.requests.logprobs import logprobs_of
+from dspark.engine.requests.sequence import ActiveRequest, Piece
+from dspark.engine.requests.step_plan import StepPlan
+from dspark.engine.speculation.draft import (
+    Drafts,
+    Drawing,
+    choose,
+    confidence_array,
+    draft_limits,
+    propose,
+)
+from dspark.engine.speculation.draft_context import DraftContext
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.drafter_faults import Shield
+from dspark.engine.speculation.round_record import FloatArray, RoundRecord, Watch
+from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.verify import Verdict, verify
 from dspark.errors import NumericsError
 from dspark.targets.target import Target
 
@@ -77,14 +84,15 @@ def play(
 
     Args:
         plan: who takes part.
-        state: laws and keys of randomness of the judged requests; None if there are none.
+        state: sampling and keys of randomness of the judged requests; None if there are none.
         target: the model whose outputs are wanted.
         cache: its keys and values.
         speculator: who proposes; None decodes plainly.
 
     Returns:
         The committed pieces of each judged request, and what the round's parts took. Requests that
-        came to a row without a law have ended with an error; what the drafter did wrong is logged.
+        came to a row without a distribution have ended with an error; faults of the drafter are
+        logged.
     """
     times, requests = RoundTimes(), plan.judged
     drafts = Drafts.none(len(requests), target.device)

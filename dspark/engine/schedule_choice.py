@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from dspark.drafters.base import Drafter
 from dspark.engine.profile import Progress
-from dspark.engine.schedule import Schedule, ScheduleName
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.schedule import Schedule, ScheduleName
 from dspark.errors import CompatibilityError, DataError, DSparkWarning
 from dspark.request import Verifier
 from dspark.scheduling.calibration import TemperatureClass
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dspark.engine.model import Model
-from dspark.engine.record import FloatArray, RoundRecord
+from dspark.engine.speculation.round_record import FloatArray, RoundRecord
 from dspark.errors import CompatibilityError, DataError
 from dspark.evaluation.records import Drafted, Record
 from dspark.request import Request, Verifier

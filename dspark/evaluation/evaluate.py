@@ -14,7 +14,7 @@ import numpy as np
 from dspark.data.conversations import Message
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
-from dspark.engine.record import RoundRecord
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.errors import CompatibilityError, UsageError
 from dspark.evaluation.identity import (
     draft_fingerprint,

@@ -23,7 +23,7 @@ from dspark.evaluation.check.live import render
 from dspark.evaluation.metrics import RESAMPLES, interval
 from dspark.params import SamplingParams
 from dspark.request import Request
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 
 WARM_UP_TOKENS = 4
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dspark.errors import UsageError
-from dspark.scheduling.files import read_json, write_json
+from dspark.scheduling.json_files import read_json, write_json
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

@@ -55,7 +55,7 @@ from dspark.fitting.recipe import (
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 from dspark.training.checkpoints import read_position, saved_steps
 from dspark.training.progress import Pace
 from dspark.training.run import run_recipe

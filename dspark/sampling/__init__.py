@@ -1,1 +1,5 @@
-"""What a token's law is, and whether a draft may stay."""
+"""Distributions of tokens, and whether a draft may stay.
+
+Logits and sampling parameters enter; distributions, tokens and accepted lengths leave. The engine's
+rounds and the exact proof call the same functions.
+"""

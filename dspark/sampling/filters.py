@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p: the likeliest tokens of a row, which are all that it can draw.
+"""Top-k, top-p and min-p filters: the likeliest tokens of a row, which are all it can draw.
 
 Each filter keeps a beginning of the row's tokens in order of falling score, equal ones by rising
 id. So the likeliest 64 are selected first, and more of the rows that keep them all. Of a flat row

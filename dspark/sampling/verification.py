@@ -101,7 +101,7 @@ def accepted_lengths(rule: Rule, keep_RK: Tensor, uniforms_RK: Tensor, lengths_R
     return torch.cat([none_R1, passed_RK * rank_K], dim=1).amax(dim=1)
 
 
-def next_law(
+def next_distribution(
     rule: Rule,
     p: Blocks,
     q: Blocks,
@@ -145,22 +145,22 @@ def next_law(
     return replace(excess, probs_NC=probs_RC)
 
 
-def coupled_tokens(law: Distribution, seed_N: Tensor, position_N: Tensor) -> Tensor:
-    """The coupled verifier's token of each row: argmax(log law + g(seed, position, token)).
+def coupled_tokens(distribution: Distribution, seed_N: Tensor, position_N: Tensor) -> Tensor:
+    """The coupled verifier's token of each row: argmax(log p + g(seed, position, token)).
 
     Drafter-invariant speculative decoding (Daliri et al. 2024): drafter and target call this with
     the same noise, each on its own distribution, and a draft stays while both name the same token.
     The output is what the target alone would draw, whatever was drafted.
 
     Args:
-        law: one distribution per row.
+        distribution: one per row.
         seed_N: int64 seeds of the rows' requests.
         position_N: int64 absolute positions of the tokens to be drawn.
 
     Returns:
         Tokens [N], int64.
     """
-    return law.draw_coupled(seed_N, position_N)
+    return distribution.draw_coupled(seed_N, position_N)
 
 
 def accepted_by_identity(tokens_RK1: Tensor, drafts_RK: Tensor, lengths_R: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dspark.scheduling.calibration import (
     assess,
     fit,
 )
-from dspark.scheduling.files import read_json, write_json
+from dspark.scheduling.json_files import read_json, write_json
 from dspark.scheduling.reliability import BINS, Reliability
 
 FILE_NAME = "calibration.json"

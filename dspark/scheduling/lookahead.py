@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import UsageError
-from dspark.scheduling.prefix import best_budget, fill_budget
+from dspark.scheduling.budget import best_budget, fill_budget
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -25,7 +25,7 @@ def observed(
 
     Position k is known if all before it stayed and it was verified. Under the block rule give
     only rounds in which every draft was verified, because trimming changes its earlier tests.
-    Leave out requests with penalties or constraints: their laws are not the drafter's.
+    Leave out requests with penalties or constraints: their distributions are not the drafter's.
 
     Args:
         margins_RK: margins of every offered draft.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import NumericsError
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 
 FloatArray = npt.NDArray[np.float64]
 # Rounds that a table is worth, and after how many a round weighs half.

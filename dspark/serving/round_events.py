@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dspark.engine.record import FloatArray, RoundRecord
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
+from dspark.engine.speculation.round_record import FloatArray, RoundRecord
 
 TokenText = Callable[[int], str]
 """The text of one token, by its id."""

@@ -20,8 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from dspark.engine.engine import Engine
-from dspark.engine.record import RoundRecord
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
 from dspark.serving.ops.counters import Counters

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.errors import DSparkError
 from dspark.request import Output
 

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dspark.engine.record import RoundRecord
-from dspark.engine.sequence import Event
+from dspark.engine.requests.sequence import Event
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.serving.round_events import Owner, RoundEvent, TokenText, plain_event, round_events
 
 

@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 
 from dspark.attention.backends import Rule, cached_attention, fresh_attention
 from dspark.attention.choice import Attend
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CompatibilityError
 from dspark.targets.families import Anatomy
 

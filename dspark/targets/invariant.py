@@ -26,8 +26,8 @@ from torch.nn.functional import pad
 from transformers.integrations.moe import ExpertsInterface
 
 from dspark.attention.choice import Attend
-from dspark.attention.layout import RaggedBatch, Segment
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch, Segment
 from dspark.errors import CompatibilityError
 from dspark.targets.families import Anatomy
 from dspark.targets.forward import RaggedCall, apply_head, run_tapped

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets.families import Anatomy
 from dspark.targets.forward import (

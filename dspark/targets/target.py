@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PAGE_SIZE, CacheShape, PagedCache
+from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.families import Anatomy, dissect, eos_token_ids
 from dspark.targets.fast.compiled import compile_layers

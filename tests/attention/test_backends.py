@@ -4,9 +4,9 @@ import torch
 from dspark.attention import blocks, padding
 from dspark.attention.backends import Rule, fresh_attention, ragged_attention
 from dspark.attention.blocks import BlockContext, block_attention
-from dspark.attention.layout import RaggedBatch
 from dspark.attention.padding import plan_padding
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 HEADS, DIM, SCALE = 4, 8, 0.3
 PAGE, PAGES = 4, 40

@@ -10,8 +10,8 @@ from dspark.attention import choice, varlen
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.choice import PLAIN, choose_attention
 from dspark.attention.flex import _block_mask, flex_attention
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.attention.varlen import VarlenAttention
 from dspark.errors import UsageError
 

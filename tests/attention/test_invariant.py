@@ -6,8 +6,8 @@ import torch
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.choice import choose_attention
 from dspark.attention.invariant import KEY_BLOCK, QUERY_ROWS, invariant_attention
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.attention.varlen import VarlenAttention
 from dspark.errors import UsageError
 

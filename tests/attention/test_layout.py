@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch, Segment
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch, Segment
 
 
 def test_build_flattens_requests_in_order():

@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 
 SHAPES = (CacheShape(2, 4, 4), CacheShape(1, 6, 3), CacheShape(1, 5, 0))
 LAYOUTS = pytest.mark.parametrize("by_token", [False, True])

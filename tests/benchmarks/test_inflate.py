@@ -15,8 +15,8 @@ from benchmarks.inflate import (
     layer_places,
 )
 from benchmarks.placement import Shape
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from rich.console import Console
 from dspark.cli import demo as replay_module
 from dspark.cli.decoding import Decoded, run_report
 from dspark.cli.demo import Side, replay
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.errors import CheckpointError
 from dspark.request import Output, Stats
 from dspark.sources import names, smollm2

@@ -6,7 +6,7 @@ import pytest
 
 from dspark import __version__
 from dspark.cli import generate, main
-from dspark.engine.schedule import SCHEDULES
+from dspark.engine.speculation.schedule import SCHEDULES
 from dspark.errors import DSparkError, UsageError
 from dspark.request import VERIFIERS
 

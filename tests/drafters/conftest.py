@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
 from dspark.attention.packed import BlockLayout
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dspark.attention.layout import RaggedBatch
 from dspark.attention.packed import BlockLayout
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.layers import rotary, rotate
 
 

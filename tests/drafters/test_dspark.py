@@ -207,8 +207,8 @@ def test_decoding_runs_in_the_targets_dtype_and_leaves_parameters_alone(
         make_parts(embedding_VH=parts.embedding_VH.double(), head_VH=parts.head_VH.double())
     )
     assert double.fc.weight.dtype == torch.float32
-    from dspark.attention.layout import RaggedBatch
-    from dspark.attention.pages import BlockTable, PagedCache
+    from dspark.attention.paged_cache import BlockTable, PagedCache
+    from dspark.attention.ragged_batch import RaggedBatch
     from dspark.drafters.base import DraftBatch
 
     cache, table = PagedCache(double.context_shapes, 1, dtype=torch.float64), BlockTable((0,))

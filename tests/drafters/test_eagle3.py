@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.errors import CompatibilityError

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.checkpoints.published import dspark_to_json

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.ngram import NgramDrafter
 from dspark.errors import CompatibilityError, UsageError

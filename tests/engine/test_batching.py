@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from dspark.engine.batching import fair_shares, plan_step
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.requests.step_plan import fair_shares, plan_step
 from dspark.request import Request, SamplingParams
 
 

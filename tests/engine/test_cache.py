@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from dspark.engine.cache import PagePool, PoolFault
-from dspark.engine.placement import BUSY
+from dspark.engine.kv.page_allocator import BUSY
+from dspark.engine.kv.page_manager import PagePool, PoolFault
 from dspark.errors import UsageError
 
 
@@ -365,5 +365,5 @@ def test_a_hundred_thousand_operations_take_a_moment():
 
 
 def test_no_torch_is_needed():
-    code = "import dspark.engine.cache, sys; sys.exit('torch' in sys.modules)"
+    code = "import dspark.engine.kv.page_manager, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

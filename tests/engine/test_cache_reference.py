@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from dspark.engine.cache import PagePool
-from dspark.engine.placement import Windows
-from dspark.engine.prefix_tree import PrefixTree
+from dspark.engine.kv.page_allocator import Windows
+from dspark.engine.kv.page_manager import PagePool
+from dspark.engine.kv.prefix_cache import PrefixTree
 
 
 class SlowPool:

@@ -8,8 +8,8 @@ import torch
 from dspark.drafters.heads import ConfidenceHead
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine import round as round_module
-from dspark.engine.drafting import Drawing
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.draft import Drawing
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 
 PROCESSORS = (

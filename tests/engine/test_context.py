@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
-from dspark.engine import context as context_module
-from dspark.engine.context import DraftContext
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
+from dspark.engine.speculation import draft_context as context_module
+from dspark.engine.speculation.draft_context import DraftContext
 
 # The pages of two requests, four tokens each.
 TABLES = {2: BlockTable((2, 5, 0), 4), 0: BlockTable((3, 4, 1), 4)}

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 
 NEW_TOKENS = 12
 

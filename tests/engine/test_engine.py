@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import RequestError, UsageError
 from dspark.request import Request, SamplingParams
 

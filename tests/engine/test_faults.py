@@ -12,7 +12,7 @@ import torch
 from dspark.drafters.base import Proposal
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model, stream_pieces
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import NumericsError, RequestError
 from dspark.request import VERIFIERS, Request, SamplingParams
 
@@ -171,7 +171,7 @@ class Moody:
 
 
 def faults(caplog):
-    return [r for r in caplog.records if r.name == "dspark.engine.shield"]
+    return [r for r in caplog.records if r.name == "dspark.engine.speculation.drafter_faults"]
 
 
 @pytest.mark.faulty

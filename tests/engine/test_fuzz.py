@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.protection import Protection
 
 PER_SETTING, LENGTH = 100, 40

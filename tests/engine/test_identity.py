@@ -11,7 +11,7 @@ import torch
 
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import VERIFIERS, Request, SamplingParams, Stats
 from dspark.targets.target import Target
 

@@ -6,11 +6,10 @@ import pytest
 
 import dspark
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import merge_stats
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 
 NEW_TOKENS = 12
 COMMANDS = ("ls", "tar", "grep", "find", "sort", "cut", "tr", "wc", "head", "tail", "sed", "awk")

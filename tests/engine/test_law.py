@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import Proposal
-from dspark.engine.drafting import Drawing
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
-from dspark.engine.state import RoundState
+from dspark.engine.speculation.draft import Drawing
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from tests.helpers.laws import tempered_top_p
 
 VOCAB, TOKENS, PER_KIND = 6, 3, 1000
@@ -251,7 +250,7 @@ def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, m
 
     def misreport(self, step, logits_RC, tokens=None):
         tokens_R = draw(self, step, logits_RC, tokens)
-        for laws in self.laws.values():
+        for laws in self.distributions.values():
             laws[-1].probs_NC.sqrt_()
             laws[-1].probs_NC.div_(laws[-1].probs_NC.sum(dim=1, keepdim=True))
         return tokens_R

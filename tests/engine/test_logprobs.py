@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from dspark.engine import judging
 from dspark.engine.engine import Engine
-from dspark.engine.logprobs import emitted_logprobs
+from dspark.engine.requests.logprobs import emitted_logprobs
+from dspark.engine.speculation import verify as judging
 from dspark.request import VERIFIERS, Request, SamplingParams
 
 CLOSE = {"rel": 1e-9, "abs": 1e-9}

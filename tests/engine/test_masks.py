@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.engine import masks as masks_module
 from dspark.engine.engine import Engine
-from dspark.engine.masks import RowMasks
+from dspark.engine.requests import masks as masks_module
+from dspark.engine.requests.masks import RowMasks
 from dspark.errors import RequestError
 from dspark.request import VERIFIERS, Request, SamplingParams
 from tests.helpers.laws import tempered_top_p

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from dspark.attention.pages import PAGE_SIZE
+from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
+from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import RequestError, UsageError
 from dspark.request import Request, SamplingParams
 

@@ -12,7 +12,7 @@ from dspark.errors import CompatibilityError, DSparkWarning, UsageError
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import Rounds
 from dspark.scheduling.calibration_file import Calibration, calibrate
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Offer, Scheduler
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import Rounds
 from dspark.scheduling.calibration_file import Calibration, calibrate
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.survival import confidence
 
 MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")

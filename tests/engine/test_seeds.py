@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 
 from dspark.engine.engine import Engine
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 
 SETTINGS = {
     "off": {"schedule": Schedule("off")},

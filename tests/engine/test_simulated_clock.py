@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dspark.engine.schedule import Schedule
-from dspark.engine.scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.schedule import Schedule
 from dspark.request import SamplingParams
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 
 NUM_DRAFTS = 7
 MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")

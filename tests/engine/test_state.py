@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.engine.engine import Engine
 from dspark.request import Request, SamplingParams
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
 from dspark.request import Request, SamplingParams, Stats, merge_stats
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from dspark.engine.text import TextStream
+from dspark.engine.requests.detokenizer import TextStream
 
 TEXTS = (
     "the cat sat on the mat",

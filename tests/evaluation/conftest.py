@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, CacheShape, PagedCache
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.conversations import Prompt
 from dspark.data.tokenizer import train_tokenizer
 from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal

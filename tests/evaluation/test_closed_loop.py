@@ -6,7 +6,7 @@ import pytest
 
 from dspark.engine.engine import Clock
 from dspark.engine.model import Model
-from dspark.engine.sequence import Event, Piece
+from dspark.engine.requests.sequence import Event, Piece
 from dspark.errors import RequestError
 from dspark.evaluation.load.closed_loop import closed_loop, warm_up
 from dspark.request import Output, Request, SamplingParams, Stats

@@ -22,7 +22,8 @@ from dspark.evaluation.proof.rounds import RULES, Verifier, View, Walk
 from dspark.evaluation.proof.worlds import Distance, number, random_world
 from dspark.request import SamplingParams
 from dspark.sampling import verification
-from dspark.scheduling import lookahead, prefix, survival
+from dspark.scheduling import budget as prefix
+from dspark.scheduling import lookahead, survival
 
 NAN = float("nan")
 
@@ -291,7 +292,7 @@ def ranks_ties_backwards(survival_RK, limits_R, right=prefix._ranked):
     ("module", "name", "wrong", "schedule"),
     [
         (verification, "accepted_lengths", stops_at_first_failure, "fixed"),
-        (verification, "next_law", never_corrects, "fixed"),
+        (verification, "next_distribution", never_corrects, "fixed"),
         (verification, "keep_probabilities", keeps_too_much, "fixed"),
         (prefix, "threshold_lengths", looks_behind, "threshold"),
         (prefix, "prefix_lengths", searches_this_round, "prefix"),

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark.sampling.processors import Chain
+from dspark.sampling.logits_processors import Chain
 
 Law = npt.NDArray[np.float64]
 

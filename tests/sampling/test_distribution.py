@@ -8,8 +8,8 @@ import torch
 from dspark.request import SamplingParams
 from dspark.sampling import distribution, filters, noise
 from dspark.sampling.distribution import Dense, Sparse
+from dspark.sampling.logits_processors import Chain, Known, token_distribution
 from dspark.sampling.noise import gumbel, most_noisy, uniform
-from dspark.sampling.processors import Chain, Known, law
 from tests.helpers.laws import dense_law, dense_sample
 
 V = 1000
@@ -41,7 +41,7 @@ FORMS = {
 def form(request):
     row_chain, known = FORMS[request.param]
     width = V if known is None else known.tokens.shape[-1]
-    return law(logits(40, width), row_chain, None, None, known)
+    return token_distribution(logits(40, width), row_chain, None, None, known)
 
 
 def test_tokens_are_drawn_as_by_the_whole_distribution_function(form):
@@ -77,7 +77,10 @@ def test_probabilities_and_masses_are_those_of_the_dense_rows(form):
 def test_excess_is_that_of_the_dense_rows(form):
     weights = torch.linspace(0, 1, 40)
     rows = torch.arange(40).flip(0)
-    for p in (law(logits(40, seed=2), chain(40)), law(logits(40, seed=2), chain(40, top_p=0.9))):
+    for p in (
+        token_distribution(logits(40, seed=2), chain(40)),
+        token_distribution(logits(40, seed=2), chain(40, top_p=0.9)),
+    ):
         found = p.excess(torch.arange(40), form, rows, weights)
         wanted = (weights[:, None] * p.dense() - form.dense()[rows]).clamp(min=0)
         assert torch.equal(found.dense(), wanted)
@@ -94,13 +97,15 @@ def test_the_likeliest_tokens_are_the_reference_s(options, scale, temperature):
     wide[::3] = wide[::3].round(decimals=1)  # ties
     rows = chain(24, temperature=temperature, **options)
     wanted = dense_law(wide, rows)
-    got = law(wide, rows)
+    got = token_distribution(wide, rows)
     assert isinstance(got, Sparse)
     assert bool((got.tokens_NC[:, 1:] >= got.tokens_NC[:, :-1]).all())
     assert torch.equal(got.dense() > 0, wanted > 0)
     assert torch.allclose(got.dense(), wanted, rtol=1e-12, atol=0)
     single = dense_law(wide.float(), rows)
-    assert torch.allclose(law(wide.float(), rows).dense(), single, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(
+        token_distribution(wide.float(), rows).dense(), single, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,9 +117,9 @@ def test_a_histogram_finds_what_a_selection_finds(monkeypatch, options, scale):
     flat = logits(24, 9000, scale=scale)
     flat[::3] = flat[::3].round(decimals=1)  # ties
     flat[1, ::2] = float("-inf")
-    found = law(flat, chain(24, **options))
+    found = token_distribution(flat, chain(24, **options))
     monkeypatch.setattr(filters, "_has_bins", lambda _probs: False)
-    wanted = law(flat, chain(24, **options))
+    wanted = token_distribution(flat, chain(24, **options))
     assert bool(((wanted.dense() > 0).sum(1) > filters._FLAT_TOKENS).any())
     assert torch.equal(found.tokens_NC, wanted.tokens_NC)
     assert torch.allclose(found.probs_NC, wanted.probs_NC, rtol=1e-6, atol=0)
@@ -134,13 +139,13 @@ def test_no_bit_of_a_row_hangs_on_the_others(form_name, monkeypatch):
     """Nor on chunks, nor on how wide its neighbours are."""
     sharp, flat = logits(5, scale=8.0), logits(1, scale=0.01)
     row_chain = chain(6, **({"top_p": 0.97} if form_name == "narrow" else {}))
-    together = law(torch.cat([sharp, flat]), row_chain)
+    together = token_distribution(torch.cat([sharp, flat]), row_chain)
     monkeypatch.setattr(distribution, "_CHUNK_NUMBERS", 1)
-    chunked = law(torch.cat([sharp, flat]), row_chain)
+    chunked = token_distribution(torch.cat([sharp, flat]), row_chain)
     assert torch.equal(chunked.dense(), together.dense())
     uniforms = uniform(torch.arange(6), 5)
     for n in range(5):
-        alone = law(sharp[n : n + 1], row_chain.rows([n]))
+        alone = token_distribution(sharp[n : n + 1], row_chain.rows([n]))
         assert torch.equal(alone.dense()[0], together.dense()[n])
         assert alone.draw(uniforms[n : n + 1])[0] == together.draw(uniforms)[n]
         assert torch.equal(alone.mass()[0], together.mass()[n])
@@ -148,7 +153,7 @@ def test_no_bit_of_a_row_hangs_on_the_others(form_name, monkeypatch):
 
 def test_processors_act_on_known_tokens_as_on_all():
     """Bias, penalties and mask of a reduced vocabulary: the same law, 0 elsewhere."""
-    from dspark.sampling.counts import TokenCounts
+    from dspark.sampling.token_counts import TokenCounts
 
     params = SamplingParams(
         temperature=0.8,
@@ -164,15 +169,15 @@ def test_processors_act_on_known_tokens_as_on_all():
     everything = logits(8)
     unknown = torch.ones(V, dtype=torch.bool)
     unknown[KNOWN] = False
-    wanted = law(everything.masked_fill(unknown, float("-inf")), rows, counts, mask)
+    wanted = token_distribution(everything.masked_fill(unknown, float("-inf")), rows, counts, mask)
     for tokens in (KNOWN, KNOWN.expand(8, -1).contiguous()):
-        got = law(everything[:, KNOWN], rows, counts, mask, Known(tokens, V))
+        got = token_distribution(everything[:, KNOWN], rows, counts, mask, Known(tokens, V))
         assert torch.equal(got.dense(), wanted.dense())
 
 
 def test_numbers_for_all_columns_go_where_they_are_wanted():
     room = torch.empty(6, V)
-    found = law(logits(4), chain(4), out=room)
+    found = token_distribution(logits(4), chain(4), out=room)
     assert isinstance(found, Dense)
     assert found.probs_NC.data_ptr() == room.data_ptr()
-    assert torch.equal(found.probs_NC, law(logits(4), chain(4)).dense())
+    assert torch.equal(found.probs_NC, token_distribution(logits(4), chain(4)).dense())

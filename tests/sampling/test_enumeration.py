@@ -11,8 +11,8 @@ from dspark.evaluation.proof import schedules, worlds
 from dspark.evaluation.proof.rounds import Verifier, Walk, continued, outcomes
 from dspark.evaluation.proof.worlds import Distance
 from dspark.request import SamplingParams
-from dspark.sampling import processors
-from dspark.sampling.counts import TokenCounts
+from dspark.sampling import logits_processors as processors
+from dspark.sampling.token_counts import TokenCounts
 
 EXACT = 1e-12
 RULES = ("token", "block")
@@ -82,7 +82,7 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
             rows = len(prefixes)
             counts = TokenCounts.of([[1]] * rows, [[2, *x] for x in prefixes], vocab_size)
             chain = processors.Chain.of([params] * rows)
-            laws.append(processors.law(table, chain, counts).dense())
+            laws.append(processors.token_distribution(table, chain, counts).dense())
         return tuple(laws)
 
     target_logits = tuple(logits(depth) for depth in range(block_size + 1))
@@ -99,7 +99,7 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
         step = torch.arange(steps).repeat(len(paths))
         counts = state.after_drafts(requests, step, paths)
         rows = worlds.along(tables, paths).flatten(0, 1)
-        laws = processors.law(rows, chain.rows(requests), counts).dense()
+        laws = processors.token_distribution(rows, chain.rows(requests), counts).dense()
         return laws.view(len(paths), steps, vocab_size)
 
     p, q = batched(target_logits), batched(draft_logits)
@@ -112,7 +112,7 @@ def test_processed_laws_keep_each_rows_own_prefix(rule, params):
     chances = torch.zeros(len(paths), 1, block_size + 1, vocab_size, dtype=torch.float64)
     for uniforms, weight in outcomes(keep):
         accepted = verifier.decide(keep, uniforms, lengths)
-        following = verifier.next_law(p, q, paths, lengths, accepted)
+        following = verifier.next_distribution(p, q, paths, lengths, accepted)
         chances[torch.arange(len(paths)), 0, accepted] += weight[:, None] * following
     weights = q.gather(2, paths[:, :, None]).squeeze(2).prod(dim=1)
     total = weights @ continued(reference, chances)[:, 0]

@@ -16,10 +16,11 @@ from transformers.generation.logits_process import (
 
 from dspark.errors import NumericsError, RequestError
 from dspark.request import SamplingParams
-from dspark.sampling import filters, processors
-from dspark.sampling.counts import TokenCounts
+from dspark.sampling import filters
+from dspark.sampling import logits_processors as processors
 from dspark.sampling.distribution import Dense
-from dspark.sampling.processors import Chain, greedy_tokens
+from dspark.sampling.logits_processors import Chain, greedy_tokens
+from dspark.sampling.token_counts import TokenCounts
 
 INF = float("inf")
 V = 13
@@ -41,7 +42,7 @@ OUTPUTS = [[(3 * n + k) % V for k in range(n % 4)] * 2 for n in range(len(PARAMS
 
 
 def law(*args):
-    return processors.law(*args).dense()
+    return processors.token_distribution(*args).dense()
 
 
 def sample(probs, uniforms):

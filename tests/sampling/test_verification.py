@@ -7,8 +7,8 @@ from dspark.evaluation.proof import worlds
 from dspark.request import SamplingParams
 from dspark.sampling import verification
 from dspark.sampling.distribution import Dense
+from dspark.sampling.logits_processors import Chain, greedy_tokens, token_distribution
 from dspark.sampling.noise import Stream, gumbel, uniform
-from dspark.sampling.processors import Chain, greedy_tokens, law
 from dspark.sampling.verification import Blocks, accepted_by_identity, accepted_lengths
 
 RULES = ("token", "block")
@@ -18,8 +18,8 @@ def keep_probabilities(rule, p, q, *rest):
     return verification.keep_probabilities(rule, Blocks.dense(p), Blocks.dense(q), *rest)
 
 
-def next_law(rule, p, q, *rest):
-    return verification.next_law(rule, Blocks.dense(p), Blocks.dense(q), *rest).dense()
+def next_distribution(rule, p, q, *rest):
+    return verification.next_distribution(rule, Blocks.dense(p), Blocks.dense(q), *rest).dense()
 
 
 def coupled_tokens(law, seeds, positions):
@@ -95,7 +95,7 @@ def test_what_lies_behind_the_length_is_ignored(rule):
     for laws in ((p, q, x), (dirty_p, dirty_q, dirty_x)):
         keep = keep_probabilities(rule, *laws, lengths)
         accepted = accepted_lengths(rule, keep, uniforms, lengths)
-        results.append((keep, accepted, next_law(rule, *laws, lengths, accepted)))
+        results.append((keep, accepted, next_distribution(rule, *laws, lengths, accepted)))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
@@ -109,7 +109,7 @@ def test_equal_laws_keep_everything_and_never_give_nan(rule, dtype):
     keep = keep_probabilities(rule, p, p[:, :4].clone(), x, lengths)
     assert torch.equal(keep, torch.ones_like(keep))
     for accepted in range(5):
-        following = next_law(rule, p, p[:, :4], x, lengths, torch.full((50,), accepted))
+        following = next_distribution(rule, p, p[:, :4], x, lengths, torch.full((50,), accepted))
         assert torch.equal(following, p[:, accepted])  # no residual mass: p itself
 
 
@@ -126,7 +126,7 @@ def test_zero_probabilities_give_zeros_and_ones(rule):
     assert keep[1, 0] == 0
     uniforms = torch.full((4, 2), 0.5, dtype=torch.float64)
     accepted = accepted_lengths(rule, keep, uniforms, lengths)
-    following = next_law(rule, p, q, x, lengths, accepted)
+    following = next_distribution(rule, p, q, x, lengths, accepted)
     assert torch.isfinite(following).all()
     assert torch.equal(following.sum(1), torch.ones(4))
 
@@ -141,7 +141,7 @@ def test_float32_rounding_never_leaves_a_broken_law(rule):
     assert bool(((keep >= 0) & (keep <= 1)).all())
     for accepted in range(4):
         stop = torch.full((200,), accepted).minimum(lengths)
-        following = next_law(rule, p, q, x, lengths, stop)
+        following = next_distribution(rule, p, q, x, lengths, stop)
         assert bool((following >= 0).all())
         assert torch.allclose(following.sum(1), torch.ones(200), atol=1e-5)
 
@@ -157,7 +157,7 @@ def test_no_drafts_at_all_draw_from_the_target():
         keep = keep_probabilities(rule, p, q, x, lengths)
         accepted = accepted_lengths(rule, keep, keep, lengths)
         assert accepted.tolist() == [0, 0, 0]
-        assert torch.equal(next_law(rule, p, q, x, lengths, accepted), p[:, 0])
+        assert torch.equal(next_distribution(rule, p, q, x, lengths, accepted), p[:, 0])
     assert accepted_by_identity(torch.zeros(3, 1), x, lengths).tolist() == [0, 0, 0]
 
 
@@ -189,12 +189,12 @@ def test_greedy_equals_every_rule_on_one_hot_laws(rule):
     lengths = torch.randint(0, drafts + 1, (requests,), generator=generator)
     accepted = accepted_by_identity(tokens, x, lengths)
 
-    p = law(logits.flatten(0, 1), chain).dense().view_as(logits)
+    p = token_distribution(logits.flatten(0, 1), chain).dense().view_as(logits)
     q = torch.nn.functional.one_hot(x, vocab_size).to(p.dtype)
     keep = keep_probabilities(rule, p, q, x, lengths)
     uniforms = uniform(torch.arange(requests)[:, None], 0, torch.arange(drafts), Stream.VERIFY)
     kept = accepted_lengths(rule, keep, uniforms, lengths)
-    following = next_law(rule, p, q, x, lengths, kept)
+    following = next_distribution(rule, p, q, x, lengths, kept)
     drawn = sample(following, uniform(torch.arange(requests), 0, 0, Stream.NEXT))
     assert torch.equal(kept, accepted)
     assert torch.equal(drawn, tokens[torch.arange(requests), accepted])
@@ -220,7 +220,7 @@ def test_the_real_noise_gives_the_targets_law(rule):
     keep = keep_probabilities(rule, p, q, drafts, lengths)
     tests = uniform(seeds[:, None], 0, torch.arange(2), Stream.VERIFY)
     kept = accepted_lengths(rule, keep, tests, lengths)
-    following = next_law(rule, p, q, drafts, lengths, kept)
+    following = next_distribution(rule, p, q, drafts, lengths, kept)
     token = sample(following, uniform(seeds, 0, 0, Stream.NEXT))
     row = torch.arange(trials)
     output = torch.cat([drafts, torch.zeros(trials, 1, dtype=torch.int64)], dim=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import NumericsError, UsageError
-from dspark.scheduling.prefix import (
+from dspark.scheduling.budget import (
     best_budget,
     drafting_gain,
     fill_budget,

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import CompatibilityError, DataError, UsageError
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 
 MACHINE = MachineKey("a processor", 2, "float32", "some/target", "some/drafter")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dspark.errors import UsageError
+from dspark.scheduling.budget import prefix_lengths
 from dspark.scheduling.history import LEAST_FACTOR, RequestHistory
-from dspark.scheduling.prefix import prefix_lengths
 
 CONFIDENCE = np.array([0.9, 0.85, 0.8, 0.75, 0.7])
 

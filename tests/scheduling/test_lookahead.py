@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dspark.errors import NumericsError, UsageError
+from dspark.scheduling.budget import best_budget, fill_budget, prefix_lengths
 from dspark.scheduling.lookahead import expected_survival, lookahead_lengths
-from dspark.scheduling.prefix import best_budget, fill_budget, prefix_lengths
 
 STEP_MS = [1.0, 2.0, 2.0, 2.0, 2.0]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import UsageError
-from dspark.scheduling.prefix import fixed_lengths, threshold_lengths
+from dspark.scheduling.budget import fixed_lengths, threshold_lengths
 
 
 def test_fixed_lengths_are_the_same_for_all():
@@ -49,7 +49,7 @@ def test_a_threshold_outside_its_range_is_refused(threshold):
 
 def test_importing_scheduling_does_not_import_torch():
     code = (
-        "import sys, dspark.scheduling.prefix, dspark.scheduling.survival; "
+        "import sys, dspark.scheduling.budget, dspark.scheduling.survival; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import NumericsError
-from dspark.scheduling.cost import CostPoint, CostTable
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.step_times import StepTime, StepTimes
 
 MACHINE = MachineKey("test", 1, "float32", "tiny", "tiny")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import NumericsError, UsageError
-from dspark.scheduling.switch import DraftSwitch
+from dspark.scheduling.draft_switch import DraftSwitch
 
 
 def rounds(switch, gain, count):

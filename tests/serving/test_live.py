@@ -12,7 +12,7 @@ import pytest
 
 from dspark.engine.model import Model
 from dspark.errors import UsageError
-from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.serving.live import routes as live_module
 from dspark.serving.live.engines import Choice
 from dspark.serving.live.routes import EXAMPLES

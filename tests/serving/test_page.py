@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dspark.engine.model import Model
-from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.serving.settings import Settings
 
 playwright_api = pytest.importorskip(

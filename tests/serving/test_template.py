@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dspark.data.tokenizer import train_tokenizer
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.errors import RequestError
 from dspark.request import Output, Stats
 from dspark.serving.openai.chat import ChatWriter, Message

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 import dspark
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.features.manifest import target_fingerprint
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, save_attached
 from dspark.drafters.checkpoints.target_tables import TargetTables

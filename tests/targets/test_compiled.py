@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.target import Target
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.fast import products
 from dspark.targets.fast.packing import Packer, choose_packer

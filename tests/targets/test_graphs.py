@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dspark.attention import choice, varlen
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.fast import graphs
 from dspark.targets.fast.graphs import TIERS, Buffers, Recording, pad_to_tier

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CompatibilityError
 from dspark.targets import invariant as mode
 from dspark.targets.target import Target

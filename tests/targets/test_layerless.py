@@ -12,7 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CheckpointError, UsageError
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable
+from dspark.attention.paged_cache import BlockTable
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CheckpointError, CompatibilityError, UsageError
 from dspark.targets import loading
 from dspark.targets.fast import packing

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspark.attention.pages import CacheShape
+from dspark.attention.paged_cache import CacheShape
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets import families
 from dspark.targets.families import Family

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CompatibilityError
 from dspark.targets.loading import is_quantised
 from dspark.targets.target import Target

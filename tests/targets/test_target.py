@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.target import Target
 

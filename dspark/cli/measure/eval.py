@@ -28,7 +28,7 @@ from dspark.cli.options import (
     pick,
 )
 from dspark.cli.screen import Screen, table
-from dspark.engine.schedule import ScheduleName
+from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import CompatibilityError, DataError, UsageError
 from dspark.request import SamplingParams, Verifier
 

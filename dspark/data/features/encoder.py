@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.features.codec import Bytes, channel_scales, turning_basis
 from dspark.data.features.manifest import Coding, Learned, Manifest
 from dspark.data.features.rows import num_context_rows, teacher_rows

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import CacheShape, PagedCache
+from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
 from dspark.engine.model import Model

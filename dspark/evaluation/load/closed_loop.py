@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from dspark.engine.clock import Clock
 from dspark.engine.engine import Engine
+from dspark.engine.timing import Clock
 from dspark.errors import RequestError
 from dspark.request import Output, Request, Stats, merge_stats
 

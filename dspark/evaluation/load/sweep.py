@@ -13,7 +13,7 @@ from dspark.engine import schedule_choice
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.profile import Progress
-from dspark.engine.schedule import Schedule, ScheduleName
+from dspark.engine.speculation.schedule import Schedule, ScheduleName
 from dspark.errors import CompatibilityError, DataError, DSparkWarning, UsageError
 from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, warm_up
 from dspark.request import Request, Verifier

@@ -38,8 +38,8 @@ from dspark.evaluation.proof.worlds import (
     target_distribution,
 )
 from dspark.sampling.verification import Rule
+from dspark.scheduling.budget import fill_budget, threshold_lengths
 from dspark.scheduling.online import OnlineLogistic, observed
-from dspark.scheduling.prefix import fill_budget, threshold_lengths
 from dspark.scheduling.survival import confidence, survival
 
 WORLDS = 6
@@ -108,10 +108,12 @@ def _stop_node(rule: Rule, seed: int) -> Case:
 
     def residual(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
         beyond = torch.where(lengths < drafts.shape[1], lengths + 1, lengths)
-        return right.next_law(p, q, drafts, beyond, kept)
+        return right.next_distribution(p, q, drafts, beyond, kept)
 
     trimmed = schedules.threshold(0.6)
-    both = _beside(_worlds(seed), (replace(right, next_law=residual), trimmed), (right, trimmed))
+    both = _beside(
+        _worlds(seed), (replace(right, next_distribution=residual), trimmed), (right, trimmed)
+    )
     return control(f"{rule}: residual at the stop node", *both, documented=0.78)
 
 
@@ -338,7 +340,7 @@ def _online_distance(world: World, *, at_once: bool) -> Distance:
         learned = verifier.decide(keep, uniforms, whole).numpy() if at_once else None
         lengths = torch.from_numpy(_online_lengths(margins, learned))
         kept = verifier.decide(keep, uniforms, lengths)
-        following = verifier.next_law(p, q, drafts, lengths, kept)
+        following = verifier.next_distribution(p, q, drafts, lengths, kept)
         chances[rows, 0, kept] += weight[:, None] * following
     law = world.path_weights() @ continued(world, chances)[:, 0]
     return Distance.of(law, [target_distribution(world)])

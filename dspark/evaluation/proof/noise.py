@@ -87,7 +87,7 @@ def two_round_distribution(world: World, rule: Rule, *, keyed_by_position: bool)
     total = torch.zeros(vocab_size**4, dtype=torch.float64)
     for uniforms, chance in outcomes(keep):
         kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
-        law = verification.next_law(rule, p, q, paths, lengths, kept).dense()
+        law = verification.next_distribution(rule, p, q, paths, lengths, kept).dense()
         shares = (world.path_weights() * chance)[:, None] * law
         for n, token in product(range(len(paths)), range(vocab_size)):
             if float(shares[n, token]) == 0:
@@ -126,7 +126,7 @@ def _second_round(world: World, rule: Rule, anchor: int, bounds: tuple[float, fl
         chances = torch.stack([inside, keep[:, 1]], dim=1)
         chance = torch.where(side, chances, 1 - chances).prod(1)
         kept = verification.accepted_lengths(rule, keep, uniforms, lengths)
-        law = verification.next_law(rule, p, q, paths, lengths, kept).dense()
+        law = verification.next_distribution(rule, p, q, paths, lengths, kept).dense()
         for n, count in enumerate(kept.tolist()):
             depth = count + 2
             rest = sequence_distribution(world.target, 4 - depth, depth)
@@ -157,7 +157,7 @@ def _shared_gumbel(seed: int) -> Case:
         keep = verification.keep_probabilities("token", p, q, drafts[:, None], lengths)
         tests = uniform(seeds, 0, 0, Stream.VERIFY)[:, None]
         kept = verification.accepted_lengths("token", keep, tests, lengths)
-        law = verification.next_law("token", p, q, drafts[:, None], lengths, kept)
+        law = verification.next_distribution("token", p, q, drafts[:, None], lengths, kept)
         fresh = uniform(seeds, 0, 0, Stream.NEXT)
         next_ = (law.dense().log() + noise).argmax(1) if shared else law.draw(fresh)
         return torch.bincount(torch.where(kept > 0, drafts, next_), minlength=WIDE).double()

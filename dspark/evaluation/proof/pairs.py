@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
@@ -22,9 +22,9 @@ from dspark.drafters.heads import MarkovKind
 from dspark.errors import NumericsError
 from dspark.evaluation.proof.worlds import Distributions, Prefix, World, all_paths
 from dspark.request import SamplingParams
-from dspark.sampling import processors
-from dspark.sampling.counts import TokenCounts
-from dspark.sampling.processors import Chain, Known
+from dspark.sampling import logits_processors as processors
+from dspark.sampling.logits_processors import Chain, Known
+from dspark.sampling.token_counts import TokenCounts
 
 WIDTH, RANK = 8, 3
 CERTAIN = 40.0
@@ -156,7 +156,9 @@ class SmallPair:
         after = all_paths(self.vocab_size, depth).tolist()
         outputs = [[*prefix, *x] for x in after]
         counts = TokenCounts.of([[0]] * len(after), outputs, self.vocab_size)
-        return processors.law(self._table(prefix, depth), self._chain(len(after)), counts).dense()
+        return processors.token_distribution(
+            self._table(prefix, depth), self._chain(len(after)), counts
+        ).dense()
 
     @cached_property
     def _paths(self) -> Tensor:
@@ -184,7 +186,9 @@ class SmallPair:
         for step in range(min(self.block_size + 1, self.horizon - len(prefix))):
             table = self._table(prefix, step)
             rows = table.repeat_interleave(len(self._paths) // len(table), dim=0)
-            whole = processors.law(rows, self._chain(len(rows)), self._counts(prefix, step))
+            whole = processors.token_distribution(
+                rows, self._chain(len(rows)), self._counts(prefix, step)
+            )
             laws.append(self._by_prefix(whole.dense(), step))
         return tuple(laws)
 
@@ -205,7 +209,9 @@ class SmallPair:
         def draw(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
             known = None if tokens is None else Known(tokens, self.vocab_size)
             counts = self._counts(prefix, step)
-            whole = processors.law(logits_RC, self._chain(count), counts, None, known)
+            whole = processors.token_distribution(
+                logits_RC, self._chain(count), counts, None, known
+            )
             laws.append(self._by_prefix(whole.dense(), step))
             return self._paths[:, step]
 

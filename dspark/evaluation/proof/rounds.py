@@ -67,7 +67,7 @@ class Verifier:
 
     keep: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     decide: Callable[[Tensor, Tensor, Tensor], Tensor]
-    next_law: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    next_distribution: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
     @classmethod
     def of(cls, rule: Rule, target: Form = Blocks.dense, draft: Form = Blocks.dense) -> Verifier:
@@ -77,11 +77,13 @@ class Verifier:
             blocks = target(p), draft(q)
             return verification.keep_probabilities(rule, *blocks, drafts, lengths)
 
-        def next_law(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
+        def next_distribution(
+            p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, kept: Tensor
+        ) -> Tensor:
             blocks = target(p), draft(q)
-            return verification.next_law(rule, *blocks, drafts, lengths, kept).dense()
+            return verification.next_distribution(rule, *blocks, drafts, lengths, kept).dense()
 
-        return cls(keep, partial(verification.accepted_lengths, rule), next_law)
+        return cls(keep, partial(verification.accepted_lengths, rule), next_distribution)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def verdicts(world: World, verifier: Verifier) -> Tensor:
         keep = verifier.keep(p, q, drafts, lengths)
         for uniforms, weight in outcomes(keep):
             accepted = verifier.decide(keep, uniforms, lengths)
-            following = verifier.next_law(p, q, drafts, lengths, accepted)
+            following = verifier.next_distribution(p, q, drafts, lengths, accepted)
             found[rows, length, accepted] += weight[:, None] * following
     return found
 

@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedule, View
+from dspark.scheduling import budget as admission
 from dspark.scheduling import lookahead as foresight
-from dspark.scheduling import prefix as admission
 from dspark.scheduling import survival as chances
-from dspark.scheduling.cost import CostPoint, CostTable
+from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.machine import MachineKey
 from dspark.scheduling.protection import Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 

@@ -9,7 +9,7 @@ from typing import Any
 from dspark.evaluation.load.report import can_draw
 from dspark.evaluation.report.document import document, page
 from dspark.evaluation.report.sections import pieces_of
-from dspark.scheduling.files import write_json
+from dspark.scheduling.json_files import write_json
 
 MISSING = (
     "The figures are left out, the tables hold what they would show: they need matplotlib; install "

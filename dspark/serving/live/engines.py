@@ -18,7 +18,7 @@ from typing import Any
 from dspark.engine.engine import Engine
 from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
-from dspark.engine.schedule import SCHEDULES, Schedule, ScheduleName
+from dspark.engine.speculation.schedule import SCHEDULES, Schedule, ScheduleName
 from dspark.errors import (
     CompatibilityError,
     DataError,
@@ -29,7 +29,7 @@ from dspark.errors import (
 )
 from dspark.params import SamplingParams
 from dspark.request import VERIFIERS, Request, Verifier
-from dspark.scheduling.cost import CostTable
+from dspark.scheduling.cost_table import CostTable
 from dspark.serving.ops.counters import Totals
 from dspark.serving.round_events import RoundEvent
 from dspark.serving.service import EngineService

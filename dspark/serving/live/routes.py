@@ -19,7 +19,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dspark.data.corpus import BOXED
-from dspark.engine.schedule import ScheduleName
+from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
 from dspark.params import SamplingParams
 from dspark.request import Request, Verifier

@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from pydantic import Field
 from starlette.responses import Response
 
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.request import Output, Request
 from dspark.serving.context import Context, context_of
 from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate, call_arguments

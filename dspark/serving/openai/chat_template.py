@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dspark.engine.prompt import check_text
+from dspark.engine.requests.prompt import check_text
 from dspark.errors import RequestError
 
 THINK, THINK_END = "<think>", "</think>"

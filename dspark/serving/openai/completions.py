@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from pydantic import Field
 from starlette.responses import Response
 
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.params import MOST_SAMPLES, sample_seed
 from dspark.request import Logprob, Output, Request
 from dspark.serving.context import Context, context_of

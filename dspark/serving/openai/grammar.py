@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark.engine.prompt import check_text
+from dspark.engine.requests.prompt import check_text
 from dspark.errors import RequestError
 from dspark.request import TokenMask
 from dspark.targets.target import Target

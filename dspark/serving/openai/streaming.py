@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dspark.engine.sequence import Piece
+from dspark.engine.requests.sequence import Piece
 from dspark.errors import DSparkError
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.serving.context import Context

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dspark.engine.record import RoundRecord
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.scheduling.reliability import BINS
 
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

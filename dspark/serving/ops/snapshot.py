@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dspark.engine.engine import Engine
-from dspark.engine.record import RoundRecord
-from dspark.scheduling.cost import CostPoint
+from dspark.engine.speculation.round_record import RoundRecord
+from dspark.scheduling.cost_table import CostPoint
 
 
 @dataclass(frozen=True)

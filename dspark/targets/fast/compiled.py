@@ -14,8 +14,8 @@ import logging
 import torch
 from transformers import AttentionInterface
 
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import first_line
 from dspark.targets.families import Anatomy
 from dspark.targets.forward import IMPLEMENTATION, RaggedCall, ragged_forward, run_decoder

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dspark.attention.backends import Rule, fresh_attention
 from dspark.attention.choice import Attend
-from dspark.attention.layout import RaggedBatch
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.targets.families import Anatomy
 from dspark.targets.fast.packing import PLAIN, Packer
 from dspark.targets.fast.products import Product

@@ -27,9 +27,9 @@ from torch.nn.functional import pad
 
 from dspark.attention.backends import Rule
 from dspark.attention.choice import Attend, AttentionBackend
-from dspark.attention.layout import RaggedBatch, Segment
 from dspark.attention.padding import SHORT_ROWS
-from dspark.attention.pages import BlockTable, PagedCache
+from dspark.attention.paged_cache import BlockTable, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch, Segment
 from dspark.attention.varlen import MEMO, VarlenLayout, pack_layout
 from dspark.errors import CompatibilityError, UsageError, first_line
 from dspark.targets.families import Anatomy

@@ -1,4 +1,4 @@
-"""Where an engine's time goes."""
+"""Times of an engine's parts."""
 
 from __future__ import annotations
 

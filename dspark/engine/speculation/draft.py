@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dspark.attention.pages import PagedCache
+from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Drafter, Proposal
 from dspark.drafters.heads import at_least_fp32
-from dspark.engine.record import FloatArray
-from dspark.engine.rows import compute_rows
-from dspark.engine.sequence import ActiveRequest
-from dspark.engine.state import Kind, RoundState
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.round_record import FloatArray
+from dspark.engine.speculation.rows import compute_rows
+from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Distribution, Sparse
-from dspark.sampling.processors import Known, greedy_tokens, law, law_dtype
+from dspark.sampling.logits_processors import Known, greedy_tokens, probs_dtype, token_distribution
+from dspark.sampling.token_counts import TokenCounts
 from dspark.sampling.verification import coupled_tokens
 
 
@@ -32,10 +32,10 @@ class Drawing:
     Implements `drafters.base.Draw`.
 
     Attributes:
-        state: laws and keys of randomness.
+        state: sampling and keys of randomness.
         keeps_logits: whether `margins` may be asked for.
         tokens: what was drawn, per step [R].
-        laws: what it was drawn from, per step: of each kind of requests but the greedy
+        distributions: what it was drawn from, per step: of each kind of requests but the greedy
             and the coupled, whose drafts are judged without them.
         logits: what came in, per step [R, C]; empty unless `keeps_logits`.
         sound: drafts of a request that are of use, where fewer than were drawn: behind them its
@@ -46,7 +46,7 @@ class Drawing:
     state: RoundState
     keeps_logits: bool = False
     tokens: list[Tensor] = field(default_factory=list)
-    laws: dict[Kind, list[Distribution]] = field(default_factory=dict)
+    distributions: dict[Kind, list[Distribution]] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
     sound: dict[int, int] = field(default_factory=dict)
     broken: set[int] = field(default_factory=set)
@@ -54,7 +54,7 @@ class Drawing:
 
     def __call__(self, step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Draw draft `step` of every request from its processed logits."""
-        known = None if tokens is None else Known(tokens, self.state.laws.vocab_size)
+        known = None if tokens is None else Known(tokens, self.state.sampling.vocab_size)
         mask_RV, faults = self._mask(step)
         if self.keeps_logits:
             self.logits.append(logits_RC)
@@ -63,7 +63,7 @@ class Drawing:
             [(kind, (_rows, state))] = groups.items()
             tokens_R = self._draw(kind, state, step, logits_RC, known, mask_RV, faults)
         else:
-            tokens_R = torch.empty_like(self.state.laws.seeds_R)
+            tokens_R = torch.empty_like(self.state.sampling.seeds_R)
             for kind, (rows_M, state) in groups.items():
                 numbers = rows_M.tolist()
                 own = {i: faults[r] for i, r in enumerate(numbers) if r in faults}
@@ -98,27 +98,27 @@ class Drawing:
         rows_M: Tensor | None = None,
     ) -> Tensor:
         """Draw draft `step` of the requests of one kind, `rows_M` of all, and keep their laws."""
-        chain = state.laws.draft_chain
-        counts = self._counts(state.laws.counts, step, rows_M)
+        chain = state.sampling.draft_chain
+        counts = self._counts(state.sampling.counts, step, rows_M)
         if kind.form == "greedy":
             return compute_rows(greedy_tokens, logits_MC, chain, counts, mask_MV, faults, known)
         coupled = kind.verifier == "coupled"
         keeps_room = kind.form == "wide" and not coupled
         room_MC = self._room_of(step, logits_MC) if keeps_room else None
-        rule = partial(law, out=room_MC)
+        rule = partial(token_distribution, out=room_MC)
         found = compute_rows(rule, logits_MC, chain, counts, mask_MV, faults, known)
         if coupled:
-            return coupled_tokens(found, state.laws.seeds_R, state.anchors_R + step + 1)
+            return coupled_tokens(found, state.sampling.seeds_R, state.anchors_R + step + 1)
         if room_MC is not None and found.probs_NC.data_ptr() != room_MC.data_ptr():
             found = replace(found, probs_NC=room_MC.copy_(found.probs_NC))
-        self.laws.setdefault(kind, []).append(found)
+        self.distributions.setdefault(kind, []).append(found)
         return found.draw(state.draft_uniform(step))
 
     def _room_of(self, step: int, logits_MC: Tensor) -> Tensor:
         """Where a step's numbers go, behind those of the step before: a stack as it lies."""
         if self._room is None:
             shape = (self.state.num_drafts, *logits_MC.shape)
-            self._room = torch.empty(shape, dtype=law_dtype(logits_MC), device=logits_MC.device)
+            self._room = torch.empty(shape, dtype=probs_dtype(logits_MC), device=logits_MC.device)
         return self._room[step]
 
     def _mask(self, step: int) -> tuple[Tensor | None, dict[int, DSparkError]]:
@@ -154,14 +154,14 @@ class Drawing:
         return counts.after_drafts(requests_M, torch.full_like(requests_M, step), drafts_MK)
 
     def stacked(self) -> dict[Kind, Distribution]:
-        """The laws of each kind's requests as rows, step by step."""
+        """The distributions of each kind's requests as rows, step by step."""
         stacks = dict[Kind, Distribution]()
-        for kind, laws in self.laws.items():
-            sparse = [law for law in laws if isinstance(law, Sparse)]
+        for kind, parts in self.distributions.items():
+            sparse = [part for part in parts if isinstance(part, Sparse)]
             if sparse:
                 stacks[kind] = Sparse.stack(sparse)
             elif self._room is not None:
-                stacks[kind] = replace(laws[0], probs_NC=self._room[: len(laws)].flatten(0, 1))
+                stacks[kind] = replace(parts[0], probs_NC=self._room[: len(parts)].flatten(0, 1))
         return stacks
 
 
@@ -171,7 +171,7 @@ class Drafts:
 
     Attributes:
         tokens_RK: draft tokens; K may be 0, and rows behind a request's length hold anything.
-        laws: the distributions they were drawn from, of each kind of the requests that drafted but
+        distributions: those they were drawn from, of each kind of the requests that drafted but
             the greedy and the coupled: first of all these at the first step, and so on.
         tokens: per request, the draft tokens that are verified.
         proposed: per request, how many drafts it was offered.
@@ -181,7 +181,7 @@ class Drafts:
     """
 
     tokens_RK: Tensor
-    laws: Mapping[Kind, Distribution]
+    distributions: Mapping[Kind, Distribution]
     tokens: tuple[tuple[int, ...], ...]
     proposed: tuple[int, ...]
     confidence_logits_RK: FloatArray | None = None
@@ -197,7 +197,7 @@ class Drafts:
         numbers = rows_M.tolist()
         return Drafts(
             self.tokens_RK[rows_M],
-            {kind: self.laws[kind]} if kind in self.laws else {},
+            {kind: self.distributions[kind]} if kind in self.distributions else {},
             tuple(self.tokens[r] for r in numbers),
             tuple(self.proposed[r] for r in numbers),
         )
@@ -239,7 +239,7 @@ def propose(
     batch = DraftBatch(
         tables=tuple(request.table for request in requests),
         anchors_R=torch.tensor(
-            [request.tokens[-1] for request in requests], device=state.laws.seeds_R.device
+            [request.tokens[-1] for request in requests], device=state.sampling.seeds_R.device
         ),
         lengths=tuple(request.cached for request in requests),
         tokens=tuple(request.tokens for request in requests),
@@ -273,7 +273,7 @@ def choose(
     drawn = len(drawing.tokens)
     num_drafted, num_requests = len(drawing.state.rounds), len(limits)
     if drawn == 0:
-        return Drafts.none(num_requests, drawing.state.laws.seeds_R.device)
+        return Drafts.none(num_requests, drawing.state.sampling.seeds_R.device)
     offered = list(proposal.lengths or (drawn,) * num_drafted)
     for request, count in drawing.sound.items():
         offered[request] = min(offered[request], count)

@@ -1,4 +1,4 @@
-"""What a drafter does wrong must not end a request: the round goes on plainly."""
+"""Drafter faults: an error of a drafter is logged, and the round goes on without drafts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
 
 _MOST_IN_A_ROW = 3
 _logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspark.attention.pages import BlockTable
-from dspark.engine.text import TextStream
+from dspark.attention.paged_cache import BlockTable
+from dspark.engine.requests.detokenizer import TextStream
 from dspark.errors import DSparkError, RequestError
 from dspark.request import FinishReason, Logprob, Output, Request, Stats
 

@@ -1,4 +1,4 @@
-"""The schedule at work: from what earlier rounds taught and this round's confidences to lengths.
+"""Draft scheduler: verification lengths from past rounds and this round's confidences.
 
 Everything that a round's lengths depend on is either known before the round (costs, calibration,
 histories, the margin estimator, the budget of `lagged`, whether to draft at all) or a confidence,
@@ -13,23 +13,13 @@ from typing import get_args
 
 import numpy as np
 
-from dspark.engine.drafting import Drafts
-from dspark.engine.record import FloatArray
-from dspark.engine.schedule import Schedule
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.draft import Drafts
+from dspark.engine.speculation.round_record import FloatArray
+from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.request import Verifier
-from dspark.scheduling.calibration import (
-    TemperatureClass,
-    TemperatureScaling,
-    temperature_class,
-)
-from dspark.scheduling.calibration_file import Calibration
-from dspark.scheduling.cost import CostTable
-from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.online import OnlineLogistic, observed
-from dspark.scheduling.prefix import (
+from dspark.scheduling.budget import (
     IntArray,
     best_budget,
     fill_budget,
@@ -39,10 +29,20 @@ from dspark.scheduling.prefix import (
     threshold_lengths,
     throughput,
 )
+from dspark.scheduling.calibration import (
+    TemperatureClass,
+    TemperatureScaling,
+    temperature_class,
+)
+from dspark.scheduling.calibration_file import Calibration
+from dspark.scheduling.cost_table import CostTable
+from dspark.scheduling.draft_switch import DraftSwitch
+from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.lookahead import lookahead_lengths
+from dspark.scheduling.online import OnlineLogistic, observed
 from dspark.scheduling.protection import OLD, Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 from dspark.scheduling.survival import confidence, survival
-from dspark.scheduling.switch import DraftSwitch
 
 # What a smaller budget, or drafting nothing, must promise more before it is believed: the larger,
 # the closer to fixed blocks, the smaller, the more noise of a table may lose (docs/scheduling.md).
@@ -386,7 +386,7 @@ class Scheduler:
 
 
 def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
-    """What verifying these requests together costs: `greedy` takes no law of any row."""
+    """What verifying these requests together costs: `greedy` takes no distribution of any row."""
     temperatures = (request.request.params.temperature for request in requests)
     return temperature_class(max(temperatures, default=0.0))
 

@@ -1,4 +1,4 @@
-"""Who holds which pages: allocation, prefix reuse and eviction.
+"""KV page manager: allocation, prefix reuse and eviction.
 
 A page is in one of three states:
 
@@ -6,11 +6,11 @@ free    nobody holds it, and nothing of worth is in it
 kept    nobody holds it, but its tokens find it (a full page of an ended request): evictable
 held    one request or more have it in their tables; findable too, once it is registered
 
-A page is found by its own tokens and all tokens before it (`engine/prefix_tree.py`). A new run of
-pages goes where it can stay one piece while it grows (`engine/placement.py`): pages after its own
-are its window, which others leave alone as long as they have another choice.
+A page is found by its own tokens and all tokens before it (`prefix_cache.py`). A new run of pages
+goes where it can stay one piece while it grows (`page_allocator.py`): pages after its own are its
+window, which others leave alone as long as they have another choice.
 
-No tensors here: the rows themselves are the caches' (`attention/pages.py`).
+No tensors here: the rows themselves are the caches' (`attention/paged_cache.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dspark.engine.placement import BUSY, Ages, Windows, place
-from dspark.engine.prefix_tree import PrefixTree
+from dspark.engine.kv.page_allocator import BUSY, Ages, Windows, place
+from dspark.engine.kv.prefix_cache import PrefixTree
 from dspark.errors import UsageError
 
 

@@ -1,9 +1,9 @@
-"""From logits and sampling parameters to one law per row, and from a law to a token.
+"""Logits processors: one distribution per row, from logits and sampling parameters.
 
 The order is fixed, and the same for drafts and for the target: penalties, logit bias, mask,
-temperature, top-k, top-p, min-p. At temperature 0 the law is one-hot at the argmax. Wherever
-tokens tie, the lowest ids win. Laws are computed in the logits' dtype, in float32 where that is
-narrower, and a draft must be drawn from the very law that its verification is given.
+temperature, top-k, top-p, min-p. At temperature 0 it is one-hot at the argmax. Wherever tokens
+tie, the lowest ids win. Probabilities are in the logits' dtype, in float32 where that is narrower,
+and a draft must be drawn from the very distribution that its verification is given.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dspark.errors import NumericsError, RequestError
 from dspark.request import SamplingParams
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Dense, Distribution, Sparse, row_chunks
 from dspark.sampling.filters import Tails, likeliest
+from dspark.sampling.token_counts import TokenCounts
 
 _ROW_TENSORS = (
     "temperature_N",
@@ -163,7 +163,7 @@ class Known:
         return self if self.tokens.dim() == 1 else replace(self, tokens=self.tokens[index_M])
 
 
-def law(
+def token_distribution(
     logits_NC: Tensor,
     chain: Chain,
     counts: TokenCounts | None = None,
@@ -195,7 +195,7 @@ def law(
     whole = _Inputs(logits_NC, chain, counts, mask_NV, known)
     narrow, probs_NC = list[Sparse](), None if out is None else out[: len(logits_NC)]
     if probs_NC is None and not chain.narrow:
-        probs_NC = torch.empty_like(logits_NC, dtype=law_dtype(logits_NC))
+        probs_NC = torch.empty_like(logits_NC, dtype=probs_dtype(logits_NC))
     for chunk in row_chunks(*logits_NC.shape):
         inputs = whole.rows(chunk)
         scores_MC = inputs.scores()
@@ -224,9 +224,9 @@ def greedy_tokens(
     mask_NV: Tensor | None = None,
     known: Known | None = None,
 ) -> Tensor:
-    """Each row's argmax after penalties, bias and mask, ties to the lowest id: the law at T = 0.
+    """Each row's argmax after penalties, bias and mask, ties to the lowest id: what T = 0 draws.
 
-    Filters cannot remove the most likely token, so they are skipped, and no law is built.
+    Filters cannot remove the most likely token, so they are skipped, and no distribution is built.
 
     Args:
         logits_NC: raw logits, used in their own dtype where nothing changes them.
@@ -239,7 +239,7 @@ def greedy_tokens(
         Tokens [N], int64.
 
     Raises:
-        NumericsError, RequestError: as in `law`.
+        NumericsError, RequestError: as in `token_distribution`.
     """
     inputs = _Inputs(logits_NC, chain, counts, mask_NV, known)
     if not inputs.changes:
@@ -252,14 +252,14 @@ def greedy_tokens(
     return columns_N if known is None else known.named(columns_N[:, None]).squeeze(1)
 
 
-def rows_without_law(
+def rows_without_distribution(
     logits_NC: Tensor,
     chain: Chain,
     counts: TokenCounts | None = None,
     mask_NV: Tensor | None = None,
     known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which rows make `law` and `greedy_tokens` raise.
+    """Which rows make `token_distribution` and `greedy_tokens` raise.
 
     Args:
         logits_NC: raw logits.
@@ -280,7 +280,7 @@ def rows_without_law(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the law of N rows is made of."""
+    """What the distribution of N rows is made of."""
 
     logits_NC: Tensor
     chain: Chain
@@ -313,7 +313,7 @@ class _Inputs:
     def scores(self) -> Tensor:
         """Logits after penalties, bias and mask, in the dtype of the law."""
         chain, known = self.chain, self.known
-        scores_NC = self.logits_NC.to(law_dtype(self.logits_NC))
+        scores_NC = self.logits_NC.to(probs_dtype(self.logits_NC))
         if chain.penalised:
             scores_NC = self._penalise(scores_NC)
         if chain.max_bias_token >= 0:
@@ -348,8 +348,8 @@ class _Inputs:
         return scores_NC - chain.presence_N.to(dtype)[:, None] * (output_NC > 0)
 
 
-def law_dtype(logits_NC: Tensor) -> torch.dtype:
-    """What laws are computed in: float32, or float64 for float64 logits."""
+def probs_dtype(logits_NC: Tensor) -> torch.dtype:
+    """What distributions are computed in: float32, or float64 for float64 logits."""
     return torch.float64 if logits_NC.dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What the laws and draws of a round depend on, beside the logits."""
+"""Sampling state of a round: what distributions and draws depend on beside the logits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dspark.engine.masks import RowMasks
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.masks import RowMasks
+from dspark.engine.requests.sequence import ActiveRequest
 from dspark.request import Request, Verifier
-from dspark.sampling.counts import TokenCounts
+from dspark.sampling.logits_processors import Chain
 from dspark.sampling.noise import Stream, seed_tensor, uniform
-from dspark.sampling.processors import Chain
+from dspark.sampling.token_counts import TokenCounts
 
-# Bans a token in a draft law as surely as minus infinity, but a draft law that has no other token
-# (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.
+# Bans a token of a draft as surely as minus infinity; but a draft distribution that has no other
+# token (a one-hot one) keeps it, and verification, where the ban is infinite, rejects it.
 _DRAFT_BAN = -1e9
 
 Form = Literal["greedy", "narrow", "wide"]
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RequestLaws:
+class RequestSampling:
     """What stays the same for R running requests from round to round.
 
     Attributes:
@@ -78,7 +78,7 @@ class RequestLaws:
         verifier: Verifier,
         vocab_size: int,
         device: torch.device,
-    ) -> RequestLaws:
+    ) -> RequestSampling:
         """Read the parameters and tokens of `requests`; `verifier` is the engine's."""
         chain = Chain.of([r.request.params for r in requests], device)
         draft_chain, counts = chain, None
@@ -101,15 +101,15 @@ class RequestLaws:
         )
 
     @cached_property
-    def groups(self) -> dict[Kind, tuple[Tensor, RequestLaws]]:
-        """The requests of each kind that there is, in order, and their laws without the counts."""
-        groups = dict[Kind, tuple[Tensor, RequestLaws]]()
+    def groups(self) -> dict[Kind, tuple[Tensor, RequestSampling]]:
+        """Requests of each kind that there is, in order, and their sampling without the counts."""
+        groups = dict[Kind, tuple[Tensor, RequestSampling]]()
         for kind in sorted(set(self.kinds)):
             numbers = [r for r, own in enumerate(self.kinds) if own == kind]
             groups[kind] = (torch.tensor(numbers, device=self.seeds_R.device), self._rows(numbers))
         return groups
 
-    def _rows(self, numbers: Sequence[int]) -> RequestLaws:
+    def _rows(self, numbers: Sequence[int]) -> RequestSampling:
         kinds = tuple(self.kinds[r] for r in numbers)
         forms = {kind.form for kind in kinds}
 
@@ -122,7 +122,7 @@ class RequestLaws:
                 filtered=chain.filtered and not forms <= {"wide"},
             )
 
-        return RequestLaws(
+        return RequestSampling(
             request_ids=tuple(self.request_ids[r] for r in numbers),
             chain=chosen(self.chain),
             draft_chain=chosen(self.draft_chain),
@@ -133,8 +133,8 @@ class RequestLaws:
             vocab_size=self.vocab_size,
         )
 
-    def first(self, count: int) -> RequestLaws:
-        """The laws of the first `count` requests."""
+    def first(self, count: int) -> RequestSampling:
+        """The first `count` requests."""
         if count == len(self.request_ids):
             return self
         counts = self.counts
@@ -162,21 +162,21 @@ class RequestLaws:
 
 @dataclass(frozen=True)
 class RoundState:
-    """One round of R requests: their laws, and the keys of its randomness.
+    """One round of R requests: their sampling, and the keys of its randomness.
 
     Uniform numbers are keyed by (seed, round, slot in the block, stream), so that drafting,
     verification and the next token are independent, and every look at a position is fresh.
     Coupled noise is keyed by (seed, position, token) instead, and shared.
 
     Attributes:
-        laws: processors, verifiers, seeds and counts.
+        sampling: processors, verifiers, seeds and counts.
         rounds: round number of each request.
         anchors: position of each anchor (the last committed token).
         num_drafts: drafts per request at most, K.
         masks: which tokens each row allows; None where no request has a mask.
     """
 
-    laws: RequestLaws
+    sampling: RequestSampling
     rounds: tuple[int, ...]
     anchors: tuple[int, ...]
     num_drafts: int
@@ -186,38 +186,38 @@ class RoundState:
     def of(
         cls,
         requests: Sequence[ActiveRequest],
-        laws: RequestLaws,
+        sampling: RequestSampling,
         num_drafts: int,
         vocab_size: int,
     ) -> RoundState:
         """Read where `requests` stand."""
         return cls(
-            laws=laws,
+            sampling=sampling,
             rounds=tuple(r.round for r in requests),
             anchors=tuple(len(r.tokens) - 1 for r in requests),
             num_drafts=num_drafts,
-            masks=RowMasks.of(requests, vocab_size, laws.seeds_R.device),
+            masks=RowMasks.of(requests, vocab_size, sampling.seeds_R.device),
         )
 
     def first(self, count: int) -> RoundState:
         """The state of the first `count` requests."""
         if count == len(self.rounds):
             return self
-        laws, rounds, anchors = self.laws.first(count), self.rounds[:count], self.anchors[:count]
+        rounds, anchors = self.rounds[:count], self.anchors[:count]
         masks = None if self.masks is None else self.masks.first(count)
-        return RoundState(laws, rounds, anchors, self.num_drafts, masks)
+        return RoundState(self.sampling.first(count), rounds, anchors, self.num_drafts, masks)
 
     def groups(self) -> dict[Kind, tuple[Tensor, RoundState]]:
         """The requests of each kind, in order, and their state; masks are left out."""
         found = dict[Kind, tuple[Tensor, RoundState]]()
-        for kind, (rows_M, laws) in self.laws.groups.items():
-            if len(self.laws.groups) == 1:
+        for kind, (rows_M, sampling) in self.sampling.groups.items():
+            if len(self.sampling.groups) == 1:
                 return {kind: (rows_M, self)}
-            numbers, counts = rows_M.tolist(), self.laws.counts
+            numbers, counts = rows_M.tolist(), self.sampling.counts
             found[kind] = (
                 rows_M,
                 RoundState(
-                    replace(laws, counts=None if counts is None else counts.rows(rows_M)),
+                    replace(sampling, counts=None if counts is None else counts.rows(rows_M)),
                     tuple(self.rounds[r] for r in numbers),
                     tuple(self.anchors[r] for r in numbers),
                     self.num_drafts,
@@ -228,7 +228,7 @@ class RoundState:
     @cached_property
     def anchors_R(self) -> Tensor:
         """The anchors' positions, int64."""
-        return torch.tensor(self.anchors, device=self.laws.seeds_R.device)
+        return torch.tensor(self.anchors, device=self.sampling.seeds_R.device)
 
     def draft_uniform(self, step: int) -> Tensor:
         """Uniform numbers [R] that draw draft `step` (0-based)."""
@@ -245,7 +245,7 @@ class RoundState:
     @cached_property
     def _uniforms(self) -> tuple[Tensor, ...]:
         """Per stream [R, K + 1], computed at once: a call costs more than its numbers."""
-        seeds_R = self.laws.seeds_R
+        seeds_R = self.sampling.seeds_R
         rounds_R = torch.tensor(self.rounds, device=seeds_R.device)
         slots_L = torch.arange(self.num_drafts + 1, device=seeds_R.device)
         streams_S = torch.tensor((Stream.DRAFT, Stream.VERIFY, Stream.NEXT), device=seeds_R.device)

@@ -1,4 +1,4 @@
-"""What one step does: who decodes, and how much of whose prompt is read beside it.
+"""Step plan: the requests that decode in a step, and the prompt chunks read beside them.
 
 Verification goes first; prompts share what the step's token budget leaves, so that a long prompt
 holds up the others by one budget per step at most, and a short one behind a long one is read at
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
 
 # Of the budget prompts get at least this share, however many rows verification takes.
 _PROMPT_SHARE = 0.25

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.attention.pages import PAGE_SIZE, BlockTable
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable
 
 Part = tuple[BlockTable, int, Sequence[int]]
 """(block table of a request, position of its first token here, its tokens here)"""

@@ -8,7 +8,10 @@ straight line: a stair shows where probes stand on both sides of it.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -18,14 +21,40 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import CompatibilityError, DataError, UsageError
-from dspark.scheduling.files import read_json, typed_fields, write_json
-from dspark.scheduling.machine import MachineKey
+from dspark.scheduling.json_files import read_json, typed_fields, write_json
 
 VERSION = 3
 FALLBACK = "measure it with dspark profile; until then the schedule is 'auto'"
 FLAT_RISE, FLAT_SPAN = 1.10, 4
 NOISE = 0.15
 FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MachineKey:
+    """What a cost table belongs to; a table of any other is refused.
+
+    Attributes:
+        hardware: name of the processor or accelerator.
+        threads: of the CPU.
+        dtype: of the target's weights, `float32` and the like, and the mode that it runs in:
+            `float32 batch-invariant`, `bfloat16 with CUDA graphs`.
+        target: directory or hub id with its revision.
+        drafter: the same of the drafter; empty without one.
+    """
+
+    hardware: str
+    threads: int
+    dtype: str
+    target: str
+    drafter: str
+
+    def path(self) -> Path:
+        """Where the user's cache keeps this machine's table ($XDG_CACHE_HOME or ~/.cache)."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.target).name).strip("-")[:40] or "target"
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return cache / "dspark" / "costs" / f"{name}-{digest}.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which full pages can be found again, by the tokens that they hold and all tokens before."""
+"""Prefix cache: full pages, found again by their tokens and all tokens before them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tokens to text, one token at a time, with stop strings held back until decided."""
+"""Detokenizer: text from tokens as they come; possible stop strings are held back."""
 
 from __future__ import annotations
 

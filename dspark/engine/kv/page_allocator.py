@@ -1,4 +1,4 @@
-"""Where a new run of pages goes: neighbours if it can be, at equal distances if that can be.
+"""KV page allocator: places of a new run of pages, neighbours or at equal distances if possible.
 
 A pool is seen here as one number per page: 0 for a free page, the time of its last use for a page
 that is kept, `BUSY` for one that must not be taken.

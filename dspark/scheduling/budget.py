@@ -1,4 +1,4 @@
-"""How many drafts of each request to verify: confidences and step costs in, lengths out.
+"""Verification budget: lengths per request from confidences and step costs.
 
 A length may depend on draft tokens only through prefixes that are already admitted: c_k is known
 before x_k is drawn, so deciding about draft k from c_1..c_k keeps every output exact. Deciding

@@ -1,9 +1,9 @@
-"""What an engine refuses before anything runs: its own sizes, and requests it could never end."""
+"""Validation of engine sizes and of requests, before anything runs."""
 
 from __future__ import annotations
 
 from dspark.drafters.base import Drafter
-from dspark.engine.memory import Memory
+from dspark.engine.kv.memory import Memory
 from dspark.errors import RequestError, UsageError
 from dspark.request import VERIFIERS, Request
 from dspark.targets.target import Target

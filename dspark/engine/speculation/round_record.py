@@ -1,4 +1,4 @@
-"""What one round did, for whoever watches: calibration, the live page, reports."""
+"""Record of a round, for calibration, the live page and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether to draft at all: on while it gains, with a probe now and then while it does not."""
+"""Switch for drafting: on while it gains, with occasional probes while it does not."""
 
 from __future__ import annotations
 

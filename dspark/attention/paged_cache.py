@@ -1,4 +1,4 @@
-"""Cached keys and values in pages of a few tokens, and the block table that says whose they are.
+"""Paged KV cache: keys and values in pages of a few tokens, and block tables of requests.
 
 A page holds the rows of `page_size` tokens. A request's pages may lie anywhere in the pool and may
 be shared with others; its block table names them in order. A table is always right; neighbouring

@@ -1,12 +1,12 @@
-"""Who waits, who runs, and who gives way where pages run short."""
+"""Admission: which requests wait, run, or are preempted where pages run short."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from dspark.attention.pages import PAGE_SIZE
-from dspark.engine.memory import Memory
-from dspark.engine.sequence import ActiveRequest
+from dspark.attention.paged_cache import PAGE_SIZE
+from dspark.engine.kv.memory import Memory
+from dspark.engine.requests.sequence import ActiveRequest
 from dspark.errors import QueueFullError, RequestError
 
 # A prompt of which another running request is reading at least so many tokens waits for these.

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from dspark.attention.pages import PAGE_SIZE, BlockTable, PagedCache
+from dspark.attention.paged_cache import PAGE_SIZE, BlockTable, PagedCache
 from dspark.drafters.base import Drafter
-from dspark.engine.cache import PagePool
-from dspark.engine.context import DraftContext
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.kv.page_manager import PagePool
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.draft_context import DraftContext
 from dspark.targets.target import Target
 
 # What a cache takes of the memory that is free on an accelerator, or of all that a host has.

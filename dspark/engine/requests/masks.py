@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark.engine.sequence import ActiveRequest
+from dspark.engine.requests.sequence import ActiveRequest
 from dspark.errors import DSparkError, RequestError
 from dspark.request import TokenMask
 

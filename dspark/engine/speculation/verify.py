@@ -1,4 +1,4 @@
-"""Judging: which drafts stay, and the token after them."""
+"""Verification of a round: which drafts stay, and the token after them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dspark.engine.drafting import Drafts
-from dspark.engine.logprobs import emitted_logprobs
-from dspark.engine.rows import compute_rows
-from dspark.engine.state import Kind, RoundState
+from dspark.engine.requests.logprobs import emitted_logprobs
+from dspark.engine.speculation.draft import Drafts
+from dspark.engine.speculation.rows import compute_rows
+from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.errors import DSparkError, NumericsError
 from dspark.request import Logprob
 from dspark.sampling.distribution import Distribution
-from dspark.sampling.processors import greedy_tokens, law
+from dspark.sampling.logits_processors import greedy_tokens, token_distribution
 from dspark.sampling.verification import (
     Blocks,
     Rule,
@@ -25,7 +25,7 @@ from dspark.sampling.verification import (
     accepted_lengths,
     coupled_tokens,
     keep_probabilities,
-    next_law,
+    next_distribution,
 )
 
 
@@ -55,10 +55,10 @@ class Verdict:
 def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
     """Decide what stays and draw the token after it.
 
-    A row that has no law (the target gave no numbers, or the request's mask fails there) is the
-    last that is looked at of its request: the drafts before it are judged as if no more had been
-    sent, which they may be, since a row hangs on the drafts before it only. If all of them stay,
-    the request has come to that row, and ends with its fault. The others never see it.
+    A row that has no distribution (the target gave no numbers, or the request's mask fails there)
+    is the last that is looked at of its request. The drafts before it are verified as if no more
+    had been sent, which is allowed, since a row depends on the drafts before it only; if all of
+    them stay, the request has come to that row, and ends with its fault. The others never see it.
 
     Args:
         logits_NV: the target's logits of every request's last 1 + length rows, request by request.
@@ -76,8 +76,8 @@ def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
         verdict = _verify_kind(kind, logits_NV, drafts, own, mask_NV, faults)
     else:
         verdict = _verify_kinds(groups, logits_NV, drafts, mask_NV, faults)
-    if any(count is not None for count in state.laws.logprobs):
-        found = emitted_logprobs(logits_NV, lengths, verdict.committed, state.laws.logprobs)
+    if any(count is not None for count in state.sampling.logprobs):
+        found = emitted_logprobs(logits_NV, lengths, verdict.committed, state.sampling.logprobs)
         verdict = replace(verdict, logprobs=found)
     return verdict
 
@@ -120,22 +120,22 @@ def _verify_kind(
     faults: dict[int, DSparkError],
 ) -> Verdict:
     """Judge requests of one kind."""
-    lengths, laws = drafts.lengths, state.laws
+    lengths, sampling = drafts.lengths, state.sampling
     table = _row_table(lengths, logits_NV.device)
-    chain_N, counts_N = laws.chain, laws.counts
+    chain_N, counts_N = sampling.chain, sampling.counts
     if table.longest:
         if not (chain_N.greedy and chain_N.plain):  # what the plain argmax never looks at
-            chain_N = laws.chain_rows(lengths, table.request_N)
+            chain_N = sampling.chain_rows(lengths, table.request_N)
         if counts_N is not None:
             counts_N = counts_N.after_drafts(table.request_N, table.step_N, drafts.tokens_RK)
-    tokens_N = law_N = None
+    tokens_N = found_N = None
     if kind.form == "greedy":
         tokens_N = compute_rows(greedy_tokens, logits_NV, chain_N, counts_N, mask_NV, faults)
     else:
-        law_N = compute_rows(law, logits_NV, chain_N, counts_N, mask_NV, faults)
+        found_N = compute_rows(token_distribution, logits_NV, chain_N, counts_N, mask_NV, faults)
         if kind.verifier == "coupled":
             positions_N = state.anchors_R[table.request_N] + table.step_N + 1
-            tokens_N = coupled_tokens(law_N, laws.seeds_R[table.request_N], positions_N)
+            tokens_N = coupled_tokens(found_N, sampling.seeds_R[table.request_N], positions_N)
     ends = _first_faults(faults, lengths)
     if ends:
         known = [ends[r][0] if r in ends else length for r, length in enumerate(lengths)]
@@ -143,8 +143,10 @@ def _verify_kind(
     if tokens_N is not None:
         verdict = _by_identity(tokens_N, table, drafts)
     else:
-        assert law_N is not None
-        verdict = _by_rejection(law_N, drafts.laws.get(kind), table, drafts, state, _rule(kind))
+        assert found_N is not None
+        verdict = _by_rejection(
+            found_N, drafts.distributions.get(kind), table, drafts, state, _rule(kind)
+        )
     return _with_faults(verdict, ends, faults, lengths) if ends else verdict
 
 
@@ -249,25 +251,25 @@ def _by_identity(own_N: Tensor, table: _RowTable, drafts: Drafts) -> Verdict:
 
 
 def _by_rejection(
-    law_N: Distribution,
+    found_N: Distribution,
     drafted: Distribution | None,
     table: _RowTable,
     drafts: Drafts,
     state: RoundState,
     rule: Rule,
 ) -> Verdict:
-    """Keep drafts by the rule of the verifier, and correct the law of the token after them."""
+    """Keep drafts by the rule of the verifier, and correct the distribution of what follows."""
     lengths_R = table.lengths_R
     if table.longest == 0 or drafted is None:
-        tokens_R = law_N.draw(state.next_uniform(lengths_R))
+        tokens_R = found_N.draw(state.next_uniform(lengths_R))
         return Verdict([[token] for token in tokens_R.tolist()], [0] * len(tokens_R))
     drafts_RK = drafts.tokens_RK[:, : table.longest]
-    p = Blocks(law_N, table.row_RL)
+    p = Blocks(found_N, table.row_RL)
     q = Blocks(drafted, _drafted_rows(drafts, len(drafted), table.longest))
     keep_RK = keep_probabilities(rule, p, q, drafts_RK, lengths_R)
     uniforms_RK = state.verify_uniforms(table.longest)
     accepted_R = accepted_lengths(rule, keep_RK, uniforms_RK, lengths_R)
-    following = next_law(rule, p, q, drafts_RK, lengths_R, accepted_R)
+    following = next_distribution(rule, p, q, drafts_RK, lengths_R, accepted_R)
     next_R = following.draw(state.next_uniform(accepted_R))
     accepted = accepted_R.tolist()
     rows = zip(drafts.tokens, accepted, next_R.tolist(), strict=True)

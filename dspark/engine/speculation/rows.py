@@ -1,4 +1,4 @@
-"""Row laws where a row may fail: what is wrong with one request leaves the others as they are."""
+"""Distributions of rows, some of which may fail without a change to the others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from dspark.errors import DSparkError, NumericsError, RequestError
 from dspark.params import SamplingParams
-from dspark.sampling.counts import TokenCounts
 from dspark.sampling.distribution import Distribution
-from dspark.sampling.processors import Chain, Known, rows_without_law
+from dspark.sampling.logits_processors import Chain, Known, rows_without_distribution
+from dspark.sampling.token_counts import TokenCounts
 
 RowsT_co = TypeVar("RowsT_co", Tensor, Distribution, covariant=True)
 
 
 class RowRule(Protocol[RowsT_co]):
-    """`processors.law` or `processors.greedy_tokens`."""
+    """`token_distribution` or `greedy_tokens` of the logits processors."""
 
     def __call__(
         self,
@@ -49,18 +49,18 @@ def compute_rows(
         chain: processors of the same rows (of any rows, where it is plain and greedy).
         counts: token counts of the same rows, where a row has penalties.
         mask_NV: bool, True where a token is allowed.
-        faults: rows already known to have no law, by number; those found here are added.
+        faults: rows already known to have no distribution, by number; those found here are added.
         known: the tokens of the columns; None where column c is token c.
 
     Returns:
-        What `rule` gives; in the rows that fail token 0, or a law that is one-hot somewhere.
+        What `rule` gives; in the rows that fail token 0, or a one-hot distribution.
     """
     if not faults:
         try:
             return rule(logits_NC, chain, counts, mask_NV, known)
         except (NumericsError, RequestError):
             pass  # some row is at fault: find it
-    broken_N, empty_N = rows_without_law(logits_NC, chain, counts, mask_NV, known)
+    broken_N, empty_N = rows_without_distribution(logits_NC, chain, counts, mask_NV, known)
     for row in broken_N.nonzero().flatten().tolist():
         faults.setdefault(row, NumericsError("The logits have NaN or no finite maximum."))
     for row in empty_N.nonzero().flatten().tolist():
