@@ -44,7 +44,7 @@ from dspark.training.parallel import (
     sum_numbers,
     sum_over_ranks,
 )
-from dspark.training.progress import Journal, Pace, StopSignals
+from dspark.training.progress import Pace, RunLog, StopSignals
 from dspark.training.settings import OptimiserSettings, RunSettings
 
 
@@ -226,7 +226,7 @@ class Training:
             TrainingError: the loss is not finite; a checkpoint cannot be written; or the run was
                 stopped by SIGTERM or SIGINT.
         """
-        journal = Journal(
+        log = RunLog(
             self.output,
             self.position.step,
             self.steps,
@@ -238,16 +238,16 @@ class Training:
         self.objective.tokens_seen = 0
         if pace is not None:
             pace.begin(self.position.step, self.steps)
-        with StopSignals() as signals, journal:
+        with StopSignals() as signals, log:
             while self.position.step < self.steps:
                 stopping = self._advance(signals, evaluation)
                 if pace is not None:
-                    self._change_steps(pace.steps(self.position.step, self.steps), journal)
+                    self._change_steps(pace.steps(self.position.step, self.steps), log)
                 step, metrics = self.position.step, self.position.metrics
-                journal.show(step, metrics, self._tokens_per_s(started))
+                log.show(step, metrics, self._tokens_per_s(started))
                 measured = "real_accepted_length" in metrics
                 if measured or stopping or self._is_due(step, self.run.log_every):
-                    journal.write(step, metrics)
+                    log.write(step, metrics)
                 if stopping or self._is_due(step, self.run.save_every):
                     self._save()
                 if stopping and step < self.steps:
@@ -338,14 +338,14 @@ class Training:
                 self.position, best_step=self.position.step, best_accepted_length=length
             )
 
-    def _change_steps(self, steps: int, journal: Journal) -> None:
+    def _change_steps(self, steps: int, log: RunLog) -> None:
         """Change the number of steps, and save it so that a resumed run keeps it."""
         if steps == self.steps:
             return
         self.steps = self.optimiser.steps = steps
         self._fixed["run.steps"] = steps
         self.position = replace(self.position, fixed=dict(self._fixed))
-        journal.plan(steps)
+        log.plan(steps)
         self._save()
 
     def _is_due(self, step: int, every: int) -> bool:

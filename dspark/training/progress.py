@@ -28,7 +28,7 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-class Journal:
+class RunLog:
     """The log and the display of one run; inactive on all ranks but the first.
 
     `log.jsonl` has a line per logged step: `step`, the step's metrics over all ranks, and, if
@@ -74,7 +74,7 @@ class Journal:
         )
         self._task = self._bar.add_task("", total=steps, completed=first, note="")
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RunLog:
         self._bar.start()
         return self
 

@@ -118,9 +118,7 @@ class DistributionLossSettings(Settings):
         if not any(terms.values()):
             raise ValueError(f"{', '.join(terms)} are all 0, which trains nothing; give one weight")
         if self.lk_eta is not None and not self.lk_hybrid:
-            raise ValueError(
-                f"lk_eta ({self.lk_eta}) has no effect where lk_hybrid is 0; remove it"
-            )
+            raise ValueError(f"lk_eta ({self.lk_eta}) has no effect if lk_hybrid is 0; remove it")
         return self
 
     def _term_weights(self) -> dict[str, Any]:

@@ -52,8 +52,23 @@ def report():
     return report_of(runs)
 
 
-def test_every_figure_that_there_is_data_for(report):
-    drawn = draw(report)
+@pytest.fixture(scope="module")
+def written(report, tmp_path_factory):
+    """The report's files, its figures and its warnings; figures are drawn once."""
+    drawn, said = {}, []
+
+    def kept(found):
+        drawn.update(draw(found))
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspark.evaluation.report.figures.draw", kept)
+        paths = write_report(report, tmp_path_factory.mktemp("report"), said.append)
+    return paths, drawn, said
+
+
+def test_every_figure_that_there_is_data_for(written):
+    _, drawn, _ = written
     assert set(drawn) == {
         "accepted_length", "decay", "depth", "block", "threshold", "calibration", "verifier",
         "temperature",
@@ -64,9 +79,8 @@ def test_every_figure_that_there_is_data_for(report):
     assert set(draw(report_of([make_run("one", logits=False)]))) == {"accepted_length", "decay"}
 
 
-def test_the_page_needs_nothing_and_escapes_everything(report, tmp_path):
-    said = []
-    paths = write_report(report, tmp_path, said.append)
+def test_the_page_needs_nothing_and_escapes_everything(written):
+    paths, _, said = written
     assert said == []
     assert all(path.stat().st_size for path in paths)
     html = paths[0].read_text()
@@ -79,7 +93,7 @@ def test_the_page_needs_nothing_and_escapes_everything(report, tmp_path):
     assert "dspark eval tiny &lt;&amp;&gt;" in html
     markdown = paths[1].read_text()
     for name in re.findall(r"\]\((.*?\.png)\)", markdown):
-        assert (tmp_path / name).is_file()
+        assert (paths[1].parent / name).is_file()
     tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1

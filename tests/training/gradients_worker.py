@@ -4,6 +4,7 @@ Arguments: a folder with recipes to read, and to write to.
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ RECIPES = {  # algorithm, drafter, loss
 }
 
 
+@cache
+def frozen_target(folder, dtype):
+    return load_frozen_target(load_recipe(str(folder / "drafter.yaml")), "cpu", dtype)
+
+
 def objective_of(folder, name, dtype, accumulate):
     run = [f"run.dtype={dtype}", f"run.accumulate={accumulate}"]
     if name == "language model":
@@ -51,7 +57,7 @@ def objective_of(folder, name, dtype, accumulate):
     given = [f"algorithm={algorithm}", f"drafter={{{drafter}}}", f"loss={{{loss}}}"]
     given += [] if algorithm in ("eagle3", "mtp") else ["samples.num_anchors=6"]
     recipe = load_recipe(str(folder / "drafter.yaml"), [*given, *run])
-    target = load_frozen_target(recipe, "cpu", dtype)
+    target = frozen_target(folder, dtype)
     kind = Eagle3Objective if algorithm in ("eagle3", "mtp") else DrafterObjective
     return kind(recipe, target)
 

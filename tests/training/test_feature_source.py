@@ -299,7 +299,10 @@ def test_an_empty_cache_directory_is_refused(settings):
         ("{source: online, codec: bfloat16}", "codec has no effect"),
         ("{source: cache}", "path must name"),
         ("{source: cache, path: x, add: true}", "add has no effect"),
-        ("{source: hybrid, path: x, codec: bfloat16, feature_error: 0.1}", "feature_error says"),
+        (
+            "{source: hybrid, path: x, codec: bfloat16, feature_error: 0.1}",
+            "feature_error has no effect",
+        ),
         ("{source: disk, path: x}", "'online', 'cache' or 'hybrid'"),
         ("{source: cache, path: x, feature_error: 0}", "greater than 0"),
         ("{source: cache, path: x, colour: red}", "no key 'features.colour'"),
