@@ -152,7 +152,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="rows of the cache (default: room for --max-requests of --max-model-len, as far as "
-        "memory allows)",
+        "--memory-share allows)",
+    )
+    group.add_argument(
+        "--memory-share",
+        type=float,
+        metavar="S",
+        help="what the cache may take of the free memory (default: .9 on a GPU, else .5)",
     )
 
 
@@ -180,6 +186,7 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         drafters = _drafters(options, model)
         start_logging(options.log_level)
         server = Server(service, settings, drafters)
+        screen.log.print(cache_sentence(service.engine), soft_wrap=True, markup=False)
         screen.log.print(
             f"Serving {settings.model_name} on http://{options.host}:{address.getsockname()[1]}; "
             "Ctrl-C stops.",
@@ -194,6 +201,18 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "verified": int(counters.verified_K.sum()),
         "accepted": int(counters.accepted_K.sum()),
     }
+
+
+def cache_sentence(engine: Engine) -> str:
+    """How many tokens and requests the cache of an engine has room for."""
+    memory, length = engine.memory, engine.max_length
+    whole = min(memory.tokens // length, engine.max_requests)
+    when = "as they are used" if engine.target.device.type == "cpu" else "at once"
+    rest = "" if whole == engine.max_requests else f" ({whole} at full length)"
+    return (
+        f"The cache holds {memory.tokens:,} tokens, taking up to {memory.bytes / 1e9:.2f} GB "
+        f"{when}: {engine.max_requests} requests at once{rest}, of {length:,} tokens at most."
+    )
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -249,6 +268,7 @@ def _engine(options: argparse.Namespace, model: Model, screen: Screen) -> Engine
             block_size=options.block_size,
             step_tokens=options.step_tokens,
             cache_tokens=options.cache_tokens,
+            memory_share=options.memory_share,
         )
     tell_schedule(model, engine, None, screen)
     return engine
