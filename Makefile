@@ -43,7 +43,7 @@ demo: $(VENV)/.smollm2
 	@$(BIN)/dspark demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile
 
 browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -rs -m browser tests/serving/test_page.py

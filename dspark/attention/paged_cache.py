@@ -7,6 +7,8 @@ pages are merely faster on a CPU, where attention then reads a request's keys in
 
 from __future__ import annotations
 
+import math
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -103,6 +105,14 @@ class BlockTable:
         return found
 
 
+def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros of an anonymous mapping: the system gives a page when it is first written to."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+
 class PagedCache:
     """Keys and values of every layer for a fixed number of pages, which all requests share.
 
@@ -146,7 +156,10 @@ class PagedCache:
     def _allocate(self, heads: int, dim: int) -> Tensor:
         # Zeroed, because rows that a mask hides still enter a product with weight 0.
         shape = (1, self.rows, heads, dim) if self.by_token else (1, heads, self.rows, dim)
-        memory = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.device.type == "cpu":
+            memory = _zeros_on_demand(shape, self.dtype)
+        else:
+            memory = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return memory.transpose(1, 2) if self.by_token else memory
 
     @property

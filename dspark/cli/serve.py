@@ -108,10 +108,15 @@ class _Engine(Speculation):
     )
     cache_tokens: int | None = option(
         None,
-        "rows of the cache (default: room for --max-requests of --max-model-len, as far as memory "
-        "allows)",
+        "rows of the cache (default: room for --max-requests of --max-model-len, as far as "
+        "--memory-share allows)",
         metavar="N",
         least=1,
+    )
+    memory_share: float | None = option(
+        None,
+        "what the cache may take of the free memory (default: .9 on a GPU, else .5)",
+        metavar="S",
     )
 
 
@@ -142,6 +147,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         drafters = _drafters(options, model)
         start_logging(options.log_level)
         server = Server(service, settings, drafters)
+        screen.remark(cache_sentence(service.engine))
         port = address.getsockname()[1]
         screen.remark(
             f"Serving {settings.model_name} on http://{options.host}:{port}; Ctrl-C stops."
@@ -154,6 +160,18 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "verified": int(counters.verified_K.sum()),
         "accepted": int(counters.accepted_K.sum()),
     }
+
+
+def cache_sentence(engine: Engine) -> str:
+    """How many tokens and requests the cache of an engine has room for."""
+    memory, length = engine.memory, engine.max_length
+    whole = min(memory.tokens // length, engine.max_requests)
+    when = "as they are used" if engine.target.device.type == "cpu" else "at once"
+    rest = "" if whole == engine.max_requests else f" ({whole} at full length)"
+    return (
+        f"The cache holds {memory.tokens:,} tokens, taking up to {memory.bytes / 1e9:.2f} GB "
+        f"{when}: {engine.max_requests} requests at once{rest}, of {length:,} tokens at most."
+    )
 
 
 def _settings(options: Options) -> Settings:
@@ -209,6 +227,7 @@ def _engine(options: Options, model: Model, screen: Screen) -> Engine:
             block_size=options.block_size,
             step_tokens=options.step_tokens,
             cache_tokens=options.cache_tokens,
+            memory_share=options.memory_share,
         )
     tell_schedule(model, engine, None, screen)
     return engine

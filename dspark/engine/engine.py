@@ -22,6 +22,7 @@ from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
 from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.timing import Clock
+from dspark.errors import UsageError
 from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
 
@@ -49,6 +50,9 @@ class Engine:
         cache_tokens: rows of the cache, in place of room for `max_requests` of `max_length` as
             far as memory allows. With less, requests wait for pages, and who came last gives
             its pages up where the others grow; its output does not change.
+        memory_share: what the cache may take of the free memory, where `cache_tokens` says nothing:
+            above 0 and at most 1; .9 on an accelerator, .5 on a host. On a host its pages are taken
+            as they are used.
         prefix_reuse: whether prompts share the pages of equal beginnings.
         max_queue: requests that may wait beyond those for whom a place is free; None for any
             number.
@@ -73,6 +77,7 @@ class Engine:
         watch: Watch | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
+        memory_share: float | None = None,
         prefix_reuse: bool = True,
         max_queue: int | None = None,
         now: Callable[[], float] = time.monotonic,
@@ -86,6 +91,8 @@ class Engine:
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
         )
+        if memory_share is not None and not 0 < memory_share <= 1:
+            raise UsageError(f"memory_share is {memory_share}, but must be above 0 and at most 1.")
         self.target = target
         given = schedule if isinstance(schedule, Scheduler) else None
         self.schedule = (
@@ -106,6 +113,7 @@ class Engine:
             max_length=self.max_length,
             rows_ahead=1 + max(self.num_drafts, self.drafter.rows_ahead if self.drafter else 0),
             cache_tokens=cache_tokens,
+            memory_share=memory_share,
             reuse=prefix_reuse,
         )
         self.roster = Roster(self.memory, max_requests, max_queue)

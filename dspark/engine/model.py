@@ -210,6 +210,7 @@ class Model:
         block_size: int | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
+        memory_share: float | None = None,
         prefix_reuse: bool = True,
     ) -> Engine:
         """An engine for requests that are yet to come, of any temperature: a server's.
@@ -224,6 +225,7 @@ class Model:
             block_size: drafts per round, at most the drafter's own, which is the default.
             step_tokens: rows of one step, as `Engine`.
             cache_tokens: rows of the cache, as `Engine`.
+            memory_share: what the cache may take of the free memory, as `Engine`.
             prefix_reuse: whether prompts share the pages of equal beginnings.
 
         Raises:
@@ -242,6 +244,7 @@ class Model:
             block_size=block_size,
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
+            memory_share=memory_share,
             max_queue=max_queue,
             prefix_reuse=prefix_reuse,
         )

@@ -14,7 +14,9 @@ import urllib.request
 
 import pytest
 
+import dspark as package
 from dspark.cli import serve
+from dspark.cli.serve import cache_sentence
 
 
 def ask(url, body=None, key=None):
@@ -111,3 +113,15 @@ def test_without_the_extra_it_says_so(dspark, pair, monkeypatch):
     result = dspark("serve", pair.attached)
     assert result.status == 2
     assert "dspark[serve]" in result.err
+
+
+def test_it_says_what_the_cache_holds(pair):
+    model = package.load(pair.attached)
+    engine = model.open_engine(max_requests=4, max_length=64, schedule="fixed")
+    assert re.fullmatch(
+        r"The cache holds [\d,]+ tokens, taking up to \d+\.\d\d GB as they are used: "
+        r"4 requests at once, of 64 tokens at most\.",
+        cache_sentence(engine),
+    )
+    small = model.open_engine(max_requests=4, max_length=64, cache_tokens=64, schedule="fixed")
+    assert "4 requests at once (1 at full length)" in cache_sentence(small)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.engine import Engine
+from dspark.engine.kv import memory
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import RequestError, UsageError
 from dspark.request import Request, SamplingParams
@@ -217,3 +220,52 @@ def test_nothing_leaks_when_requests_come_end_and_are_cancelled(exact, tiny, sch
         engine.memory.check(running)
     assert ended == 120
     assert engine.memory.pool.in_use == 0
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_memory_is_taken_as_it_is_used(tiny, target):
+    before = resident_bytes()
+    engine = Engine(target, tiny.make_drafter(target), max_requests=4, cache_tokens=1 << 20)
+    assert engine.memory.bytes > 300 << 20
+    request = Request((7, 20, 31), SamplingParams(20, ignore_eos=True))
+    [output] = engine.run([request] * 1)
+    assert resident_bytes() - before < engine.memory.bytes / 4
+    [wanted] = tiny.decode(target, None, [request])
+    assert output.token_ids == wanted.token_ids
+
+
+def test_the_cache_has_its_share_of_the_free_memory(target, monkeypatch):
+    row_bytes = Engine(target, cache_tokens=PAGE_SIZE).memory.bytes // PAGE_SIZE
+    free = 400 * PAGE_SIZE * row_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+
+    def pages(**options):
+        return Engine(target, max_requests=1000, **options).memory.tokens // PAGE_SIZE
+
+    assert pages() == 200
+    assert pages(memory_share=0.25) == 100
+    assert pages(memory_share=1.0) == 400
+    assert pages(memory_share=0.25, cache_tokens=30 * PAGE_SIZE) == 30
+    whole = Engine(target, max_requests=2, memory_share=1.0).memory.tokens
+    assert whole < 400 * PAGE_SIZE  # no more than the requests can use
+    for wrong in (0, -0.1, 1.5):
+        with pytest.raises(UsageError, match="memory_share is"):
+            pages(memory_share=wrong)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [({}, 1000 * 1024), ({"max": "max\n", "current": "5\n"}, 1000 * 1024),
+     ({"max": "500\n", "current": "200\n"}, 300), ({"max": "100", "current": "200"}, 0)],
+)  # fmt: skip
+def test_a_control_groups_limit_counts(tmp_path, monkeypatch, files, free):
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_available_bytes", lambda: 1000 * 1024)
+    assert memory.free_bytes(torch.device("cpu")) == free

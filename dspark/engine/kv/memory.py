@@ -6,8 +6,10 @@ of the same request, so one block table serves both and a shared prefix is share
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,8 +20,9 @@ from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.draft_context import DraftContext
 from dspark.targets.target import Target
 
-# What a cache takes of the memory that is free on an accelerator, or of all that a host has.
+# What a cache may take of the memory that is free, on an accelerator and on a host.
 _DEVICE_SHARE, _HOST_SHARE = 0.9, 0.5
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Memory:
@@ -32,7 +35,9 @@ class Memory:
         max_length: tokens of prompt and output of one request at most.
         rows_ahead: rows behind its cached tokens that a request may need in one round.
         cache_tokens: size of the cache; None makes room for `max_requests` of `max_length`, as
-            far as memory allows.
+            far as a share of the free memory allows.
+        memory_share: that share, above 0 and at most 1; .9 on an accelerator and .5 on a host by
+            default.
         reuse: whether a prompt takes over the pages of an equal prefix.
     """
 
@@ -45,6 +50,7 @@ class Memory:
         max_length: int,
         rows_ahead: int,
         cache_tokens: int | None = None,
+        memory_share: float | None = None,
         reuse: bool = True,
     ) -> None:
         self._rows_ahead = rows_ahead
@@ -52,7 +58,7 @@ class Memory:
         if cache_tokens is None:
             spare = max(1, max_requests // 4) if reuse else 0
             wanted = (max_requests + spare) * extent
-            pages = min(wanted, _affordable_pages(target, drafter))
+            pages = min(wanted, _affordable_pages(target, drafter, memory_share))
         else:
             pages = pages_of(cache_tokens)
         self.pool = PagePool(pages, PAGE_SIZE, extent=min(extent, pages), reuse=reuse)
@@ -166,16 +172,30 @@ def pages_of(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE)
 
 
-def _affordable_pages(target: Target, drafter: Drafter | None) -> int:
+def _affordable_pages(target: Target, drafter: Drafter | None, share: float | None) -> int:
     shapes = [*target.cache_shapes, *(drafter.context_shapes if drafter else ())]
     numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes)
     page_bytes = max(numbers * PAGE_SIZE * target.dtype.itemsize, 1)
-    return max(_memory_bytes(target.device) // page_bytes, 1)
+    default = _DEVICE_SHARE if target.device.type == "cuda" else _HOST_SHARE
+    affordable = free_bytes(target.device) * (default if share is None else share)
+    return max(int(affordable) // page_bytes, 1)
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """What a cache may take on this device."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses: of the accelerator, or of the host within its control group."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _DEVICE_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
+        return free
+    limits = [_available_bytes()]
+    with contextlib.suppress(OSError, ValueError):  # no group, or one without a limit
+        most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        limits.append(max(most - used, 0))
+    return min(limits)
+
+
+def _available_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
