@@ -19,7 +19,7 @@ from dspark.cli.common import (
     load_model,
     new_parser,
 )
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.errors import CheckpointError, CompatibilityError, UsageError
 
 if TYPE_CHECKING:
     from dspark.evaluation.findings import CheckReport
@@ -51,6 +51,14 @@ def add_parser(commands: Commands) -> None:
         metavar="R",
         help="requests at once where speed is measured (default: 1)",
     )
+    group.add_argument(
+        "--time-limit",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds after which no further alternative is tried and no measurement repeated "
+        "(default: %(default)g)",
+    )
     add_loading_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
@@ -59,6 +67,8 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     check_positive(options, "batch_size", "max_new_tokens")
+    if not options.time_limit > 0:
+        raise UsageError(f"--time-limit is {options.time_limit:g}, but must be above 0.")
     from dspark.data.conversations import read_prompts
     from dspark.evaluation.findings import CheckReport, Finding
 
@@ -71,13 +81,22 @@ def run(options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         return _show(CheckReport((Finding.refusal(error),)), screen)
     from dspark.evaluation.check import PROMPTS, check
 
-    with screen.log.status("Decoding plainly and with the drafter ..."):
+    with screen.log.status("Inspecting ...") as status:
+
+        def show(step: str) -> None:
+            if screen.log.is_terminal:
+                status.update(f"{step} ...")
+            else:
+                screen.log.print(f"{step} ...", soft_wrap=True, markup=False)
+
         report = check(
             model,
             prompts or PROMPTS,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             seed=options.seed or 0,
+            limit_s=options.time_limit,
+            progress=show,
         )
     return _show(report, screen)
 
