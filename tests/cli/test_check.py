@@ -128,6 +128,15 @@ def test_counts_below_one_are_wrong_usage(dspark, words):
     assert f"{words[0]} is 0" in result.err
 
 
+def test_a_limit_must_be_above_zero_and_steps_are_told(dspark, pair, prompts):
+    assert dspark("check", "x", "--time-limit", 0).status == 2
+    words = ("--prompts", prompts, "--time-limit", "0.001", "--json", *QUICK)
+    result = dspark("check", pair.target, "--draft", "ngram", *words)
+    assert "Measuring the speed at temperature 0, plainly and drafting ..." in result.err
+    notes = [f["what"] for f in result.json["findings"] if f["severity"] == "note"]
+    assert any("limit of 0.001 seconds" in note for note in notes)
+
+
 def test_a_missing_prompt_file_is_said_before_loading(dspark, tmp_path):
     result = dspark("check", "x", "--prompts", tmp_path / "none.jsonl")
     assert result.status == 1

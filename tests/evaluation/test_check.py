@@ -12,6 +12,7 @@ from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError
+from dspark.evaluation.check import live
 from dspark.evaluation.check.check import (
     check,
     judge_acceptance,
@@ -259,6 +260,43 @@ def test_race_counts_tokens_of_both_sides(tiny, target):
     assert run.first_acceptance == 1.0
     assert run.tokens_per_s > 0
     assert run.plain_tokens_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("left_s", "ours", "runs"),
+    [(1000.0, 2.0, 2), (1000.0, 0.5, 2), (1000.0, 1.1, 4), (25.0, 1.1, 2), (3.0, 1.1, 1)],
+)
+def test_a_race_ends_where_it_is_decided_or_out_of_time(target, monkeypatch, left_s, ours, runs):
+    """A run takes 2 seconds a request; the first one has one request, the others six."""
+    clock, asked = [100.0], []
+
+    def both(model, requests, batch_size):
+        clock[0] += 2.0 * len(requests)
+        asked.append(len(requests))
+        return 1.0, ours, Stats()
+
+    monkeypatch.setattr(live, "_both", both)
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+    requests = [Request((5, 9, 7), SamplingParams(11))] * 6
+    run = race(Model(target), requests, temperature=0, batch_size=1, deadline_s=100.0 + left_s)
+    assert run.speedup == ours
+    assert len(asked) == runs
+    assert asked == [1] + [6] * (runs - 1)
+
+
+def test_a_check_tells_its_steps_and_keeps_to_its_limit(tiny, target, prompts):
+    pair, steps = Model(target, tiny.KnowingDrafter(target)), []
+    check(pair, prompts, **SHORT, progress=steps.append)
+    assert steps[0].startswith("Decoding ")
+    assert any(step.startswith("Trying every layer id") for step in steps)
+    assert [step for step in steps if "speed" in step] == steps[-2:]
+    cut = check(pair, prompts, **SHORT, limit_s=1e-9, progress=steps.append)
+    assert cut.trials == ()
+    assert len(cut.runs) == 2
+    assert any("limit" in what for what in texts(cut, "note"))
+    whole = check(pair, prompts, **SHORT, limit_s=1e9)
+    assert len(whole.trials) > 0
+    assert not any("limit" in what for what in texts(whole, "note"))
 
 
 # Judgements on made-up numbers

@@ -162,6 +162,29 @@ def test_a_run_from_prompt_to_end_shows_the_api_s_answer(server, visit):
     assert page.locator("#cost circle.measured").count() == 9
 
 
+def test_a_link_reproduces_a_run(server, visit):
+    """Another visitor who opens it gets the same draws; a run of their own has others."""
+    first = visit().open(server).connected().ask(tokens=24, temperature=1, schedule="fixed").ended()
+    page = first.page
+    assert page.is_checked("#compare")
+    link = page.get_attribute("#link", "href")
+    text = first.text("#speculative .text")
+    other = visit()
+    other.page.goto(f"http://127.0.0.1:{server.port}/{link}")
+    other.connected()
+    assert other.text("#status") == "This link holds a run; press Run to repeat it."
+    other.page.click("#go")
+    other.ended()
+    assert other.text("#speculative .text") == text
+    assert other.page.get_attribute("#link", "href") == link
+    other.ask(tokens=24, temperature=1, schedule="fixed").ended()
+    assert other.page.get_attribute("#link", "href") != link
+    damaged = visit()
+    damaged.page.goto(f"http://127.0.0.1:{server.port}/#run=%7Bx")
+    damaged.connected()
+    assert damaged.text("#status").startswith("The link to a run is damaged")
+
+
 def test_bars_are_as_high_as_the_confidences_that_the_server_sent(server, visit):
     visitor = visit()
     sent = []

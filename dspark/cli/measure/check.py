@@ -11,7 +11,7 @@ from rich.text import Text
 from dspark.cli.inputs import load_model, load_pair
 from dspark.cli.options import PROMPTS_HELP, Batch, Command, Pair, Sampling, option, pick
 from dspark.cli.screen import Screen
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.errors import CheckpointError, CompatibilityError, UsageError
 
 if TYPE_CHECKING:
     from dspark.evaluation.check.findings import CheckReport
@@ -35,6 +35,12 @@ class _LiveRun:
     batch_size: int = pick(
         Batch, "batch_size", 1, help="requests at once where speed is measured (default: {default})"
     )
+    time_limit: float = option(
+        60.0,
+        "seconds after which no further alternative is tried and no measurement repeated "
+        "(default: {default})",
+        metavar="S",
+    )
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Options(_LiveRun, Pair):
 
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
+    if not options.time_limit > 0:
+        raise UsageError(f"--time-limit is {options.time_limit:g}, but must be above 0.")
     from dspark.data.conversations import read_prompts
     from dspark.evaluation.check.findings import CheckReport, Finding
 
@@ -56,13 +64,22 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         return _show(CheckReport((Finding.refusal(error),)), screen)
     from dspark.evaluation.check.check import PROMPTS, check
 
-    with screen.log.status("Decoding plainly and with the drafter ..."):
+    with screen.log.status("Inspecting ...") as status:
+
+        def show(step: str) -> None:
+            if screen.log.is_terminal:
+                status.update(f"{step} ...")
+            else:
+                screen.log.print(f"{step} ...", soft_wrap=True, markup=False)
+
         report = check(
             model,
             prompts or PROMPTS,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             seed=options.seed or 0,
+            limit_s=options.time_limit,
+            progress=show,
         )
     return _show(report, screen)
 

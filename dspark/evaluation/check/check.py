@@ -7,7 +7,9 @@ change that restores acceptance identifies the fault.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -105,6 +107,8 @@ def check(
     max_new_tokens: int = 32,
     batch_size: int = 1,
     seed: int = 0,
+    limit_s: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Inspect a pair and run it live.
 
@@ -114,6 +118,9 @@ def check(
         max_new_tokens: per prompt.
         batch_size: requests at once in speed measurements.
         seed: request i uses seed + i.
+        limit_s: seconds after which no further alternative is tried and no measurement repeated;
+            None for no limit. What one run of the prompts takes comes on top.
+        progress: told what comes next; None for nobody.
 
     Raises:
         RequestError: a prompt does not fit the context or the chat template.
@@ -122,14 +129,30 @@ def check(
         return CheckReport((_no_drafter(model),))
     if model.target.tokenizer is None:
         return CheckReport((_no_tokenizer(model),))
+    tell = progress or _tell_nobody
+    deadline_s = math.inf if limit_s is None else time.monotonic() + limit_s
     rendered = render(model, prompts)
     findings = inspect(model, rendered)
     requests = _requests(rendered, max_new_tokens, seed)
     try:
         observed = ObservedDrafter(model.drafter, model.drafter.taps)
+        tell(f"Decoding {len(requests)} prompts with the drafter")
         stats = accepted(model, observed, requests)
-        trials = tuple(_trials(model, prompts, requests)) if model.drafter.taps else ()
-        runs = tuple(race(model, requests, temperature=t, batch_size=batch_size) for t in (0, 1))
+        trials = tuple(
+            _trials(model, prompts, requests, deadline_s, tell) if model.drafter.taps else ()
+        )
+        runs = list[LiveRun]()
+        for temperature in (0, 1):
+            tell(f"Measuring the speed at temperature {temperature}, plainly and drafting")
+            runs.append(
+                race(
+                    model,
+                    requests,
+                    temperature=temperature,
+                    batch_size=batch_size,
+                    deadline_s=deadline_s,
+                )
+            )
     except NumericsError as error:
         return CheckReport(by_severity([*findings, Finding.refusal(error)]))
     if model.drafter.taps:
@@ -137,7 +160,22 @@ def check(
         findings += judge_sampling(*runs)
     if CheckReport(tuple(findings)).ok:  # otherwise only the fault matters
         findings += [*judge_tail(stats), *judge_speed(runs)]
-    return CheckReport(by_severity(findings), runs, trials)
+    if time.monotonic() > deadline_s:
+        findings.append(_cut(limit_s))
+    return CheckReport(by_severity(findings), tuple(runs), trials)
+
+
+def _tell_nobody(_step: str) -> None:
+    pass
+
+
+def _cut(limit_s: float | None) -> Finding:
+    return Finding(
+        f"The check came to its limit of {limit_s:g} seconds, so that not all was tried or "
+        "repeated.",
+        "note",
+        "Raise --time-limit for a thorough check.",
+    )
 
 
 def _no_drafter(model: Model) -> Finding:
@@ -165,11 +203,18 @@ def _requests(rendered: Sequence[TokenIds], max_new_tokens: int, seed: int) -> l
 
 
 def _trials(
-    model: Model, prompts: Sequence[Prompt], requests: Sequence[Request]
+    model: Model,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    deadline_s: float,
+    progress: Callable[[str], None],
 ) -> Iterator[Trial]:
-    """Try every variant of the drafter, and every other rendering of the prompts."""
+    """Try every variant of the drafter, and every other rendering, while there is time."""
     assert model.drafter is not None
     for variant in variants(model.drafter, model.target.num_layers):
+        if time.monotonic() > deadline_s:
+            return
+        progress(f"Trying {variant.what}")
         try:
             stats = accepted(model, variant.drafter, requests)
         except NumericsError:  # a wrong variant may overflow
@@ -177,6 +222,9 @@ def _trials(
         yield Trial(variant.what, variant.remedy, stats.tokens, stats.accepted_length)
     params = requests[0].params
     for name, rendered in other_renderings(model, prompts).items():
+        if time.monotonic() > deadline_s:
+            return
+        progress(f"Trying {name}")
         others = _requests(rendered, params.max_new_tokens, params.seed)
         stats = accepted(model, model.drafter, others)
         remedy = (

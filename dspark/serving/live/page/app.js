@@ -3,10 +3,11 @@
 import { ApiError, ask, stream, useKey } from "./api.js";
 import { describeBudget, describeCost, drawBudget, drawCost } from "./charts.js";
 import { $, count, eachFrame, element, number, visible } from "./dom.js";
-import { complain, drafterNow, fill, watchForm, wishes } from "./form.js";
+import { complain, drafterNow, fill, fillFrom, watchForm, wishes } from "./form.js";
 import { drawRound } from "./round.js";
 import { Side } from "./side.js";
 
+const LINK = "#run=";
 const SLOW_MS = 500;
 const LONGEST_WAIT_S = 8;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -189,6 +190,8 @@ async function start() {
   run = { id: null, control: new AbortController(), ended: [], isDone: false };
   $("go").textContent = "Stop";
   clear(wish);
+  $("link").href = LINK + encodeURIComponent(JSON.stringify(wish));
+  $("link-row").hidden = false;
   say("Asking the server.");
   const { top } = $("status").getBoundingClientRect();
   if (top < 0 || top > innerHeight - 80) $("status").scrollIntoView();
@@ -248,6 +251,24 @@ function showModel({ model, device, dtype }) {
     `${count(own.max_requests, "request")} at once`;
 }
 
+// A link fills the form in, once; nothing runs before the visitor says so.
+let isLinkOpen = false;
+function openLink() {
+  if (isLinkOpen || !location.hash.startsWith(LINK)) return;
+  isLinkOpen = true;
+  try {
+    fillFrom(JSON.parse(decodeURIComponent(location.hash.slice(LINK.length))));
+    say("This link holds a run; press Run to repeat it.");
+  } catch {
+    say("The link to a run is damaged; type a prompt or pick an example.", "error");
+  }
+}
+
+addEventListener("hashchange", () => {
+  isLinkOpen = false;
+  if (connected && !run) openLink();
+});
+
 function wantKey(message) {
   $("key-form").hidden = false;
   $("key-error").textContent = message;
@@ -259,6 +280,7 @@ async function connect() {
   $("key-form").hidden = true;
   showModel(options);
   fill(options);
+  openLink();
   showCost();
   for await (const [name, body] of stream("/v1/dspark/events?rounds=false")) {
     if (name === "state") showState(body);

@@ -97,6 +97,7 @@ export function showValues() {
 }
 
 export function watchForm(onLoad) {
+  $("ask").addEventListener("input", () => (seed = null)); // another run than the link's
   $("drafter").addEventListener("change", () => {
     fillSchedules($("schedule").value);
     showValues();
@@ -105,6 +106,31 @@ export function watchForm(onLoad) {
     $(id).addEventListener("input", showValues);
   }
   $("load").addEventListener("input", () => onLoad(Number($("load").value)));
+}
+
+// A run as a link holds it: what the form says, and the seed, which no field shows.
+let seed = null;
+
+// Fills the form in from a link; what the server does not offer stays as it is.
+export function fillFrom(wish) {
+  for (const id of ["drafter", "verifier", "schedule"]) {
+    const usable = [...$(id).options].some((each) => each.value === wish[id] && !each.disabled);
+    if (usable) $(id).value = wish[id];
+    if (id === "drafter") fillSchedules($("schedule").value);
+  }
+  if (typeof wish.prompt === "string") $("prompt").value = wish.prompt;
+  for (const [id, value] of [
+    ["threshold", wish.threshold],
+    ["temperature", wish.temperature],
+    ["max-tokens", wish.max_tokens],
+    ["load", wish.load],
+  ]) {
+    if (Number.isFinite(value)) $(id).value = value;
+  }
+  $("past-end").checked = wish.ignore_eos === true;
+  $("compare").checked = wish.compare !== false;
+  seed = Number.isSafeInteger(wish.seed) && wish.seed >= 0 ? wish.seed : null;
+  showValues();
 }
 
 export function complain(message) {
@@ -140,7 +166,7 @@ export function wishes() {
     max_tokens: tokens,
     ignore_eos: $("past-end").checked,
     load: Number($("load").value),
-    seed: temperature === 0 ? 0 : Math.floor(Math.random() * 2 ** 31),
+    seed: temperature === 0 ? 0 : (seed ?? Math.floor(Math.random() * 2 ** 31)),
     compare: $("compare").checked,
   };
 }
