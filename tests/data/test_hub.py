@@ -194,7 +194,7 @@ def test_offline_reads_what_was_read_before(datasets, folder, tmp_path, monkeypa
         (DataSet("owner/other"), "^The data set owner/other is not on this machine; read it once"),
         (DataSet("owner/blend", "x"), "not on this machine with configuration 'x'; name another"),
         (DataSet("owner/blend", "main", "dev"), "has no split 'dev'; it has train, test"),
-        (DataSet("owner/blend", "main", revision="v2"), "on this machine is of revision v2; read it"),
+        (DataSet("owner/blend", "main", revision="v2"), "is of revision v2; read it"),
         (DataSet("owner/blend", files="*.jsonl"), "^The data set owner/blend is not on this mach"),
     ):
         with pytest.raises(DataError, match=said):
