@@ -221,6 +221,7 @@ def test_the_load_changes_while_a_run_goes_on(shown):
     assert shown.ask("PUT", path, {"load": 1}).status == 404
 
 
+@pytest.mark.usefixtures("by_the_table")
 def test_the_budget_shrinks_as_the_load_grows(measured, kit):
     """With rows that cost much, a full house verifies fewer drafts of each request."""
     steep = tuple(
@@ -359,6 +360,7 @@ def test_more_tokens_than_fit_are_cut(shown):
     assert start["max_tokens"] + start["prompt_tokens"] == 256
 
 
+@pytest.mark.usefixtures("by_the_table")
 def test_events_tell_the_rounds_of_a_request_and_of_a_run(shown):
     events = Events(shown, "GET", "/v1/dspark/events?request_id=mine")
     everything = Events(shown, "GET", "/v1/dspark/events")

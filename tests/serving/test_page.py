@@ -33,7 +33,7 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("by_the_table")]
 SECONDS = 30_000  # Playwright's unit is the millisecond
 PROMPT = "Hi, I want to book a table for two at an Italian restaurant in San Jose."
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -160,6 +160,13 @@ def test_a_run_from_prompt_to_end_shows_the_api_s_answer(server, visit):
     assert page.locator("#budget path.allowed").count() == 1
     assert page.locator("#cost path.curve").count() == 1
     assert page.locator("#cost circle.measured").count() == 9
+    assert page.locator("#accepted path.curve").count() == 1
+    rounds = page.locator("#accepted circle.earlier").count()
+    label = page.get_attribute("#accepted", "aria-label")
+    found = re.fullmatch(r"Accepted length: (\S+) tokens per round over (\d+) rounds?, .*", label)
+    assert found
+    assert int(found[2]) == rounds
+    assert float(found[1]) * rounds == pytest.approx(24, abs=rounds * 0.005 + 1)
 
 
 def test_a_link_reproduces_a_run(server, visit):

@@ -1,7 +1,14 @@
 // The page: one connection that says how the server stands, and runs with what they show.
 
 import { ApiError, ask, stream, useKey } from "./api.js";
-import { describeBudget, describeCost, drawBudget, drawCost } from "./charts.js";
+import {
+  describeAccepted,
+  describeBudget,
+  describeCost,
+  drawAccepted,
+  drawBudget,
+  drawCost,
+} from "./charts.js";
 import { $, count, eachFrame, element, number, visible } from "./dom.js";
 import { complain, drafterNow, fill, fillFrom, watchForm, wishes } from "./form.js";
 import { drawRound } from "./round.js";
@@ -32,6 +39,7 @@ const draw = eachFrame(() => {
   $("next").disabled = cursor >= rounds.length - 1;
   drawBudget(rounds, shown);
   drawCost(cost, rounds, shown);
+  drawAccepted(rounds, shown);
   const most = Math.max(sides.speculative.tokensPerS, sides.plain.tokensPerS);
   for (const side of Object.values(sides)) side.showRate(most);
 });
@@ -93,6 +101,7 @@ function remark(text) {
 function describe() {
   $("budget").setAttribute("aria-label", describeBudget(rounds));
   $("cost").setAttribute("aria-label", describeCost(cost, rounds[cursor]));
+  $("accepted").setAttribute("aria-label", describeAccepted(rounds));
 }
 
 function showCost() {

@@ -1,5 +1,5 @@
-// Two charts, drawn at the size that they have: the budget against the load over time, and what a
-// step costs with where the engine is on that curve.
+// Three charts, drawn at the size that they have: the budget against the load over time, what a step
+// costs with where the engine is on that curve, and how many tokens each round gave.
 
 import { $, count, number, svg } from "./dom.js";
 
@@ -172,5 +172,39 @@ export function describeCost(cost, shown) {
     `Cost curve: with ${count(line.requests, "request")} from ${first} ms for ` +
     `${count(line.first_tokens, "token")} to ${last} ms for ` +
     `${line.first_tokens + line.step_ms.length - 1}; ${here}`
+  );
+}
+
+const WINDOW_ROUNDS = 8;
+
+// Tokens that a round gave: the guesses that stayed and the model's own one.
+const gained = (round) =>
+  round.drafts.filter((draft) => draft.accepted).length + (round.next_token ? 1 : 0);
+
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+export function drawAccepted(rounds, shown) {
+  const plot = new Plot($("accepted"));
+  const given = rounds.map(gained);
+  const most = Math.max(2, ...rounds.map((round) => round.drafts.length + 1), ...given);
+  const frame = plot.frame(22, plot.height - 34, Math.max(8, given.length), most);
+  plot.text(2, 13, "tokens per round", "start", "strong");
+  plot.axes(frame, { wanted: 4 });
+  plot.text(plot.width - RIGHT, plot.height - 3, "round", "end");
+  if (!given.length) return;
+  given.forEach((tokens, i) => plot.dot("earlier", frame.x(i + 1), frame.y(tokens), 3));
+  const recent = given.map((_, i) => mean(given.slice(Math.max(0, i + 1 - WINDOW_ROUNDS), i + 1)));
+  plot.path("curve", curve(recent.map((tokens, i) => [frame.x(i + 1), frame.y(tokens)])));
+  plot.text(plot.width - RIGHT, 13, `━ mean of the last ${WINDOW_ROUNDS}`, "end");
+  const place = rounds.indexOf(shown);
+  if (place >= 0) plot.dot("here", frame.x(place + 1), frame.y(given[place]), 6);
+}
+
+export function describeAccepted(rounds) {
+  if (!rounds.length) return "Accepted length: no round yet";
+  const given = rounds.map(gained);
+  return (
+    `Accepted length: ${number(mean(given), 2)} tokens per round over ` +
+    `${count(rounds.length, "round")}, from ${Math.min(...given)} to ${Math.max(...given)}`
   );
 }
