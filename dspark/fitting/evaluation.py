@@ -240,8 +240,18 @@ def calibration_error(reports: Mapping[str, Mapping[str, Any]]) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
-def serving_commands(target: str, folder: str, drafts: int, *, attached: bool) -> dict[str, str]:
-    """The commands that serve the drafter, by engine."""
+def serving_commands(
+    target: str, folder: str, drafts: int, *, attached: bool, reduced: bool
+) -> dict[str, str]:
+    """The commands that serve the drafter, by engine.
+
+    Args:
+        target: its name or directory.
+        folder: where the drafter lies.
+        drafts: of a round.
+        attached: whether the target finds it by itself.
+        reduced: whether its vocabulary is reduced, for which SGLang's layout has no place.
+    """
     name = "TARGET.gguf" if not target.endswith(".gguf") else target
     convert = f"dspark convert {folder} {folder}"
     here = f"dspark serve {target}" + ("" if attached else f" --draft {folder}")
@@ -257,10 +267,11 @@ def serving_commands(target: str, folder: str, drafts: int, *, attached: bool) -
         f"llama-server -m {name} -md {folder}/drafter.gguf --spec-type draft-dspark "
         f"--spec-draft-n-max {drafts}"
     )
+    published = {} if reduced else {"SGLang": f"{convert}/sglang --to deepspec && {sglang}"}
     return {
         "dspark": here,
         "vLLM": f"{convert}/vllm --to speculators --target {target} && {vllm}",
-        "SGLang": f"{convert}/sglang --to sglang --target {target} && {sglang}",
+        **published,
         "llama.cpp": f"{convert}/drafter.gguf --to gguf --target {target} && {llama}",
     }
 

@@ -263,6 +263,7 @@ class _Run:
                 str(self.options.folder),
                 BLOCK_SIZE,
                 attached=attach_to is not None,
+                reduced=results["answers"]["draft_vocabulary"] is not None,
             ),
         }
 
