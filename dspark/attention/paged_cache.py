@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -106,11 +107,13 @@ class BlockTable:
 
 
 def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros of an anonymous mapping: the system gives a page when it is first written to."""
+    """Zeros of a private mapping: the system gives memory where it is first written to."""
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.zeros(tuple(shape), dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(dtype).view(tuple(shape))
+    flags = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    memory = mmap.mmap(-1, size, **flags)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 class PagedCache:
