@@ -184,7 +184,8 @@ class Target:
             revision=revision,
             offline=offline,
             trust_remote_code=trust_remote_code,
-            dtype=None if isinstance(wanted, str) else wanted,
+            # A file of few bits is read at 16, whatever it is computed in: 16-bit kernels keep that.
+            dtype=None if dtype == "auto" or isinstance(wanted, str) else wanted,
         )
         packs = not (batch_invariant or compile or weights == "plain" or quantize)
         may_be_short = dtype == "auto" and place.type == "cpu" and packs

@@ -59,6 +59,9 @@ def test_quantised_weights_are_those_that_the_blocks_say(twins, tmp_path):
     assert not torch.equal(expected, torch.from_numpy(embedding))
     halved = Target.load(path, device="cpu", dtype="bfloat16")
     assert torch.equal(halved.parts().embedding_VH, expected.to(torch.bfloat16))
+    usual = Target.load(path, device="cpu")  # computed in either dtype, read in bfloat16
+    assert torch.equal(usual.parts().embedding_VH.bfloat16(), expected.bfloat16())
+    assert torch.equal(usual.parts().embedding_VH.float(), expected.bfloat16().float())
     assert converted(path).name.endswith("-bfloat16")
     assert converted(twins.gguf).name.endswith("-float32")
 
