@@ -184,7 +184,7 @@ class Target:
             revision=revision,
             offline=offline,
             trust_remote_code=trust_remote_code,
-            # A file of few bits is read at 16, whatever it is computed in: 16-bit kernels keep that.
+            # A file of few bits is read at 16, which 16-bit kernels keep, whatever computes it.
             dtype=None if dtype == "auto" or isinstance(wanted, str) else wanted,
         )
         packs = not (batch_invariant or compile or weights == "plain" or quantize)
