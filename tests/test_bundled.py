@@ -48,10 +48,12 @@ def test_speculation_pays_and_changes_nothing(bundled, verifier):
         )
         for i, q in enumerate(questions)
     ]
-    outputs = bundled.engine(requests, verifier=verifier).run(requests)
-    assert [o.token_ids for o in outputs] == [
-        o.token_ids for o in plain.engine(requests).run(requests)
-    ]
+    expected = [o.token_ids for o in plain.engine(requests).run(requests)]
+    usual = bundled.engine(requests, verifier=verifier).run(requests)
+    assert [o.token_ids for o in usual] == expected
+    # How much the usual schedule drafts depends on how busy the machine is.
+    outputs = bundled.engine(requests, verifier=verifier, schedule="fixed").run(requests)
+    assert [o.token_ids for o in outputs] == expected
     assert merge_stats(outputs).accepted_length > 1.8
 
 
