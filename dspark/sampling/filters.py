@@ -64,20 +64,18 @@ def likeliest(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
     for width in _widths(everything, limit_N):
         begin = _Beginning.of(scores_NC, whole_NC, peak_N, limit_N, rows_M, width)
         kept_M, probs_MW = begin.cut(tails.rows(rows_M), limit_N[rows_M])
-        known_M = begin.reaches(kept_M)
-        if bool(known_M.all()):
-            parts.append((rows_M, *_ascending(begin.columns_MW, probs_MW, kept_M, everything)))
-            break
+        known_M, flat_M = begin.reaches(kept_M, width), torch.zeros_like(rows_M, dtype=torch.bool)
+        if width >= _FLAT_TOKENS and whole_NC is not None and _has_bins(whole_NC):
+            # By the row's own tokens, however many a neighbour's top-k has selected.
+            flat_M = (limit_N[rows_M] == everything) & ~begin.reaches(kept_M, _FLAT_TOKENS)
+            parts += [_flat_row(scores_NC, whole_NC, tails, row) for row in rows_M[flat_M].tolist()]
+        known_M &= ~flat_M
         if bool(known_M.any()):
             found = (begin.columns_MW[known_M], probs_MW[known_M], kept_M[known_M])
             parts.append((rows_M[known_M], *_ascending(*found, everything)))
-        rows_M = rows_M[~known_M]
-        if width >= _FLAT_TOKENS and whole_NC is not None and _has_bins(whole_NC):
-            flat_M = limit_N[rows_M] == everything
-            parts += [_flat_row(scores_NC, whole_NC, tails, row) for row in rows_M[flat_M].tolist()]
-            rows_M = rows_M[~flat_M]
-            if not rows_M.numel():
-                break
+        rows_M = rows_M[~(known_M | flat_M)]
+        if not rows_M.numel():
+            break
     if len(parts) == 1:
         return parts[0][1:]
     most = max(part[1].shape[1] for part in parts)
@@ -185,15 +183,15 @@ class _Beginning:
         total_M1 = mass_MW.gather(1, kept_M[:, None] - 1)
         return kept_M, probs_MW / total_M1.to(probs_MW.dtype)
 
-    def reaches(self, kept_M: Tensor) -> Tensor:
-        """Whether no column that was not selected could stay, or stand before one that does.
+    def reaches(self, kept_M: Tensor, rank: int) -> Tensor:
+        """Whether no column behind the first `rank` could stay, or stand before one that does.
 
         Of equal scores at the end of the selection, some may have been left out.
         """
-        if self.scores_MW.shape[1] == self.everything:
+        if rank >= self.everything:
             return torch.ones_like(kept_M, dtype=torch.bool)
         last_M = self.scores_MW.gather(1, kept_M[:, None] - 1).squeeze(1)
-        return (last_M > self.scores_MW[:, -1]) | (self.probs_MW[:, -1] == 0)
+        return (last_M > self.scores_MW[:, rank - 1]) | (self.probs_MW[:, rank - 1] == 0)
 
 
 def _ascending(

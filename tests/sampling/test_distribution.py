@@ -125,6 +125,16 @@ def test_a_histogram_finds_what_a_selection_finds(monkeypatch, options, scale):
     assert torch.allclose(found.probs_NC, wanted.probs_NC, rtol=1e-6, atol=0)
 
 
+def test_no_bit_of_a_flat_row_hangs_on_a_neighbour_s_top_k():
+    rows = logits(24, 9000, scale=2.0)
+    alone = token_distribution(rows, chain(24, top_p=0.9)).dense()
+    assert bool(((alone > 0).sum(1) > filters._FLAT_TOKENS).any())
+    params = [SamplingParams(temperature=1.0, top_p=0.9)] * 24
+    beside = Chain.of([*params, SamplingParams(temperature=1.0, top_k=700)], "cpu").rows(range(25))
+    together = token_distribution(torch.cat([rows, rows[:1]]), beside).dense()
+    assert torch.equal(together[:24], alone)
+
+
 def test_highest_of_groups_equals_topk():
     for width in (5000, 4097, 70000):
         scores = logits(6, width, seed=width)
