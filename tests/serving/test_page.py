@@ -120,7 +120,7 @@ def visit(chromium):
     with contextlib.ExitStack() as stack:
         visits = []
 
-        def new(width=1440, height=900, **options):
+        def new(width=1440, height=900, *, first=False, **options):
             browser, path = chromium
             profile = stack.enter_context(tempfile.TemporaryDirectory())
             context = browser.launch_persistent_context(
@@ -132,6 +132,8 @@ def visit(chromium):
                 **options,
             )
             stack.callback(context.close)
+            if not first:
+                context.add_init_script("localStorage.setItem('dspark-visited', '1')")
             visits.append(Visit(context.new_page()))
             return visits[-1]
 
@@ -190,6 +192,27 @@ def test_a_link_reproduces_a_run(server, visit):
     damaged.page.goto(f"http://127.0.0.1:{server.port}/#run=%7Bx")
     damaged.connected()
     assert damaged.text("#status").startswith("The link to a run is damaged")
+
+
+def test_a_first_visit_begins_with_a_short_run(server, visit):
+    """Once in a browser, and never in place of the run that a link holds."""
+    visitor = visit(first=True).open(server).connected()
+    page = visitor.page
+    page.wait_for_selector("#notes li:has-text('Your first visit began with this example')")
+    visitor.ended()
+    assert re.match(r"Done: (\d\d?) tokens", visitor.text("#status"))
+    assert visitor.text("#speculative .text") == visitor.text("#plain .text") != ""
+    assert page.input_value("#max-tokens") == "128"
+    link = page.get_attribute("#link", "href")
+    page.reload()
+    visitor.connected()
+    page.wait_for_timeout(1500)  # three of the server's states
+    assert visitor.text("#status") == "Type a prompt or pick an example, then run it."
+    other = visit(first=True)
+    other.page.goto(f"http://127.0.0.1:{server.port}/{link}")
+    other.connected()
+    other.page.wait_for_timeout(1500)
+    assert other.text("#status") == "This link holds a run; press Run to repeat it."
 
 
 def test_bars_are_as_high_as_the_confidences_that_the_server_sent(server, visit):

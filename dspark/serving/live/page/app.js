@@ -15,6 +15,8 @@ import { drawRound } from "./round.js";
 import { Side } from "./side.js";
 
 const LINK = "#run=";
+const VISITED = "dspark-visited";
+const FIRST_RUN_TOKENS = 64;
 const SLOW_MS = 500;
 const LONGEST_WAIT_S = 8;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -273,6 +275,29 @@ function openLink() {
   }
 }
 
+// The first visit with a browser begins with a short run, unless somebody else is being served.
+let isGreeted = false;
+function greet({ running, queued, live_runs: liveRuns }) {
+  if (isGreeted) return;
+  isGreeted = true;
+  if (isLinkOpen || run || running + queued + liveRuns > 0 || !isFirstVisit()) return;
+  const chosen = $("max-tokens").value;
+  $("max-tokens").value = Math.min(FIRST_RUN_TOKENS, Number($("max-tokens").max));
+  const begun = start();
+  $("max-tokens").value = chosen;
+  begun.then(() => remark("Your first visit began with this example; now ask something of your own."));
+}
+
+function isFirstVisit() {
+  try {
+    const isFirst = localStorage.getItem(VISITED) === null;
+    localStorage.setItem(VISITED, "1");
+    return isFirst;
+  } catch {
+    return false; // storage is switched off: every visit would be the first
+  }
+}
+
 addEventListener("hashchange", () => {
   isLinkOpen = false;
   if (connected && !run) openLink();
@@ -292,7 +317,10 @@ async function connect() {
   openLink();
   showCost();
   for await (const [name, body] of stream("/v1/dspark/events?rounds=false")) {
-    if (name === "state") showState(body);
+    if (name === "state") {
+      showState(body);
+      greet(body);
+    }
   }
 }
 
