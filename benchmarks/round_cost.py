@@ -3,8 +3,9 @@
 A target and a random DSpark drafter of two layers (rank 128, seven drafts; its logits are scaled to
 the spread of a trained one, so that top-p keeps some tens of tokens) go on with 1, 8 and 32 pieces
 of a text at several settings: with the whole vocabulary, with 8,192 draft tokens, and with the
-likeliest candidates of each slot alone. Milliseconds are medians over rounds; `share` is what is
-left of a round without the target's forward.
+likeliest candidates of each slot alone. `--draft` names a trained drafter instead: then texts make
+sense, and rows are as sharp as when serving. Milliseconds are medians over rounds; `share` is what
+is left of a round without the target's forward.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import dspark
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
 from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
@@ -162,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_machine_options(parser)
-    parser.add_argument("--model", required=True, help="target directory")
+    parser.add_argument("--model", required=True, help="target: a directory or a name")
+    parser.add_argument("--draft", help="a trained drafter in place of random ones")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--draft-vocab", type=int, nargs="+", default=[0, 8192], help="0: all")
     parser.add_argument(
@@ -173,13 +176,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype or "float32"]
-    target = Target.load(args.model, device="cpu", dtype=dtype)
+    if args.draft:
+        loaded = dspark.load(args.model, args.draft, device="cpu", dtype=args.dtype or "auto")
+        target, given = loaded.target, loaded.drafter
+        assert isinstance(given, DSparkDrafter)
+        args.draft_vocab = [given.config.draft_vocab_size or 0]
+    else:
+        target, given = Target.load(args.model, device="cpu", dtype=dtype), None
     rows = []
     parts = "round  forward  draft  draws  verify  share"
     say(f"{'setting':14} {'known':>6} {'top':>4} {'R':>3}  {parts}")
     for known in args.draft_vocab:
-        drafter = random_drafter(target, known or None)
-        measure(target, drafter, "T0", 1, 1)  # scales the drafter by its whole logits
+        drafter = given or random_drafter(target, known or None)
+        measure(target, drafter, "T0", 1, 1)  # scales a random drafter by its whole logits
         ways = product(args.requests, args.draft_top_k, args.settings)
         for requests, top_k, setting in ways:
             drafter.draft_top_k = top_k or None
