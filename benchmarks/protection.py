@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import dspark
-from benchmarks.common import add_options, emit, environment, model_path, rounded, say
+from benchmarks.common import add_options, emit, environment, rounded, say
 from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.dspark import DSparkDrafter
@@ -128,7 +128,7 @@ def main() -> None:
     """Measure what bad drafters cost."""
     args = options()
     torch.set_num_threads(args.threads)
-    model = dspark.load(model_path(args.model), dtype=args.dtype or "float32", offline=True)
+    model = dspark.load(args.model, dtype=args.dtype or "auto", offline=True)
     params = SamplingParams(args.max_new_tokens, temperature=args.temperature, ignore_eos=True)
     pool = [
         Request(ids, params.with_seed(args.seed + i))
