@@ -158,7 +158,9 @@ class Stats:
         """Per position k: the share of drafts kept, given that all before it were."""
         return [s / o if o else None for s, o in zip(self.survived, self.offered, strict=True)]
 
-    def record_round(self, verified: int, accepted: int, gained: int, *, cut: bool) -> None:
+    def record_round(
+        self, verified: int, accepted: int, gained: int, *, cut: bool, reach: int | None = None
+    ) -> None:
         """Count one round.
 
         Args:
@@ -167,15 +169,19 @@ class Stats:
             gained: tokens committed.
             cut: whether the request ended within the drafts, so that nothing is known of the
                 draft behind the last one committed.
+            reach: drafts of which something is known; None for a chain, where this is one more
+                than was kept, if there is one more.
         """
         self.rounds += 1
         self.tokens += gained
         self.verified += verified
         self.accepted += accepted
-        while len(self.offered) < verified:
+        offered = verified if reach is None else reach
+        reach = min(accepted + 1, verified) if reach is None else reach
+        while len(self.offered) < offered:
             self.offered.append(0)
             self.survived.append(0)
-        for k in range(accepted if cut else min(accepted + 1, verified)):
+        for k in range(accepted if cut else reach):
             self.offered[k] += 1
             self.survived[k] += accepted > k
 

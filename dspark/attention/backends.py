@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
 from dspark.attention.paged_cache import PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
+from dspark.attention.trees import tree_mask
 
 
 class Rule(NamedTuple):
@@ -87,7 +88,7 @@ def cached_attention(
     query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
-    if len(batch.segments) > 1 and not rule.explicit:
+    if len(batch.segments) > 1 and not rule.explicit and batch.trees is None:
         padding = plan_padding(batch, rule.window, rule.first, query_1ATD, cache, layer)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
@@ -100,7 +101,11 @@ def cached_attention(
         query_1ALD = query_1ATD
         if segment.length != query_1ATD.shape[2]:
             query_1ALD = query_1ATD.narrow(2, batch.offsets[index], segment.length)
-        outs.append(_attend(query_1ALD, key_1GSD, value_1GSD, batch, rule))
+        if batch.trees is not None and batch.trees[index]:
+            mask_NS = _tree_mask(batch, index, begin, query_1ALD, key_1GSD, rule)
+            outs.append(_masked(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule))
+        else:
+            outs.append(_attend(query_1ALD, key_1GSD, value_1GSD, batch, rule))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
@@ -142,11 +147,16 @@ def _attend(
             scale=rule.scale,
             enable_gqa=query_1ALD.shape[1] != key_1GSD.shape[1],
         )
-    if rule.explicit:
-        mask_LS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=1)
-        return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_LS, rule)
-    copies = folded_heads(query_1ALD, key_1GSD)
+    copies = 1 if rule.explicit else folded_heads(query_1ALD, key_1GSD)
     mask_NS = _causal_mask(batch, length, size, rule.window, query_1ALD, copies=copies)
+    return _masked(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule)
+
+
+def _masked(
+    query_1ALD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, mask_NS: Tensor | None, rule: Rule
+) -> Tensor:
+    if rule.explicit:
+        return _explicit(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule)
     return fused(query_1ALD, key_1GSD, value_1GSD, mask_NS, rule.scale)
 
 
@@ -194,6 +204,27 @@ def _causal_mask(
         if window is not None:
             hidden_LS |= keys_S <= rows_L1 - window
         mask_LS = like.new_zeros(length, size).masked_fill_(hidden_LS, float("-inf"))
+        mask_NS = batch.memo[name] = mask_LS.repeat(copies, 1)
+    return mask_NS
+
+
+def _tree_mask(
+    batch: RaggedBatch,
+    index: int,
+    begin: int,
+    query_1ALD: Tensor,
+    key_1GSD: Tensor,
+    rule: Rule,
+) -> Tensor:
+    """The mask of a segment that ends in a tree, repeated per folded head, built once a step."""
+    copies = 1 if rule.explicit else folded_heads(query_1ALD, key_1GSD)
+    name = ("tree", index, begin, rule.window, query_1ALD.dtype, copies)
+    mask_NS: Tensor | None = batch.memo.get(name)
+    if mask_NS is None:
+        assert batch.trees is not None
+        mask_LS = tree_mask(
+            batch.segments[index], batch.trees[index], begin, rule.window, query_1ALD
+        )
         mask_NS = batch.memo[name] = mask_LS.repeat(copies, 1)
     return mask_NS
 

@@ -222,6 +222,11 @@ class PagedCache:
         for memory in (*self._keys, *self._values):
             memory.index_fill_(2, rows_T, 0)
 
+    def move(self, rows_N: Tensor, to_N: Tensor) -> None:
+        """Copy rows of every layer to other rows; all are read before any is written."""
+        for memory in (*self._keys, *self._values):
+            memory.index_copy_(2, to_N, memory.index_select(2, rows_N))
+
     def read(self, layer: int, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         """The rows stored there: keys [T, G, key_dim] and values [T, G, value_dim], copied."""
         key_GTD, value_GTD = self._keys[layer][0, :, rows_T], self._values[layer][0, :, rows_T]

@@ -13,6 +13,8 @@ from dspark.attention.paged_cache import PAGE_SIZE, BlockTable
 
 Part = tuple[BlockTable, int, Sequence[int]]
 """(block table of a request, position of its first token here, its tokens here)"""
+Parents = Sequence[int]
+"""The parent of each node of a draft tree by its number, which is lower; -1 for the root."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class RaggedBatch:
         offsets: rows of segment i are `offsets[i]:offsets[i + 1]`.
         runs: `rows_T` as stretches of neighbours: (pool row, token, count).
         memo: what attention derives from the layout once and uses in every layer.
+        trees: per segment the parents of those of its last rows that are a draft tree
+            (`attention.trees`); None where every segment is one line of tokens.
     """
 
     input_ids_T: Tensor
@@ -56,6 +60,7 @@ class RaggedBatch:
     offsets: tuple[int, ...]
     runs: tuple[tuple[int, int, int], ...]
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+    trees: tuple[Parents, ...] | None = None
 
     @classmethod
     def build(cls, parts: Sequence[Part], device: torch.device | str = "cpu") -> RaggedBatch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.drafters.lattice import Lattice, build_lattice, check_head
 from dspark.drafters.layers import Pack, RotaryTable, packed
 from dspark.drafters.plugins import DrafterKind
 from dspark.drafters.target_bound import Borrowed, TargetBound
@@ -193,8 +195,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         them (docs/LOG.md), and drafting for many requests costs what its rows cost.
         """
         plan = self._decode_plan()
-        hidden_RKH = self._block_hidden(plan, context, batch)
-        hidden_RKH = hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
+        hidden_RKH = self._slots_hidden(plan, context, batch)
         hidden_by_step = hidden_RKH.transpose(0, 1).contiguous()
         base_KRC = plan.borrowed.logits_by_rows(hidden_by_step)
         head, previous = plan.markov_head, batch.anchors_R
@@ -212,6 +213,33 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             return Proposal()
         previous_RK = torch.stack(tokens[:-1], dim=1)
         return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
+
+    def check_lattice(self) -> None:
+        """Refuse a head whose state is not the last token alone (`drafters.lattice`)."""
+        check_head(self.markov_head)
+
+    @torch.no_grad()
+    def lattice(self, context: PagedCache, batch: DraftBatch, candidates: int) -> Lattice:
+        """One pass over the slots, and the Markov head over the candidates of neighbouring slots.
+
+        With `draft_top_k` a slot has no more candidates than that.
+        """
+        plan = self._decode_plan()
+        hidden_KRH = self._slots_hidden(plan, context, batch).transpose(0, 1).contiguous()
+        return build_lattice(
+            plan.borrowed.logits_by_rows(hidden_KRH),
+            hidden_KRH,
+            batch.anchors_R,
+            min(candidates, self.draft_top_k or candidates),
+            plan.markov_head,
+            partial(_confidence, plan.confidence_head, plan.markov_head),
+            self.draft_tokens,
+        )
+
+    def _slots_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
+        """Hidden states [R, num_drafts, H] of the slots that predict drafts."""
+        hidden_RKH = self._block_hidden(plan, context, batch)
+        return hidden_RKH.narrow(1, self.config.unused_slots, batch.num_drafts)
 
     def _block_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)

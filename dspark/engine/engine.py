@@ -21,6 +21,7 @@ from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
 from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.speculation.trees.draft import TreeDrafting
 from dspark.engine.timing import Clock
 from dspark.errors import UsageError
 from dspark.request import FinishReason, Output, Request, Verifier
@@ -44,6 +45,7 @@ class Engine:
         schedule: how many drafts are verified, all by default; `off` leaves the drafter out. One
             that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
+        tree_nodes: draft trees of so many nodes at most, `block_size` deep; None drafts chains.
         watch: is told about every round in which a drafter takes part.
         step_tokens: rows of one step. Verification goes first; prompts are read in parts that
             fit the rest (at least a quarter of it); 512 on a CPU, else 2048.
@@ -74,6 +76,7 @@ class Engine:
         verifier: Verifier = "block",
         schedule: Schedule | Scheduler | None = None,
         block_size: int | None = None,
+        tree_nodes: int | None = None,
         watch: Watch | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
@@ -104,6 +107,10 @@ class Engine:
         self._now = now
         self.max_length = min(max_length or target.max_context, target.max_context)
         self.num_drafts = checked_num_drafts(self.drafter, block_size)
+        trees = None
+        if tree_nodes is not None and self.drafter is not None:
+            trees = TreeDrafting.checked(tree_nodes, self.drafter, target, self.schedule.name)
+        self.most_drafts = self.num_drafts if trees is None else trees.nodes
         on_cpu = target.device.type == "cpu"
         self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)
         self.memory = Memory(
@@ -111,7 +118,7 @@ class Engine:
             self.drafter,
             max_requests=max_requests,
             max_length=self.max_length,
-            rows_ahead=1 + max(self.num_drafts, self.drafter.rows_ahead if self.drafter else 0),
+            rows_ahead=1 + max(self.most_drafts, self.drafter.rows_ahead if self.drafter else 0),
             cache_tokens=cache_tokens,
             memory_share=memory_share,
             reuse=prefix_reuse,
@@ -126,9 +133,15 @@ class Engine:
             self._speculator = Speculator(
                 self.drafter,
                 self.memory.context,
-                given or Scheduler(self.schedule, verifier, self.num_drafts),
+                given or Scheduler(
+                    self.schedule,
+                    verifier,
+                    self.most_drafts,
+                    tree_depth=None if trees is None else self.num_drafts,
+                ),
                 watch,
                 Shield(strict=strict),
+                trees=trees,
             )
 
     def watch(self, watch: Watch | None, *, confidences: bool = True) -> None:
@@ -258,7 +271,7 @@ class Engine:
         self._rest()
         roster.make_room()
         if roster.running:
-            plan = plan_step(roster.running, self.step_tokens, self.num_drafts)
+            plan = plan_step(roster.running, self.step_tokens, self.most_drafts)
             events += self._play(plan)
             if not roster.running:  # idle from here on: time to prove that nothing leaked
                 self.memory.check()

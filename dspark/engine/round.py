@@ -8,8 +8,8 @@ of longer prompts ride along in the same forward, and nothing is drawn from them
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspark.attention.paged_cache import PagedCache
 from dspark.attention.ragged_batch import Part, RaggedBatch
+from dspark.attention.trees import with_trees
 from dspark.drafters.base import Drafter, Proposal
 from dspark.engine.requests.logprobs import logprobs_of
 from dspark.engine.requests.sequence import ActiveRequest, Piece
@@ -34,6 +35,10 @@ from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
 from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import FloatArray, RoundRecord, Watch
 from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
+from dspark.engine.speculation.trees.forest import compact, in_order_of_paths
+from dspark.engine.speculation.trees.growth import Tree
+from dspark.engine.speculation.trees.verify import verify_trees
 from dspark.engine.speculation.verify import Verdict, verify
 from dspark.errors import NumericsError
 from dspark.targets.target import Target
@@ -46,7 +51,7 @@ _NO_CONFIDENCE = -30.0
 class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
-    What the drafter does wrong stops at the shield. A watch gets confidences, where no schedule
+    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the shield. A watch gets confidences, where no schedule
     reads them, only if it `wants_confidences`: they cost time.
     """
 
@@ -56,6 +61,7 @@ class Speculator:
     watch: Watch | None = None
     shield: Shield = field(default_factory=Shield)
     wants_confidences: bool = True
+    trees: TreeDrafting | None = None
 
     @property
     def reads_confidences(self) -> bool:
@@ -100,7 +106,8 @@ def play(
         speculator = None
     if speculator is not None and state is not None:
         with speculator.shield.over(plan.running):
-            drafts = _draft(requests, state, speculator, times) or drafts
+            draft = _draft if speculator.trees is None else _draft_trees
+            drafts = draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
     batch, judged = target_batch(plan, drafts, target.device)
     scored = _scored_rows(plan, batch)
@@ -112,7 +119,9 @@ def play(
     if state is not None:
         assert output.logits_NV is not None
         verified = len(output.logits_NV) - sum(len(rows) for _, rows in scored)
-        verdict = verify(output.logits_NV[:verified], drafts, state)
+        verdict = _judge(output.logits_NV[:verified], drafts, state)
+        if drafts.forest is not None:
+            compact(cache, requests, verdict.paths)
     if scored:
         assert output.logits_NV is not None
         _score_prompts(output.logits_NV, scored)
@@ -170,6 +179,55 @@ def _draft(
     return drafts
 
 
+def _draft_trees(
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    speculator: Speculator,
+    times: RoundTimes,
+) -> Drafts | None:
+    """`_draft` for trees."""
+    started, scheduler, drafting = time.perf_counter(), speculator.scheduler, speculator.trees
+    assert drafting is not None
+    most = [drafting.nodes if n > 0 else 0 for n in draft_limits(requests, state.num_drafts)]
+    limits = scheduler.limits(requests, most)
+    times.schedule_ms = (time.perf_counter() - started) * 1e3
+    if max(limits) <= 0:
+        return None
+    started = time.perf_counter()
+    ready = [request for request in requests if request.drafts]
+    speculator.context.flush()
+    proposed = propose_trees(
+        drafting,
+        speculator.context.cache,
+        ready,
+        replace(state.first(len(ready)), num_drafts=drafting.nodes),
+        limits[: len(ready)],
+        state.num_drafts,
+        scheduler,
+    )
+    decided = time.perf_counter()
+    survival_DM = proposed.survival_DM
+    offer = Offer(len(ready), survival_DM.shape[1], survival_DK=survival_DM)
+    wanted = scheduler.lengths(requests, limits, offer)
+    pruned = [tree.first(n) for tree, n in zip(proposed.trees, wanted, strict=True)]
+    joining = len(requests) - len(ready)
+    forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
+    counts = [*map(len, proposed.trees), *(0,) * joining]
+    drafts = Drafts.of_trees(forest, counts, proposed.forest.tokens_DKC.device)
+    times.draft_ms = (decided - started) * 1e3
+    times.schedule_ms += (time.perf_counter() - decided) * 1e3
+    nothing = len(proposed.broken) == len(ready)
+    _note_broken(speculator, ready, proposed.broken, nothing=nothing, drawn=True)
+    return drafts
+
+
+def _judge(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
+    if drafts.forest is None:
+        return verify(logits_NV, drafts, state)
+    most = max(map(len, drafts.forest.trees))
+    return verify_trees(logits_NV, drafts.forest, replace(state, num_drafts=max(most, 1)))
+
+
 def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:
     """The proposal's confidence logits; none to speak of where a draft is of no use."""
     logits_DK = confidence_array(proposal)
@@ -181,16 +239,28 @@ def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:
 
 def _note_numbers(speculator: Speculator, ready: Sequence[ActiveRequest], drawing: Drawing) -> None:
     """Requests whose drafts were no numbers have plain rounds; that all are is a fault."""
-    for broken in drawing.broken:
-        speculator.context.clear(ready[broken].table, ready[broken].cached)
-    if drawing.broken and all(drawing.sound.get(i) == 0 for i in range(len(ready))):
+    nothing = all(drawing.sound.get(i) == 0 for i in range(len(ready)))
+    _note_broken(speculator, ready, drawing.broken, nothing=nothing, drawn=bool(drawing.tokens))
+
+
+def _note_broken(
+    speculator: Speculator,
+    ready: Sequence[ActiveRequest],
+    broken: Collection[int],
+    *,
+    nothing: bool,
+    drawn: bool,
+) -> None:
+    for request in broken:
+        speculator.context.clear(ready[request].table, ready[request].cached)
+    if broken and nothing:
         speculator.shield.record(
             NumericsError(
                 "The drafter failed: its logits have NaN or no finite maximum; check the "
                 "drafter's weights and dtype."
             )
         )
-    elif drawing.tokens:
+    elif drawn:
         speculator.shield.worked()
 
 
@@ -213,6 +283,9 @@ def target_batch(
         parts.append((request.table, begin, request.tokens[begin : begin + count]))
         end += count
     batch = RaggedBatch.build(parts, device)
+    if drafts.forest is not None and any(map(len, drafts.forest.trees)):
+        trees = [tree.parents for tree in drafts.forest.trees]
+        batch = with_trees(batch, [*trees, *((),) * len(plan.reading)])
     if not judged:
         return batch, None
     return batch, "all" if len(judged) == end else torch.tensor(judged, device=device)
@@ -292,6 +365,10 @@ def _observe(
             continue
         begin = chunk.request.cached + 1
         following += chunk.request.tokens[begin : begin + chunk.count]
+    if drafts.forest is not None:
+        ends, trees = batch.offsets[1 : len(plan.judged) + 1], drafts.forest.trees
+        order = in_order_of_paths(len(features_TF), ends, trees, verdict.paths)
+        features_TF = features_TF if order is None else features_TF[order]
     if following:
         speculator.context.hold(batch, stay, features_TF, following)
 
@@ -307,6 +384,8 @@ def _learn(
     """Tell the scheduler, and who watches, how the round went."""
     spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
     survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted, spent)
+    if speculator.trees is not None and drafts.forest is not None:
+        speculator.trees.learn(requests, drafts.forest, verdict)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)
@@ -325,6 +404,9 @@ def _learn(
             committed=tuple(map(tuple, verdict.committed)),
             rows=rows,
             budget=speculator.scheduler.budget,
+            parents=None
+            if drafts.forest is None
+            else tuple(tree.parents for tree in drafts.forest.trees),
             draft_ms=times.draft_ms,
             schedule_ms=times.schedule_ms,
             verify_ms=times.verify_ms,
@@ -343,8 +425,11 @@ def _commit(
             pieces.append(request.skip_round())
             continue
         logprobs = verdict.logprobs[i] if verdict.logprobs else None
-        verified = len(drafts.tokens[i])
-        pieces.append(request.commit(verdict.committed[i], verdict.accepted[i], verified, logprobs))
+        verified, reach = len(drafts.tokens[i]), None
+        if drafts.forest is not None:
+            reach = drafts.forest.trees[i].reach(verdict.paths[i])
+        tokens, accepted = verdict.committed[i], verdict.accepted[i]
+        pieces.append(request.commit(tokens, accepted, verified, logprobs, reach))
         if i in verdict.faults:
             request.end("error", verdict.faults[i])
     return pieces

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dspark.attention.backends import cached_attention
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
@@ -356,10 +357,11 @@ class Target:
             batch, cache = with_cache(batch, self.cache_shapes, self._anatomy.embedding.weight)
         with torch.no_grad():
             layout = self._layout
-            call = RaggedCall(
-                batch, cache, layout.cache_layers, layout.writers, attend=self._attend
-            )
-            run = run_in_tiles if self.batch_invariant else self._replayer or self._runner
+            # Plain attention alone knows trees, and graphs are recorded with one line a request.
+            attend = self._attend if batch.trees is None else cached_attention
+            call = RaggedCall(batch, cache, layout.cache_layers, layout.writers, attend=attend)
+            replayer = self._replayer if batch.trees is None else None
+            run = run_in_tiles if self.batch_invariant else replayer or self._runner
             hidden_TH, features_TF = run(self._anatomy, call, taps)
             logits_NV = None
             if logit_rows is not None:

@@ -160,6 +160,7 @@ class ActiveRequest:
         accepted: int,
         verified: int,
         logprobs: Sequence[Logprob] | None = None,
+        reach: int | None = None,
     ) -> tuple[Piece, ...]:
         """Commit a round's tokens one by one, up to where the request ends.
 
@@ -168,6 +169,7 @@ class ActiveRequest:
             accepted: how many of them are drafts.
             verified: drafts that the target checked.
             logprobs: of the tokens, if the request asked.
+            reach: depth of the deepest draft whose test the round came to; None in a chain.
 
         Returns:
             The pieces of the tokens that were committed.
@@ -186,7 +188,8 @@ class ActiveRequest:
                 break
         if pieces and not is_prefill:
             cut = len(pieces) <= accepted
-            self.stats.record_round(verified, min(accepted, len(pieces)), len(pieces), cut=cut)
+            kept = min(accepted, len(pieces))
+            self.stats.record_round(verified, kept, len(pieces), cut=cut, reach=reach)
         self.round += 1
         return tuple(pieces)
 

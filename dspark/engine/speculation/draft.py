@@ -18,6 +18,7 @@ from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.round_record import FloatArray
 from dspark.engine.speculation.rows import compute_rows
 from dspark.engine.speculation.sampling_state import Kind, RoundState
+from dspark.engine.speculation.trees.forest import Forest
 from dspark.errors import DSparkError, NumericsError
 from dspark.sampling.distribution import Distribution, Sparse
 from dspark.sampling.logits_processors import Known, greedy_tokens, probs_dtype, token_distribution
@@ -178,6 +179,7 @@ class Drafts:
         confidence_logits_RK: of all that was drawn, before calibration, if anyone reads them;
             NaN in the rows of requests without a context.
         are_margins: whether these are margins of raw logits in place of log-odds.
+        forest: the same as trees, where they are some.
     """
 
     tokens_RK: Tensor
@@ -186,6 +188,7 @@ class Drafts:
     proposed: tuple[int, ...]
     confidence_logits_RK: FloatArray | None = None
     are_margins: bool = False
+    forest: Forest | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -207,6 +210,16 @@ class Drafts:
         """A round without drafts."""
         empty_RK = torch.empty(num_requests, 0, dtype=torch.int64, device=device)
         return cls(empty_RK, {}, ((),) * num_requests, (0,) * num_requests)
+
+
+    @classmethod
+    def of_trees(cls, forest: Forest, proposed: Sequence[int], device: torch.device) -> Drafts:
+        """The nodes of trees, in the order of their growth."""
+        tokens = tuple(tree.tokens for tree in forest.trees)
+        most = max(map(len, tokens))
+        rows = [[*own, *[0] * (most - len(own))] for own in tokens]
+        tokens_RK = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), most)
+        return cls(tokens_RK, {}, tokens, tuple(proposed), forest=forest)
 
 
 def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int]:

@@ -60,12 +60,14 @@ class Offer:
         drawn: drafts drawn for each.
         confidence_logits_DK: of these, before calibration; None where nobody reads them.
         are_margins: whether they are margins of raw logits in place of log-odds.
+        survival_DK: of nodes of trees in the order of their growth, in place of confidences.
     """
 
     num_requests: int
     drawn: int
     confidence_logits_DK: FloatArray | None = None
     are_margins: bool = False
+    survival_DK: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Scheduler:
         schedule: which, and its settings.
         verifier: of the engine, for requests that are not `reproducible`; under `coupled` lengths
             may depend on anything.
-        num_drafts: drafts per round at most, K.
+        num_drafts: drafts per round at most, K; of trees, their nodes.
+        tree_depth: of trees, how deep they are at most; None for chains.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
 
@@ -126,6 +129,7 @@ class Scheduler:
         num_drafts: int = 0,
         calibration: Calibration | None = None,
         costs: CostTable | None = None,
+        tree_depth: int | None = None,
     ) -> None:
         if schedule.weighs_costs and costs is None:
             raise UsageError(
@@ -141,13 +145,14 @@ class Scheduler:
         }
         self._kind: TemperatureClass = "greedy"
         self._protection = Protection()
-        self._scalings = _scalings(calibration, num_drafts)
-        typical_K = _typical(calibration, num_drafts, verifier)
+        self._scalings = _scalings(calibration, tree_depth or num_drafts)
+        typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
         self.depth: int | None = None
-        self._depths = sorted({min(depth, num_drafts) for depth in (*_SHALLOW, num_drafts)})
+        shallow = () if tree_depth else _SHALLOW
+        self._depths = sorted({min(depth, num_drafts) for depth in (*shallow, num_drafts)})
         self._budget: int | None = None
         self._factors_D1: FloatArray | None = None
         self._margins_DK: FloatArray | None = None
@@ -247,12 +252,15 @@ class Scheduler:
             offer: what was drafted.
         """
         ready, logits_DK = requests[: offer.num_requests], offer.confidence_logits_DK
-        if logits_DK is None or not offer.drawn:
+        if offer.survival_DK is not None and offer.drawn:
+            self._survival_DK = offer.survival_DK
+        elif logits_DK is None or not offer.drawn:
             return _as_list(fixed_lengths(len(ready), offer.drawn))
-        confidence_DK = self._confidence(ready, logits_DK, are_margins=offer.are_margins)
-        self._survival_DK = survival(confidence_DK)
-        if self.schedule.threshold is not None:
-            return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
+        else:
+            confidence_DK = self._confidence(ready, logits_DK, are_margins=offer.are_margins)
+            self._survival_DK = survival(confidence_DK)
+            if self.schedule.threshold is not None:
+                return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
         if not self._weighs(len(ready)):
             return _as_list(fixed_lengths(len(ready), offer.drawn))
         limits_D = np.minimum(limits[: len(ready)], offer.drawn)
@@ -368,6 +376,17 @@ class Scheduler:
         if are_margins:
             self._margins_DK = logits_DK
             return confidence(self._logistic.apply(logits_DK))
+        return self.confidences(requests, logits_DK)
+
+    def confidences(
+        self, requests: Sequence[ActiveRequest], logits_DK: FloatArray
+    ) -> FloatArray:
+        """Calibrated confidences of one row of log-odds per request named.
+
+        Args:
+            requests: whose; one may be named repeatedly.
+            logits_DK: of the drafter's own confidences.
+        """
         confidence_DK = confidence(logits_DK)
         rows_of = dict[tuple[Verifier, TemperatureClass], list[int]]()
         for row, request in enumerate(requests):

@@ -34,6 +34,8 @@ class RoundRecord:
         draft_ms: what drafting took.
         schedule_ms: what deciding the lengths took.
         verify_ms: what target forward and verification took.
+        parents: where drafts are nodes of trees, the number of each verified node's parent, -1
+            for the anchor; a request's drafts are then its verified nodes.
     """
 
     request_ids: tuple[int, ...]
@@ -52,6 +54,7 @@ class RoundRecord:
     draft_ms: float
     schedule_ms: float
     verify_ms: float
+    parents: tuple[tuple[int, ...], ...] | None = None
 
 
 Watch = Callable[[RoundRecord], None]

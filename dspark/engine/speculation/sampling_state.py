@@ -234,6 +234,15 @@ class RoundState:
         """Uniform numbers [R] that draw draft `step` (0-based)."""
         return self._uniforms[Stream.DRAFT][:, step]
 
+    def draft_uniforms(self, count: int) -> Tensor:
+        """Uniform numbers [R, count] that draw the first `count` drafts."""
+        return self._uniforms[Stream.DRAFT][:, :count]
+
+    @property
+    def next_uniforms(self) -> Tensor:
+        """Uniform numbers [R, K + 1] that draw the token after 0 .. K kept drafts."""
+        return self._uniforms[Stream.NEXT]
+
     def verify_uniforms(self, count: int) -> Tensor:
         """Uniform numbers [R, count] that decide about the first `count` drafts."""
         return self._uniforms[Stream.VERIFY][:, :count]

@@ -42,6 +42,7 @@ class Verdict:
         void: those of them that came to it with drafts behind it. A draft's keys of NaN reach the
             rows before it too (hidden keys enter products with weight 0), so nothing is known:
             nothing is committed, and the next round, without drafts, tells.
+        paths: of draft trees, the nodes of each request that stay; empty for chains.
     """
 
     committed: Sequence[Sequence[int]]
@@ -50,6 +51,7 @@ class Verdict:
     faults: Mapping[int, DSparkError] = field(default_factory=dict)
     broken: frozenset[int] = frozenset()
     void: frozenset[int] = frozenset()
+    paths: Sequence[Sequence[int]] = ()
 
 
 def verify(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
@@ -180,7 +182,7 @@ def _with_faults(
             void.add(request)
         else:
             committed[request] = committed[request][:-1]
-            reached[request] = _of_the_target(fault)
+            reached[request] = of_the_target(fault)
     owners = [request for request, length in enumerate(lengths) for _ in range(length + 1)]
     broken = {owners[row] for row, f in faults.items() if isinstance(f, NumericsError)}
     return Verdict(
@@ -188,7 +190,8 @@ def _with_faults(
     )
 
 
-def _of_the_target(fault: DSparkError) -> DSparkError:
+def of_the_target(fault: DSparkError) -> DSparkError:
+    """The fault as a request is told of it: numbers that are none come from the target."""
     if not isinstance(fault, NumericsError):
         return fault
     return NumericsError(
