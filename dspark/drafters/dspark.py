@@ -219,7 +219,9 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         check_head(self.markov_head)
 
     @torch.no_grad()
-    def lattice(self, context: PagedCache, batch: DraftBatch, candidates: int) -> Lattice:
+    def lattice(
+        self, context: PagedCache, batch: DraftBatch, candidates: int, parents: int
+    ) -> Lattice:
         """One pass over the slots, and the Markov head over the candidates of neighbouring slots.
 
         With `draft_top_k` a slot has no more candidates than that.
@@ -231,6 +233,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             hidden_KRH,
             batch.anchors_R,
             min(candidates, self.draft_top_k or candidates),
+            parents,
             plan.markov_head,
             partial(_confidence, plan.confidence_head, plan.markov_head),
             self.draft_tokens,

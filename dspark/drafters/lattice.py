@@ -2,8 +2,8 @@
 
 A parallel drafter's base logits of a slot know nothing of the slots before it; a Markov head's bias
 knows the one token before. So what follows any path through the candidates hangs on the path's last
-token alone, and a table per slot holds all there is to know of every path: a draft tree is chosen
-in it without asking the drafter again. Letters: R requests, K slots, P parents, C candidates, r
+token alone, and a table per slot, a row for each token that may stand before it, holds all there is
+to know of every path: a draft tree is chosen in it without asking the drafter again. Letters: R requests, K slots, P parents, C candidates, r
 rank, H width.
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch
@@ -27,18 +28,20 @@ Confidence = Callable[[Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Lattice:
-    """Candidates, and their logits after each candidate of the slot before.
-
-    The parent of the first slot is the anchor, whatever its number.
+    """Candidates of every slot, and their logits after the likeliest candidates of the slot before.
 
     Attributes:
         tokens_RKC: candidates of each slot, ascending, int64.
-        logits_RKPC: of slot k's candidates after candidate p of slot k - 1, at least fp32.
-        confidence_logits_RKP: of the first draft of slot k after that candidate, before any
+        parents_RKP: the candidates of slot k - 1 that slot k has logits after, by their columns
+            there; in the first slot anything, since its only parent is the anchor, whose row is
+            repeated.
+        logits_RKPC: of slot k's candidates after parent p, at least fp32.
+        confidence_logits_RKP: of the first draft of slot k after that parent, before any
             calibration; None for a drafter without confidences.
     """
 
     tokens_RKC: Tensor
+    parents_RKP: Tensor
     logits_RKPC: Tensor
     confidence_logits_RKP: Tensor | None = None
 
@@ -51,8 +54,10 @@ class LatticeDrafter(Protocol):
         """Refuse a head whose state is not the last token alone."""
         ...
 
-    def lattice(self, context: PagedCache, batch: DraftBatch, candidates: int) -> Lattice:
-        """The lattice of a round: `num_drafts` slots of so many candidates, or all it knows."""
+    def lattice(
+        self, context: PagedCache, batch: DraftBatch, candidates: int, parents: int
+    ) -> Lattice:
+        """The lattice of a round: `num_drafts` slots of so many candidates and parents at most."""
         ...
 
 
@@ -74,39 +79,65 @@ def build_lattice(
     hidden_KRH: Tensor,
     anchors_R: Tensor,
     candidates: int,
+    parents: int,
     head: MarkovHead | None,
     confidence: Confidence,
     known_V: Tensor | None = None,
 ) -> Lattice:
-    """Candidates by their base logits, and everything that their parents add.
+    """Slot by slot: the candidates' logits after each parent, and which of them are parents next.
+
+    Those are the likeliest by the drafter's own chances, summed over all paths that reach them.
 
     Args:
         base_KRV: base logits of every slot.
         hidden_KRH: hidden states of the slots.
         anchors_R: the token before the first slot.
-        candidates: of each slot at most, C.
+        candidates: of each slot at most, C, the likeliest by their base logits.
+        parents: of each slot at most, P.
         head: adds to the logits; None adds nothing.
         confidence: gives confidence logits.
         known_V: the tokens of the columns, ascending, where they are not the vocabulary.
     """
     slots, requests, columns = base_KRV.shape
-    count = min(candidates, columns)
-    columns_KRC = base_KRV.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    width = min(candidates, columns)
+    columns_KRC = base_KRV.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
     base_KRC = at_least_fp32(base_KRV.gather(-1, columns_KRC))
     tokens_KRC = columns_KRC if known_V is None else known_V[columns_KRC]
-    before_KRP = anchors_R.view(1, -1, 1).expand(slots, -1, count).clone()
-    before_KRP[1:] = tokens_KRC[:-1]
-    hidden_KRPH = hidden_KRH.unsqueeze(2).expand(-1, -1, count, -1)
-    logits_KRPC = base_KRC.unsqueeze(2)
-    if head is None:
-        logits_KRPC = logits_KRPC.expand(-1, -1, count, -1)
-    else:
-        feature_KRPr, _ = head.step(before_KRP, hidden_KRPH, None)
-        rows_KRCr = torch.nn.functional.embedding(columns_KRC, head.markov_w2.weight)
-        logits_KRPC = logits_KRPC + torch.matmul(feature_KRPr, rows_KRCr.mT)
-    scores_KRP = confidence(hidden_KRPH, before_KRP)
+    parents = min(parents, width)
+    before_RP = anchors_R[:, None].expand(-1, parents)
+    own_RP = anchors_R.new_zeros(requests, parents)
+    reached_RP = base_KRC.new_zeros(requests, parents)
+    reached_RP[:, 0] = 1
+    rows, owns, befores = list[Tensor](), list[Tensor](), list[Tensor]()
+    for k in range(slots):
+        owns.append(own_RP)
+        befores.append(before_RP)
+        hidden_RPH = hidden_KRH[k].unsqueeze(1).expand(-1, parents, -1)
+        rows.append(_after(base_KRC[k], columns_KRC[k], before_RP, hidden_RPH, head))
+        if k + 1 < slots:
+            chances_R1C = torch.bmm(reached_RP.unsqueeze(1), rows[-1].softmax(dim=-1))
+            reached_RP, own_RP = chances_R1C.squeeze(1).topk(parents, dim=-1)
+            before_RP = tokens_KRC[k].gather(1, own_RP)
+    before_KRP = torch.stack(befores)
+    scores_KRP = confidence(hidden_KRH.unsqueeze(2).expand(-1, -1, parents, -1), before_KRP)
     return Lattice(
         tokens_KRC.transpose(0, 1),
-        logits_KRPC.transpose(0, 1),
+        torch.stack(owns, dim=1),
+        torch.stack(rows, dim=1),
         None if scores_KRP is None else scores_KRP.transpose(0, 1),
     )
+
+
+def _after(
+    base_RC: Tensor,
+    columns_RC: Tensor,
+    before_RP: Tensor,
+    hidden_RPH: Tensor,
+    head: MarkovHead | None,
+) -> Tensor:
+    """Logits [R, P, C] of a slot's candidates after each parent."""
+    if head is None:
+        return base_RC.unsqueeze(1).expand(-1, before_RP.shape[1], -1)
+    feature_RPr, _ = head.step(before_RP, hidden_RPH, None)
+    rows_RCr = functional.embedding(columns_RC, head.markov_w2.weight)
+    return base_RC.unsqueeze(1) + torch.matmul(feature_RPr, rows_RCr.mT)

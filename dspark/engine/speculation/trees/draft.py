@@ -17,7 +17,14 @@ from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.round_record import FloatArray
 from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.engine.speculation.trees.forest import Forest
-from dspark.engine.speculation.trees.growth import ChildRates, Tree, grow_drawn, grow_ranked
+from dspark.engine.speculation.trees.growth import (
+    ChildRates,
+    IntArray,
+    Tree,
+    grow_drawn,
+    grow_ranked,
+    rows_of_columns,
+)
 from dspark.engine.speculation.verify import Verdict
 from dspark.errors import UsageError
 from dspark.sampling.distribution import Distribution
@@ -25,7 +32,9 @@ from dspark.sampling.logits_processors import Known, token_distribution
 from dspark.sampling.noise import gumbel
 from dspark.targets.target import Target
 
-CANDIDATES = 32
+CANDIDATES = 512
+# Candidates that may have children, where the likeliest do, and where any may be drawn.
+RANKED_PARENTS, DRAWN_PARENTS = 16, 64
 # Children of a node at most, where they are ranked.
 _MOST_CHILDREN = 16
 # Sharpness of perturbed scores as chances under `coupled` (docs/trees.md).
@@ -144,7 +153,9 @@ def propose_trees(
         tokens=tuple(request.tokens for request in requests),
         num_drafts=max(depths),
     )
-    lattice = drafting.drafter.lattice(context, batch, drafting.candidates)
+    greedy = all(kind.form == "greedy" for kind in state.sampling.kinds)
+    parents = RANKED_PARENTS if greedy else DRAWN_PARENTS
+    lattice = drafting.drafter.lattice(context, batch, drafting.candidates, parents)
     sound_R = lattice.logits_RKPC.amax(dim=(1, 2, 3)).isfinite()
     broken = frozenset(torch.nonzero(~sound_R).flatten().tolist())
     if broken:
@@ -200,8 +211,11 @@ class _Grower:
     def _most(self, request: int) -> int:
         return 0 if request in self.broken else min(self.limits[request], self.drafting.nodes)
 
-    def _tokens(self, request: int) -> np.ndarray:
-        return self.lattice.tokens_RKC[request].cpu().numpy()
+    def _places(self, request: int) -> tuple[IntArray, IntArray]:
+        """Tokens of the candidates, and the rows of those that may have children."""
+        tokens_KC = self.lattice.tokens_RKC[request].cpu().numpy()
+        parents_KP = self.lattice.parents_RKP[request].cpu().numpy()
+        return tokens_KC, rows_of_columns(parents_KP, tokens_KC.shape[1])
 
     def ranked(self, kind: Kind, state: RoundState, rows_M: Tensor) -> list[Tree]:
         """Trees of requests whose drafts stay while they are the target's own tokens."""
@@ -216,7 +230,7 @@ class _Grower:
         best = chances_MKPC.double().topk(most, dim=-1)
         chances, columns = best.values.cpu().numpy(), best.indices.cpu().numpy()
         return [
-            grow_ranked(self._tokens(r), columns[m], chances[m], self._most(r), self.depths[r])
+            grow_ranked(*self._places(r), columns[m], chances[m], self._most(r), self.depths[r])
             for m, r in enumerate(rows_M.tolist())
         ]
 
@@ -228,7 +242,7 @@ class _Grower:
         uniforms = state.draft_uniforms(self.drafting.nodes).tolist()
         trees = [
             grow_drawn(
-                self._tokens(r),
+                *self._places(r),
                 laws[m],
                 laws[m].max(axis=-1) if confidences is None else confidences[r],
                 self.drafting.rates.values,

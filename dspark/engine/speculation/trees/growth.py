@@ -37,6 +37,8 @@ class Tree:
         tokens: the draft of each node.
         parents: the number of each node's parent; -1 for the anchor.
         depths: drafts on the way to each node, itself included.
+        rows: the row of the lattice that each node's children are drawn from; -1 for a node that
+            can have none.
         columns: each node's candidate in its slot, which is its depth less 1.
         survival: the chance, as predicted, that it stays; never rising.
     """
@@ -44,6 +46,7 @@ class Tree:
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
     survival: tuple[float, ...] = ()
 
@@ -58,6 +61,7 @@ class Tree:
             self.tokens[:count],
             self.parents[:count],
             self.depths[:count],
+            self.rows[:count],
             self.columns[:count],
             self.survival[:count],
         )
@@ -84,9 +88,10 @@ class Tree:
 
 @dataclass
 class _Growing:
-    """A tree that is not complete."""
+    """A tree that is not complete, in a lattice whose slots have rows for some candidates."""
 
     tokens_KC: IntArray
+    rows_KC: IntArray
     columns: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
@@ -103,29 +108,49 @@ class _Growing:
     def done(self) -> Tree:
         """The complete tree."""
         slots = np.array(self.depths, dtype=np.int64) - 1
-        tokens = self.tokens_KC[slots, np.array(self.columns, dtype=np.int64)].tolist()
+        columns = np.array(self.columns, dtype=np.int64)
         return Tree(
-            tuple(tokens),
+            tuple(self.tokens_KC[slots, columns].tolist()),
             tuple(self.parents),
             tuple(self.depths),
+            tuple(self.rows_KC[slots, columns].tolist()),
             tuple(self.columns),
             tuple(self.survival),
         )
 
 
+def rows_of_columns(parents_KP: IntArray, width: int) -> IntArray:
+    """The row in slot k + 1 of each candidate of slot k, [K, C]; -1 where it has none.
+
+    Args:
+        parents_KP: columns of the candidates of slot k - 1 that slot k has rows for.
+        width: C.
+    """
+    slots, parents = parents_KP.shape
+    rows_KC = np.full((slots, width), -1, dtype=np.int64)
+    rows_KC[np.arange(slots - 1)[:, None], parents_KP[1:]] = np.arange(parents)
+    return rows_KC
+
+
 def grow_ranked(
-    tokens_KC: IntArray, columns_KPB: IntArray, chances_KPB: FloatArray, nodes: int, depth: int
+    tokens_KC: IntArray,
+    rows_KC: IntArray,
+    columns_KPB: IntArray,
+    chances_KPB: FloatArray,
+    nodes: int,
+    depth: int,
 ) -> Tree:
     """Grow by the likeliest children.
 
     Args:
         tokens_KC: candidates of each slot.
+        rows_KC: `rows_of_columns`.
         columns_KPB: the likeliest candidates after each parent, best first.
         chances_KPB: that the target's token is this one, given that its parent stays; never rising.
         nodes: M at most.
         depth: of the tree at most.
     """
-    tree, places = _Growing(tokens_KC), 0
+    tree, places = _Growing(tokens_KC, rows_KC), 0
     columns, chances = columns_KPB.tolist(), chances_KPB.tolist()
     # (-survival, order of arrival, parent, survival of the parent, slot, row there, child)
     queue = [(-chances[0][0][0], 0, -1, 1.0, 0, 0, 0)] if depth else []
@@ -139,10 +164,11 @@ def grow_ranked(
             survival = above * chances[slot][row][child + 1]
             entry = (max(cost, -survival), places, parent, above, slot, row, child + 1)
             heapq.heappush(queue, entry)
-        if slot + 1 < depth:
+        own = int(rows_KC[slot, column])
+        if slot + 1 < depth and own >= 0:
             places += 1
-            survival = -cost * chances[slot + 1][column][0]
-            heapq.heappush(queue, (-survival, places, node, -cost, slot + 1, column, 0))
+            survival = -cost * chances[slot + 1][own][0]
+            heapq.heappush(queue, (-survival, places, node, -cost, slot + 1, own, 0))
     return tree.done()
 
 
@@ -170,6 +196,7 @@ class _Place(NamedTuple):
 
 def grow_drawn(
     tokens_KC: IntArray,
+    rows_KC: IntArray,
     law_KPC: FloatArray,
     confidence_KP: FloatArray,
     rates: Sequence[float],
@@ -183,6 +210,7 @@ def grow_drawn(
 
     Args:
         tokens_KC: candidates of each slot.
+        rows_KC: `rows_of_columns`.
         law_KPC: draft distribution of the children of each parent.
         confidence_KP: chance that the first child of each parent stays, if the parent does.
         rates: chance that the second, third, ... child stays, if the ones before it do not; the
@@ -190,7 +218,7 @@ def grow_drawn(
         uniforms_M: one number per node at most, in (0, 1).
         depth: of the tree at most.
     """
-    tree, places = _Growing(tokens_KC), 0
+    tree, places = _Growing(tokens_KC, rows_KC), 0
     queue = list[_Place]()
 
     def offer(above: float, parent: int, slot: int, row: int) -> None:
@@ -215,9 +243,10 @@ def grow_drawn(
                 cost=-survival, order=places, reach=reach, child=place.child + 1
             )
             heapq.heappush(queue, beside)
-        if place.slot + 1 < depth:
+        own = int(rows_KC[place.slot, column])
+        if place.slot + 1 < depth and own >= 0:
             places += 1
-            offer(-place.cost, node, place.slot + 1, column)
+            offer(-place.cost, node, place.slot + 1, own)
     return tree.done()
 
 

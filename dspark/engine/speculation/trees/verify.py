@@ -219,9 +219,9 @@ class _Judged:
         for r, tree in enumerate(forest.trees):
             for node, own in enumerate(children[r], start=-1):
                 if own:
-                    slot, column = (0, 0) if node < 0 else (tree.depths[node], tree.columns[node])
+                    slot, law = (0, 0) if node < 0 else (tree.depths[node], tree.rows[node])
                     rows.append(begin + node + 1)
-                    laws.append((r, slot, column))
+                    laws.append((r, slot, law))
                     columns.append([tree.columns[child] for child in own])
                     owners.append((r, own))
             begin += 1 + len(tree)
@@ -230,9 +230,9 @@ class _Judged:
             return cls(found, passed, None, {}, state)
         assert forest.law_DKPC is not None
         rows_N, laws_N3 = torch.tensor(rows, device=device), torch.tensor(laws, device=device)
-        request_N, slot_N, column_N = laws_N3.unbind(1)
+        request_N, slot_N, law_N = laws_N3.unbind(1)
         tokens_NC = forest.tokens_DKC[request_N, slot_N]
-        q_NC = forest.law_DKPC[request_N, slot_N, column_N]
+        q_NC = forest.law_DKPC[request_N, slot_N, law_N]
         p_NC = found.at(rows_N, tokens_NC).double()
         rest_N = _masses(found, rows_N) - p_NC.sum(dim=1)
         keep_NB, left_NC = judge(p_NC, rest_N, q_NC, _padded(columns, device, -1))
