@@ -27,7 +27,7 @@ from dspark.engine.speculation.trees.growth import (
 )
 from dspark.engine.speculation.verify import Verdict
 from dspark.errors import UsageError
-from dspark.sampling.distribution import Distribution
+from dspark.sampling.distribution import Sparse
 from dspark.sampling.logits_processors import Known, token_distribution
 from dspark.sampling.noise import gumbel
 from dspark.targets.target import Target
@@ -36,7 +36,7 @@ CANDIDATES = 512
 # Candidates that may have children, where the likeliest do, and where any may be drawn.
 RANKED_PARENTS, DRAWN_PARENTS = 16, 64
 # Children of a node at most, where they are ranked.
-_MOST_CHILDREN = 16
+_MOST_CHILDREN = 8
 # Sharpness of perturbed scores as chances under `coupled` (docs/trees.md).
 _COUPLED_SHARPNESS = 1.0
 
@@ -227,8 +227,8 @@ class _Grower:
             scores_MKPC = law_MKPC.log() + self._noise(state, rows_M)
             chances_MKPC = scores_MKPC.mul_(_COUPLED_SHARPNESS).softmax(dim=-1)
         most = min(_MOST_CHILDREN, chances_MKPC.shape[-1])
-        best = chances_MKPC.double().topk(most, dim=-1)
-        chances, columns = best.values.cpu().numpy(), best.indices.cpu().numpy()
+        best = chances_MKPC.topk(most, dim=-1)
+        chances, columns = best.values.double().cpu().numpy(), best.indices.cpu().numpy()
         return [
             grow_ranked(*self._places(r), columns[m], chances[m], self._most(r), self.depths[r])
             for m, r in enumerate(rows_M.tolist())
@@ -266,9 +266,11 @@ class _Grower:
         tokens_NC = self.lattice.tokens_RKC[rows_M].repeat_interleave(parents, dim=1).flatten(0, 1)
         known = Known(tokens_NC, state.sampling.vocab_size)
         logits_NC = logits_MKPC.reshape(-1, width)
-        found: Distribution = token_distribution(logits_NC, chain_N, None, None, known)
-        rows_N = torch.arange(len(found), device=rows_M.device)
-        return found.at(rows_N, tokens_NC).double().view(requests, slots, parents, width)
+        found = token_distribution(logits_NC, chain_N, None, None, known)
+        law_NC = found.probs_NC
+        if not (isinstance(found, Sparse) and found.tokens_NC is tokens_NC):
+            law_NC = found.at(torch.arange(len(found), device=rows_M.device), tokens_NC)
+        return law_NC.double().view(requests, slots, parents, width)
 
     def _noise(self, state: RoundState, rows_M: Tensor) -> Tensor:
         """The coupled verifier's noise of every candidate at its position, [M, K, 1, C]."""
