@@ -34,6 +34,7 @@ class EngineOptions:
             calibrated and this machine profiled, else `auto`.
         threshold: of the schedule `threshold`.
         block_size: drafts per round; None for the drafter's own.
+        tree_nodes: nodes of draft trees; None for chains.
         batch_size: requests at once.
     """
 
@@ -41,6 +42,7 @@ class EngineOptions:
     schedule: str | None = None
     threshold: float | None = None
     block_size: int | None = None
+    tree_nodes: int | None = None
     batch_size: int = 8
 
     def engine(self, model: Model, requests: Sequence[Request]) -> Engine:
@@ -52,12 +54,14 @@ class EngineOptions:
             schedule=self.schedule,  # type: ignore[arg-type]
             threshold=self.threshold,
             block_size=self.block_size,
+            tree_nodes=self.tree_nodes,
         )
 
     def plain_engine(self, model: Model, requests: Sequence[Request]) -> Engine:
         """The same target without any drafter, hooks or draft context."""
         plain = Model(model.target)
-        return replace(self, schedule=None, threshold=None, block_size=None).engine(plain, requests)
+        own = replace(self, schedule=None, threshold=None, block_size=None, tree_nodes=None)
+        return own.engine(plain, requests)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def _engine_options(options: Options, model: Model) -> EngineOptions:
     idle = model.drafter is None or options.schedule == "off"
     for name, given in (
         ("--block-size", options.block_size),
+        ("--tree-nodes", options.tree_nodes),
         ("--schedule", options.schedule),
         ("--cost", options.cost),
     ):
@@ -125,6 +126,7 @@ def _engine_options(options: Options, model: Model) -> EngineOptions:
         schedule=options.schedule,
         threshold=options.threshold,
         block_size=options.block_size,
+        tree_nodes=options.tree_nodes,
         batch_size=options.batch_size,
     )
 

@@ -182,7 +182,7 @@ def measure_costs(
     wanted = wants_costs(
         model, _classes_of(requests), schedule, options.verifier, block_size, at_once
     )
-    if options.no_profile or not wanted:
+    if options.no_profile or not wanted or options.tree_nodes is not None:
         return
     started = time.perf_counter()
     with screen.progress("measuring what steps cost") as tell:

@@ -355,6 +355,12 @@ class Speculation:
     TITLE: ClassVar = "speculation"
 
     block_size: int | None = option(None, "drafts per round (default: the drafter's)", metavar="K")
+    tree_nodes: int | None = option(
+        None,
+        "draft a tree of so many nodes at most in place of a chain (default: a chain)",
+        metavar="N",
+        least=1,
+    )
     verifier: Verifier = option("block", "default: {default}")
     schedule: ScheduleName | None = option(
         None,

@@ -225,6 +225,7 @@ def _engine(options: Options, model: Model, screen: Screen) -> Engine:
             schedule=options.schedule,
             threshold=options.threshold,
             block_size=options.block_size,
+            tree_nodes=options.tree_nodes,
             step_tokens=options.step_tokens,
             cache_tokens=options.cache_tokens,
             memory_share=options.memory_share,

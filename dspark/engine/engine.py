@@ -110,6 +110,7 @@ class Engine:
         trees = None
         if tree_nodes is not None and self.drafter is not None:
             trees = TreeDrafting.checked(tree_nodes, self.drafter, target, self.schedule.name)
+        self.tree_nodes = None if trees is None else trees.nodes
         self.most_drafts = self.num_drafts if trees is None else trees.nodes
         on_cpu = target.device.type == "cpu"
         self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -60,6 +61,7 @@ class Model:
         self.directory = directory
         self.calibration = calibration
         self._costs = costs
+        self._tree_costs: dict[tuple[int, int, int | None], CostTable] = {}
 
     @property
     def machine(self) -> MachineKey:
@@ -133,6 +135,32 @@ class Model:
         )
         return self._costs
 
+    def profile_trees(self, most: int, nodes: int, block_size: int | None = None) -> CostTable:
+        """Measure what rounds cost that draft trees; remembered by this object alone.
+
+        Args:
+            most: requests at once.
+            nodes: of a tree.
+            block_size: depth of a tree; None for the drafter's own.
+
+        Raises:
+            UsageError: there is no drafter, or a size is not possible.
+        """
+        if self.drafter is None:
+            raise UsageError("Draft trees need a drafter; give one with --draft.")
+        key = most, nodes, block_size
+        if key not in self._tree_costs:
+            machine = replace(self.machine, drafter=f"{self.machine.drafter} trees of {nodes}")
+            self._tree_costs[key] = measure_costs(
+                self.target,
+                self.drafter,
+                machine,
+                max_requests=most,
+                block_size=block_size,
+                tree_nodes=nodes,
+            )
+        return self._tree_costs[key]
+
     def engine(
         self,
         requests: Sequence[Request],
@@ -142,6 +170,7 @@ class Model:
         schedule: ScheduleName | None = None,
         threshold: float | None = None,
         block_size: int | None = None,
+        tree_nodes: int | None = None,
         watch: Watch | None = None,
         strict: bool = False,
         step_tokens: int | None = None,
@@ -161,6 +190,7 @@ class Model:
                 cost table measures one first.
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
+            tree_nodes: draft trees of so many nodes at most, `block_size` deep, in place of chains.
             watch: is told about every round in which a drafter takes part.
             strict: raise what the drafter does wrong, in place of going on plainly.
             step_tokens: rows of one step, as `Engine`.
@@ -188,9 +218,10 @@ class Model:
             max_length=longest,
             verifier=verifier,
             schedule=choose_schedule(
-                self, kinds, schedule, threshold, verifier, block_size, at_once
+                self, kinds, schedule, threshold, verifier, block_size, at_once, tree_nodes
             ),
             block_size=block_size,
+            tree_nodes=tree_nodes,
             watch=watch,
             strict=strict,
             step_tokens=step_tokens,
@@ -208,6 +239,7 @@ class Model:
         schedule: ScheduleName | None = None,
         threshold: float | None = None,
         block_size: int | None = None,
+        tree_nodes: int | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
         memory_share: float | None = None,
@@ -223,6 +255,7 @@ class Model:
             schedule: as in `engine`; calibration must cover greedy and sampled requests.
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
+            tree_nodes: as in `engine`.
             step_tokens: rows of one step, as `Engine`.
             cache_tokens: rows of the cache, as `Engine`.
             memory_share: what the cache may take of the free memory, as `Engine`.
@@ -239,9 +272,10 @@ class Model:
             max_length=max_length,
             verifier=verifier,
             schedule=choose_schedule(
-                self, kinds, schedule, threshold, verifier, block_size, max_requests
+                self, kinds, schedule, threshold, verifier, block_size, max_requests, tree_nodes
             ),
             block_size=block_size,
+            tree_nodes=tree_nodes,
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
             memory_share=memory_share,
@@ -288,7 +322,7 @@ class Model:
             messages: chat messages, in place of `prompt`.
             **options: fields of `SamplingParams` (max_new_tokens, temperature, seed, n, ...),
                 `mask` and `timeout_s` of `Request`, and `batch_size`, `verifier`, `schedule`,
-                `threshold`, `block_size`. Prompt i of a list draws with seed + i.
+                `threshold`, `block_size`, `tree_nodes`. Prompt i of a list draws with seed + i.
 
         Returns:
             An output; a list of them for a list of prompts, or where `n` is above 1 (all answers

@@ -14,6 +14,7 @@ ENGINE_OPTIONS = (
     "schedule",
     "threshold",
     "block_size",
+    "tree_nodes",
     "step_tokens",
     "cache_tokens",
     "prefix_reuse",

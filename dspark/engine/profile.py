@@ -58,11 +58,15 @@ def machine_key(target: Target, drafter_name: str) -> MachineKey:
     )
 
 
+# From here on not every number of drafts is measured.
+_MANY_DRAFTS = 16
+
+
 class _Told(Scheduler):
     """Drafts what it can, and verifies as many of each request as it is told."""
 
-    def __init__(self, num_drafts: int) -> None:
-        super().__init__(Schedule(), num_drafts=num_drafts)
+    def __init__(self, num_drafts: int, tree_depth: int | None = None) -> None:
+        super().__init__(Schedule(), num_drafts=num_drafts, tree_depth=tree_depth)
         self.told: list[int] = []
         self.most = num_drafts
 
@@ -93,6 +97,7 @@ def measure_costs(
     *,
     max_requests: int = 8,
     block_size: int | None = None,
+    tree_nodes: int | None = None,
     repeats: int = 5,
     temperature: float = 0.0,
     limit_s: float | None = None,
@@ -113,6 +118,7 @@ def measure_costs(
         machine: what the table will belong to.
         max_requests: the most requests to measure.
         block_size: drafts per round, at most the drafter's own, which is the default.
+        tree_nodes: nodes of trees that are drafted in place of chains.
         repeats: rounds per point.
         temperature: of the requests.
         limit_s: no further visit begins after so many seconds; None for no limit.
@@ -123,9 +129,10 @@ def measure_costs(
     """
     counts = _steps(max_requests)
     rooms = {
-        count: _engine(target, drafter, count, block_size, repeats, temperature) for count in counts
+        count: _engine(target, drafter, count, block_size, tree_nodes, repeats, temperature)
+        for count in counts
     }
-    plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].num_drafts)]
+    plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].most_drafts)]
     verify: dict[tuple[int, int], list[float]] = {point: [] for point in plan}
     draft: dict[int, list[float]] = {count: [] for count in counts}
     single: dict[int, list[float]] = {count: [] for count in counts}
@@ -167,7 +174,7 @@ def _single_draft_ms(engine: Engine, told: _Told, count: int) -> float:
     told.told, told.depth, told.most = [0] * count, 1, 1
     before = engine.clock.draft_ms
     engine.step()
-    told.depth, told.most = None, engine.num_drafts
+    told.depth, told.most = None, engine.most_drafts
     return engine.clock.draft_ms - before
 
 
@@ -186,14 +193,15 @@ def _engine(
     drafter: Drafter,
     count: int,
     block_size: int | None,
+    tree_nodes: int | None,
     repeats: int,
     temperature: float,
 ) -> tuple[Engine, _Told]:
     """An engine for `count` requests (`_refill`)."""
     num_drafts = block_size or drafter.block_size
-    told = _Told(num_drafts)
+    told = _Told(num_drafts) if tree_nodes is None else _Told(tree_nodes, num_drafts)
     prompt = _prompt_tokens(target)
-    visits = (repeats + 1) * (len(_drafts(count, num_drafts)) + 1) + WARM_UP
+    visits = (repeats + 1) * (len(_drafts(count, tree_nodes or num_drafts)) + 1) + WARM_UP
     room = min(visits * (num_drafts + 1) + 1, target.max_context - prompt)
     engine = Engine(
         target,
@@ -204,6 +212,7 @@ def _engine(
         prefix_reuse=False,
         schedule=told,
         block_size=block_size,
+        tree_nodes=tree_nodes,
         strict=True,
     )
     _refill(engine, told, count, temperature)
@@ -244,6 +253,8 @@ def _steps(most: int) -> list[int]:
 
 def _drafts(count: int, num_drafts: int) -> list[int]:
     """Numbers of drafts to measure with `count` requests: every one for one, fewer for more."""
+    if count == 1 and num_drafts > _MANY_DRAFTS:  # of trees: as far as a chain, then wider apart
+        return [*range(8), *range(7 + 4, num_drafts, 4), num_drafts]
     if count == 1:
         return list(range(num_drafts + 1))
     lengths = {0, 1, 2, (num_drafts + 1) // 2, num_drafts}

@@ -41,6 +41,10 @@ class Pair(Protocol):
         """Measure what rounds cost on this machine."""
         ...
 
+    def profile_trees(self, most: int, nodes: int, block_size: int | None) -> CostTable:
+        """Measure what rounds of so many requests cost that draft trees of so many nodes."""
+        ...
+
 
 def choose_schedule(
     model: Pair,
@@ -50,6 +54,7 @@ def choose_schedule(
     verifier: Verifier,
     block_size: int | None,
     at_once: int,
+    tree_nodes: int | None = None,
 ) -> Schedule | Scheduler:
     """The schedule asked for, with all it needs, or the default one.
 
@@ -63,6 +68,8 @@ def choose_schedule(
         verifier: token, block or coupled.
         block_size: drafts per round; None for the drafter's own.
         at_once: requests in a round at most.
+        tree_nodes: nodes of draft trees; None for chains. A cost table of chains does not reach
+            so far: schedules that weigh costs measure their own, and `auto` stays what it is.
 
     Raises:
         UsageError: name, threshold or block size cannot be used.
@@ -73,12 +80,18 @@ def choose_schedule(
     calibration = model.calibration
     lacks = _lacks(model, kinds, verifier, block_size)
     if name in (None, "auto") and threshold is None:
-        lagged = not lacks and _covering_costs(model, at_once) is not None
+        lagged = not lacks and _covering_costs(model, at_once) is not None and tree_nodes is None
         name = "lagged" if lagged else "auto"
     schedule = Schedule(name or "auto", threshold)
     if schedule.reads_confidences and calibration is not None:
         for sentence in lacks:
             warnings.warn(DSparkWarning(sentence), stacklevel=3)
+    if tree_nodes is not None:
+        costs = None
+        if schedule.weighs_costs:
+            costs = model.profile_trees(at_once, tree_nodes, block_size)
+        most = (verifier, tree_nodes, calibration, costs)
+        return Scheduler(schedule, *most, tree_depth=num_drafts)
     costs = _covering_costs(model, at_once) if schedule.protects else None
     if schedule.weighs_costs and costs is None:
         costs = cover_costs(model, at_once, block_size=block_size)
@@ -147,6 +160,11 @@ def reason(model: Pair, engine: Engine, kinds: Set[TemperatureClass]) -> str:
         return f"Schedule: {name} ({how})."
     if name != "auto":
         return f"Schedule: {name} (as asked)."
+    if engine.tree_nodes is not None:
+        return (
+            f"Schedule: auto, whole trees of {engine.tree_nodes} nodes while they are faster than "
+            "plain decoding (--schedule lagged weighs them against what steps cost)."
+        )
     lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
     missing = "the drafter is not calibrated for this (dspark calibrate)"
     if not lacks:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from dspark.drafters.base import DraftBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import MarkovKind
+from dspark.engine.speculation.trees.growth import rows_of_columns
 from dspark.errors import NumericsError
 from dspark.evaluation.proof.worlds import Distributions, Prefix, World, all_paths
 from dspark.request import SamplingParams
@@ -27,6 +30,7 @@ from dspark.sampling.logits_processors import Chain, Known
 from dspark.sampling.token_counts import TokenCounts
 
 WIDTH, RANK = 8, 3
+Table = npt.NDArray[Any]
 CERTAIN = 40.0
 """A confidence logit whose sigmoid is exactly 1, even in float64."""
 
@@ -45,6 +49,23 @@ class _Parts:
     final_norm_H: Tensor | None = None
     head: None = None
     pack: None = None
+
+
+@dataclass(frozen=True)
+class SmallLattice:
+    """A drafter's lattice after some prefix; every token is a candidate, and may be a parent.
+
+    Attributes:
+        tokens_KC: candidates of each slot.
+        rows_KC: the row of each in the next slot.
+        law_KPC: draft distributions.
+        logits_KP: confidence logits.
+    """
+
+    tokens_KC: Table
+    rows_KC: Table
+    law_KPC: Table
+    logits_KP: Table
 
 
 @dataclass
@@ -76,6 +97,7 @@ class SmallPair:
     draft_top_k: int | None = None
     unrestricted: bool = False
     _worlds: dict[Prefix, World] = field(default_factory=dict)
+    _lattices: dict[Prefix, SmallLattice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Draw the tables and the drafter's weights."""
@@ -101,6 +123,27 @@ class SmallPair:
         if prefix not in self._worlds:
             self._worlds[prefix] = self._world(prefix)
         return self._worlds[prefix]
+
+    def lattice(self, prefix: Prefix) -> SmallLattice:
+        """The drafter's lattice of the round after a prefix."""
+        if prefix not in self._lattices:
+            self._lattices[prefix] = self._lattice(prefix)
+        return self._lattices[prefix]
+
+    def _lattice(self, prefix: Prefix) -> SmallLattice:
+        context, batch = self._asked(prefix, 1)
+        found = self._drafter.lattice(context, batch, self.vocab_size, self.vocab_size)
+        assert found.confidence_logits_RKP is not None  # the configuration has the head
+        tokens_KC, logits_KPC = found.tokens_RKC[0], found.logits_RKPC[0]
+        rows_NC = logits_KPC.flatten(0, 1)
+        law_NC = processors.token_distribution(rows_NC, self._chain(len(rows_NC))).dense()
+        parents_KP = found.parents_RKP[0].numpy()
+        return SmallLattice(
+            tokens_KC.numpy(),
+            rows_of_columns(parents_KP, self.vocab_size),
+            law_NC.view_as(logits_KPC).numpy(),
+            found.confidence_logits_RKP[0].numpy(),
+        )
 
     @property
     def telling(self) -> bool:
@@ -194,16 +237,8 @@ class SmallPair:
 
     def _drafted(self, prefix: Prefix, top_k: int | None) -> tuple[Distributions, Distributions]:
         """The drafter's distributions and confidence logits, from one proposal along every path."""
-        count, rows = len(self._paths), len(prefix) + 1
-        tokens = (0, *prefix)
-        table = BlockTable((0,), page_size=self.horizon + self.block_size + 1)
-        context = PagedCache(self._drafter.context_shapes, 1, table.page_size, torch.float64, "cpu")
-        features = torch.stack(
-            [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
-        )
-        # Row i is the context of the token before position i + 1; the first is the prompt's.
-        batch_of_rows = RaggedBatch.build([(table, 0, tokens)])
-        self._drafter.observe(context, batch_of_rows, features, batch_of_rows.input_ids_T)
+        count = len(self._paths)
+        context, batch = self._asked(prefix, count)
         laws = []
 
         def draw(step: int, logits_RC: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -215,6 +250,24 @@ class SmallPair:
             laws.append(self._by_prefix(whole.dense(), step))
             return self._paths[:, step]
 
+        self._drafter.draft_top_k = top_k
+        proposal = self._drafter.propose(context, batch, draw)
+        assert proposal.confidence_logits_RK is not None  # the configuration has the head
+        columns = proposal.confidence_logits_RK.unbind(1)
+        scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
+        return tuple(laws), _tied(scores) if self.tied else scores
+
+    def _asked(self, prefix: Prefix, count: int) -> tuple[PagedCache, DraftBatch]:
+        """What the drafter is asked after a prefix, `count` times, and the context it has then."""
+        tokens, rows = (0, *prefix), len(prefix) + 1
+        table = BlockTable((0,), page_size=self.horizon + self.block_size + 1)
+        context = PagedCache(self._drafter.context_shapes, 1, table.page_size, torch.float64, "cpu")
+        features = torch.stack(
+            [self._features[d][self._place(prefix[:d])] for d in range(len(prefix) + 1)]
+        )
+        # Row i is the context of the token before position i + 1; the first is the prompt's.
+        batch_of_rows = RaggedBatch.build([(table, 0, tokens)])
+        self._drafter.observe(context, batch_of_rows, features, batch_of_rows.input_ids_T)
         batch = DraftBatch(
             tables=(table,) * count,
             anchors_R=torch.full((count,), tokens[-1]),
@@ -222,12 +275,7 @@ class SmallPair:
             tokens=(tokens,) * count,
             num_drafts=self.block_size,
         )
-        self._drafter.draft_top_k = top_k
-        proposal = self._drafter.propose(context, batch, draw)
-        assert proposal.confidence_logits_RK is not None  # the configuration has the head
-        columns = proposal.confidence_logits_RK.unbind(1)
-        scores = tuple(self._by_prefix(column, step) for step, column in enumerate(columns))
-        return tuple(laws), _tied(scores) if self.tied else scores
+        return context, batch
 
 
 @torch.no_grad()

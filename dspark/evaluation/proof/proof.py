@@ -11,6 +11,7 @@ from dspark.evaluation.proof.case import Case
 from dspark.evaluation.proof.controls import control_cases
 from dspark.evaluation.proof.exact import coupled_cases, exact_cases
 from dspark.evaluation.proof.noise import noise_cases
+from dspark.evaluation.proof.trees import tree_cases
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,4 @@ def all_cases(seed: int = 0) -> Iterator[Case]:
     yield from coupled_cases(seed)
     yield from control_cases(seed)
     yield from noise_cases(seed)
+    yield from tree_cases(seed)

@@ -42,10 +42,20 @@ def telling_costs(logits: Sequence[FloatArray]) -> FloatArray:
         logits: of each request, along every path [N, K].
     """
     paths = product(*(chances.survival(chances.confidence(rows)) for rows in logits))
-    ranked = np.array([np.sort(np.concatenate(rows))[::-1] for rows in paths])
+    return costs_between([np.concatenate(rows) for rows in paths], len(logits))
+
+
+def costs_between(survivals: Sequence[FloatArray], requests: int) -> FloatArray:
+    """Step costs between the gains of draft n, as different choices of what is drafted have it.
+
+    Args:
+        survivals: of all drafts of a round together, for every such choice.
+        requests: in the round.
+    """
+    ranked = np.sort(np.array(survivals), axis=1)[:, ::-1]
     # Below the middle, so that a survival that hardly differs pays, and the walk goes on.
     least = 0.97 * (2 * ranked.min(axis=0) + ranked.max(axis=0)) / 3
-    gained = len(logits) + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
+    gained = requests + np.concatenate([[0.0], np.cumsum(np.median(ranked, axis=0))[:-1]])
     costs: FloatArray = np.cumprod(np.concatenate([[1.0], 1 + least / gained]))
     return costs
 

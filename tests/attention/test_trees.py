@@ -1,0 +1,81 @@
+"""A tree in a batch: every node as if its own path alone had been read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark.attention.backends import Rule, cached_attention
+from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
+from dspark.attention.trees import depths, with_trees
+
+PARENTS = (-1, 0, -1, 0, 1, 2, 1)
+HEADS, GROUPS, DIM = 4, 2, 8
+
+
+def path_of(node):
+    path = [node]
+    while PARENTS[path[0]] >= 0:
+        path.insert(0, PARENTS[path[0]])
+    return path
+
+
+def test_positions_are_depths():
+    assert depths(PARENTS) == [1, 2, 1, 2, 3, 2, 3]
+    table, other = BlockTable((0, 1)), BlockTable((2,))
+    batch = RaggedBatch.build([(table, 3, range(9)), (other, 5, range(2))])
+    found = with_trees(batch, [PARENTS, ()])
+    assert found.positions_T.tolist() == [3, 4, 5, 6, 5, 6, 7, 6, 7, 5, 6]
+    assert found.rows_T.tolist() == batch.rows_T.tolist()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(0.3),
+        Rule(0.3, window=4),
+        Rule(0.3, sinks=torch.linspace(-1, 1, HEADS)),
+        Rule(0.3, window=3, softcap=2.0),
+    ],
+    ids=["plain", "window", "sinks", "softcap"],
+)
+def test_a_node_attends_like_the_end_of_its_own_path(rule):
+    generator = torch.Generator().manual_seed(0)
+    stem, nodes, before = 2, len(PARENTS), 5
+    count = before + stem + nodes
+    keys, values = torch.randn(2, count, GROUPS, DIM, generator=generator)
+    query = torch.randn(1, HEADS, stem + nodes, DIM, generator=generator)
+
+    def attend(rows, queries, start, parents=()):
+        """Attention of the last queries over these rows, two requests at once."""
+        tables = BlockTable((1, 0)), BlockTable((2,))
+        cache = PagedCache([CacheShape(GROUPS, DIM, DIM)], 4)
+        own = tables[0].rows(0, len(rows))
+        cache.write(0, torch.tensor(list(own)), keys[rows], values[rows])
+        length = queries.shape[2]
+        batch = RaggedBatch.build([(tables[1], 0, [0]), (tables[0], start, range(length))])
+        if parents:
+            batch = with_trees(batch, [(), parents])
+        both = torch.cat((torch.zeros(1, HEADS, 1, DIM), queries), 2)
+        return cached_attention(both, cache, 0, batch, rule)[:, :, 1:]
+
+    found = attend(list(range(count)), query, before, PARENTS)
+    for node in range(nodes):
+        path = path_of(node)
+        rows = [*range(before + stem), *(before + stem + n for n in path)]
+        places = [*range(stem), *(stem + n for n in path)]
+        alone = attend(rows, query[:, :, places], before)
+        assert torch.allclose(found[:, :, stem + node], alone[:, :, -1], atol=1e-6)
+
+
+def test_rows_move_together():
+    cache = PagedCache([CacheShape(1, 2, 2)] * 2, 1)
+    rows = torch.arange(16)
+    for layer in (0, 1):
+        numbers = (rows + 100 * layer).float()[:, None, None].expand(-1, 1, 2)
+        cache.write(layer, rows, numbers, -numbers)
+    cache.move(torch.tensor([5, 4]), torch.tensor([4, 3]))
+    keys, values = cache.read(1, rows)
+    assert keys[:, 0, 0].tolist()[:7] == [100, 101, 102, 104, 105, 105, 106]
+    assert values[:, 0, 0].tolist()[3:5] == [-104, -105]
