@@ -23,6 +23,7 @@ from dspark.engine.speculation.draft import Drawing
 from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.sampling_state import RoundState
 from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.speculation.trees import draft
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
@@ -236,6 +237,20 @@ def test_coupled_follows_the_law_too(tiny, small):
     assert max(deviations(tiny, small, outputs)) < EXACT
 
 
+@pytest.mark.parametrize("name", ["fixed", "lagged"])
+def test_trees_follow_the_law(tiny, small, name):
+    drafter = tiny.make_drafter(small, block_size=3)
+    schedule = Scheduler(
+        Schedule(name), "block", 6, Calibration(), jagged_costs(), tree_depth=drafter.block_size
+    )
+    outputs = sampled(small, drafter, schedule=schedule, tree_nodes=6, per_kind=700)
+    assert max(deviations(tiny, small, outputs)) < EXACT
+    stats = [output.stats for kind in outputs for output in kind]
+    accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
+    assert 0.1 * verified < accepted
+    assert (verified < sum(s.drafted for s in stats)) == (name == "lagged")
+
+
 # Controls: each wrong engine must fail the test above.
 
 
@@ -257,6 +272,18 @@ def test_control_reported_law_is_not_the_one_drawn_from(tiny, small, verifier, m
 
     monkeypatch.setattr(Drawing, "__call__", misreport)
     assert control(tiny, small, tiny.MarkovDrafter(VOCAB), verifier=verifier) > BIASED
+
+
+def test_control_reported_law_is_not_the_one_that_trees_are_drawn_from(tiny, small, monkeypatch):
+    drawn = draft._Grower.drawn
+
+    def misreport(self, state, rows_M):
+        trees, law_MKPC = drawn(self, state, rows_M)
+        return trees, law_MKPC.sqrt()
+
+    monkeypatch.setattr(draft._Grower, "drawn", misreport)
+    drafter = tiny.make_drafter(small, block_size=3)
+    assert control(tiny, small, drafter, tree_nodes=6) > BIASED
 
 
 @pytest.mark.parametrize("stream", [Stream.VERIFY, Stream.NEXT])
