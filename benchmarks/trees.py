@@ -61,8 +61,7 @@ class Way:
             "speed_over_chain": cpu_per_s / chain.per_cpu_s,
             "speed_over_plain": cpu_per_s / plain.per_cpu_s,
             "identical_to_plain": sum(
-                a.token_ids == b.token_ids
-                for a, b in zip(self.outputs, plain.outputs, strict=True)
+                a.token_ids == b.token_ids for a, b in zip(self.outputs, plain.outputs, strict=True)
             ),
         }
 

@@ -3,8 +3,9 @@
 A parallel drafter's base logits of a slot know nothing of the slots before it; a Markov head's bias
 knows the one token before. So what follows any path through the candidates hangs on the path's last
 token alone, and a table per slot, a row for each token that may stand before it, holds all there is
-to know of every path: a draft tree is chosen in it without asking the drafter again. Letters: R requests, K slots, P parents, C candidates, r
-rank, H width.
+to know of every path: a draft tree is chosen in it without asking the drafter again.
+
+Letters: R requests, K slots, P parents, C candidates, r rank, H width.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ class Engine:
             self._speculator = Speculator(
                 self.drafter,
                 self.memory.context,
-                given or Scheduler(
+                given
+                or Scheduler(
                     self.schedule,
                     verifier,
                     self.most_drafts,

@@ -51,8 +51,9 @@ _NO_CONFIDENCE = -30.0
 class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
-    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the shield. A watch gets confidences, where no schedule
-    reads them, only if it `wants_confidences`: they cost time.
+    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
+    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
+    they cost time.
     """
 
     drafter: Drafter

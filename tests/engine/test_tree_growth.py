@@ -27,9 +27,10 @@ def lattice(seed):
 
 
 def is_tree(tree):
-    return all(parent < node for node, parent in enumerate(tree.parents)) and len(
-        set(tree.paths())
-    ) == len(tree) + 1
+    return (
+        all(parent < node for node, parent in enumerate(tree.parents))
+        and len(set(tree.paths())) == len(tree) + 1
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -134,9 +134,7 @@ def test_paths_beside_the_first_stay_and_their_rows_are_moved(tiny, target, help
             assert len(parents) <= len(drafts)
             node, path = -1, []
             for token in committed[:kept]:
-                [node] = [
-                    n for n, p in enumerate(parents) if p == node and drafts[n] == token
-                ]
+                [node] = [n for n, p in enumerate(parents) if p == node and drafts[n] == token]
                 path.append(node)
             moved += path != list(range(kept))
     assert moved > 4

@@ -211,7 +211,6 @@ class Drafts:
         empty_RK = torch.empty(num_requests, 0, dtype=torch.int64, device=device)
         return cls(empty_RK, {}, ((),) * num_requests, (0,) * num_requests)
 
-
     @classmethod
     def of_trees(cls, forest: Forest, proposed: Sequence[int], device: torch.device) -> Drafts:
         """The nodes of trees, in the order of their growth."""

@@ -378,9 +378,7 @@ class Scheduler:
             return confidence(self._logistic.apply(logits_DK))
         return self.confidences(requests, logits_DK)
 
-    def confidences(
-        self, requests: Sequence[ActiveRequest], logits_DK: FloatArray
-    ) -> FloatArray:
+    def confidences(self, requests: Sequence[ActiveRequest], logits_DK: FloatArray) -> FloatArray:
         """Calibrated confidences of one row of log-odds per request named.
 
         Args:

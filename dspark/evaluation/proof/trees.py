@@ -234,7 +234,9 @@ def tree_cases(seed: int = 0) -> Iterator[Case]:
     yield _replaced(seed)
 
 
-def _requests(count: int, size: tuple[int, int, int], seed: int, **options: bool) -> list[TreeWorld]:
+def _requests(
+    count: int, size: tuple[int, int, int], seed: int, **options: bool
+) -> list[TreeWorld]:
     vocab_size, block_size, nodes = size
     return [
         TreeWorld(
@@ -260,9 +262,7 @@ def _of_schedule(name: str, count: int, seed: int) -> Case:
     number = "one request" if count == 1 else "two requests"
     # A budget is always spent by a request alone; all else must have decided something.
     idle = name == "fixed" or (name, count) == ("filled budget", 1)
-    return exact(
-        f"tree / {name} / {number}", Distance.farthest(found), holds=idle or most > 1
-    )
+    return exact(f"tree / {name} / {number}", Distance.farthest(found), holds=idle or most > 1)
 
 
 def _telling_costs(requests: Sequence[TreeWorld]) -> FloatArray:

@@ -85,10 +85,7 @@ class TreeDrafting:
             )
         return cls(nodes, drafter)
 
-
-    def learn(
-        self, requests: Sequence[ActiveRequest], forest: Forest, verdict: Verdict
-    ) -> None:
+    def learn(self, requests: Sequence[ActiveRequest], forest: Forest, verdict: Verdict) -> None:
         """Take note of a finished round: which children of drawn trees stayed."""
         if forest.law_DKPC is None:
             return
@@ -144,7 +141,9 @@ def propose_trees(
         block_size: depth at most.
         scheduler: whose calibration confidences take.
     """
-    depths = [min(r.room - 1, block_size) if n else 0 for r, n in zip(requests, limits, strict=True)]
+    depths = [
+        min(r.room - 1, block_size) if n else 0 for r, n in zip(requests, limits, strict=True)
+    ]
     device = state.sampling.seeds_R.device
     batch = DraftBatch(
         tables=tuple(request.table for request in requests),

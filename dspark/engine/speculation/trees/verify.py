@@ -127,7 +127,9 @@ class _Walk:
         if counts_N is not None:
             own = counts_N.rows(request_N)
             drafts_NK = _padded([path for tree in forest.trees for path in tree.paths()], device)
-            counts_N = own.after_drafts(torch.arange(len(depths), device=device), depth_N, drafts_NK)
+            counts_N = own.after_drafts(
+                torch.arange(len(depths), device=device), depth_N, drafts_NK
+            )
         children = [tree.children() for tree in forest.trees]
         if kind.form == "greedy":
             own_N = compute_rows(greedy_tokens, logits_NV, chain_N, counts_N, mask_NV, faults)
