@@ -21,11 +21,10 @@ from torch import Tensor
 from dspark.engine.speculation.trees import growth
 from dspark.evaluation.proof import schedules
 from dspark.evaluation.proof.case import Case, control, exact
+from dspark.evaluation.proof.coupled_trees import coupled_tree_cases
 from dspark.evaluation.proof.pairs import SmallPair, telling_pair
 from dspark.evaluation.proof.worlds import Distance, Prefix
-from dspark.sampling import recursive_rejection, verification
-from dspark.sampling.distribution import Dense
-from dspark.sampling.noise import gumbel, seed_tensor
+from dspark.sampling import recursive_rejection
 from dspark.scheduling import budget as admission
 from dspark.scheduling import survival as chances
 
@@ -34,7 +33,7 @@ IntArray = npt.NDArray[np.int64]
 RATES = (0.5, 0.4)
 SIZES = {1: ((3, 2, 4), (2, 3, 5)), 2: ((2, 2, 3), (3, 2, 2))}
 """(V, K, M): vocabulary, depth and nodes of one request's round, and of two requests'."""
-WORLDS, SEEDS, TOKENS = 3, 48, 5
+WORLDS = 3
 
 Prune = Callable[[FloatArray, FloatArray], IntArray]
 """(survivals [R, M], draft probabilities of the tokens drawn [R, M]) -> nodes to verify [R]"""
@@ -229,7 +228,7 @@ def tree_cases(seed: int = 0) -> Iterator[Case]:
     """Every schedule with one and two requests, `coupled`, and what must fail."""
     for requests, name in product((1, 2), ("fixed", "filled budget", "prefix")):
         yield _of_schedule(name, requests, seed)
-    yield from _coupled(seed)
+    yield from coupled_tree_cases(seed)
     yield _own_score(seed)
     yield _replaced(seed)
 
@@ -315,75 +314,3 @@ def _replaced(seed: int) -> Case:
         for replaced in (True, False)
     ]
     return control("tree: children drawn with replacement, judged without", *found)
-
-
-def _coupled(seed: int) -> Iterator[Case]:
-    """Any tree is lawful where a draft stays while it is the target's own token.
-
-    Token for token against plain decoding, two requests that share a budget.
-    """
-    pairs = [telling_pair(2 * seed + r, 2, 3, "vanilla", TOKENS + 4, tied=False) for r in (0, 1)]
-    for name, indexed in (("exact", False), ("positions by index", True)):
-        different = []
-        for first in range(seed, seed + 2 * SEEDS, 2):
-            ours = _speculative(pairs, first, indexed=indexed)
-            theirs = [_plain(pair, first + r) for r, pair in enumerate(pairs)]
-            different.append([a != b for a, b in zip(ours, theirs, strict=True)])
-        shares = np.array(different)
-        distance = Distance(float(shares.mean(axis=0).max()), float(shares.any(axis=1).mean()))
-        if indexed:
-            yield control(f"tree: coupled, {name}", distance)
-        else:
-            yield exact("tree / coupled / filled budget / two requests", distance)
-
-
-def _plain(pair: SmallPair, seed: int) -> Prefix:
-    tokens: Prefix = ()
-    while len(tokens) < TOKENS:
-        law_1V = Dense.of(pair(tokens).target[0])
-        tokens += (_own_token(law_1V, seed, len(tokens)),)
-    return tokens
-
-
-def _own_token(law_1V: Dense, seed: int, position: int) -> int:
-    return int(verification.coupled_tokens(law_1V, seed_tensor([seed]), torch.tensor([position])))
-
-
-def _speculative(pairs: Sequence[SmallPair], first: int, *, indexed: bool) -> list[Prefix]:
-    outputs: list[Prefix] = [()] * len(pairs)
-    while min(map(len, outputs)) < TOKENS:
-        trees = [
-            _ranked(pair, done, first + r)
-            for r, (pair, done) in enumerate(zip(pairs, outputs, strict=True))
-        ]
-        survival_RM = np.array([tree.survival for tree in trees])
-        for r, count in enumerate(admission.fill_budget(survival_RM, 9).tolist()):
-            tree, done = trees[r].first(count), outputs[r]
-            outputs[r] = (*done, *_kept(pairs[r], done, tree, first + r, indexed=indexed))[:TOKENS]
-    return outputs
-
-
-def _ranked(pair: SmallPair, done: Prefix, seed: int) -> growth.Tree:
-    lattice = pair.lattice(done)
-    slots, _, width = lattice.law_KPC.shape
-    positions_K = torch.arange(slots) + len(done)
-    noise_KC = gumbel(seed_tensor([seed] * slots), positions_K, torch.from_numpy(lattice.tokens_KC))
-    scores_KPC = torch.from_numpy(lattice.law_KPC).log() + noise_KC[:, None]
-    best = scores_KPC.softmax(-1).topk(width, dim=-1)
-    places = lattice.tokens_KC, lattice.rows_KC, best.indices.numpy(), best.values.numpy()
-    return growth.grow_ranked(*places, nodes=6, depth=slots)
-
-
-def _kept(
-    pair: SmallPair, done: Prefix, tree: growth.Tree, seed: int, *, indexed: bool
-) -> list[int]:
-    """The target's own tokens along the tree, and the one behind it."""
-    children, node, found = tree.children(), -1, list[int]()
-    while True:
-        law_1V = Dense.of(pair((*done, *found)).target[0])
-        place = node + 1 if indexed else len(found)
-        found.append(_own_token(law_1V, seed, len(done) + place))
-        stays = [child for child in children[node + 1] if tree.tokens[child] == found[-1]]
-        if not stays:
-            return found
-        [node] = stays
