@@ -275,15 +275,16 @@ def _by_prefix(step_ms: FloatArray) -> Prune:
     return lambda survival_RM, _: admission.prefix_lengths(survival_RM, step_ms)
 
 
+def _by_budget(budget: int) -> Prune:
+    return lambda survival_RM, _: admission.fill_budget(survival_RM, budget)
+
+
 def _prunings(name: str, nodes: int) -> list[Prune]:
     """A schedule under several settings."""
     if name == "fixed":
         return [lambda survival_RM, _: admission.fixed_lengths(*survival_RM.shape)]
     if name == "filled budget":
-        return [
-            lambda survival_RM, _, n=n: admission.fill_budget(survival_RM, n)
-            for n in range(1, nodes)
-        ]
+        return [_by_budget(budget) for budget in range(1, nodes)]
     return [_by_prefix(step_ms) for step_ms in schedules.step_costs(nodes).values()]
 
 
