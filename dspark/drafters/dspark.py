@@ -228,6 +228,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         """
         plan = self._decode_plan()
         hidden_KRH = self._slots_hidden(plan, context, batch).transpose(0, 1).contiguous()
+        confidence = partial(_confidence, plan.confidence_head, plan.markov_head)
         return build_lattice(
             plan.borrowed.logits_by_rows(hidden_KRH),
             hidden_KRH,
@@ -235,7 +236,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             min(candidates, self.draft_top_k or candidates),
             parents,
             plan.markov_head,
-            partial(_confidence, plan.confidence_head, plan.markov_head),
+            confidence if batch.confidences else None,
             self.draft_tokens,
         )
 

@@ -83,7 +83,7 @@ def build_lattice(
     candidates: int,
     parents: int,
     head: MarkovHead | None,
-    confidence: Confidence,
+    confidence: Confidence | None,
     known_V: Tensor | None = None,
 ) -> Lattice:
     """Slot by slot: the candidates' logits after each parent, and which of them are parents next.
@@ -97,7 +97,7 @@ def build_lattice(
         candidates: of each slot at most, C, the likeliest by their base logits.
         parents: of each slot at most, P.
         head: adds to the logits; None adds nothing.
-        confidence: gives confidence logits.
+        confidence: gives confidence logits; None leaves them out.
         known_V: the tokens of the columns, ascending, where they are not the vocabulary.
     """
     slots, requests, columns = base_KRV.shape
@@ -120,8 +120,10 @@ def build_lattice(
             chances_R1C = torch.bmm(reached_RP.unsqueeze(1), rows[-1].softmax(dim=-1))
             reached_RP, own_RP = chances_R1C.squeeze(1).topk(parents, dim=-1)
             before_RP = tokens_KRC[k].gather(1, own_RP)
-    before_KRP = torch.stack(befores)
-    scores_KRP = confidence(hidden_KRH.unsqueeze(2).expand(-1, -1, parents, -1), before_KRP)
+    scores_KRP = None
+    if confidence is not None:
+        hidden_KRPH = hidden_KRH.unsqueeze(2).expand(-1, -1, parents, -1)
+        scores_KRP = confidence(hidden_KRPH, torch.stack(befores))
     return Lattice(
         tokens_KRC.transpose(0, 1),
         torch.stack(owns, dim=1),

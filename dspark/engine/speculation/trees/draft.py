@@ -151,6 +151,7 @@ def propose_trees(
         lengths=tuple(request.cached for request in requests),
         tokens=tuple(request.tokens for request in requests),
         num_drafts=max(depths),
+        confidences=any(kind.verifier != "coupled" for kind in state.sampling.kinds),
     )
     greedy = all(kind.form == "greedy" for kind in state.sampling.kinds)
     parents = RANKED_PARENTS if greedy else DRAWN_PARENTS
