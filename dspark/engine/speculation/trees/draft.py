@@ -176,9 +176,12 @@ def propose_trees(
             grown = grower.ranked(kind, own, rows_M)
         else:
             grown, law_MKPC = grower.drawn(own, rows_M)
-            if law is None:
-                law = law_MKPC.new_zeros(len(requests), *law_MKPC.shape[1:])
-            law[rows_M] = law_MKPC
+            if len(numbers) == len(requests):
+                law = law_MKPC
+            else:
+                if law is None:
+                    law = law_MKPC.new_zeros(len(requests), *law_MKPC.shape[1:])
+                law[rows_M] = law_MKPC
         for r, tree in zip(numbers, grown, strict=True):
             trees[r] = tree
     return Proposed(trees, Forest((), lattice.tokens_RKC, law), broken)
