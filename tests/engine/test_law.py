@@ -243,7 +243,7 @@ def test_trees_follow_the_law(tiny, small, name):
     schedule = Scheduler(
         Schedule(name), "block", 6, Calibration(), jagged_costs(), tree_depth=drafter.block_size
     )
-    outputs = sampled(small, drafter, schedule=schedule, tree_nodes=6, per_kind=400)
+    outputs = sampled(small, drafter, schedule=schedule, tree_nodes=6, per_kind=700)
     assert max(deviations(tiny, small, outputs)) < EXACT
     stats = [output.stats for kind in outputs for output in kind]
     accepted, verified = sum(s.accepted for s in stats), sum(s.verified for s in stats)
