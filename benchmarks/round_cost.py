@@ -31,6 +31,7 @@ from dspark.drafters.config import BackboneConfig, DSparkConfig, evenly_spaced_t
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine import round as round_module
 from dspark.engine.engine import Engine
+from dspark.engine.speculation import speculator
 from dspark.engine.speculation.draft import Drawing
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.targets.target import Target
@@ -126,7 +127,7 @@ def timed() -> Iterator[Clock]:
     with (
         patch.object(Target, "forward", clock.around("forward", Target.forward)),
         patch.object(Drawing, "__call__", clock.around("draws", Drawing.__call__)),
-        patch.object(round_module, "propose", clock.around("draft", round_module.propose)),
+        patch.object(speculator, "propose", clock.around("draft", speculator.propose)),
         patch.object(round_module, "verify", clock.around("verify", round_module.verify)),
     ):
         yield clock

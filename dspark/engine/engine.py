@@ -15,12 +15,13 @@ from dspark.engine.requests.detokenizer import TextStream
 from dspark.engine.requests.sequence import ActiveRequest, Event, Piece
 from dspark.engine.requests.step_plan import StepPlan, plan_step
 from dspark.engine.requests.validation import check_request, check_sizes, checked_num_drafts
-from dspark.engine.round import Speculator, play
+from dspark.engine.round import play
 from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
 from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.speculation.speculator import Speculator
 from dspark.engine.speculation.trees.draft import TreeDrafting
 from dspark.engine.timing import Clock
 from dspark.errors import UsageError

@@ -8,8 +8,8 @@ of longer prompts ride along in the same forward, and nothing is drawn from them
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,66 +18,18 @@ from torch import Tensor
 from dspark.attention.paged_cache import PagedCache
 from dspark.attention.ragged_batch import Part, RaggedBatch
 from dspark.attention.trees import with_trees
-from dspark.drafters.base import Drafter, Proposal
-from dspark.engine.requests.logprobs import logprobs_of
+from dspark.engine.requests.prompt_scores import score_prompts, scored_rows, with_rows
 from dspark.engine.requests.sequence import ActiveRequest, Piece
 from dspark.engine.requests.step_plan import StepPlan
-from dspark.engine.speculation.draft import (
-    Drafts,
-    Drawing,
-    choose,
-    confidence_array,
-    draft_limits,
-    propose,
-)
-from dspark.engine.speculation.draft_context import DraftContext
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
-from dspark.engine.speculation.drafter_faults import Shield
-from dspark.engine.speculation.round_record import FloatArray, RoundRecord, Watch
+from dspark.engine.speculation.draft import Drafts
+from dspark.engine.speculation.draft_scheduler import Spent
+from dspark.engine.speculation.round_record import RoundRecord, RoundTimes
 from dspark.engine.speculation.sampling_state import RoundState
-from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
+from dspark.engine.speculation.speculator import Speculator, draft
 from dspark.engine.speculation.trees.forest import compact, in_order_of_paths
-from dspark.engine.speculation.trees.growth import Tree
 from dspark.engine.speculation.trees.verify import verify_trees
 from dspark.engine.speculation.verify import Verdict, verify
-from dspark.errors import NumericsError
 from dspark.targets.target import Target
-
-# In place of a confidence where a draft cannot be used: as good as none.
-_NO_CONFIDENCE = -30.0
-
-
-@dataclass(frozen=True)
-class Speculator:
-    """A drafter with its context, the scheduler that trims what it proposes, and who watches.
-
-    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
-    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
-    they cost time.
-    """
-
-    drafter: Drafter
-    context: DraftContext
-    scheduler: Scheduler
-    watch: Watch | None = None
-    shield: Shield = field(default_factory=Shield)
-    wants_confidences: bool = True
-    trees: TreeDrafting | None = None
-
-    @property
-    def reads_confidences(self) -> bool:
-        """Whether drafting must come up with confidences."""
-        watched = self.watch is not None and self.wants_confidences
-        return self.scheduler.reads_confidences or watched
-
-
-@dataclass
-class RoundTimes:
-    """Milliseconds of one round: drafting, scheduling, and target forward with verification."""
-
-    draft_ms: float = 0.0
-    schedule_ms: float = 0.0
-    verify_ms: float = 0.0
 
 
 def play(
@@ -107,12 +59,11 @@ def play(
         speculator = None
     if speculator is not None and state is not None:
         with speculator.shield.over(plan.running):
-            draft = _draft if speculator.trees is None else _draft_trees
             drafts = draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
     batch, judged = target_batch(plan, drafts, target.device)
-    scored = _scored_rows(plan, batch)
-    wanted = _with_rows(judged, scored, batch.offsets[-1], target.device)
+    scored = scored_rows(plan, batch)
+    wanted = with_rows(judged, scored, batch.offsets[-1], target.device)
     observes = speculator is not None and not all(request.plain for request in plan.running)
     taps = speculator.drafter.taps if speculator is not None and observes else ()
     output = target.forward(batch, cache, taps=taps, logit_rows=wanted)
@@ -125,7 +76,7 @@ def play(
             compact(cache, requests, verdict.paths)
     if scored:
         assert output.logits_NV is not None
-        _score_prompts(output.logits_NV, scored)
+        score_prompts(output.logits_NV, scored)
     if speculator is not None and output.features_TF is not None:
         with speculator.shield.over(plan.running):
             _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
@@ -143,126 +94,11 @@ def play(
     return pieces, times
 
 
-def _draft(
-    requests: Sequence[ActiveRequest],
-    state: RoundState,
-    speculator: Speculator,
-    times: RoundTimes,
-) -> Drafts | None:
-    """Drafts of the requests that have a context; None where none can be of use, or pays."""
-    started = time.perf_counter()
-    scheduler = speculator.scheduler
-    limits = scheduler.limits(requests, draft_limits(requests, state.num_drafts))
-    most = max(limits)
-    times.schedule_ms = (time.perf_counter() - started) * 1e3
-    if most <= 0:
-        return None
-    started = time.perf_counter()
-    ready = [request for request in requests if request.drafts]
-    speculator.context.flush()
-    drawing, proposal = propose(
-        speculator.drafter,
-        speculator.context.cache,
-        ready,
-        state.first(len(ready)),
-        most,
-        confidences=speculator.reads_confidences,
-        depth=scheduler.depth,
-    )
-    decided = time.perf_counter()
-    logits_DK = _confidences(proposal, drawing)
-    offer = Offer(len(ready), len(drawing.tokens), logits_DK, proposal.are_margins)
-    wanted = scheduler.lengths(requests, limits, offer)
-    drafts = choose(drawing, proposal, limits, wanted, logits_DK)
-    times.draft_ms = (decided - started) * 1e3
-    times.schedule_ms += (time.perf_counter() - decided) * 1e3
-    _note_numbers(speculator, ready, drawing)
-    return drafts
-
-
-def _draft_trees(
-    requests: Sequence[ActiveRequest],
-    state: RoundState,
-    speculator: Speculator,
-    times: RoundTimes,
-) -> Drafts | None:
-    """`_draft` for trees."""
-    started, scheduler, drafting = time.perf_counter(), speculator.scheduler, speculator.trees
-    assert drafting is not None
-    most = [drafting.nodes if n > 0 else 0 for n in draft_limits(requests, state.num_drafts)]
-    limits = scheduler.limits(requests, most)
-    times.schedule_ms = (time.perf_counter() - started) * 1e3
-    if max(limits) <= 0:
-        return None
-    started = time.perf_counter()
-    ready = [request for request in requests if request.drafts]
-    speculator.context.flush()
-    proposed = propose_trees(
-        drafting,
-        speculator.context.cache,
-        ready,
-        replace(state.first(len(ready)), num_drafts=drafting.nodes),
-        limits[: len(ready)],
-        state.num_drafts,
-        scheduler,
-    )
-    decided = time.perf_counter()
-    survival_DM = proposed.survival_DM
-    offer = Offer(len(ready), survival_DM.shape[1], survival_DK=survival_DM)
-    wanted = scheduler.lengths(requests, limits, offer)
-    pruned = [tree.first(n) for tree, n in zip(proposed.trees, wanted, strict=True)]
-    joining = len(requests) - len(ready)
-    forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
-    counts = [*map(len, proposed.trees), *(0,) * joining]
-    drafts = Drafts.of_trees(forest, counts, proposed.forest.tokens_DKC.device)
-    times.draft_ms = (decided - started) * 1e3
-    times.schedule_ms += (time.perf_counter() - decided) * 1e3
-    nothing = len(proposed.broken) == len(ready)
-    _note_broken(speculator, ready, proposed.broken, nothing=nothing, drawn=True)
-    return drafts
-
-
 def _judge(logits_NV: Tensor, drafts: Drafts, state: RoundState) -> Verdict:
     if drafts.forest is None:
         return verify(logits_NV, drafts, state)
     most = max(map(len, drafts.forest.trees))
     return verify_trees(logits_NV, drafts.forest, replace(state, num_drafts=max(most, 1)))
-
-
-def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:
-    """The proposal's confidence logits; none to speak of where a draft is of no use."""
-    logits_DK = confidence_array(proposal)
-    if logits_DK is not None:
-        for request, count in drawing.sound.items():
-            logits_DK[request, count:] = _NO_CONFIDENCE
-    return logits_DK
-
-
-def _note_numbers(speculator: Speculator, ready: Sequence[ActiveRequest], drawing: Drawing) -> None:
-    """Requests whose drafts were no numbers have plain rounds; that all are is a fault."""
-    nothing = all(drawing.sound.get(i) == 0 for i in range(len(ready)))
-    _note_broken(speculator, ready, drawing.broken, nothing=nothing, drawn=bool(drawing.tokens))
-
-
-def _note_broken(
-    speculator: Speculator,
-    ready: Sequence[ActiveRequest],
-    broken: Collection[int],
-    *,
-    nothing: bool,
-    drawn: bool,
-) -> None:
-    for request in broken:
-        speculator.context.clear(ready[request].table, ready[request].cached)
-    if broken and nothing:
-        speculator.shield.record(
-            NumericsError(
-                "The drafter failed: its logits have NaN or no finite maximum; check the "
-                "drafter's weights and dtype."
-            )
-        )
-    elif drawn:
-        speculator.shield.worked()
 
 
 def target_batch(
@@ -290,51 +126,6 @@ def target_batch(
     if not judged:
         return batch, None
     return batch, "all" if len(judged) == end else torch.tensor(judged, device=device)
-
-
-def _scored_rows(plan: StepPlan, batch: RaggedBatch) -> list[tuple[ActiveRequest, range]]:
-    """Rows of the step that predict prompt tokens whose log-probabilities are wanted."""
-    found = []
-    everyone = (*plan.judged, *(chunk.request for chunk in plan.reading))
-    for i, request in enumerate(everyone):
-        if not request.scores_prompt:
-            continue
-        begin, end = batch.offsets[i], batch.offsets[i + 1]
-        first = begin + len(request.prompt_logprobs) - request.cached
-        last = begin + len(request.request.prompt_ids) - 1 - request.cached
-        rows = range(max(begin, first), min(end, last))
-        if rows:
-            found.append((request, rows))
-    return found
-
-
-def _with_rows(
-    judged: Tensor | Literal["all"] | None,
-    scored: Sequence[tuple[ActiveRequest, range]],
-    count: int,
-    device: torch.device,
-) -> Tensor | Literal["all"] | None:
-    """The rows to verify, and behind them those of prompts."""
-    if not scored:
-        return judged
-    more = torch.tensor([row for _, rows in scored for row in rows], device=device)
-    if judged is None:
-        return more
-    if isinstance(judged, str):
-        judged = torch.arange(count, device=device)
-    return torch.cat([judged, more])
-
-
-def _score_prompts(logits_NV: Tensor, scored: Sequence[tuple[ActiveRequest, range]]) -> None:
-    """Note the log-probabilities of prompt tokens; their rows are the last of the logits."""
-    begin = len(logits_NV) - sum(len(rows) for _, rows in scored)
-    for request, rows in scored:
-        count, first = request.request.prompt_logprobs, len(request.prompt_logprobs) + 1
-        assert count is not None
-        tokens = request.request.prompt_ids[first : first + len(rows)]
-        rows_MV = logits_NV[begin : begin + len(rows)]
-        request.prompt_logprobs += logprobs_of(rows_MV, tokens, count)
-        begin += len(rows)
 
 
 def _observe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dspark.engine.round import RoundTimes
+from dspark.engine.speculation.round_record import RoundTimes
 
 
 @dataclass

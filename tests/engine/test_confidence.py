@@ -7,7 +7,7 @@ import torch
 
 from dspark.drafters.heads import ConfidenceHead
 from dspark.drafters.ngram import NgramDrafter
-from dspark.engine import round as round_module
+from dspark.engine.speculation import speculator as speculator_module
 from dspark.engine.speculation.draft import Drawing
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
@@ -31,13 +31,13 @@ def test_margin_is_that_of_the_raw_logits_whatever_the_processors(tiny, target, 
     drafter = tiny.HeadlessDrafter(64)
     best_V2 = drafter.logits_VV.sort(dim=1, descending=True).values[:, :2]
     margin_V = best_V2[:, 0] - best_V2[:, 1]
-    seen, choose = [], round_module.choose
+    seen, choose = [], speculator_module.choose
 
     def watch(drawing, proposal, *rest):
         seen.append((torch.stack(drawing.tokens, dim=1), proposal.confidence_logits_RK))
         return choose(drawing, proposal, *rest)
 
-    monkeypatch.setattr(round_module, "choose", watch)
+    monkeypatch.setattr(speculator_module, "choose", watch)
     requests = [Request((5, 9), params) for params in PROCESSORS]
     tiny.decode(target, drafter, requests, threshold=0.6)
     assert len(seen) > 3
@@ -50,14 +50,14 @@ def test_first_margin_belongs_to_the_anchor(tiny, target, monkeypatch):
     drafter = tiny.HeadlessDrafter(64)
     best_V2 = drafter.logits_VV.topk(2, dim=1).values
     margin_V = best_V2[:, 0] - best_V2[:, 1]
-    seen, propose = [], round_module.propose
+    seen, propose = [], speculator_module.propose
 
     def watch(drafter, context, ready, *rest, **options):
         drawing, proposal = propose(drafter, context, ready, *rest, **options)
         seen.append(([r.tokens[-1] for r in ready], proposal.confidence_logits_RK[:, 0]))
         return drawing, proposal
 
-    monkeypatch.setattr(round_module, "propose", watch)
+    monkeypatch.setattr(speculator_module, "propose", watch)
     tiny.decode(target, drafter, [Request((5, 9), p) for p in PROCESSORS], threshold=0.6)
     assert len(seen) > 3
     for anchors, first_R in seen:
@@ -82,9 +82,9 @@ def test_nothing_is_computed_that_the_schedule_does_not_read(
     forbid(monkeypatch, ConfidenceHead, "forward")
     kept = []
     monkeypatch.setattr(
-        round_module,
+        speculator_module,
         "choose",
-        lambda drawing, *rest, choose=round_module.choose: (
+        lambda drawing, *rest, choose=speculator_module.choose: (
             kept.append(drawing.logits) or choose(drawing, *rest)
         ),
     )

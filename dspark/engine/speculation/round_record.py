@@ -58,3 +58,12 @@ class RoundRecord:
 
 
 Watch = Callable[[RoundRecord], None]
+
+
+@dataclass
+class RoundTimes:
+    """Milliseconds of one round: drafting, scheduling, and target forward with verification."""
+
+    draft_ms: float = 0.0
+    schedule_ms: float = 0.0
+    verify_ms: float = 0.0

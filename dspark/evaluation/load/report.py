@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.engine.round import RoundTimes
+from dspark.engine.speculation.round_record import RoundTimes
 from dspark.evaluation.load.closed_loop import LoadRun
 from dspark.evaluation.load.sweep import Runs, same_answers
 from dspark.request import Stats

@@ -1,0 +1,186 @@
+"""The speculator: a drafter at work in a round, from the requests to the drafts to verify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from dspark.drafters.base import Drafter, Proposal
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.draft import (
+    Drafts,
+    Drawing,
+    choose,
+    confidence_array,
+    draft_limits,
+    propose,
+)
+from dspark.engine.speculation.draft_context import DraftContext
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.drafter_faults import Shield
+from dspark.engine.speculation.round_record import FloatArray, RoundTimes, Watch
+from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
+from dspark.engine.speculation.trees.growth import Tree
+from dspark.errors import NumericsError
+
+# In place of a confidence where a draft cannot be used: as good as none.
+_NO_CONFIDENCE = -30.0
+
+
+@dataclass(frozen=True)
+class Speculator:
+    """A drafter with its context, the scheduler that trims what it proposes, and who watches.
+
+    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
+    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
+    they cost time.
+    """
+
+    drafter: Drafter
+    context: DraftContext
+    scheduler: Scheduler
+    watch: Watch | None = None
+    shield: Shield = field(default_factory=Shield)
+    wants_confidences: bool = True
+    trees: TreeDrafting | None = None
+
+    @property
+    def reads_confidences(self) -> bool:
+        """Whether drafting must come up with confidences."""
+        watched = self.watch is not None and self.wants_confidences
+        return self.scheduler.reads_confidences or watched
+
+
+def draft(
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    speculator: Speculator,
+    times: RoundTimes,
+) -> Drafts | None:
+    """Drafts of a round, chosen by the schedule; None where none can be of use, or pays.
+
+    Args:
+        requests: of the round; those with a draft context come first.
+        state: their sampling.
+        speculator: who drafts.
+        times: get what drafting and scheduling took.
+    """
+    way = _chains if speculator.trees is None else _trees
+    return way(requests, state, speculator, times)
+
+
+def _chains(
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    speculator: Speculator,
+    times: RoundTimes,
+) -> Drafts | None:
+    """Chains of the requests that have a context."""
+    started = time.perf_counter()
+    scheduler = speculator.scheduler
+    limits = scheduler.limits(requests, draft_limits(requests, state.num_drafts))
+    most = max(limits)
+    times.schedule_ms = (time.perf_counter() - started) * 1e3
+    if most <= 0:
+        return None
+    started = time.perf_counter()
+    ready = [request for request in requests if request.drafts]
+    speculator.context.flush()
+    drawing, proposal = propose(
+        speculator.drafter,
+        speculator.context.cache,
+        ready,
+        state.first(len(ready)),
+        most,
+        confidences=speculator.reads_confidences,
+        depth=scheduler.depth,
+    )
+    decided = time.perf_counter()
+    logits_DK = _confidences(proposal, drawing)
+    offer = Offer(len(ready), len(drawing.tokens), logits_DK, proposal.are_margins)
+    wanted = scheduler.lengths(requests, limits, offer)
+    drafts = choose(drawing, proposal, limits, wanted, logits_DK)
+    times.draft_ms = (decided - started) * 1e3
+    times.schedule_ms += (time.perf_counter() - decided) * 1e3
+    _note_numbers(speculator, ready, drawing)
+    return drafts
+
+
+def _trees(
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    speculator: Speculator,
+    times: RoundTimes,
+) -> Drafts | None:
+    """Trees of the requests that have a context."""
+    started, scheduler, drafting = time.perf_counter(), speculator.scheduler, speculator.trees
+    assert drafting is not None
+    most = [drafting.nodes if n > 0 else 0 for n in draft_limits(requests, state.num_drafts)]
+    limits = scheduler.limits(requests, most)
+    times.schedule_ms = (time.perf_counter() - started) * 1e3
+    if max(limits) <= 0:
+        return None
+    started = time.perf_counter()
+    ready = [request for request in requests if request.drafts]
+    speculator.context.flush()
+    proposed = propose_trees(
+        drafting,
+        speculator.context.cache,
+        ready,
+        replace(state.first(len(ready)), num_drafts=drafting.nodes),
+        limits[: len(ready)],
+        state.num_drafts,
+        scheduler,
+    )
+    decided = time.perf_counter()
+    survival_DM = proposed.survival_DM
+    offer = Offer(len(ready), survival_DM.shape[1], survival_DK=survival_DM)
+    wanted = scheduler.lengths(requests, limits, offer)
+    pruned = [tree.first(n) for tree, n in zip(proposed.trees, wanted, strict=True)]
+    joining = len(requests) - len(ready)
+    forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
+    counts = [*map(len, proposed.trees), *(0,) * joining]
+    drafts = Drafts.of_trees(forest, counts, proposed.forest.tokens_DKC.device)
+    times.draft_ms = (decided - started) * 1e3
+    times.schedule_ms += (time.perf_counter() - decided) * 1e3
+    nothing = len(proposed.broken) == len(ready)
+    _note_broken(speculator, ready, proposed.broken, nothing=nothing, drawn=True)
+    return drafts
+
+
+def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:
+    """The proposal's confidence logits; none to speak of where a draft is of no use."""
+    logits_DK = confidence_array(proposal)
+    if logits_DK is not None:
+        for request, count in drawing.sound.items():
+            logits_DK[request, count:] = _NO_CONFIDENCE
+    return logits_DK
+
+
+def _note_numbers(speculator: Speculator, ready: Sequence[ActiveRequest], drawing: Drawing) -> None:
+    """Requests whose drafts were no numbers have plain rounds; that all are is a fault."""
+    nothing = all(drawing.sound.get(i) == 0 for i in range(len(ready)))
+    _note_broken(speculator, ready, drawing.broken, nothing=nothing, drawn=bool(drawing.tokens))
+
+
+def _note_broken(
+    speculator: Speculator,
+    ready: Sequence[ActiveRequest],
+    broken: Collection[int],
+    *,
+    nothing: bool,
+    drawn: bool,
+) -> None:
+    for request in broken:
+        speculator.context.clear(ready[request].table, ready[request].cached)
+    if broken and nothing:
+        speculator.shield.record(
+            NumericsError(
+                "The drafter failed: its logits have NaN or no finite maximum; check the "
+                "drafter's weights and dtype."
+            )
+        )
+    elif drawn:
+        speculator.shield.worked()
