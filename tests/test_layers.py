@@ -23,7 +23,7 @@ LAYERS = (
     ("",),  # dspark/__init__.py: the public API, loaded lazily
     ("data",),
     ("evaluation", "training"),
-    ("serving", "simulation", "fitting"),
+    ("serving", "simulation", "fitting", "integrations"),
     ("cli",),
     ("__main__",),
 )
@@ -42,6 +42,7 @@ HEAVY = {
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "aiohttp": ("serving",),
+    "vllm": ("integrations.vllm",),
     "matplotlib": ("evaluation", "simulation"),
     "torch": (
         "sources.gguf",
@@ -57,6 +58,7 @@ HEAVY = {
         "training",
         "serving",
         "fitting",
+        "integrations",
         "cli",
     ),
 }
