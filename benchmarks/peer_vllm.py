@@ -65,10 +65,14 @@ def ask_vllm(
 
 
 def lengths(ours: Sequence[Output], theirs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Drafts kept per round of all prompts, ours and vLLM's."""
-    one = sum(o.stats.accepted for o in ours) / max(sum(o.stats.rounds for o in ours), 1)
-    other = sum(t["accepted"] for t in theirs) / max(sum(t["rounds"] for t in theirs), 1)
-    return one, other
+    """Tokens gained per round of all prompts, ours and vLLM's.
+
+    The first token of an answer comes with the prompt. vLLM's own count of kept drafts goes on
+    behind an end token and the limit, so that answers are counted instead.
+    """
+    one = sum(len(o.token_ids) - 1 for o in ours) / max(sum(o.stats.rounds for o in ours), 1)
+    gained = sum(len(t["token_ids"][0]) - 1 for t in theirs)
+    return one, gained / max(sum(t["rounds"] for t in theirs), 1)
 
 
 def compare(
@@ -77,7 +81,7 @@ def compare(
     plain: Sequence[Mapping[str, Any]],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Kept drafts of both, the interval of their difference, and how many answers are equal."""
+    """Both accepted lengths, the interval of their difference, and how many answers are equal."""
     generator, draws = random.Random(seed), []
     for _ in range(BOOTSTRAPS):
         some = generator.choices(range(len(ours)), k=len(ours))
@@ -94,6 +98,9 @@ def compare(
         "difference": other - one,
         "ci95": [low, high],
         "equal": low <= 0 <= high,
+        "same_rounds": sum(
+            t["rounds"] == o.stats.rounds for t, o in zip(theirs, ours, strict=True)
+        ),
         "same_as_plain": sum(t["token_ids"] == p["token_ids"] for t, p in pairs),
         "same_as_ours": sum(
             t["token_ids"][0] == list(o.token_ids) for t, o in zip(theirs, ours, strict=True)

@@ -23,7 +23,7 @@ LAYERS = (
     ("",),  # dspark/__init__.py: the public API, loaded lazily
     ("data",),
     ("evaluation", "training"),
-    ("serving", "simulation", "fitting", "integrations"),
+    ("serving", "simulation", "fitting", "integrations", "hf"),
     ("cli",),
     ("__main__",),
 )
@@ -35,6 +35,7 @@ HEAVY = {
         "targets",
         "drafters.checkpoints",
         "data",
+        "hf",
         "training.language_model",  # builds the bundled target from scratch: a Qwen3 model
     ),
     "datasets": ("data",),
@@ -59,6 +60,7 @@ HEAVY = {
         "serving",
         "fitting",
         "integrations",
+        "hf",
         "cli",
     ),
 }

@@ -141,3 +141,12 @@ def test_options_without_effect_are_usage_errors(dspark, pair, tmp_path, words, 
     assert sentence in result.err
     assert result.err.count("\n") == 1
     assert not (tmp_path / words[0]).exists()
+
+
+def test_sglang_gets_the_published_layout_and_its_arguments(dspark, pair, tmp_path):
+    result = dspark("convert", pair.drafter, tmp_path / "out", "--to", "sglang", "--json")
+    assert result.status == 0
+    assert result.json["format"] == "sglang"
+    assert f"DSPARK --speculative-draft-model-path {tmp_path / 'out'}" in result.json["sglang"]
+    assert config(tmp_path / "out") == config(pair.drafter)
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))

@@ -70,7 +70,7 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
     said = compare(ours, one_by_one, plain)
     assert said["same_as_plain"] == said["prompts"] == 50
     assert [t["token_ids"] for t in together] == [p["token_ids"] for p in plain]
-    assert said["ours"] > 0.5
+    assert said["ours"] > 1.5
     assert said["equal"]
 
 

@@ -12,6 +12,7 @@ schedule `lagged` does: smaller than the full one only where it promises more th
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from torch import Tensor
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
 from vllm.v1.worker.gpu_worker import Worker
 
-from dspark.errors import UsageError
+from dspark.errors import CompatibilityError, UsageError
 from dspark.request import Verifier
 from dspark.scheduling.budget import best_budget
 from dspark.scheduling.calibration import TemperatureClass, TemperatureScaling
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.scheduling.survival import survival
+
+logger = logging.getLogger("vllm.dspark")
 
 _KEYS = ("calibration", "requests", "schedule", "margin")
 _SCHEDULES = ("vllm", "lagged")
@@ -53,7 +56,7 @@ class Choice:
 
         Raises:
             UsageError: an unknown key or schedule.
-            CompatibilityError: the calibration has no entry for this block size.
+            CompatibilityError: the calibration that is named has no entry for this.
         """
         spec, extra = vllm_config.speculative_config, vllm_config.additional_config
         own = dict(extra.get("dspark", {})) if isinstance(extra, dict) else {}
@@ -67,13 +70,19 @@ class Choice:
                 f"additional_config has dspark.schedule {schedule!r}, but it must be "
                 f"{' or '.join(_SCHEDULES)}."
             )
-        path = own.get("calibration", Path(str(spec.model)) / FILE_NAME)
         scaling = None
-        if "calibration" in own or Path(path).is_file():
+        beside = Path(str(spec.model)) / FILE_NAME
+        if "calibration" in own or beside.is_file():
             verifier: Verifier = "block" if spec.rejection_sample_method == "block" else "token"
             kind: TemperatureClass = own.get("requests", "sampled")
-            entry = Calibration.load(path).entry(spec.num_speculative_tokens, verifier, kind)
-            scaling = entry.scaling
+            calibration = Calibration.load(own.get("calibration", beside))
+            try:
+                entry = calibration.entry(spec.num_speculative_tokens, verifier, kind)
+                scaling = entry.scaling
+            except CompatibilityError as error:
+                if "calibration" in own:
+                    raise
+                logger.warning("%s", error)
         return cls(scaling, schedule, float(own.get("margin", 0.0)))
 
 
