@@ -11,6 +11,7 @@ from dspark.errors import CompatibilityError, UsageError
 from dspark.hf import Speculation
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.laws import chi_squared
 from tests.helpers.targets import tiny_qwen3
 
 PROMPTS = ([3, 1, 4, 1, 5], [9], list(range(2, 40)))
@@ -91,16 +92,9 @@ def test_samples_follow_the_plain_law():
         )
         counts[5 * int(ids[0, 3]) + int(ids[0, 4])] += 1
 
-    def statistic(probs):
-        wanted = probs * samples
-        many = wanted >= 5
-        pairs = [np.append(x[many], x[~many].sum()) for x in (counts, wanted)]
-        return ((pairs[0] - pairs[1]) ** 2 / pairs[1]).sum(), many.sum()
-
-    found, freedom = statistic(law)
-    limit = freedom + 4 * np.sqrt(2 * freedom)
+    found, limit = chi_squared(counts, law)
     assert found < limit
-    assert statistic(law**0.2 / (law**0.2).sum())[0] > limit
+    assert chi_squared(counts, law**0.2 / (law**0.2).sum())[0] > limit
 
 
 def test_what_cannot_be_is_refused(model):

@@ -18,6 +18,7 @@ from dspark.request import Request, SamplingParams
 from dspark.sources.names import BUNDLED
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
+from tests.helpers.laws import chi_squared
 from tests.helpers.targets import tiny_qwen3
 
 pytestmark = [
@@ -74,14 +75,6 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
     assert said["equal"]
 
 
-def chi_squared(counts, probs):
-    """Pearson's statistic over cells of 5 expected at least, the rest as one, and its freedom."""
-    expected = probs * counts.sum()
-    many = expected >= 5
-    cells = [np.append(x[many], x[~many].sum()) for x in (counts, expected)]
-    return float(((cells[0] - cells[1]) ** 2 / cells[1]).sum()), len(cells[0]) - 1
-
-
 def test_samples_follow_the_targets_law(tmp_path):
     vocab, length, samples = 8, 3, 6000
     shape = {"vocab_size": vocab, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 64}
@@ -116,8 +109,7 @@ def test_samples_follow_the_targets_law(tmp_path):
     counts = np.zeros(len(law))
     for ids in said["token_ids"]:
         counts[places[tuple(ids)]] += 1
-    statistic, freedom = chi_squared(counts, law)
-    limit = freedom + 4 * np.sqrt(2 * freedom)
+    statistic, limit = chi_squared(counts, law)
     assert statistic < limit
     # A law that is a little flatter is told apart.
     flat = law**0.9 / (law**0.9).sum()
