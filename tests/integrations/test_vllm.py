@@ -75,7 +75,8 @@ def test_other_methods_and_other_workers_stay(vllm):
     config = fake_config("eagle3")
     assert vllm._get_v1_model_runner_unsupported_features(config) == ["ubatching"]
     assert config.parallel_config.worker_cls == CPU
-    for worker in ("mine.Worker", GPU):
+    calibrated = "dspark.integrations.vllm.verification.CalibratedWorker"  # of the V2 runner
+    for worker in ("mine.Worker", GPU, calibrated):
         config = fake_config(worker=worker)
         assert len(vllm._get_v1_model_runner_unsupported_features(config)) == 2
         assert config.parallel_config.worker_cls == worker

@@ -15,7 +15,7 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter, save
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
-from dspark.sources.names import BUNDLED
+from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
 from tests.helpers.laws import chi_squared
@@ -34,6 +34,8 @@ QUESTIONS = (
 
 def with_head(kind):
     """The bundled drafter with a sequential head of another kind that still knows much of it."""
+    if kind == "dflash":
+        return load_drafter(BUNDLED_DRAFTERS["bundled-dflash"]).to(torch.float32).eval()
     drafter = load_drafter(BUNDLED / "dspark")
     config = drafter.config
     fields = {f: getattr(config, f) for f in config.__dataclass_fields__}
@@ -50,7 +52,7 @@ def with_head(kind):
     return made.to(torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
 def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
     drafter = with_head(kind)
     save(drafter, tmp_path / "draft", "attached", dtype=None)
@@ -63,8 +65,12 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
     ours = [model.engine([r], schedule="fixed").run([r])[0] for r in requests]
     ask = {"prompts": [list(r.prompt_ids) for r in requests], "max_tokens": 24, "temperature": 0.0}
     spec = {"method": "dspark", "model": str(tmp_path / "draft"), "num_speculative_tokens": 7}
-    asks = [ask | {"one_by_one": True}, ask]
-    one_by_one, together = ask_vllm(
+    # Pages of 128 tokens: the second and third time the prompt's first ones are in vLLM's cache.
+    long = list(model.encode([{"role": "user", "content": " ".join(texts[:24])}]))
+    assert len(long) > 150
+    again = ask | {"prompts": [long] * 3, "one_by_one": True}
+    asks = [ask | {"one_by_one": True}, ask, again]
+    one_by_one, together, cached = ask_vllm(
         os.environ["DSPARK_VLLM"], BUNDLED, asks, speculative=spec, max_model_len=512
     )
     [plain] = ask_vllm(os.environ["DSPARK_VLLM"], BUNDLED, [ask], max_model_len=512)
@@ -73,6 +79,9 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
     assert [t["token_ids"] for t in together] == [p["token_ids"] for p in plain]
     assert said["ours"] > 1.5
     assert said["equal"]
+    # A prefix that comes from the cache brings its draft context.
+    assert cached[0]["accepted"] > 0
+    assert cached[0] == cached[1] == cached[2]
 
 
 def test_samples_follow_the_targets_law(tmp_path):
@@ -122,4 +131,4 @@ def test_vllms_own_manager_takes_calibrated_confidences_and_our_budget():
         [os.environ["DSPARK_VLLM"], str(script)], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["calibrated", "same", "margin"]
+    assert done.stdout.split() == ["chosen", "calibrated", "same", "margin"]

@@ -1,13 +1,17 @@
 """Runs in vLLM's Python: its own verification manager with ours in the place of its class."""
 
 import contextlib
+import tempfile
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from dspark.errors import CompatibilityError, UsageError
 from dspark.integrations.vllm import verification
-from dspark.scheduling.calibration import TemperatureScaling
+from dspark.scheduling.calibration import Rounds, TemperatureScaling
+from dspark.scheduling.calibration_file import Calibration, calibrate
 
 
 class Nothing:
@@ -51,8 +55,41 @@ def asked(manager, confidences):
     return tokens, manager._stale_confidences[manager._stale_idx].np[:2].copy()
 
 
+def check_choices(folder):
+    """What a configuration says is taken or refused."""
+
+    def config(**own):
+        spec = types.SimpleNamespace(
+            model=str(folder), num_speculative_tokens=3, rejection_sample_method="standard"
+        )
+        return types.SimpleNamespace(speculative_config=spec, additional_config={"dspark": own})
+
+    def refused(error, words, **own):
+        said = ""
+        try:
+            verification.Choice.of(config(**own))
+        except error as found:
+            said = str(found)
+        assert words in said, said
+
+    assert verification.Choice.of(config()) == verification.Choice(None)
+    rounds = Rounds.of(np.zeros((120, 3)), np.arange(120) % 4, np.full(120, 3))
+    entry = calibrate(rounds, "token", "sampled")
+    Calibration((entry,)).save(folder / "calibration.json")
+    found = verification.Choice.of(config(schedule="lagged", margin=0.05))
+    assert found == verification.Choice(entry.scaling, "lagged", 0.05), found
+    assert verification.Choice.of(config(requests="greedy")).scaling is None
+    path = str(folder / "calibration.json")
+    refused(CompatibilityError, "greedy requests", requests="greedy", calibration=path)
+    refused(UsageError, "dspark.budget", budget=3)
+    refused(UsageError, "'prefix'", schedule="prefix")
+
+
 def main():
     """Print what holds; an assertion fails where it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        check_choices(Path(folder))
+    print("chosen")
     torch.cuda.Stream = torch.cuda.Event = Nothing
     torch.cuda.current_stream = Nothing
     package = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"

@@ -16,9 +16,16 @@ from typing import Any
 logger = logging.getLogger("vllm.dspark")
 
 KNOWN = ("0.32", "0.33")
+# By device: vLLM's worker, and ours.
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "dspark.integrations.vllm.worker.DSparkWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "dspark.integrations.vllm.verification.CalibratedWorker",
+    "cpu": (
+        "vllm.v1.worker.cpu_worker.CPUWorker",
+        "dspark.integrations.vllm.worker.DSparkWorker",
+    ),
+    "gpu": (
+        "vllm.v1.worker.gpu_worker.Worker",
+        "dspark.integrations.vllm.verification.CalibratedWorker",
+    ),
 }
 _REFUSAL = "dspark speculative decoding"
 _HOOKS = ("_get_v1_model_runner_unsupported_features", "_validate_adaptive_verification")
@@ -93,8 +100,7 @@ def _calibrate_v2(method: Any) -> Any:
 
 def _take_worker(config: Any, kind: str) -> bool:
     """Put our worker in the place of vLLM's own; another one, named by the user, stays."""
-    parallel = config.parallel_config
-    ours = _WORKERS.get(parallel.worker_cls)
-    if ours is not None and f".{kind}_worker." in parallel.worker_cls:
+    parallel, (theirs, ours) = config.parallel_config, _WORKERS[kind]
+    if parallel.worker_cls == theirs:
         parallel.worker_cls = ours
-    return parallel.worker_cls in _WORKERS.values()
+    return bool(parallel.worker_cls == ours)
