@@ -52,34 +52,57 @@ def with_head(kind):
     return made.to(torch.float32).eval()
 
 
+@pytest.fixture(scope="module")
+def target():
+    return Target.load(BUNDLED, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ask(target):
+    """50 greedy prompts."""
+    texts = [q.format(i) for i in range(2, 20) for q in QUESTIONS][:50]
+    encode = Model(target).encode
+    prompts = [list(encode([{"role": "user", "content": text}])) for text in texts]
+    return {"prompts": prompts, "max_tokens": 24, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def plain(ask):
+    """vLLM's answers without a drafter."""
+    [answers] = ask_vllm(os.environ["DSPARK_VLLM"], BUNDLED, [ask], max_model_len=512)
+    return answers
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
-def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path):
+def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path, target, ask, plain):
     drafter = with_head(kind)
     save(drafter, tmp_path / "draft", "attached", dtype=None)
-    target = Target.load(BUNDLED, dtype=torch.float32)
     drafter.bind(target.parts())
-    model = Model(target, drafter)
-    texts = [q.format(i) for i in range(2, 20) for q in QUESTIONS][:50]
-    params = SamplingParams(max_new_tokens=24, temperature=0.0)
-    requests = [Request(model.encode([{"role": "user", "content": t}]), params) for t in texts]
+    model, params = Model(target, drafter), SamplingParams(max_new_tokens=24, temperature=0.0)
+    requests = [Request(tuple(ids), params) for ids in ask["prompts"]]
     ours = [model.engine([r], schedule="fixed").run([r])[0] for r in requests]
-    ask = {"prompts": [list(r.prompt_ids) for r in requests], "max_tokens": 24, "temperature": 0.0}
-    spec = {"method": "dspark", "model": str(tmp_path / "draft"), "num_speculative_tokens": 7}
-    # Pages of 128 tokens: the second and third time the prompt's first ones are in vLLM's cache.
-    long = list(model.encode([{"role": "user", "content": " ".join(texts[:24])}]))
-    assert len(long) > 150
+    # From the second time on the prompt's first pages are in vLLM's cache.
+    long = [token for ids in ask["prompts"][:12] for token in ids]
     again = ask | {"prompts": [long] * 3, "one_by_one": True}
-    asks = [ask | {"one_by_one": True}, ask, again]
     one_by_one, together, cached = ask_vllm(
-        os.environ["DSPARK_VLLM"], BUNDLED, asks, speculative=spec, max_model_len=512
+        os.environ["DSPARK_VLLM"],
+        BUNDLED,
+        [ask | {"one_by_one": True}, ask, again],
+        speculative={
+            "method": "dspark",
+            "model": str(tmp_path / "draft"),
+            "num_speculative_tokens": 7,
+        },
+        max_model_len=512,
     )
-    [plain] = ask_vllm(os.environ["DSPARK_VLLM"], BUNDLED, [ask], max_model_len=512)
     said = compare(ours, one_by_one, plain)
+    print(kind, said)
     assert said["same_as_plain"] == said["prompts"] == 50
     assert [t["token_ids"] for t in together] == [p["token_ids"] for p in plain]
     assert said["ours"] > 1.5
     assert said["equal"]
     # A prefix that comes from the cache brings its draft context.
+    assert len(long) > 256
     assert cached[0]["accepted"] > 0
     assert cached[0] == cached[1] == cached[2]
 
