@@ -130,16 +130,15 @@ def _add_temperatures(drafter: AnyDrafter, options: Options, screen: Screen) -> 
     from dspark.scheduling.calibration_file import FILE_NAME, Calibration
     from dspark.sources.names import drafter_source
 
-    sts, source = None, Path(drafter_source(options.source))
+    sts: str | None = None
+    source = Path(drafter_source(options.source))
     beside = [path for path in (source / ATTACHED_FOLDER, source) if (path / FILE_NAME).is_file()]
     for folder in beside[:1]:
-        path = folder / FILE_NAME
-        entries = [e for e in Calibration.load(path).entries if e.block_size == drafter.block_size]
-        # SGLang keeps drafts by the token rule; sampled requests are the rule there.
-        entries.sort(key=lambda e: (e.verifier != "token", e.temperature_class != "sampled"))
         try:
-            for entry in entries[:1]:
-                sts = str(sglang.write_temperatures(entry, Path(options.destination)))
+            # SGLang keeps drafts by the token rule.
+            calibration = Calibration.load(folder / FILE_NAME)
+            entry = calibration.entry(drafter.block_size, "token", "sampled")
+            sts = str(sglang.write_temperatures(entry, Path(options.destination)))
         except CompatibilityError as error:
             screen.say(f"{FILE_NAME} is left out: {error}")
     return sglang.server_arguments(drafter, options.destination, sts)

@@ -16,12 +16,17 @@ def main(golden: str, written: str, *names: str) -> None:
     sys.path.insert(0, golden)
     import make
     from safetensors.torch import load_file
-    from speculators import SpeculatorModel
+    from speculators import SpeculatorModel, SpeculatorModelConfig
 
     os.chdir(golden)  # where the target lies
     far = {}
     for name in names:
-        model = SpeculatorModel.from_pretrained(str(Path(written, name))).eval()
+        path = str(Path(written, name))
+        config = SpeculatorModelConfig.from_pretrained(path)
+        # Its default, flex attention, wants lengths in blocks of 128.
+        layers = config.transformer_layer_config
+        layers._attn_implementation = "eager" if "eagle3" in name else "sdpa"
+        model = SpeculatorModel.from_pretrained(path, config=config).eval()
         found, wanted = make.forward(name, model), load_file(f"{name}/forward.safetensors")
         far[name] = {
             key: float((found[key].float() - value.float()).abs().max())
