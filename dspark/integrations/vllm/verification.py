@@ -100,6 +100,7 @@ class CalibratedVerification(AdaptiveVerificationManager):
     """vLLM's manager with a `choice`."""
 
     choice: Choice
+    _batch_budget: tuple[dict[str, int], dict[str, int], int] | None
 
     def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
         """Record calibrated confidences in place of the raw ones."""
@@ -114,6 +115,7 @@ class CalibratedVerification(AdaptiveVerificationManager):
         tokens: int = super().get_num_tokens(num_tokens_per_req, draft_tokens)
         if self.choice.schedule == "vllm":
             return tokens
+        assert self._batch_budget is not None
         drafts, others, theirs = self._batch_budget
         budget = self._best(drafts, others)
         self._batch_budget = (drafts, others, budget)
