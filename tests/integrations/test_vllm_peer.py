@@ -108,7 +108,7 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path, target, ask, 
 
 
 def test_samples_follow_the_targets_law(tmp_path):
-    vocab, length, samples = 8, 3, 6000
+    vocab, length, samples = 8, 3, 4000
     shape = {"vocab_size": vocab, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 64}
     shape |= {"num_key_value_heads": 1, "initializer_range": 0.08}
     network = tiny_qwen3(
