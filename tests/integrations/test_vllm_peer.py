@@ -82,7 +82,7 @@ def test_vllm_keeps_our_drafts_and_answers_plainly(kind, tmp_path, target, ask, 
     requests = [Request(tuple(ids), params) for ids in ask["prompts"]]
     ours = [model.engine([r], schedule="fixed").run([r])[0] for r in requests]
     # From the second time on the prompt's first pages are in vLLM's cache.
-    long = [token for ids in ask["prompts"][:12] for token in ids]
+    long = [token for ids in ask["prompts"][:16] for token in ids]
     again = ask | {"prompts": [long] * 3, "one_by_one": True}
     one_by_one, together, cached = ask_vllm(
         os.environ["DSPARK_VLLM"],
