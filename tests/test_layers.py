@@ -23,7 +23,7 @@ LAYERS = (
     ("",),  # dspark/__init__.py: the public API, loaded lazily
     ("data",),
     ("evaluation", "training"),
-    ("serving", "simulation", "fitting"),
+    ("serving", "simulation", "fitting", "integrations", "hf"),
     ("cli",),
     ("__main__",),
 )
@@ -35,6 +35,7 @@ HEAVY = {
         "targets",
         "drafters.checkpoints",
         "data",
+        "hf",
         "training.language_model",  # builds the bundled target from scratch: a Qwen3 model
     ),
     "datasets": ("data",),
@@ -42,6 +43,7 @@ HEAVY = {
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "aiohttp": ("serving",),
+    "vllm": ("integrations.vllm",),
     "matplotlib": ("evaluation", "simulation"),
     "torch": (
         "sources.gguf",
@@ -57,6 +59,8 @@ HEAVY = {
         "training",
         "serving",
         "fitting",
+        "integrations",
+        "hf",
         "cli",
     ),
 }

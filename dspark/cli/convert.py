@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dspark.drafters.checkpoints.registry import AnyDrafter
 
 GGUF, WEIGHT_TYPES = "gguf", ("bf16", "f16", "q8_0")
+SGLANG, ITS_LAYOUT = "sglang", "deepspec"
 EXAMPLE = """\
   dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
   dspark convert runs/drafter models/target --to attached
@@ -40,8 +41,8 @@ class Options(Common):
     )
     to: str = option(
         "",
-        "the layout to write: deepspec, speculators, attached, gguf, or one that an installed "
-        "package brings",
+        "the layout to write: deepspec, speculators, attached, gguf, sglang (deepspec with "
+        "SGLang's file of temperatures), or one that an installed package brings",
         required=True,
         metavar="LAYOUT",
     )
@@ -74,8 +75,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
     use_threads(options)
     known = {name: layout for name, layout in layouts().items() if layout.writers}
-    if options.to not in (*known, GGUF):
-        names = ", ".join((*known, GGUF))
+    if options.to not in (*known, GGUF, SGLANG):
+        names = ", ".join((*known, GGUF, SGLANG))
         raise UsageError(f"--to is {options.to}, but the layouts that are written are {names}.")
     _refuse_options_without_effect(options)
     with screen.log.status(f"Reading {options.source} ..."):
@@ -96,7 +97,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
                 "A GGUF file holds its target's tokenizer; name the target's GGUF file or "
                 "directory with --target."
             )
-        elif known[options.to].holds_tables and (
+        elif known[ITS_LAYOUT if options.to == SGLANG else options.to].holds_tables and (
             drafter.own_embedding_VH is None or drafter.own_head_VH is None
         ):
             raise UsageError(
@@ -113,7 +114,34 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
         report["llama_cpp"] = f"-md {options.destination} {spec_flags(drafter)}"
         screen.say(f"For llama.cpp: {report['llama_cpp']}")
+    if options.to == SGLANG:
+        report["sglang"] = _add_temperatures(drafter, options, screen)
+        screen.say(f"For SGLang: {report['sglang']}")
     return report
+
+
+def _add_temperatures(drafter: AnyDrafter, options: Options, screen: Screen) -> str:
+    """Write the temperatures of a calibration beside SRC, if any; SGLang's arguments."""
+    from pathlib import Path
+
+    from dspark.drafters.checkpoints.files import ATTACHED_FOLDER
+    from dspark.errors import CompatibilityError
+    from dspark.integrations import sglang
+    from dspark.scheduling.calibration_file import FILE_NAME, Calibration
+    from dspark.sources.names import drafter_source
+
+    sts: str | None = None
+    source = Path(drafter_source(options.source))
+    beside = [path for path in (source / ATTACHED_FOLDER, source) if (path / FILE_NAME).is_file()]
+    for folder in beside[:1]:
+        try:
+            # SGLang keeps drafts by the token rule.
+            calibration = Calibration.load(folder / FILE_NAME)
+            entry = calibration.entry(drafter.block_size, "token", "sampled")
+            sts = str(sglang.write_temperatures(entry, Path(options.destination)))
+        except CompatibilityError as error:
+            screen.say(f"{FILE_NAME} is left out: {error}")
+    return sglang.server_arguments(drafter, options.destination, sts)
 
 
 def _refuse_options_without_effect(options: Options) -> None:
@@ -143,10 +171,15 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
 
     from dspark.drafters.checkpoints.checkpoint import save, save_attached
 
+    if options.to == SGLANG:
+        from dspark.integrations import sglang
+
+        sglang.refuse(drafter)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     if options.to == "attached":
         return save_attached(drafter, options.destination, dtype=dtype)
-    return save(drafter, options.destination, options.to, dtype=dtype)
+    layout = ITS_LAYOUT if options.to == SGLANG else options.to
+    return save(drafter, options.destination, layout, dtype=dtype)
 
 
 COMMAND = Command("convert", "rewrite a drafter's checkpoint", EXAMPLE, Options, run)

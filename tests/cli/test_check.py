@@ -171,3 +171,18 @@ def test_closing_sentences():
     assert closing(CheckReport(warned, (run_of(2.0),))).startswith(
         "The drafter works, with 1 warning; "
     )
+
+
+def test_another_engine_is_asked_by_the_drafter_alone(dspark, pair):
+    result = dspark("check", pair.drafter, "--engine", "llama.cpp", "--json")
+    assert result.status == 0
+    report = result.json
+    assert report["ok"] is (report["why_not"] == [])
+    assert "llama.cpp" in report["engine"]
+    assert report["loses"]
+
+
+def test_a_draft_beside_an_engine_is_wrong_usage(dspark, pair):
+    result = dspark("check", pair.target, "--draft", pair.drafter, "--engine", "vllm")
+    assert result.status == 2
+    assert "--draft" in result.err

@@ -141,3 +141,33 @@ def test_options_without_effect_are_usage_errors(dspark, pair, tmp_path, words, 
     assert sentence in result.err
     assert result.err.count("\n") == 1
     assert not (tmp_path / words[0]).exists()
+
+
+def test_sglang_gets_the_published_layout_and_its_arguments(dspark, pair, tmp_path):
+    result = dspark("convert", pair.drafter, tmp_path / "out", "--to", "sglang", "--json")
+    assert result.status == 0
+    assert result.json["format"] == "sglang"
+    assert f"DSPARK --speculative-draft-model-path {tmp_path / 'out'}" in result.json["sglang"]
+    assert config(tmp_path / "out") == config(pair.drafter)
+    assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_sglang_gets_temperatures_of_a_calibration_without_shifts(dspark, pair, tmp_path, shifts):
+    from dspark.drafters.checkpoints.checkpoint import load_drafter
+    from dspark.scheduling.calibration import Rounds
+    from dspark.scheduling.calibration_file import Calibration, calibrate
+
+    source = shutil.copytree(pair.drafter, tmp_path / "drafter")
+    drafts = load_drafter(source).block_size
+    logits = [[1.0 - 0.01 * (n % 7)] * drafts for n in range(120)]
+    kept = [n % (drafts + 1) for n in range(120)]
+    rounds = Rounds.of(logits, kept, [drafts] * 120)
+    entry = calibrate(rounds, "token", "sampled", shifts=shifts)
+    Calibration((entry,)).save(source / "calibration.json")
+    result = dspark("convert", source, tmp_path / "out", "--to", "sglang")
+    assert result.status == 0
+    file = tmp_path / "out" / "sts_temperatures.json"
+    assert file.is_file() is not shifts
+    assert (str(file) in result.out) is not shifts
+    assert ("--temperatures-only" in " ".join(result.out.split())) is shifts

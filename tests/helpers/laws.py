@@ -47,3 +47,19 @@ def dense_sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     cdf_NV = probs_NV.cumsum(dim=1, dtype=torch.float64)
     mass_N = uniforms_N * cdf_NV[:, -1]
     return (cdf_NV <= mass_N[:, None]).sum(dim=1).clamp(max=probs_NV.shape[1] - 1)
+
+
+def chi_squared(counts: Law, probs: Law) -> tuple[float, float]:
+    """Pearson's statistic of counts under a law, and what it hardly ever reaches if they follow it.
+
+    Cells of less than 5 expected counts are one; the limit lies 4 standard deviations above the
+    mean of the statistic.
+    """
+    expected = probs * counts.sum()
+    many = expected >= 5
+    cells = [(counts[many], expected[many])]
+    if expected[~many].sum() >= 5:
+        cells.append((counts[~many].sum(keepdims=True), expected[~many].sum(keepdims=True)))
+    found = sum(float(((c - e) ** 2 / e).sum()) for c, e in cells)
+    freedom = sum(len(c) for c, _ in cells) - 1
+    return found, freedom + 4 * float(np.sqrt(2 * freedom))

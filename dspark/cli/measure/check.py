@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
   dspark check bundled
-  dspark check ./target --draft ./drafter --prompts questions.jsonl --json"""
+  dspark check ./target --draft ./drafter --prompts questions.jsonl --json
+  dspark check ./drafter --engine vllm"""
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -47,9 +48,18 @@ class _LiveRun:
 class Options(_LiveRun, Pair):
     """Options of `check`."""
 
+    engine: str | None = option(
+        None,
+        "in place of all that: whether another engine runs this drafter (the positional argument "
+        "then names the drafter), with which commands, and what it gives up",
+        choices=("vllm", "sglang", "llama.cpp"),
+    )
+
 
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
+    if options.engine is not None:
+        return _run_elsewhere(options, options.engine, screen)
     if not options.time_limit > 0:
         raise UsageError(f"--time-limit is {options.time_limit:g}, but must be above 0.")
     from dspark.data.conversations import read_prompts
@@ -82,6 +92,31 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             progress=show,
         )
     return _show(report, screen)
+
+
+def _run_elsewhere(options: Options, engine: str, screen: Screen) -> dict[str, Any]:
+    from dspark.drafters.checkpoints.checkpoint import load_drafter
+    from dspark.integrations.engines import verdict
+
+    if options.draft is not None:
+        raise UsageError(
+            f"--draft {options.draft} has no effect beside --engine; name the drafter in the place "
+            "of the target."
+        )
+    source = options.target
+    drafter = load_drafter(source, revision=options.revision, offline=options.offline)
+    found = verdict(engine, drafter, source)
+    if found.why_not:
+        why = " and ".join(found.why_not)
+        screen.say(f"{found.engine} does not run this drafter: it has {why}.")
+    else:
+        screen.say(f"{found.engine} runs this drafter:")
+        for line in found.commands:
+            screen.say(f"  {line}")
+        for line in found.notes:
+            screen.say(f"{line}.")
+    screen.say(f"There, {'; '.join(found.loses)}.")
+    return {"ok": not found.why_not} | asdict(found)
 
 
 def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:

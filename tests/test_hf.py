@@ -1,0 +1,116 @@
+"""transformers' own generate with our drafters."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.drafters.checkpoints.checkpoint import save_attached
+from dspark.errors import CompatibilityError, UsageError
+from dspark.hf import Speculation
+from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.laws import chi_squared
+from tests.helpers.targets import tiny_qwen3
+
+PROMPTS = ([3, 1, 4, 1, 5], [9], list(range(2, 40)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_qwen3(seed=4)
+
+
+def drafter_for(model, kind="vanilla", **changes):
+    target = Target.from_model(copy.deepcopy(model))
+    if kind == "eagle3":
+        return tiny_eagle3(target, taps=(0, 1), std=0.4)
+    return tiny_dspark(target, taps=(-1, 1), std=0.4, markov_head_type=kind, **changes)
+
+
+def answer(model, prompt, **options):
+    ids = torch.tensor([prompt])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "eagle3", "reduced"])
+def test_greedy_answers_are_plain_ones(model, kind):
+    if kind == "reduced":
+        drafter = drafter_for(model, known=range(0, 64, 3))
+    else:
+        drafter = drafter_for(model, kind)
+    speculation = Speculation(model, drafter)
+    for prompt in PROMPTS:
+        options = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.3}
+        plain = answer(model, prompt, **options)
+        found = answer(model, prompt, custom_generate=speculation, **options)
+        assert found.tolist() == plain.tolist()
+        stats = speculation.stats
+        assert stats.drafted > 0
+        assert stats.rounds + stats.accepted == 16 - 1
+
+
+def test_drafts_are_those_of_the_engine(model, tmp_path):
+    """A drafter whose Markov head says what the target says after one token."""
+    drafter = drafter_for(model)
+    model.save_pretrained(tmp_path)
+    save_attached(drafter, tmp_path, dtype=None)
+    import dspark
+
+    ours = dspark.load(tmp_path, dtype="float32")
+    speculation = Speculation(model, tmp_path / "dspark")
+    for prompt in PROMPTS:
+        request = dspark.Request(
+            tuple(prompt), dspark.SamplingParams(max_new_tokens=24, temperature=0.0)
+        )
+        [wanted] = ours.engine([request], schedule="fixed").run([request])
+        found = answer(
+            model, prompt, custom_generate=speculation, max_new_tokens=24, do_sample=False
+        )
+        assert found[0, len(prompt) :].tolist() == list(wanted.token_ids)
+        assert speculation.stats.rounds == wanted.stats.rounds
+        assert speculation.stats.accepted == wanted.stats.accepted
+
+
+def test_samples_follow_the_plain_law():
+    model = tiny_qwen3(seed=5, vocab_size=5, initializer_range=0.4)
+    drafter = drafter_for(model)
+    speculation, prompt, samples = Speculation(model, drafter), [1, 4, 2], 300
+    with torch.no_grad():
+        first_V = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        second_VV = torch.stack(
+            [model(torch.tensor([[*prompt, t]])).logits[0, -1].softmax(-1) for t in range(5)]
+        )
+    law = (first_V[:, None] * second_VV).flatten().double().numpy()
+    law /= law.sum()
+    torch.manual_seed(0)
+    counts = np.zeros(25)
+    for _ in range(samples):
+        ids = answer(
+            model, prompt, custom_generate=speculation, max_new_tokens=3, do_sample=True, top_k=0
+        )
+        counts[5 * int(ids[0, 3]) + int(ids[0, 4])] += 1
+
+    found, limit = chi_squared(counts, law)
+    assert found < limit
+    assert chi_squared(counts, law**0.2 / (law**0.2).sum())[0] > limit
+
+
+def test_what_cannot_be_is_refused(model):
+    drafter = drafter_for(model)
+    speculation = Speculation(model, drafter)
+    with pytest.raises(UsageError, match="one at a time"):
+        model.generate(
+            torch.ones(2, 3, dtype=torch.long), custom_generate=speculation, max_new_tokens=4
+        )
+    ids = torch.tensor([[0, 1, 2]])
+    mask = torch.tensor([[0, 1, 1]])
+    with pytest.raises(UsageError, match="padded"):
+        model.generate(ids, attention_mask=mask, custom_generate=speculation, max_new_tokens=4)
+    with pytest.raises(UsageError, match="num_drafts is 5"):
+        Speculation(model, drafter, num_drafts=5)
+    narrow = tiny_qwen3(seed=1, vocab_size=32)
+    with pytest.raises(CompatibilityError, match="vocab_size is 64"):
+        Speculation(narrow, drafter)
+    assert "_get_candidate_generator" not in vars(model)
