@@ -1,0 +1,66 @@
+"""A simulated request: its lengths, how far it is, and when its tokens came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dspark.request import Request
+
+_ANY = Request((0,))  # greedy, without mask, penalty or bias
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, and what became of it; `ActiveRequest` has the same attributes.
+
+    Attributes:
+        request_id: its number.
+        prompt_tokens, answer_tokens: its lengths.
+        sent_s: when it arrived.
+        stream: which stream of the acceptance profile it follows; None lets the server draw one.
+        first_s, end_s: when its first and its last token were there.
+        tokens: committed.
+        cached: rows of prompt and answer that the cache holds.
+        place: of its stream in the acceptance profile: where it starts, and how long it is.
+        admitted: the how-manieth admission was its last.
+    """
+
+    request_id: int
+    prompt_tokens: int
+    answer_tokens: int
+    sent_s: float
+    stream: int | None = None
+    first_s: float = 0.0
+    end_s: float = 0.0
+    tokens: int = 0
+    cached: int = 0
+    place: tuple[int, int] = (0, 1)
+    admitted: int = -1
+    request: Request = _ANY
+    plain: bool = False
+    scores_prompt: bool = False
+
+    @property
+    def resumed(self) -> bool:
+        """Whether its first token has been drawn."""
+        return self.tokens > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether all but the anchor is cached."""
+        return self.tokens > 0 and self.cached == self.prompt_tokens + self.tokens - 1
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it may draft."""
+        return self.ready
+
+    @property
+    def unread(self) -> int:
+        """Tokens to be read before it is ready."""
+        return self.prompt_tokens + self.tokens - self.cached - (self.tokens > 0)
+
+    @property
+    def room(self) -> int:
+        """How many more tokens may be committed."""
+        return self.answer_tokens - self.tokens
