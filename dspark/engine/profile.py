@@ -153,9 +153,9 @@ def measure_costs(
         CostPoint(
             tokens=count + n,
             requests=count,
-            verify_ms=fast_mean(verify[count, n]),
-            draft_ms=fast_mean(draft[count]),
-            single_share=_share(fast_mean(single[count]), fast_mean(draft[count])),
+            verify_ms=_fast(verify[count, n]),
+            draft_ms=_fast(draft[count]),
+            single_share=_share(_fast(single[count]), _fast(draft[count])),
         )
         for count, n in plan
     )
@@ -171,7 +171,7 @@ def _single_draft_ms(engine: Engine, told: _Told, count: int) -> float:
     return engine.clock.draft_ms - before
 
 
-def fast_mean(times: Sequence[float]) -> float:
+def _fast(times: Sequence[float]) -> float:
     """The mean of the fastest third: one lucky clock reading is not enough."""
     count = (len(times) + 2) // 3
     return statistics.fmean(sorted(times)[:count])

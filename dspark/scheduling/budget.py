@@ -297,8 +297,8 @@ class _Ranked:
         stay_D = self.positions_D < depth
         if stay_D.all():
             return self
-        parts = (self.requests_D, self.survival_D, self.positions_D)
-        return _Ranked(self.num_requests, *(part[stay_D] for part in parts))
+        requests_D, survival_D = self.requests_D[stay_D], self.survival_D[stay_D]
+        return _Ranked(self.num_requests, requests_D, survival_D, self.positions_D[stay_D])
 
     def best(self, step_ms_N: FloatArray, margin: float) -> tuple[int, float]:
         """The budget of the highest throughput, all where that is hardly less, and the highest."""

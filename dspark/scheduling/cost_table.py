@@ -130,9 +130,10 @@ class CostTable:
     def __post_init__(self) -> None:
         if not self.points:
             raise DataError(f"The cost table is empty; {FALLBACK}.")
-        for each in (*self.prompts, *self.extras):
-            values = asdict(each).values()
-            if not all(0 <= v < math.inf for v in values) or next(iter(values)) < 1:
+        whole: tuple[PromptCost | StepExtra, ...] = (*self.prompts, *self.extras)
+        for each in whole:
+            first, *times = asdict(each).values()
+            if first < 1 or not all(0 <= ms < math.inf for ms in times):
                 raise DataError(f"The cost table has an impossible entry, {each}; {FALLBACK}.")
         for point in self.points:
             costs = (point.verify_ms, point.draft_ms)

@@ -1,4 +1,4 @@
-"""Arrival process: when requests come, how long their prompts are and how long their answers get."""
+"""Arrival process: when requests come, and how long their prompts and answers are."""
 
 from __future__ import annotations
 
@@ -75,19 +75,18 @@ class Arrivals:
 
     def jobs(self) -> list[Job]:
         """The requests, as a server takes them."""
-        columns = (self.prompt_N, self.answer_N, self.at_s_N)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
         streams = [None] * len(self) if self.stream_N is None else self.stream_N.tolist()
-        return [
-            Job(i, *row, stream=stream)
-            for i, (row, stream) in enumerate(zip(rows, streams, strict=True))
-        ]
+        columns = (self.prompt_N.tolist(), self.answer_N.tolist(), self.at_s_N.tolist())
+        return [Job(i, *row) for i, row in enumerate(zip(*columns, streams, strict=True))]
 
     def first(self, count: int) -> Arrivals:
         """The first requests, as far as there are so many."""
-        streams = None if self.stream_N is None else self.stream_N[:count]
-        parts = (self.at_s_N, self.prompt_N, self.answer_N)
-        return Arrivals(*(part[:count] for part in parts), streams)
+        return Arrivals(
+            self.at_s_N[:count],
+            self.prompt_N[:count],
+            self.answer_N[:count],
+            None if self.stream_N is None else self.stream_N[:count],
+        )
 
     def at_rate(self, rate: float) -> Arrivals:
         """The same requests, bursts included, at another mean rate.
@@ -107,7 +106,8 @@ def drawn_arrivals(
 
     Args:
         count: N, 2 at least.
-        prompts, answers: their lengths.
+        prompts: their lengths.
+        answers: theirs.
         burstiness: shape of the gamma law of the times between them: 1 is a Poisson process,
             smaller comes in bursts, larger more evenly.
         seed: of the draws.

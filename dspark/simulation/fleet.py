@@ -182,5 +182,5 @@ def _check_cache(arrivals: Arrivals, fleet: Fleet) -> None:
     room = fleet.limits.cache_tokens
     if room is not None and most > room:
         raise UsageError(
-            f"A request of {most} tokens does not fit the cache of {room}; give --cache-tokens more."
+            f"A request of {most} tokens does not fit a cache of {room}; give --cache-tokens more."
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dspark.request import Request
 
+_ROOM = 1 << 20
 _ANY = Request((0,))  # greedy, without mask, penalty or bias
 
 
@@ -61,6 +62,11 @@ class Job:
         return self.prompt_tokens + self.tokens - self.cached - (self.tokens > 0)
 
     @property
-    def room(self) -> int:
-        """How many more tokens may be committed."""
+    def left(self) -> int:
+        """How many more tokens there will be."""
         return self.answer_tokens - self.tokens
+
+    @property
+    def room(self) -> int:
+        """How many more tokens may be committed: answers end by a stop token, and not for room."""
+        return _ROOM

@@ -78,7 +78,7 @@ class Machine:
             return 0.0
         known, ms = self._prompt_ms
         over = max(rows - known[-1], 0.0)
-        whole_ms = float(np.interp(rows, known, ms)) + self._row_ms * over
+        whole_ms = float(np.interp(rows, known, ms) + self._row_ms * over)
         return max(whole_ms - self.plain_ms(1), 0.0) if requests else whole_ms
 
     @property

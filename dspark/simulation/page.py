@@ -26,7 +26,8 @@ MISSING = (
 _CAPTIONS = {
     "frontier": "Throughput against per-user speed (Fig. 7 of the paper), one point per number of "
     "users, each of whom always has one request in flight.",
-    "verified": "Verified tokens per request and round, the anchor included, against users (Fig. 8).",
+    "verified": "Verified tokens per request and round, the anchor included, against users "
+    "(Fig. 8).",
     "ttft": "Time to first token that 95 % of requests keep below, against the rate of arrivals; "
     "dotted: the service level.",
     "speed": "Median speed of a user against the rate of arrivals.",
@@ -77,7 +78,7 @@ def pieces_of(plan: Plan, about: Mapping[str, str], pictures: Sequence[str]) -> 
             Heading("At these rates"),
             Text(
                 "Requests come by themselves. Times to the first token and speeds of a user are at "
-                "p50 / p95 / p99: what 95 % of the requests keep below, what 95 % of the users reach."
+                "p50 / p95 / p99: what 95 % of requests keep below, and what 95 % of users reach."
             ),
             Grid(_HEAD, tuple(_cells(row) for row in plan.rows)),
             *picture("ttft", "speed"),

@@ -42,7 +42,7 @@ class Way:
     name: str
     costs: CostTable
     acceptance: Acceptance | None = None
-    schedule: Schedule = Schedule("fixed")
+    schedule: Schedule = field(default_factory=Schedule)
     depth: int | None = None
 
     def machine(self) -> Machine:
@@ -215,13 +215,13 @@ class Server:
     def _commit(self, jobs: Sequence[Job], kept: Sequence[int], end_s: float) -> None:
         """Commit each one's kept drafts and the token behind them."""
         for job, accepted in zip(jobs, kept, strict=True):
-            gained = min(accepted + 1, job.room)
+            gained = min(accepted + 1, job.left)
             job.cached = job.prompt_tokens + job.tokens + gained - 1
             if job.tokens:
                 self.counts.gained += gained
             job.tokens += gained
             self.counts.tokens += gained
-            if job.room <= 0:
+            if job.left <= 0:
                 job.end_s = end_s
                 self._ending.append(job)
                 self.running.remove(job)

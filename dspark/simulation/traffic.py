@@ -85,7 +85,8 @@ def record_of(
         slope_K: logits of each position beside the first's; None lets them fall by .08 a position.
     """
     generator = np.random.default_rng((seed, requests, drafts))
-    slope_K = -0.08 * np.arange(drafts) if slope_K is None else slope_K
+    if slope_K is None:
+        slope_K = -0.08 * np.arange(drafts, dtype=np.float64)
     ease_R = generator.normal(traffic.ease, traffic.between, requests)
     swing_R = generator.normal(0, traffic.within, requests)
     generation_R = np.zeros(requests, dtype=np.int64)

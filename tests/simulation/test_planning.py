@@ -10,8 +10,8 @@ from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey, Promp
 from dspark.simulation.acceptance import synthetic
 from dspark.simulation.arrivals import Lengths, drawn_arrivals
 from dspark.simulation.fleet import Fleet, Run, closed_loop, open_loop
-from dspark.simulation.planning import ServiceLevel, Study, gains, max_rate, row_of
 from dspark.simulation.jobs import Job
+from dspark.simulation.planning import ServiceLevel, Study, gains, max_rate, row_of
 from dspark.simulation.server import Limits, Server, Way
 
 

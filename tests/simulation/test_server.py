@@ -66,14 +66,15 @@ def test_plain_decoding_takes_what_the_table_says(costs):
 
 
 def test_fixed_blocks_take_what_the_table_says(costs, alternating):
-    """Rounds that keep 4, 0, 2, 1: 5 + 1 + 3 + 2 tokens behind the first one."""
+    """Rounds that keep 4, 0, 2, 1: 5 + 1 + 3 + 2 tokens behind the first one.
+
+    That the answer ends in the last of them nobody knows before.
+    """
     way = Way("fixed", costs, alternating)
     (job, _) = open_loop(way, arrivals((0.0, 8, 12), (9.0, 8, 1)), Fleet(Limits(1))).jobs
     prompt, block, rest = 13.0, 10 + 5 / 4 + 2.0, 1.0
-    # The last round has room for two tokens, so it drafts one; a block is drafted whole.
-    last = 10 + 2 / 4 + 2.0
     assert 1e3 * job.first_s == pytest.approx(prompt)
-    assert 1e3 * job.end_s == pytest.approx(prompt + 3 * (block + rest) + last + rest)
+    assert 1e3 * job.end_s == pytest.approx(prompt + 4 * (block + rest))
 
 
 def test_a_long_prompt_is_read_in_parts(costs):

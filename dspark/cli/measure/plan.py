@@ -233,7 +233,7 @@ def _ways(options: Options, costs: CostTable, screen: Screen) -> list[Way]:
             fewer = acceptance.shortened(int(count))
             found.append(Way(name, costs, fewer, Schedule("fixed"), acceptance.num_drafts))
         else:
-            found.append(Way(name, costs, acceptance, Schedule(word)))  # type: ignore[arg-type]
+            found.append(Way(name, costs, acceptance, Schedule(word)))
     return found
 
 

@@ -48,7 +48,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         from dspark.engine.profile_steps import measure_steps
 
         with screen.log.status("Measuring prompts and whole steps ..."):
-            costs = measure_steps(model.target, model.drafter, costs, repeats=options.repeats)
+            costs = measure_steps(model.target, model.drafter, costs)
     path = costs.save(options.out)
     shown = table("requests", "tokens", "verify ms", "draft ms")
     for point in costs.points:

@@ -213,7 +213,8 @@ class Scheduler:
         found = survey_depths(earlier_DK, step_ms_DN, None if whole else most_D, MARGIN)
         off_ms = self._times[self._kind].off_ms(requests)
         plans = []
-        for depth, (budget, per_ms) in found.items():
+        for depth, (budget, most_per_ms) in found.items():
+            per_ms = most_per_ms
             if self.schedule.name == "prefix" and self.verifier != "coupled":
                 # Algorithm 1 may stop far below the best budget: what it would do is what counts.
                 per_ms = self._first_stop(earlier_DK[:, :depth], step_ms_DN[depth], most_D)
