@@ -36,6 +36,7 @@ class Family:
 
 _GEMMA = Family(scaled_embedding=True, norm_offset=1.0)
 _GEMMA4 = Family(scaled_embedding=True)
+_QWEN_HYBRID = Family(norm_offset=1.0)
 
 FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
@@ -55,6 +56,9 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(norm="norm_f"),
     "nemotron_h": Family(norm="norm_f"),
     "phi": Family(norm="final_layernorm"),
+    "qwen3_5_moe_text": _QWEN_HYBRID,
+    "qwen3_5_text": _QWEN_HYBRID,
+    "qwen3_next": _QWEN_HYBRID,
 }
 
 # Rotations that depend on the longest position of a batch would let one request change another.

@@ -78,12 +78,13 @@ class OwnCacheRunner:
     def __init__(self, model: Any, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
         taken = inspect.signature(anatomy.decoder.forward).parameters
-        self._name = next((name for name in _NAMES if name in taken), None)
-        if self._name is None:
+        names = [name for name in _NAMES if name in taken]
+        if not names:
             raise CompatibilityError(
                 f"{anatomy.architecture} is not supported as a target: it has no cache of a name "
                 f"that is known ({', '.join(_NAMES)}); use another target."
             )
+        self._name = names[0]
         self.chunks = True
         self._probe(model)
 
@@ -165,7 +166,7 @@ class OwnCacheRunner:
                 use_cache=True,
                 **({self._name: state.live} if state.live is not None else {}),
             )
-            state.live = getattr(out, str(self._name))
+            state.live = getattr(out, self._name)
             state.tokens += part
             hidden.append(out.last_hidden_state[0])
             if then is not None:

@@ -148,6 +148,15 @@ def test_features_are_those_of_the_whole_sequence(family):
         torch.testing.assert_close(found.logits_NV[rows], out.logits[0], **NEAR)
 
 
+def test_the_final_norm_is_declared(family):
+    """Drafters borrow what it multiplies by, offset included."""
+    _, _, target = family
+    x_TH = torch.randn(3, target.hidden_size, generator=torch.Generator().manual_seed(0))
+    x_TH = x_TH.to(target.dtype)
+    scaled = x_TH / x_TH.pow(2).mean(-1, keepdim=True).sqrt() * target.parts().final_norm_H
+    torch.testing.assert_close(target._anatomy.norm(x_TH), scaled, **NEAR)
+
+
 def test_control_without_replay_the_output_is_another(monkeypatch):
     """A recurrent state that has read rejected drafts does not come back by itself."""
     model = new_model("mamba", **STATE_MODELS["mamba"]).double()
