@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dspark.request import Request
 
-_ROOM = 1 << 20
 _ANY = Request((0,))  # greedy, without mask, penalty or bias
 
 
@@ -24,6 +23,9 @@ class Job:
         cached: rows of prompt and answer that the cache holds.
         place: of its stream in the acceptance profile: where it starts, and how long it is.
         admitted: the how-manieth admission was its last.
+        ready, drafts: whether all but the anchor is cached.
+        room: how many more tokens may be committed, as far as anybody knows: answers end by a stop
+            token, and not for room.
     """
 
     request_id: int
@@ -38,6 +40,9 @@ class Job:
     place: tuple[int, int] = (0, 1)
     admitted: int = -1
     request: Request = _ANY
+    ready: bool = False
+    drafts: bool = False
+    room: int = 1 << 20
     plain: bool = False
     scores_prompt: bool = False
 
@@ -46,15 +51,20 @@ class Job:
         """Whether its first token has been drawn."""
         return self.tokens > 0
 
-    @property
-    def ready(self) -> bool:
-        """Whether all but the anchor is cached."""
-        return self.tokens > 0 and self.cached == self.prompt_tokens + self.tokens - 1
+    def read(self, rows: int) -> None:
+        """Note that so many more rows are cached."""
+        self.cached += rows
+        self.ready = self.drafts = self.tokens > 0 and not self.unread
 
-    @property
-    def drafts(self) -> bool:
-        """Whether it may draft."""
-        return self.ready
+    def commit(self, gained: int) -> None:
+        """Note that so many more tokens are there, all but the last of them cached."""
+        self.tokens += gained
+        self.cached = self.prompt_tokens + self.tokens - 1
+        self.ready = self.drafts = True
+
+    def give_way(self) -> None:
+        """Lose what is cached."""
+        self.cached, self.ready, self.drafts = 0, False, False
 
     @property
     def unread(self) -> int:
@@ -65,8 +75,3 @@ class Job:
     def left(self) -> int:
         """How many more tokens there will be."""
         return self.answer_tokens - self.tokens
-
-    @property
-    def room(self) -> int:
-        """How many more tokens may be committed: answers end by a stop token, and not for room."""
-        return _ROOM

@@ -161,7 +161,7 @@ class Server:
         self.counts.steps += 1
         self.counts.busy_s += step_ms / 1e3
         for chunk in plan.reading:
-            chunk.request.cached += chunk.count
+            cast("Job", chunk.request).read(chunk.count)
         for job in opening:
             job.first_s = end_s
         self._commit([*ready, *opening], [*kept, *(0,) * len(opening)], end_s)
@@ -216,10 +216,9 @@ class Server:
         """Commit each one's kept drafts and the token behind them."""
         for job, accepted in zip(jobs, kept, strict=True):
             gained = min(accepted + 1, job.left)
-            job.cached = job.prompt_tokens + job.tokens + gained - 1
             if job.tokens:
                 self.counts.gained += gained
-            job.tokens += gained
+            job.commit(gained)
             self.counts.tokens += gained
             if job.left <= 0:
                 job.end_s = end_s
@@ -242,7 +241,7 @@ class Server:
         while len(self.running) > 1 and not self._fits():
             last = max(self.running, key=lambda job: job.admitted)
             self.running.remove(last)
-            last.cached = 0
+            last.give_way()
             self.queue.appendleft(last)
             self.counts.preemptions += 1
 
