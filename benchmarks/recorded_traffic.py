@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.common import load_pair
 from benchmarks.prompts import DOMAINS, domain_requests
-from benchmarks.simulated_traffic import FloatArray, Record
 from dspark.engine.speculation.round_record import RoundRecord
 from dspark.request import SamplingParams
 from dspark.scheduling.calibration import Rounds, TemperatureScaling, fit
 from dspark.scheduling.survival import survival
+from dspark.simulation.traffic import FloatArray, Record
 
 
 @dataclass

@@ -22,17 +22,16 @@ import torch
 from benchmarks.common import against_floors, emit, environment, say
 from benchmarks.recorded_traffic import bundled_streams
 from benchmarks.simulated_load import POLICIES, Simulation, lagged
-from benchmarks.simulated_traffic import (
+from benchmarks.simulated_tables import noisy, tables
+from dspark.scheduling.budget import best_budget, drafting_gain, fill_budget, prefix_lengths
+from dspark.scheduling.lookahead import lookahead_lengths
+from dspark.simulation.traffic import (
     TRAFFIC,
     FloatArray,
     Record,
     expected_survival_of,
-    noisy,
     record_of,
-    tables,
 )
-from dspark.scheduling.budget import best_budget, drafting_gain, fill_budget, prefix_lengths
-from dspark.scheduling.lookahead import lookahead_lengths
 
 FLOORS = {"over_hindsight": 0.95, "over_better": 0.99}
 CEILING_MS = 1.0

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.simulated_traffic import FloatArray, IntArray, Record
 from dspark.scheduling.budget import (
     best_budget,
     drafting_gain,
@@ -26,6 +25,7 @@ from dspark.scheduling.cost_table import CostTable
 from dspark.scheduling.draft_switch import DraftSwitch
 from dspark.scheduling.history import RequestHistory
 from dspark.scheduling.lookahead import lookahead_lengths
+from dspark.simulation.traffic import FloatArray, IntArray, Record
 
 LAG = 2  # rounds until what a round showed is used, as where scheduling overlaps the step
 

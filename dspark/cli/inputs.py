@@ -146,6 +146,11 @@ def load_model(
     dtype = str(loaded.parts().embedding_VH.dtype).removeprefix("torch.")
     if (options.dtype, loaded.device.type, dtype) == ("auto", "cpu", "bfloat16"):
         screen.remark("Dtype: bfloat16, which is measured to be faster here than float32.")
+    if loaded.own_cache:
+        screen.remark(
+            f"{target} keeps more than keys and values: requests run through its own cache, one "
+            "after the other, and share no prefixes; outputs are exact, and slower."
+        )
     if loaded.weights != "plain":
         screen.remark(f"Weights: {loaded.weights} ({_WEIGHTS[loaded.weights_kind]}).")
     return model

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dspark import __version__
 from dspark.cli import convert, data, demo, fit, generate, serve, train
-from dspark.cli.measure import bench, calibrate, check, eval, profile, prove, report
+from dspark.cli.measure import bench, calibrate, check, eval, plan, profile, prove, report
 from dspark.cli.options import read_options
 from dspark.cli.screen import Screen, showing_remarks, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError, is_unicode
@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (
-        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, prove,
-        data, convert,
+        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, plan,
+        prove, data, convert,
     ):  # fmt: skip
         module.COMMAND.add_to(commands)
     return parser

@@ -123,7 +123,7 @@ class Engine:
             rows_ahead=1 + max(self.most_drafts, self.drafter.rows_ahead if self.drafter else 0),
             cache_tokens=cache_tokens,
             memory_share=memory_share,
-            reuse=prefix_reuse,
+            reuse=prefix_reuse and not target.own_cache,
         )
         self.roster = Roster(self.memory, max_requests, max_queue)
         self.clock = Clock()

@@ -12,6 +12,7 @@ within a request, so prefixes stay whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,11 +142,35 @@ def survey_budgets(
         NumericsError, UsageError: as there.
     """
     _check_margin(margin)
-    throughput_N = _ranked(survival_RK, limits_R).throughput(_checked_costs(step_ms_N))
-    best = int(throughput_N.argmax())
-    most = float(throughput_N[best])
-    full = len(throughput_N) - 1
-    return best if most > (1 + margin) * throughput_N[full] else full, most
+    return _ranked(survival_RK, limits_R).best(_checked_costs(step_ms_N), margin)
+
+
+def survey_depths(
+    survival_RK: npt.ArrayLike,
+    step_ms_DN: Mapping[int, npt.ArrayLike],
+    limits_R: npt.ArrayLike | None = None,
+    margin: float = 0.0,
+) -> dict[int, tuple[int, float]]:
+    """`survey_budgets` of blocks that are cut to some depths, by one ranking.
+
+    Args:
+        survival_RK: as there, of whole blocks, and so are the others.
+        step_ms_DN: per depth, milliseconds of steps that draft so deep.
+        limits_R: as there.
+        margin: as there.
+
+    Returns:
+        Per depth (budget, tokens per millisecond).
+
+    Raises:
+        NumericsError, UsageError: as there.
+    """
+    _check_margin(margin)
+    ranked = _ranked(survival_RK, limits_R)
+    return {
+        depth: ranked.cut(depth).best(_checked_costs(step_ms_N), margin)
+        for depth, step_ms_N in step_ms_DN.items()
+    }
 
 
 def fill_budget(
@@ -259,11 +284,29 @@ class _Ranked:
         num_requests: R.
         requests_D: whose draft it is.
         survival_D: never rising.
+        positions_D: its place in the block, from 0.
     """
 
     num_requests: int
     requests_D: IntArray
     survival_D: FloatArray
+    positions_D: IntArray
+
+    def cut(self, depth: int) -> _Ranked:
+        """The same order without the drafts behind a depth."""
+        stay_D = self.positions_D < depth
+        if stay_D.all():
+            return self
+        requests_D, survival_D = self.requests_D[stay_D], self.survival_D[stay_D]
+        return _Ranked(self.num_requests, requests_D, survival_D, self.positions_D[stay_D])
+
+    def best(self, step_ms_N: FloatArray, margin: float) -> tuple[int, float]:
+        """The budget of the highest throughput, all where that is hardly less, and the highest."""
+        throughput_N = self.throughput(step_ms_N)
+        best = int(throughput_N.argmax())
+        most = float(throughput_N[best])
+        full = len(throughput_N) - 1
+        return best if most > (1 + margin) * throughput_N[full] else full, most
 
     def throughput(self, step_ms_N: FloatArray) -> FloatArray:
         """Tokens per millisecond with 0, 1, ... drafts, for as many as there are.
@@ -296,7 +339,8 @@ def _ranked(survival_RK: npt.ArrayLike, limits_R: npt.ArrayLike | None) -> _Rank
         flat = np.flatnonzero(within_KR)
     values = survival_KR.ravel()[flat]
     order = np.argsort(-values, kind="stable")
-    return _Ranked(num_requests, flat[order] % max(num_requests, 1), values[order])
+    positions_D, requests_D = np.divmod(flat[order], max(num_requests, 1))
+    return _Ranked(num_requests, requests_D, values[order], positions_D)
 
 
 def _refuse(survival_RK: FloatArray) -> None:

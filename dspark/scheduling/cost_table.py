@@ -25,6 +25,7 @@ from dspark.scheduling.json_files import read_json, typed_fields, write_json
 
 VERSION = 3
 FALLBACK = "measure it with dspark profile; until then the schedule is 'auto'"
+_PARTS = ("points", "prompts", "extras")
 FLAT_RISE, FLAT_SPAN = 1.10, 4
 NOISE = 0.15
 FloatArray = npt.NDArray[np.float64]
@@ -77,12 +78,45 @@ class CostPoint:
 
 
 @dataclass(frozen=True)
+class PromptCost:
+    """One measurement of a step that reads a prompt and nothing else.
+
+    Attributes:
+        rows: tokens of the prompt.
+        ms: milliseconds of the whole step, the first token's draw included.
+    """
+
+    rows: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class StepExtra:
+    """What steps of so many requests take beside drafting and verification.
+
+    Attributes:
+        requests: R.
+        plain_ms: a whole step of an engine without a drafter.
+        rest_ms: of a step with a drafter, all that is neither drafting nor verification:
+            admission, commits, text.
+        schedule_ms: what the schedule `lagged` adds to it: deciding, and learning from rounds.
+    """
+
+    requests: int
+    plain_ms: float
+    rest_ms: float
+    schedule_ms: float
+
+
+@dataclass(frozen=True)
 class CostTable:
     """Costs of steps by tokens and requests.
 
     Attributes:
         points: as measured, at least one.
         machine: what they were measured on.
+        prompts, extras: for capacity planning, which has to add up whole steps; schedules, which
+            compare them, need neither.
 
     Raises:
         DataError: there is no point, or one is not possible.
@@ -90,10 +124,17 @@ class CostTable:
 
     points: tuple[CostPoint, ...]
     machine: MachineKey
+    prompts: tuple[PromptCost, ...] = ()
+    extras: tuple[StepExtra, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points:
             raise DataError(f"The cost table is empty; {FALLBACK}.")
+        whole: tuple[PromptCost | StepExtra, ...] = (*self.prompts, *self.extras)
+        for each in whole:
+            first, *times = asdict(each).values()
+            if first < 1 or not all(0 <= ms < math.inf for ms in times):
+                raise DataError(f"The cost table has an impossible entry, {each}; {FALLBACK}.")
         for point in self.points:
             costs = (point.verify_ms, point.draft_ms)
             if not (
@@ -224,7 +265,9 @@ class CostTable:
             DataError: the place cannot be written.
         """
         path = self.machine.path() if path is None else Path(path)
-        record = {"machine": asdict(self.machine), "points": [asdict(p) for p in self.points]}
+        record: dict[str, object] = {"machine": asdict(self.machine)}
+        for name in _PARTS:
+            record[name] = [asdict(each) for each in getattr(self, name)]
         write_json(path, {"version": VERSION, **record})
         return path
 
@@ -248,9 +291,13 @@ class CostTable:
         record = read_json(path, VERSION, FALLBACK)
         try:
             theirs = MachineKey(**typed_fields(record["machine"], MachineKey))
-            rows = record["points"]
-            points = tuple(CostPoint(**typed_fields(row, CostPoint)) for row in rows)
-            table = cls(points, theirs)
+            rows, prompts, extras = (record.get(name, []) for name in _PARTS)
+            table = cls(
+                tuple(CostPoint(**typed_fields(row, CostPoint)) for row in rows),
+                theirs,
+                tuple(PromptCost(**typed_fields(row, PromptCost)) for row in prompts),
+                tuple(StepExtra(**typed_fields(row, StepExtra)) for row in extras),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not a cost table ({error}); {FALLBACK}.") from error
         except DataError as error:
@@ -294,6 +341,11 @@ class CostTable:
         return {}
 
     @cached_property
+    def _brackets(self) -> dict[int, tuple[int, int, float]]:
+        """What `_bracket` has found, by requests."""
+        return {}
+
+    @cached_property
     def _counts(self) -> list[int]:
         return sorted(self._curves)
 
@@ -317,6 +369,9 @@ class CostTable:
 
     def _bracket(self, requests: int) -> tuple[int, int, float]:
         """The measured numbers of requests on both sides, and the weight of the upper one."""
+        found = self._brackets.get(requests)
+        if found is not None:
+            return found
         if not self.covers(requests):
             raise UsageError(
                 f"The cost table was measured for {self._counts[0]} to {self._counts[-1]} "
@@ -324,7 +379,9 @@ class CostTable:
             )
         low = max(count for count in self._counts if count <= requests)
         high = min(count for count in self._counts if count >= requests)
-        return low, high, (requests - low) / (high - low) if high > low else 0.0
+        weight = (requests - low) / (high - low) if high > low else 0.0
+        self._brackets[requests] = low, high, weight
+        return low, high, weight
 
     def _verify(self, tokens_T: FloatArray, requests: int) -> FloatArray:
         low, high, weight = self._bracket(requests)

@@ -208,6 +208,8 @@ class RequestHistory:
                 f"{most} columns; say `fade` where nothing was drafted."
             )
         seen = survival_RK.shape[1]
+        if seen == most:
+            return survival_RK
         last = max(float(self._typical_K[seen - 1]), np.finfo(np.float64).tiny)
         fall_K = np.minimum(self._typical_K[seen:] / last, 1.0)
         return np.concatenate([survival_RK, survival_RK[:, -1:] * fall_K], axis=1)

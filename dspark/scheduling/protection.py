@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from dspark.scheduling.step_times import FADE, FloatArray, Scales, StepTime
+from dspark.scheduling.step_times import FADE, Scales, StepTime
 
 # Everything in plain rounds: what may be lost at first, what a try may lose after a failure, and
 # what gains are remembered.
@@ -110,14 +108,14 @@ class _PlainTimes:
     """What plain rounds take, by requests and prompt rows, from those of late."""
 
     def __init__(self) -> None:
-        self._parts_ms = np.zeros(3)  # of a step, of a request and of a prompt row
+        self._parts_ms = (0.0, 0.0, 0.0)  # of a step, of a request and of a prompt row
         self._scales = Scales(3, prior_rounds=0.25)
         self._prompts = False
 
     @property
     def known(self) -> bool:
         """Whether there was any."""
-        return bool(self._parts_ms[0] > 0)
+        return self._parts_ms[0] > 0
 
     def tells(self, seen: StepTime) -> bool:
         """Whether a plain round like this has been seen: with prompts beside it, if it has any."""
@@ -128,15 +126,16 @@ class _PlainTimes:
         self._prompts = self._prompts or seen.prompt_rows > 0
         if not self.known:  # half of the first one is taken for its rows'
             row_ms = 0.5 * seen.total_ms / (seen.requests + seen.prompt_rows)
-            self._parts_ms = np.array([0.5 * seen.total_ms, row_ms, row_ms])
+            self._parts_ms = (0.5 * seen.total_ms, row_ms, row_ms)
         self._scales.learn(self._of(seen), seen.total_ms, fade)
 
     def expected_ms(self, seen: StepTime) -> tuple[float, float]:
         """Milliseconds of a plain round of these requests, and of these prompt rows beside it."""
         return self._scales.expected_ms(self._of(seen), 2)
 
-    def _of(self, seen: StepTime) -> FloatArray:
-        return self._parts_ms * (1, seen.requests, seen.prompt_rows)
+    def _of(self, seen: StepTime) -> tuple[float, float, float]:
+        step, request, row = self._parts_ms
+        return step, request * seen.requests, row * seen.prompt_rows
 
 
 @dataclass

@@ -8,6 +8,8 @@ finished rounds count, so lengths that are decided from them stay exact (docs/lo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +71,7 @@ class StepTimes:
         self._num_drafts = num_drafts
         self._verify = Scales(3)
         self._shapes: dict[int, _Shape] = {}
+        self._curves: dict[int, FloatArray] = {}  # corrected, by requests, until the next round
         self._draft: dict[int, _Scale] = {}
         self._any_draft = _Scale()
 
@@ -80,7 +83,7 @@ class StepTimes:
     def scales(self) -> tuple[float, float, float]:
         """Of a step without drafts, of what drafts add to it, and of a prompt row."""
         base, drafts, prompt = self._verify.values
-        return float(base), float(drafts), float(prompt)
+        return base, drafts, prompt
 
     def off_ms(self, requests: int) -> float:
         """Milliseconds of a step that drafts nothing."""
@@ -92,7 +95,12 @@ class StepTimes:
         Returns:
             [N + 1], never falling; N is `drafts`, or less where the table's last probe is before.
         """
-        curve = self.costs.verify_curve(requests)[: drafts + 1]
+        if requests not in self._curves:
+            self._curves[requests] = self._corrected(requests)
+        return self._curves[requests][: drafts + 1]
+
+    def _corrected(self, requests: int) -> FloatArray:
+        curve = self.costs.verify_curve(requests)
         base, slope, _ = self._verify.values
         smooth: FloatArray = slope * curve + (base - slope) * curve[0]
         shape = self._shapes.get(requests.bit_length())
@@ -113,19 +121,21 @@ class StepTimes:
         Raises:
             NumericsError: a time is not a number.
         """
-        if not np.isfinite(seen.total_ms):
+        if not math.isfinite(seen.total_ms):
             raise NumericsError("The time of a round is not a number; check the clock.")
         if not seen.requests or not self.costs.covers(seen.requests):
             return
         curve = self.costs.verify_curve(seen.requests)
         if seen.drafts < len(curve):
-            row_ms = (curve[-1] - curve[0]) / (len(curve) - 1) if len(curve) > 1 else curve[0]
-            row_ms = max(float(row_ms), 0.01 * float(curve[0]))
-            parts = (curve[0], curve[seen.drafts] - curve[0], row_ms * seen.prompt_rows)
-            self._verify.learn(np.array(parts), seen.verify_ms)
+            first, here, last = (float(curve[at]) for at in (0, seen.drafts, -1))
+            row_ms = (last - first) / (len(curve) - 1) if len(curve) > 1 else first
+            row_ms = max(row_ms, 0.01 * first)
+            parts = (first, here - first, row_ms * seen.prompt_rows)
+            self._verify.learn(parts, seen.verify_ms)
             load = seen.requests.bit_length()
             shape = self._shapes.setdefault(load, _Shape(self._num_drafts + 1))
-            smooth_ms, prompts_ms = self._verify.expected_ms(np.array(parts), 2)
+            self._curves.clear()
+            smooth_ms, prompts_ms = self._verify.expected_ms(parts, 2)
             shape.learn(seen.drafts / seen.requests, (seen.verify_ms - prompts_ms) / smooth_ms)
         if seen.drafted:
             expected = self._table_draft_ms(seen.requests, seen.drafted)
@@ -174,13 +184,14 @@ class _Shape:
     """
 
     def __init__(self, count: int) -> None:
-        self._nodes = np.arange(count)
-        self._rounds = np.full(count, NODE_ROUNDS)
-        self._sum = np.full(count, NODE_ROUNDS)
+        self._nodes = list(range(count))
+        self._rounds = [NODE_ROUNDS] * count
+        self._sum = [NODE_ROUNDS] * count
 
     def factors(self, places_N: FloatArray) -> FloatArray:
         """Factors at these drafts per request."""
-        found: FloatArray = np.interp(places_N, self._nodes, self._sum / self._rounds)
+        factors = [total / rounds for total, rounds in zip(self._sum, self._rounds, strict=True)]
+        found: FloatArray = np.interp(places_N, self._nodes, factors)
         return found
 
     def learn(self, place: float, factor: float) -> None:
@@ -197,44 +208,67 @@ class Scales:
     """Factors of the parts of a cost, by least squares over relative errors that fade.
 
     Ridge regression towards the factor of the whole: where the parts never vary, or all of them
-    have become dearer, they keep their proportions.
+    have become dearer, they keep their proportions. The parts are few and a round is short, so
+    this counts in plain numbers, which for three parts takes a fifth of the time of arrays.
 
     Args:
         count: of parts.
         prior_rounds: what the costs as given are worth.
 
     Attributes:
-        values: the factors, [count].
+        values: the factors, as many as parts.
     """
 
     def __init__(self, count: int, prior_rounds: float = PRIOR_ROUNDS) -> None:
-        self.values: FloatArray = np.ones(count)
+        self.values = [1.0] * count
         self._whole = _Scale(prior_rounds)
-        self._information = np.zeros((count, count))
-        self._moment = np.zeros(count)
-        self._ridge = RIDGE * np.eye(count)
+        self._information = [[0.0] * count for _ in range(count)]
+        self._moment = [0.0] * count
 
-    def expected_ms(self, parts_C: FloatArray, count: int) -> tuple[float, float]:
+    def expected_ms(self, parts: Sequence[float], count: int) -> tuple[float, float]:
         """Milliseconds of the first `count` parts, and of the others."""
-        spent_C = parts_C * self.values
-        return float(spent_C[:count].sum()), float(spent_C[count:].sum())
+        spent = [part * value for part, value in zip(parts, self.values, strict=True)]
+        return sum(spent[:count]), sum(spent[count:])
 
-    def learn(self, parts_C: FloatArray, spent_ms: float, fade: float = FADE) -> None:
+    def learn(self, parts: Sequence[float], spent_ms: float, fade: float = FADE) -> None:
         """A cost of these parts, as given, came to so many milliseconds.
 
         Args:
-            parts_C: milliseconds, not negative.
+            parts: milliseconds, not negative.
             spent_ms: what all of them really took.
             fade: weight of what was known.
         """
-        table_ms = float(parts_C.sum())
+        table_ms = sum(parts)
         if not table_ms > 0:
             return
         ratio = self._whole.learn(table_ms, spent_ms, fade)
-        parts_C = parts_C / table_ms
-        self._information = fade * self._information + parts_C[:, None] * parts_C
-        self._moment = fade * self._moment + parts_C * ratio
-        found = np.linalg.solve(
-            self._information + self._ridge, self._moment + RIDGE * self._whole.value
-        )
-        self.values = np.clip(found, LEAST, MOST)
+        shares = [part / table_ms for part in parts]
+        for row, mine in zip(self._information, shares, strict=True):
+            row[:] = [fade * old + mine * other for old, other in zip(row, shares, strict=True)]
+        self._moment = [
+            fade * old + mine * ratio for old, mine in zip(self._moment, shares, strict=True)
+        ]
+        found = _solve_ridge(self._information, self._moment, RIDGE, RIDGE * self._whole.value)
+        self.values = [min(max(value, LEAST), MOST) for value in found]
+
+
+def _solve_ridge(
+    matrix: Sequence[Sequence[float]], vector: Sequence[float], ridge: float, pull: float
+) -> list[float]:
+    """Solve (matrix + ridge I) x = vector + pull by elimination.
+
+    The matrix has no negative eigenvalue, so with a ridge above 0 no pivot comes near 0.
+    """
+    count = len(vector)
+    rows = [[*row, value + pull] for row, value in zip(matrix, vector, strict=True)]
+    for i in range(count):
+        rows[i][i] += ridge
+    for i in range(count):
+        for j in range(i + 1, count):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    found = [0.0] * count
+    for i in reversed(range(count)):
+        known = sum(rows[i][j] * found[j] for j in range(i + 1, count))
+        found[i] = (rows[i][count] - known) / rows[i][i]
+    return found

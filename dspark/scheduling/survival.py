@@ -51,8 +51,8 @@ def survival(confidence_RK: npt.ArrayLike) -> FloatArray:
 
 
 def _check(values_RK: FloatArray, what: str) -> None:
-    bad = np.argwhere(np.isnan(values_RK))
-    if bad.size:
+    if np.isnan(values_RK).any():
+        bad = np.argwhere(np.isnan(values_RK))
         raise NumericsError(
             f"The {what} of request {bad[0][0]} in this batch contain NaN; "
             "check the drafter's confidence head, or use the schedule 'fixed', which reads none."

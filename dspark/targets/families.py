@@ -36,6 +36,7 @@ class Family:
 
 _GEMMA = Family(scaled_embedding=True, norm_offset=1.0)
 _GEMMA4 = Family(scaled_embedding=True)
+_QWEN_HYBRID = Family(norm_offset=1.0)
 
 FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
@@ -43,9 +44,21 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA,
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "bamba": Family(norm="final_layernorm"),
+    "falcon_h1": Family(norm="final_layernorm"),
+    "falcon_mamba": Family(norm="norm_f"),
     "gpt2": Family(layers="h", norm="ln_f", adds_positions=True),
     "gpt_neox": Family(norm="final_layer_norm"),
+    "jamba": Family(norm="final_layernorm"),
+    "lfm2": Family(norm="embedding_norm"),
+    "lfm2_moe": Family(norm="embedding_norm"),
+    "mamba": Family(norm="norm_f"),
+    "mamba2": Family(norm="norm_f"),
+    "nemotron_h": Family(norm="norm_f"),
     "phi": Family(norm="final_layernorm"),
+    "qwen3_5_moe_text": _QWEN_HYBRID,
+    "qwen3_5_text": _QWEN_HYBRID,
+    "qwen3_next": _QWEN_HYBRID,
 }
 
 # Rotations that depend on the longest position of a batch would let one request change another.
@@ -97,15 +110,25 @@ class Anatomy:
         return weight_H + self.family.norm_offset if self.family.norm_offset else weight_H
 
 
-def dissect(model: Any) -> Anatomy:
+class StateNeededError(CompatibilityError):
+    """A model keeps more than the keys and values of its tokens, so that pages cannot hold it."""
+
+
+def dissect(model: Any, *, ragged: bool = True) -> Anatomy:
     """Find the parts of a transformers causal language model.
 
+    Args:
+        model: the model.
+        ragged: whether it is to run over pages; else through its own cache.
+
     Raises:
+        StateNeededError: it cannot run over pages, by what its configuration says.
         CompatibilityError: the architecture is not laid out in a known way.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
-    _refuse_config(name, config)
+    if ragged:
+        _refuse_config(name, config)
     family = FAMILIES.get(config.model_type, Family())
     decoder = model.get_decoder()
     children = dict(decoder.named_children())
@@ -128,7 +151,7 @@ def dissect(model: Any) -> Anatomy:
 def _refuse_config(name: str, config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES
     if kinds:
-        raise CompatibilityError(
+        raise StateNeededError(
             f"{name} is not supported: its layers of type {', '.join(sorted(kinds))} keep more "
             "than keys and values; use a target whose layers all use full or sliding attention."
         )

@@ -6,7 +6,8 @@ the ragged batch from a keyword argument that the model passes through untouched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,14 +183,21 @@ def run_tapped(
     """Normed hidden states [T, H] of a ragged batch, and its features [T, F] if any are wanted."""
     if not taps:
         return run_decoder(anatomy, call), None
+    with tapped(anatomy, taps) as taken:
+        hidden_TH = run_decoder(anatomy, call)
+    return hidden_TH, torch.cat([taken[tap] for tap in taps], -1)[: len(hidden_TH)]
+
+
+@contextmanager
+def tapped(anatomy: Anatomy, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within it, forwards of the decoder leave what the taps name, by tap."""
     taken: dict[int, Tensor] = {}
     handles = [_keep(anatomy, tap, taken) for tap in set(taps)]
     try:
-        hidden_TH = run_decoder(anatomy, call)
+        yield taken
     finally:
         for handle in handles:
             handle.remove()
-    return hidden_TH, torch.cat([taken[tap] for tap in taps], -1)[: len(hidden_TH)]
 
 
 def _keep(anatomy: Anatomy, tap: int, taken: dict[int, Tensor]) -> RemovableHandle:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import CompatibilityError, NumericsError
-from dspark.targets.families import Anatomy
+from dspark.targets.families import Anatomy, StateNeededError
 from dspark.targets.forward import (
     IMPLEMENTATION,
     LayerCall,
@@ -62,12 +62,16 @@ def probe(model: Any, anatomy: Anatomy) -> CacheLayout:
     """Switch a model to ragged attention and check that it still computes the same.
 
     Raises:
+        StateNeededError: layers keep more than keys and values, or attend in their own way.
         CompatibilityError: the architecture cannot be served.
         NumericsError: the model itself computes NaN or infinite logits.
     """
     parameters = inspect.signature(anatomy.decoder.forward).parameters.values()
     if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
-        raise _refusal(anatomy, "its forward takes no extra keyword arguments")
+        raise StateNeededError(
+            f"{anatomy.architecture} is not supported as a target: its forward takes no extra "
+            "keyword arguments; use another target."
+        )
     long, short = _token_ids(anatomy, _LONG), _token_ids(anatomy, _SHORT)
     model.set_attn_implementation("eager")
     expected = torch.cat([_own_logits(model, anatomy, ids) for ids in (long, short)])
@@ -143,10 +147,10 @@ def _check_calls(anatomy: Anatomy, calls: Sequence[LayerCall]) -> None:
     found, needed = sorted(call.layer for call in calls), list(range(len(anatomy.layers)))
     if found != needed:
         without = len(set(needed) - set(found))
-        raise _refusal(
-            anatomy,
-            f"{without} of its {len(needed)} layers do not go through transformers' attention "
-            "interface (recurrent, hybrid or custom attention)",
+        raise StateNeededError(
+            f"{anatomy.architecture} is not supported as a target: {without} of its {len(needed)} "
+            "layers do not go through transformers' attention interface (recurrent, hybrid or "
+            "custom attention); use another target."
         )
     declared = getattr(anatomy.config, "layer_types", None)
     for call in calls:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dspark.attention.backends import cached_attention
+from dspark.attention.choice import PLAIN as PLAIN_ATTENTION
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
-from dspark.targets.families import Anatomy, dissect, eos_token_ids
+from dspark.targets.families import Anatomy, StateNeededError, dissect, eos_token_ids
 from dspark.targets.fast.compiled import compile_layers
 from dspark.targets.fast.graphs import GraphSwitch, Replayer, choose_graphs
 from dspark.targets.fast.install import PLAIN_PATH, FastPath, install_fast_path
@@ -33,6 +34,7 @@ from dspark.targets.loading import (
     resolve_dtype,
     resolve_source,
 )
+from dspark.targets.own_cache import OwnCacheRunner, StateCache
 from dspark.targets.parts import TargetOutput, TargetParts
 from dspark.targets.probe import CacheLayout, probe
 
@@ -53,6 +55,12 @@ class Modes:
     compile: bool
     weights: WeightsName = "auto"
     quantize: QuantizeName | None = None
+
+    @property
+    def asks_for_pages(self) -> bool:
+        """Whether a mode is asked for that models with a cache of their own do not have."""
+        packed = self.weights == "packed" or self.quantize is not None
+        return packed or self.batch_invariant or self.compile or self.cuda_graphs is True
 
     def __post_init__(self) -> None:
         check_names(self.weights, self.quantize)
@@ -92,6 +100,8 @@ class Target:
         weights: how its weights are laid out and its layers run: plain, or the kind of its
             packed products (`targets.fast.products`), with `flat` where a flat decoder runs.
         weights_kind: the kind alone.
+        own_cache: whether requests run through the model's own cache, one after the other, because
+            it keeps more than keys and values (`targets.own_cache`); nothing of them is shared.
     """
 
     def __init__(
@@ -108,6 +118,7 @@ class Target:
         fast: FastPath = PLAIN_PATH,
         tokenizer: Any = None,
         source: Source | None = None,
+        own: OwnCacheRunner | None = None,
     ) -> None:
         """Use `load` or `from_model`, which check the model."""
         self.name = name
@@ -131,6 +142,8 @@ class Target:
         self._layout = layout
         self._tokenizer = tokenizer
         self._source = source
+        self._own = own
+        self.own_cache = own is not None
 
     @classmethod
     def load(
@@ -233,13 +246,46 @@ class Target:
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> Target:
+        attention = getattr(model.config, "_attn_implementation", None)
+        try:
+            return cls._build_ragged(model, modes, name=name, tokenizer=tokenizer, source=source)
+        except StateNeededError:
+            if modes.asks_for_pages:
+                raise
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        anatomy = dissect(model, ragged=False)
+        model.eval().requires_grad_(False)
+        with quiet():
+            own = OwnCacheRunner(model, anatomy)
+        return cls(
+            anatomy,
+            CacheLayout((), (), ()),
+            name=name,
+            eos_token_ids=eos_token_ids(model, anatomy),
+            attention=PLAIN_ATTENTION,
+            tokenizer=tokenizer,
+            source=source,
+            own=own,
+        )
+
+    @classmethod
+    def _build_ragged(
+        cls,
+        model: Any,
+        modes: Modes,
+        *,
+        name: str,
+        tokenizer: Any = None,
+        source: Source | None = None,
+    ) -> Target:
         anatomy = dissect(model)
         if anatomy.embedding.weight.dtype == torch.float32:
             torch.set_float32_matmul_precision("highest")  # no TF32
         model.eval().requires_grad_(False)
-        fuse_norms(model)
         with quiet():
             layout = probe(model, anatomy)
+        fuse_norms(model)
         weight = anatomy.embedding.weight
         backend = choose_attention(
             modes.attention,
@@ -320,6 +366,8 @@ class Target:
 
         With CUDA graphs there is one page more, the last, which no request may have.
         """
+        if self._own is not None:
+            return StateCache(pages, page_size, self.dtype, self.device)
         replayer = self._replayer if self.cuda_graphs else None
         pages += replayer is not None
         cache = PagedCache(self.cache_shapes, pages, page_size, self.dtype, self.device)
@@ -362,7 +410,10 @@ class Target:
             call = RaggedCall(batch, cache, layout.cache_layers, layout.writers, attend=attend)
             replayer = self._replayer if batch.trees is None else None
             run = run_in_tiles if self.batch_invariant else replayer or self._runner
-            hidden_TH, features_TF = run(self._anatomy, call, taps)
+            if self._own is not None:
+                hidden_TH, features_TF = self._own.run(batch, cache, taps)
+            else:
+                hidden_TH, features_TF = run(self._anatomy, call, taps)
             logits_NV = None
             if logit_rows is not None:
                 rows_NH = hidden_TH if isinstance(logit_rows, str) else hidden_TH[logit_rows]

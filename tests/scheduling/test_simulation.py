@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.simulated_load import POLICIES, Simulation, lagged, lookahead, prefix
-from benchmarks.simulated_traffic import TRAFFIC, expected_survival_of, noisy, record_of, tables
+from benchmarks.simulated_tables import noisy, tables
 from dspark.scheduling.reliability import reliability
+from dspark.simulation.traffic import TRAFFIC, expected_survival_of, record_of
 
 DRAFTS, ROUNDS = 7, 100
 LOADS = (1, 2, 4, 11, 32, 64, 150, 256)

@@ -4,41 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.attention.paged_cache import CacheShape
 from dspark.errors import CompatibilityError, NumericsError
 from dspark.targets import families
 from dspark.targets.families import Family
 from dspark.targets.target import Target
-
-SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
-HYBRID = {
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
-FALCON = HYBRID | {
-    "mamba_d_ssm": 16,
-    "mamba_n_heads": 2,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 4,
-}
-
-
-def new_model(model_type, **options):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **(SMALL | options))
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
+from tests.helpers.state_models import FALCON, HYBRID, new_model
 
 
 def test_layers_that_share_keys_share_a_cache_layer(tiny_model):
@@ -57,24 +29,9 @@ def test_shapes_may_differ_between_layers(tiny_model):
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [
-        ("mamba", {"state_size": 4}),
-        ("qwen3_next", HYBRID | {
-            "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
-            "shared_expert_intermediate_size": 8, "linear_num_value_heads": 2,
-            "linear_num_key_heads": 1, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        }),
-        ("falcon_h1", FALCON),
-        ("jamba", HYBRID | {
-            "mamba_d_state": 4, "mamba_d_conv": 2, "mamba_dt_rank": 4, "num_experts": 1,
-            "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-        }),
         ("recurrent_gemma", HYBRID | {
             "lru_width": 16, "attention_window_size": 8, "block_types": ["recurrent", "attention"],
         }),
-        ("lfm2", HYBRID | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
-        ("mamba2", {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}),
         ("rwkv", {"attention_hidden_size": 16, "intermediate_size": 16}),
         ("bloom", {"n_head": 2}),
         ("stablelm", HYBRID),

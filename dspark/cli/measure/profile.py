@@ -12,6 +12,7 @@ from dspark.cli.screen import Screen, table
 
 EXAMPLE = """\
   dspark profile bundled
+  dspark profile bundled --whole-steps --max-requests 16 --out costs.json
   dspark profile ./target --draft ./drafter --max-requests 32 --out costs.json"""
 
 
@@ -22,6 +23,9 @@ class Options(Pair):
     max_requests: int = option(8, "requests at once (default: {default})", metavar="R", least=1)
     block_size: int | None = pick(Speculation, "block_size")
     repeats: int = option(5, "rounds per point (default: {default})", metavar="N", least=1)
+    whole_steps: bool = option(
+        False, "measure prompts and whole steps too, for dspark plan (a few seconds more)"
+    )
     out: Path | None = option(
         None,
         "file for the table (default: in the user's cache, where other commands look)",
@@ -39,6 +43,12 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             repeats=options.repeats,
             progress=tell,
         )
+    if options.whole_steps:
+        assert model.drafter is not None, "profile() refuses a model without one"
+        from dspark.engine.profile_steps import measure_steps
+
+        with screen.log.status("Measuring prompts and whole steps ..."):
+            costs = measure_steps(model.target, model.drafter, costs)
     path = costs.save(options.out)
     shown = table("requests", "tokens", "verify ms", "draft ms")
     for point in costs.points:
@@ -50,6 +60,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     screen.say(f"Written to {path}.")
     return {
         "points": [asdict(point) for point in costs.points],
+        "prompts": [asdict(prompt) for prompt in costs.prompts],
+        "extras": [asdict(extra) for extra in costs.extras],
         "machine": asdict(costs.machine),
         "warnings": costs.warnings(),
         "out": str(path),

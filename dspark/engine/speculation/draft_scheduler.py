@@ -25,7 +25,7 @@ from dspark.scheduling.budget import (
     fill_budget,
     fixed_lengths,
     prefix_lengths,
-    survey_budgets,
+    survey_depths,
     threshold_lengths,
     throughput,
 )
@@ -209,9 +209,29 @@ class Scheduler:
         """The depth that promises most, whole blocks where others promise hardly more."""
         self._factors_D1 = self._factors(ready)
         earlier_DK = self._earlier(ready)
-        plans = [self._foresee(earlier_DK, most_D, depth) for depth in self._depths]
+        requests = len(ready)
+        step_ms_DN = {
+            depth: self._step_ms(requests, int(np.minimum(most_D, depth).sum()), depth)
+            for depth in self._depths
+        }
+        whole = bool((most_D >= self.num_drafts).all())
+        found = survey_depths(earlier_DK, step_ms_DN, None if whole else most_D, MARGIN)
+        off_ms = self._times[self._kind].off_ms(requests)
+        plans = []
+        for depth, (budget, most_per_ms) in found.items():
+            per_ms = most_per_ms
+            if self.schedule.name == "prefix" and self.verifier != "coupled":
+                # Algorithm 1 may stop far below the best budget: what it would do is what counts.
+                per_ms = self._first_stop(earlier_DK[:, :depth], step_ms_DN[depth], most_D)
+            plans.append(_Foresight(depth, budget, per_ms * off_ms / requests))
         plan = max(plans, key=lambda plan: plan.gain)
         return plan if plan.gain > (1 + MARGIN) * plans[-1].gain else plans[-1]
+
+    @staticmethod
+    def _first_stop(earlier_DK: FloatArray, step_ms_N: FloatArray, limits_D: IntArray) -> float:
+        """Tokens per millisecond of what Algorithm 1 would verify of these."""
+        lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
+        return throughput(earlier_DK, lengths_D, float(step_ms_N[int(lengths_D.sum())]))
 
     def _longer(self, plan: _Foresight, requests: int, most: int) -> _Foresight:
         """About twice the drafts, to see what these take, unless that is known to be far more."""
@@ -220,22 +240,6 @@ class Scheduler:
         if step_ms_N[budget] > 2 * step_ms_N[min(plan.budget, len(step_ms_N) - 1)]:
             return plan
         return replace(plan, depth=self.num_drafts, budget=budget)
-
-    def _foresee(self, earlier_DK: FloatArray, most_D: IntArray, depth: int) -> _Foresight:
-        """What drafting so deep promises, going by earlier rounds."""
-        earlier_DK, requests = earlier_DK[:, :depth], len(earlier_DK)
-        whole = bool((most_D >= depth).all())
-        limits_D = None if whole else np.minimum(most_D, depth)
-        drafts = requests * depth if limits_D is None else int(limits_D.sum())
-        step_ms_N = self._step_ms(requests, drafts, depth)
-        budget, per_ms = survey_budgets(earlier_DK, step_ms_N, limits_D, MARGIN)
-        if self.schedule.name == "prefix" and self.verifier != "coupled":
-            # Algorithm 1 may stop far below the best budget: what it would do is what counts.
-            lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
-            step_ms = float(step_ms_N[int(lengths_D.sum())])
-            per_ms = throughput(earlier_DK, lengths_D, step_ms)
-        off_ms = self._times[self._kind].off_ms(requests)
-        return _Foresight(depth, budget, per_ms * off_ms / requests)
 
     def _step_ms(self, requests: int, drafts: int, depth: int) -> FloatArray:
         times = self._times[self._kind]

@@ -24,7 +24,7 @@ COLOURS = (
 FEW_ROUNDS = 30
 POSITIONS = (1, 3, 5, 7)
 _WIDTH = 5.6  # inches: a phone's width at a readable size of letters
-_STYLE: Any = {"font.size": 9, "svg.hashsalt": "dspark", "axes.grid": True, "grid.alpha": 0.3}
+STYLE: Any = {"font.size": 9, "svg.hashsalt": "dspark", "axes.grid": True, "grid.alpha": 0.3}
 Report = Mapping[str, Any]
 
 
@@ -48,15 +48,16 @@ def draw(report: Report) -> dict[str, Drawing]:
         **{name: _sweep(name) for name in ("verifier", "temperature", "top-p")},
     }
     found = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, paint in painters.items():
             figure = paint(report)
             if figure is not None:
-                found[name] = _drawing(figure)
+                found[name] = drawing_of(figure)
     return found
 
 
-def _drawing(figure: Figure) -> Drawing:
+def drawing_of(figure: Figure) -> Drawing:
+    """A figure as bytes and text that are the same each time."""
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -78,6 +78,11 @@ class TreeDrafting:
             raise UsageError(
                 "tree_nodes and batch_invariant exclude each other; leave one of them out."
             )
+        if target.own_cache:
+            raise UsageError(
+                "tree_nodes needs a target that keeps keys and values alone, but this one runs "
+                "through its own cache; leave it out."
+            )
         if schedule == "threshold":
             raise UsageError(
                 "tree_nodes and the schedule 'threshold' exclude each other: a node is chosen by "

@@ -1,19 +1,20 @@
-"""What is offered under simulated load, and what it costs: traffic, its records, cost tables."""
+"""Synthetic traffic: confidences of requests that come and go, and what would be accepted.
+
+Confidences follow Beta laws around a mean that differs between requests and wanders from round to
+round; outcomes are drawn from them, so they are calibrated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.survival import confidence, survival
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-SIMULATED = MachineKey("simulated", 1, "float32", "simulated", "simulated")
 FAILING = 0.3
 
 
@@ -65,10 +66,27 @@ class Record:
     generation_TR: IntArray
 
 
-def record_of(traffic: Traffic, requests: int, drafts: int, rounds: int, seed: int) -> Record:
-    """Draw a record."""
+def record_of(
+    traffic: Traffic,
+    requests: int,
+    drafts: int,
+    rounds: int,
+    seed: int,
+    slope_K: FloatArray | None = None,
+) -> Record:
+    """Draw a record.
+
+    Args:
+        traffic: its laws.
+        requests: R, which run at once.
+        drafts: K.
+        rounds: T.
+        seed: of all randomness.
+        slope_K: logits of each position beside the first's; None lets them fall by .08 a position.
+    """
     generator = np.random.default_rng((seed, requests, drafts))
-    slope_K = -0.08 * np.arange(drafts)
+    if slope_K is None:
+        slope_K = -0.08 * np.arange(drafts, dtype=np.float64)
     ease_R = generator.normal(traffic.ease, traffic.between, requests)
     swing_R = generator.normal(0, traffic.within, requests)
     generation_R = np.zeros(requests, dtype=np.int64)
@@ -100,58 +118,3 @@ def expected_survival_of(traffic: Traffic, drafts: int, seed: int) -> FloatArray
     """Mean survivals [K] of other requests of this traffic, as calibration has them."""
     mean_K: FloatArray = record_of(traffic, 64, drafts, 100, seed).survival_TRK.mean(axis=(0, 1))
     return mean_K
-
-
-def table_of(
-    verify_ms: Callable[[int], float],
-    draft_ms: Callable[[int], float],
-    *,
-    drafts: int = 7,
-    probes: tuple[int, ...] = (),
-) -> CostTable:
-    """A table of costs by tokens, probed for 1, 2, 4, ... 256 requests."""
-    points = []
-    for requests in 2 ** np.arange(9):
-        most = int(requests) * (1 + drafts)
-        spaced = np.unique(np.linspace(requests, most, 15).round().astype(int))
-        tokens = {*map(int, spaced), *(t for t in probes if requests <= t <= most)}
-        points += [
-            CostPoint(t, int(requests), verify_ms(t), draft_ms(int(requests))) for t in tokens
-        ]
-    return CostTable(tuple(points), SIMULATED)
-
-
-def noisy(table: CostTable, spread: float, seed: int) -> CostTable:
-    """The table as a measurement would find it whose medians scatter so much."""
-    generator = np.random.default_rng(seed)
-
-    def measured(ms: float) -> float:
-        return ms * float(np.exp(spread * generator.normal()))
-
-    points = [
-        replace(p, verify_ms=measured(p.verify_ms), draft_ms=measured(p.draft_ms))
-        for p in table.points
-    ]
-    return CostTable(tuple(points), table.machine)
-
-
-STAIRS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-
-
-def _stair_ms(tokens: int) -> float:
-    tier = next(edge for edge in STAIRS if tokens <= edge)
-    return 20 * float(np.hypot(1, tier / 160))
-
-
-def tables() -> dict[str, CostTable]:
-    """A smooth, a staircase and a flat table: milliseconds like a mid-sized target's."""
-
-    def draft_ms(requests: int) -> float:
-        return 2 + 0.01 * requests
-
-    around = tuple(t for edge in STAIRS for t in (edge, edge + 1))
-    return {
-        "smooth": table_of(lambda t: 20 * float(np.hypot(1, t / 160)), draft_ms),
-        "staircase": table_of(_stair_ms, draft_ms, probes=around),
-        "flat": table_of(lambda t: 20 + t / 2000, draft_ms),
-    }

@@ -1,0 +1,337 @@
+"""`dspark plan`: capacity planning by simulation on measured tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dspark.cli.options import Command, Json, comma_list, integer, number, option
+from dspark.cli.screen import Screen, table
+from dspark.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.scheduling.cost_table import CostTable
+    from dspark.simulation.planning import Plan, Study
+    from dspark.simulation.server import Way
+
+EXAMPLE = """\
+  dspark profile ./target --draft ./drafter --max-requests 32 --whole-steps --out costs.json
+  dspark eval ./target --draft ./drafter --tasks mt-bench --data eval/ --out evaluation
+  dspark plan --cost costs.json --acceptance evaluation --rate 1,2,4,8 --ttft-ms 500 --out plan
+  dspark plan --cost costs.json --acceptance .8,.66,.55,.46 --trace day.jsonl --replicas 4"""
+NAMES = ("off", "fixed", "fixed-N", "mtp1", "prefix", "lagged", "lookahead", "auto")
+_SPREAD = 1.0
+_MOST = 1 << 20
+
+
+def _schedule(name: str) -> str:
+    word, _, count = name.partition("-")
+    if name not in NAMES[:2] + NAMES[3:] and not (word == "fixed" and count.isdecimal()):
+        raise ValueError(name)
+    return name
+
+
+def _lengths(text: str) -> tuple[float, float]:
+    mean, _, spread = text.partition(":")
+    return number(mean, above=True), number(spread) if spread else _SPREAD
+
+
+def _users(text: str) -> int:
+    return integer(1, _MOST, "2^20")(text)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    TITLE: ClassVar = "requests"
+    ABOUT: ClassVar = "Random arrivals, unless a trace is given."
+
+    rate: tuple[float, ...] = option(
+        (),
+        "requests per second (default: a fifth to the whole of what can be served; of a trace its "
+        "own)",
+        read=comma_list(partial(number, above=True), "numbers like 1,2,4"),
+        metavar="R,R",
+    )
+    trace: Path | None = option(
+        None,
+        "JSON lines or CSV with arrival_s, prompt_tokens and answer_tokens; the columns of the "
+        "Mooncake and Azure traces are known too",
+        metavar="FILE",
+    )
+    requests: int = option(1000, "how many (default: {default})", metavar="N", least=2)
+    prompt_tokens: Any = option(
+        (256.0, _SPREAD),
+        "mean length of prompts, and standard deviation over mean (default: 256:1)",
+        read=_lengths,
+        metavar="M[:S]",
+    )
+    answer_tokens: Any = option(
+        (256.0, _SPREAD), "the same of answers (default: 256:1)", read=_lengths, metavar="M[:S]"
+    )
+    burstiness: float = option(
+        1.0,
+        "shape of the gamma law between arrivals: 1 is a Poisson process, less comes in bursts "
+        "(default: {default})",
+        read=partial(number, above=True),
+        metavar="B",
+    )
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    TITLE: ClassVar = "servers"
+
+    replicas: int = option(1, "servers, all alike (default: {default})", metavar="N", least=1)
+    router: Literal["least", "round-robin", "random"] = option(
+        "least", "who gets a request: the one with the fewest in flight (default), in turn, anyone"
+    )
+    batch_size: int | None = option(
+        None, "requests at once of a server (default: as many as the table covers)",
+        metavar="R", least=1,
+    )  # fmt: skip
+    step_tokens: int = option(
+        512, "rows of a step, prompts included (default: {default})", metavar="N", least=1
+    )
+    cache_tokens: int | None = option(
+        None, "rows of a server's cache (default: as many as are needed)", metavar="N", least=1
+    )
+    price: float | None = option(
+        None, "of a server's hour, for the cost of a million tokens",
+        read=partial(number, above=True), metavar="P",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Level:
+    TITLE: ClassVar = "service level"
+
+    ttft_ms: float = option(
+        1000.0, "time to first token at most (default: {default})",
+        read=partial(number, above=True), metavar="MS",
+    )  # fmt: skip
+    user_tokens_per_s: float | None = option(
+        None, "speed of a user at least (default: any)",
+        read=partial(number, above=True), metavar="S",
+    )  # fmt: skip
+    percentile: float = option(
+        95.0, "percent of requests that must get both (default: {default})",
+        read=partial(number, above=True), metavar="P",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options(_Requests, _Fleet, _Level, Json):
+    """Options of `plan`."""
+
+    cost: str = option(
+        "", "a cost table of dspark profile --out, or a target whose table this machine has "
+        "measured", metavar="F", required=True,
+    )  # fmt: skip
+    draft: str | None = option(
+        None, "the drafter, where --cost names a target (default: its own)", metavar="D"
+    )
+    acceptance: str = option(
+        "", "a folder or file of records of dspark eval, a JSON file with `survival`, or survivals "
+        "per position like .8,.66,.55", metavar="F", required=True,
+    )  # fmt: skip
+    mtp_cost: Path | None = option(
+        None, "the cost table with an MTP drafter, for mtp1", metavar="F"
+    )
+    mtp_acceptance: str | None = option(
+        None, "the acceptance of its one draft, as --acceptance", metavar="F"
+    )
+    schedule: Any = option(
+        None,
+        f"of {', '.join(NAMES)}, where fixed-N drafts N tokens (default: off, fixed, mtp1 where it "
+        "is known, lagged)",
+        read=comma_list(_schedule, f"names among {', '.join(NAMES)}"),
+        metavar="S,S",
+    )
+    users: tuple[int, ...] = option(
+        (), "users of the closed loops (default: 1, 2, 4, ... as many as can run)",
+        read=comma_list(_users, "positive integers like 1,2,4"), metavar="C,C",
+    )  # fmt: skip
+    seed: int = option(0, "of all random numbers (default: 0)", metavar="N", least=0)
+    out: Path | None = option(
+        None, "write plan.html and plan.json into this directory", metavar="DIR"
+    )
+
+
+def run(options: Options, screen: Screen) -> dict[str, Any]:
+    """Run the command; its JSON object."""
+    from dspark.simulation.planning import gains
+
+    costs = _costs(options, screen)
+    ways = _ways(options, costs, screen)
+    study = _study(options, costs, ways)
+    with screen.progress("simulating") as tell:
+        plan = study.carry_out(lambda done: tell(done, study.runs))
+    _show(plan, screen)
+    baseline = "mtp1" if any(way.name == "mtp1" for way in ways) else "off"
+    result = {
+        "rows": [asdict(row) for row in plan.rows],
+        "frontier": [asdict(row) for row in plan.frontier],
+        "max_rate": dict(plan.max_rate),
+        "service_level": asdict(plan.level),
+        f"over_{baseline}": gains(plan.frontier, baseline),
+        "settings": _about(options, costs, ways, study),
+    }
+    result["out"] = _write(options, plan, result, screen)
+    return result
+
+
+def _costs(options: Options, screen: Screen) -> CostTable:
+    """The table of a file, or this machine's of a target."""
+    from dspark.scheduling.cost_table import CostTable
+
+    if Path(options.cost).is_file():
+        return CostTable.load(options.cost)
+    if options.cost.endswith(".json"):
+        return CostTable.load(options.cost)  # which says what is wrong
+    from dspark.engine.loading import load
+
+    with screen.log.status(f"Loading {options.cost} ..."):
+        found = load(options.cost, options.draft).costs
+    if found is None:
+        raise UsageError(
+            f"This machine has no cost table of {options.cost}; measure one with dspark profile "
+            f"{options.cost}, or name a file with --cost."
+        )
+    return found
+
+
+def _ways(options: Options, costs: CostTable, screen: Screen) -> list[Way]:
+    from dspark.engine.speculation.schedule import Schedule
+    from dspark.scheduling.cost_table import CostTable
+    from dspark.simulation.acceptance import read_acceptance
+    from dspark.simulation.server import Way
+
+    acceptance = read_acceptance(options.acceptance, options.seed)
+    knows_mtp = options.mtp_cost is not None and options.mtp_acceptance is not None
+    names = options.schedule or ("off", "fixed", *(("mtp1",) if knows_mtp else ()), "lagged")
+    if not costs.extras or not costs.prompts:
+        screen.warn(
+            "The cost table says nothing of prompts or of whole steps, so these are guessed from "
+            "its rounds; measure it with dspark profile --whole-steps."
+        )
+    found = []
+    for name in names:
+        word, _, count = name.partition("-")
+        if name == "off":
+            found.append(Way("off", costs))
+        elif name == "mtp1":
+            if options.mtp_cost is None or options.mtp_acceptance is None:
+                raise UsageError("mtp1 needs --mtp-cost and --mtp-acceptance.")
+            single = read_acceptance(options.mtp_acceptance, options.seed).shortened(1)
+            found.append(Way(name, CostTable.load(options.mtp_cost), single))
+        elif count:
+            if not 1 <= int(count) <= acceptance.num_drafts:
+                raise UsageError(f"{name} drafts {count} of {acceptance.num_drafts} tokens.")
+            fewer = acceptance.shortened(int(count))
+            found.append(Way(name, costs, fewer, Schedule("fixed"), acceptance.num_drafts))
+        else:
+            found.append(Way(name, costs, acceptance, Schedule(word)))
+    return found
+
+
+def _study(options: Options, costs: CostTable, ways: list[Way]) -> Study:
+    from dspark.simulation.arrivals import Lengths, drawn_arrivals, read_trace
+    from dspark.simulation.fleet import Fleet
+    from dspark.simulation.planning import ServiceLevel, Study, capacity
+    from dspark.simulation.server import Limits
+
+    if options.percentile >= 100:
+        raise UsageError(f"--percentile is {options.percentile}, but must be below 100.")
+    if options.trace is not None:
+        arrivals = read_trace(options.trace)
+    else:
+        arrivals = drawn_arrivals(
+            options.requests,
+            Lengths(*options.prompt_tokens),
+            Lengths(*options.answer_tokens),
+            burstiness=options.burstiness,
+            seed=options.seed,
+        )
+    most = max(point.requests for point in costs.points)
+    limits = Limits(options.batch_size or most, options.step_tokens, options.cache_tokens)
+    fleet = Fleet(limits, options.replicas, options.router, options.seed)
+    rates = options.rate
+    if not rates and options.trace is not None:
+        rates = (arrivals.rate,)
+    elif not rates:
+        best = max(capacity(way, arrivals, fleet) for way in ways)
+        rates = tuple(float(f"{best * share:.3g}") for share in (0.2, 0.4, 0.6, 0.8, 1.0))
+    users = options.users or tuple(
+        options.replicas * (1 << n) for n in range(limits.max_requests.bit_length())
+    )
+    level = ServiceLevel(options.ttft_ms, options.user_tokens_per_s, options.percentile)
+    return Study(ways, arrivals, fleet, rates, users, level, options.price)
+
+
+def _about(options: Options, costs: CostTable, ways: list[Way], study: Study) -> dict[str, str]:
+    arrivals, limits = study.arrivals, study.fleet.limits
+    drafters = {way.acceptance.source: None for way in ways if way.acceptance}
+    return {
+        "target": costs.machine.target,
+        "drafter": costs.machine.drafter,
+        "costs measured on": f"{costs.machine.hardware}, {costs.machine.threads} threads, "
+        f"{costs.machine.dtype}",
+        "acceptance": "; ".join(drafters),
+        "requests": f"{len(arrivals)}, "
+        + (str(options.trace) if options.trace else f"burstiness {options.burstiness:g}"),
+        "prompts": f"{arrivals.prompt_N.mean():.0f} tokens in the mean",
+        "answers": f"{arrivals.answer_N.mean():.0f} tokens in the mean",
+        "servers": f"{options.replicas}, router {options.router}, {limits.max_requests} requests "
+        f"at once, {limits.step_tokens} rows a step",
+        "cache": "as needed" if limits.cache_tokens is None else f"{limits.cache_tokens} tokens",
+        "seed": str(options.seed),
+    }
+
+
+def _show(plan: Plan, screen: Screen) -> None:
+    numbers = ("tokens/s", "TTFT p50", "p95", "per user", "accepted", "verified")
+    rows = table("requests/s", "schedule", right=numbers)
+    for row in plan.rows:
+        rows.add_row(
+            f"{row.rate:.3g}",
+            row.schedule,
+            _number(row.tokens_per_s),
+            *(f"{row.ttft_ms[name]:.0f}" for name in ("p50", "p95")),
+            _number(row.tokens_per_s_per_user["p50"]),
+            _number(row.accepted_length),
+            _number(row.verified_per_request),
+        )
+    screen.out.print(rows)
+    screen.out.print("\nLargest rate within the service level, requests per second:")
+    for name, rate in plan.max_rate.items():
+        screen.out.print(f"  {name:<10}{_number(rate)}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _write(options: Options, plan: Plan, result: Mapping[str, Any], screen: Screen) -> list[str]:
+    if options.out is None:
+        return []
+    from dspark.scheduling.json_files import write_json
+    from dspark.simulation.page import MISSING, write_page
+
+    paths = [options.out / "plan.html", options.out / "plan.json"]
+    if not write_page(plan, result["settings"], paths[0]):
+        screen.warn(MISSING)
+    write_json(paths[1], result)
+    screen.say(f"\nWritten: {', '.join(map(str, paths))}.")
+    return [str(path) for path in paths]
+
+
+COMMAND = Command(
+    "plan",
+    "plan capacity: simulate servers on measured costs, every schedule under the same arrivals",
+    EXAMPLE,
+    Options,
+    run,
+)

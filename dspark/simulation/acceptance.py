@@ -1,0 +1,266 @@
+"""Acceptance profile: which drafts of an answer would stay, and with what confidence.
+
+An answer is a stream of tokens, each of which the drafter foresees or not. A round that starts
+behind token t keeps the drafts up to the first token that it does not foresee. So rounds may start
+and be cut anywhere, whatever schedule is simulated, and a schedule that verifies whole blocks finds
+the rounds of the record again, one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dspark.errors import DataError, UsageError
+from dspark.evaluation.metrics import RoundCounts
+from dspark.evaluation.records import SUFFIX, RunRecords, Turn, load_runs
+from dspark.scheduling.calibration import TemperatureScaling
+from dspark.simulation.traffic import FloatArray, IntArray, Traffic, record_of
+
+_STREAMS, _ROUNDS = 512, 64
+_STEEPEST = 30.0  # a logit whose sigmoid is as good as 0 or 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One answer's rounds, in each of which a whole block was verified if there was room.
+
+    Attributes:
+        kept_N, verified_N: drafts that stayed, and that were verified.
+        logits_NK: calibrated logits of the confidences of all K drafts.
+    """
+
+    kept_N: IntArray
+    verified_N: IntArray
+    logits_NK: FloatArray
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Streams of many answers, end to end in flat arrays; each repeats itself where it ends.
+
+    Attributes:
+        run_T: how many drafts stay of a block whose first draft is token t, 0..K.
+        logits_TK: calibrated logits of such a block's confidences.
+        starts_S, lengths_S: where each of the S streams lies.
+        survival_K: share of recorded rounds that keep at least k drafts.
+        source: what it was made of.
+    """
+
+    run_T: IntArray
+    logits_TK: FloatArray
+    starts_S: IntArray
+    lengths_S: IntArray
+    survival_K: FloatArray
+    source: str
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block, K."""
+        return len(self.survival_K)
+
+    @classmethod
+    def of(
+        cls, streams: Sequence[Stream], survival_K: FloatArray, source: str, seed: int = 0
+    ) -> Acceptance:
+        """Join streams.
+
+        Args:
+            streams: at least one, none empty.
+            survival_K: of their rounds.
+            source: names them.
+            seed: decides whether a draft would have stayed that no record tells of: the one behind
+                a block that was kept whole. It stays as often as a block's last draft does.
+        """
+        generator = np.random.default_rng(seed)
+        before_K = np.concatenate(([1.0], survival_K[:-1]))
+        stays_K = np.divide(survival_K, before_K, out=np.zeros_like(survival_K), where=before_K > 0)
+        runs, logits = [], []
+        for stream in streams:
+            ends_N = np.cumsum(stream.kept_N + 1)
+            foreseen_T = np.ones(ends_N[-1], dtype=bool)
+            last_N = np.minimum(stream.verified_N, len(stays_K) - 1)
+            lucky_N = generator.random(len(ends_N)) < stays_K[last_N]
+            foreseen_T[ends_N - 1] = lucky_N & (stream.kept_N == stream.verified_N)
+            runs.append(_runs(foreseen_T, len(stays_K)))
+            logits.append(_logits(stream))
+        lengths_S = np.array([len(run) for run in runs])
+        starts_S = np.cumsum(lengths_S) - lengths_S
+        return cls(
+            np.concatenate(runs), np.concatenate(logits), starts_S, lengths_S, survival_K, source
+        )
+
+    def shortened(self, num_drafts: int) -> Acceptance:
+        """The same answers with shorter blocks."""
+        return replace(
+            self,
+            run_T=np.minimum(self.run_T, num_drafts),
+            logits_TK=self.logits_TK[:, :num_drafts],
+            survival_K=self.survival_K[:num_drafts],
+        )
+
+
+def _runs(foreseen_T: np.ndarray, num_drafts: int) -> IntArray:
+    """From each token on, how many in a row are foreseen, up to K, the end joined to the start."""
+    around = np.resize(foreseen_T, len(foreseen_T) + num_drafts - 1)
+    windows_TK = np.lib.stride_tricks.sliding_window_view(around, num_drafts)
+    runs_T: IntArray = np.logical_and.accumulate(windows_TK, axis=1).sum(axis=1)
+    return runs_T
+
+
+def _logits(stream: Stream) -> FloatArray:
+    """Of a block that starts within a round: what is left of its logits, then the next round's."""
+    count, num_drafts = stream.logits_NK.shape
+    round_T = np.repeat(np.arange(count), stream.kept_N + 1)
+    starts_N = np.cumsum(stream.kept_N + 1) - (stream.kept_N + 1)
+    column_TK = (np.arange(len(round_T)) - starts_N[round_T])[:, None] + np.arange(num_drafts)
+    over_TK = column_TK >= num_drafts
+    row_TK = (round_T[:, None] + over_TK) % count
+    found: FloatArray = stream.logits_NK[row_TK, column_TK - num_drafts * over_TK]
+    return found
+
+
+def synthetic(
+    survival_K: Sequence[float], traffic: Traffic | None = None, seed: int = 0
+) -> Acceptance:
+    """A profile from a table of survivals; how answers differ is assumed (`traffic`).
+
+    Args:
+        survival_K: share of rounds that keep at least k drafts, for k = 1..K; never rising.
+        traffic: how much ease differs between and within answers; its `ease` is not used.
+        seed: of the draws.
+
+    Raises:
+        UsageError: these are no survivals.
+    """
+    wanted_K = np.array(survival_K, dtype=np.float64)
+    falling = np.diff(wanted_K, prepend=1.0) <= 0
+    if not (len(wanted_K) and falling.all() and (wanted_K >= 0).all()):
+        raise UsageError(
+            f"Survivals must lie between 0 and 1 and never rise, but are {list(survival_K)}; give "
+            "for each position the share of rounds that keep so many drafts."
+        )
+    traffic = replace(traffic or Traffic(), ease=0.0, life=np.inf, failing=0.0)
+    slope_K = _ease(wanted_K, float(np.hypot(traffic.between, traffic.within)))
+    record = record_of(traffic, _STREAMS, len(wanted_K), _ROUNDS, seed, slope_K)
+    before_TRK = np.concatenate(
+        [np.ones_like(record.survival_TRK[..., :1]), record.survival_TRK[..., :-1]], axis=-1
+    )
+    tiny = np.finfo(np.float64).tiny
+    confidence_TRK = np.clip(record.survival_TRK / np.maximum(before_TRK, tiny), tiny, 1 - 1e-13)
+    logits_TRK = np.log(confidence_TRK) - np.log1p(-confidence_TRK)
+    whole_T = np.full(_ROUNDS, len(wanted_K))
+    streams = [Stream(record.accepted_TR[:, r], whole_T, logits_TRK[:, r]) for r in range(_STREAMS)]
+    return Acceptance.of(streams, wanted_K, "a table of survivals", seed)
+
+
+def _ease(survival_K: FloatArray, spread: float) -> FloatArray:
+    """Logits of each position's mean confidence that give these survivals, whatever the spread."""
+    nodes_Z, weights_Z = np.polynomial.hermite_e.hermegauss(41)
+    alive_Z = weights_Z / weights_Z.sum()
+    found = []
+    for wanted in survival_K:
+        low, high = -_STEEPEST, _STEEPEST
+        for _ in range(60):
+            middle = (low + high) / 2
+            stays_Z = 1 / (1 + np.exp(-(middle + spread * nodes_Z)))
+            low, high = (middle, high) if alive_Z @ stays_Z < wanted else (low, middle)
+        alive_Z = alive_Z / (1 + np.exp(-(high + spread * nodes_Z)))
+        found.append(high)
+    return np.array(found)
+
+
+def of_records(run: RunRecords, seed: int = 0) -> Acceptance:
+    """The profile of an evaluation: its answers, round by round, calibrated as they were.
+
+    Raises:
+        UsageError: the evaluation drafted nothing, or did not verify whole blocks.
+    """
+    settings, drafter = run.settings, run.plan.drafter
+    num_drafts = drafter.block_size
+    if not num_drafts or settings.schedule != "fixed":
+        raise UsageError(
+            f"{run.path} was evaluated with the schedule {settings.schedule!r}, which hides what "
+            "would have become of other drafts; evaluate a drafter with --schedule fixed."
+        )
+    records = list(run.records.values())
+    turns = [turn for record in records for turn in record.turns if _rounds_of(turn)]
+    if not turns:
+        raise UsageError(f"{run.path} has no rounds yet; run dspark eval again.")
+    survival_K = RoundCounts.of(records, num_drafts).survival()
+    before_K = np.concatenate(([1.0], survival_K[:-1]))
+    mean_K = np.clip(survival_K / np.maximum(before_K, 1e-9), 1e-6, 1 - 1e-6)
+    unknown_K = np.log(mean_K) - np.log1p(-mean_K)
+    scaling = None
+    if drafter.temperatures is not None:
+        scaling = TemperatureScaling(drafter.temperatures, drafter.shifts)
+    streams = [_stream(turn, unknown_K, scaling) for turn in turns]
+    return Acceptance.of(streams, survival_K, f"{settings.drafter}, {len(turns)} answers", seed)
+
+
+def _rounds_of(turn: Turn) -> int:
+    """Rounds whose outcome is known: the last one's is not where the answer ended within it."""
+    return len(turn.kept) - turn.cut
+
+
+def _stream(turn: Turn, unknown_K: FloatArray, scaling: TemperatureScaling | None) -> Stream:
+    count = _rounds_of(turn)
+    logits_NK = np.tile(unknown_K, (count, 1))
+    for row, logits in zip(logits_NK, turn.logits or (), strict=False):
+        known = np.array(logits[: len(row)], dtype=np.float64)
+        if scaling is not None and len(known):
+            confidence = np.clip(scaling.apply(known[None])[0], 1e-300, 1 - 1e-16)
+            known = np.log(confidence) - np.log1p(-confidence)
+        row[: len(known)] = known
+    return Stream(np.array(turn.kept[:count]), np.array(turn.verified[:count]), logits_NK)
+
+
+def read_acceptance(source: str, seed: int = 0) -> Acceptance:
+    """A profile from what a user names.
+
+    Args:
+        source: survivals between commas; a JSON file with `survival`, and if wanted `between`,
+            `within`, `persistence` and `sharpness` of `Traffic`; a file of records, or a folder
+            with one, of `dspark eval`.
+        seed: of all draws.
+
+    Raises:
+        DataError: the file is missing or damaged.
+        UsageError: it says nothing usable.
+    """
+    path = Path(source)
+    if path.is_dir():
+        runs = [run for run in load_runs([path]) if run.plan.drafter.block_size]
+        if len(runs) != 1:
+            names = ", ".join(str(run.path) for run in runs)
+            raise UsageError(f"{path} has {len(runs)} evaluations of drafters; name one: {names}.")
+        return of_records(runs[0], seed)
+    if source.endswith(SUFFIX) and path.is_file():
+        return of_records(RunRecords.load(path), seed)
+    if path.is_file():
+        return _read_table(path, seed)
+    try:
+        return synthetic([float(part) for part in source.split(",")], seed=seed)
+    except ValueError as error:
+        raise DataError(
+            f"{source} is neither a file, a folder of an evaluation, nor survivals like .8,.6,.5."
+        ) from error
+
+
+def _read_table(path: Path, seed: int) -> Acceptance:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        survival_K = [float(value) for value in found.pop("survival")]
+        shape = {name: float(value) for name, value in found.items()}
+        if not set(shape) <= {"between", "within", "persistence", "sharpness"}:
+            raise ValueError(f"its keys are {sorted(found)}")
+        traffic = Traffic(**shape)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no table of survivals ({error}); give a JSON object with `survival`."
+        ) from error
+    return synthetic(survival_K, traffic, seed)
