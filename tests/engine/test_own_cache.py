@@ -10,7 +10,7 @@ from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine
-from dspark.errors import CompatibilityError
+from dspark.errors import CompatibilityError, UsageError
 from dspark.request import Request, SamplingParams
 from dspark.targets.own_cache import OwnCacheRunner, StateCache
 from dspark.targets.target import Target
@@ -124,6 +124,9 @@ def test_prompt_lookup_and_a_random_drafter_change_nothing(family):
         outputs = decode(target, drafter, max_requests=2)
         assert [output.token_ids for output in outputs] == list(answers.values())
         assert sum(output.stats.verified for output in outputs) > 0
+        if drafter is not ngram:
+            with pytest.raises(UsageError, match="through its own cache"):
+                Engine(target, drafter, tree_nodes=8)
 
 
 def test_features_are_those_of_the_whole_sequence(family):
