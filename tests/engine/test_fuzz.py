@@ -17,6 +17,7 @@ from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.protection import Protection
+from dspark.scheduling.step_times import StepTimes
 
 PER_SETTING, LENGTH = 100, 40
 
@@ -133,6 +134,7 @@ def drafter_of(tiny, target, name):
 def test_each_of_many_is_what_it_is_alone(tiny, exact, name, monkeypatch):
     # Whether drafting pays on this machine is not what this is about.
     monkeypatch.setattr(Protection, "allows", lambda *_, **__: True)
+    monkeypatch.setattr(StepTimes, "learn", lambda *_: None)
     verifier, make_schedule = SETTINGS[name]
     dice = random.Random(name)
     drafter = drafter_of(tiny, exact, name)

@@ -477,7 +477,8 @@ def test_a_key_is_asked_for_and_kept_nowhere(measured, kit, visit):
         visitor.connected().ask(tokens=4).ended()
         assert "Done" in visitor.text("#status")
         assert page.locator("#key-form").is_hidden()
-        assert page.evaluate("localStorage.length + sessionStorage.length") == 0
+        assert page.evaluate("({...localStorage})") == {"dspark-visited": "1"}
+        assert page.evaluate("sessionStorage.length") == 0
         assert page.context.cookies() == []
         page.reload()
         page.wait_for_selector("#key-form:visible")
