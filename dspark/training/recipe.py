@@ -111,7 +111,9 @@ class DrafterRecipe(Settings):
     kind: Literal["drafter"]
     target: str = Field(description="directory or hub id of the target")
     initial: str | None = Field(
-        None, description="drafter to start from, its weights only: a directory or hub id"
+        None,
+        description="drafter to start from, its weights and its reduced vocabulary: a directory "
+        "or hub id",
     )
     layout: Literal["published", "attached"] = Field(
         "published", description="attached writes it into the target's directory"

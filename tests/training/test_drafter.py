@@ -117,6 +117,19 @@ def test_a_reduced_vocabulary_is_what_answers_hold_most_often(recipe, tmp_path):
         Eagle3Objective(load_recipe(str(recipe), too_many), Target.from_model(tiny_llama()))
 
 
+def test_training_goes_on_with_other_samples_and_the_tokens_that_it_knew(recipe, tmp_path):
+    overrides = [*overrides_of("eagle3"), "drafter.draft_vocab_size=24", "run.steps=1"]
+    run_recipe(str(recipe), overrides, device="cpu", console=QUIET)
+    known = load_drafter(tmp_path / "run").t2d
+    write_samples(tmp_path / "s.jsonl.gz", 12)
+    again = [*overrides, f"run.output_dir={tmp_path}/more"]
+    other = load_recipe(str(recipe), again)
+    chosen = OnlineSamples(other, load_frozen_target(other, "cpu", "float32")).draft_tokens
+    assert not torch.equal(chosen, known.nonzero().flatten())  # the new samples' own differ
+    run_recipe(str(recipe), [*again, f"initial={tmp_path}/run"], device="cpu", console=QUIET)
+    assert torch.equal(load_drafter(tmp_path / "more").t2d, known)
+
+
 def test_what_a_recipe_says_is_what_is_built(recipe, tmp_path):
     for algorithm in ALGORITHMS:
         output = f"run.output_dir={tmp_path}/{algorithm}"

@@ -246,8 +246,8 @@ def start_from(drafter: AnyDrafter, source: str) -> list[str]:
             )
         if not tensor.is_floating_point() and not tensor.equal(mine[name].to(tensor.device)):
             raise CompatibilityError(
-                f"{source} knows other tokens ({name}) than the recipe's drafter, whose reduced "
-                "vocabulary is taken from the samples; use the samples that it was made with."
+                f"{source} has another {name} than the recipe's drafter; correct the recipe's "
+                "`drafter`, or leave `initial` out."
             )
     if loaded.taps != drafter.taps:
         raise CompatibilityError(

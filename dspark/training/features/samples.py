@@ -19,6 +19,7 @@ from dspark.data.features.manifest import MANIFEST
 from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.rows import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
+from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.features.sources import open_features, open_store, recipe_taps, sample_recipe
@@ -47,8 +48,7 @@ class OnlineSamples:
         samples, self.held_out = without_held_out(loaded, recipe.evaluation)
         self.source = open_features(recipe, target, loaded, store)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
-        known = recipe.drafter.draft_vocab_size
-        self.draft_tokens = None if known is None else commonest_tokens(samples, known)
+        self.draft_tokens = reduced_vocabulary(recipe, samples)
 
     def batch(self, step: int) -> list[Sample]:
         """All samples of a step, including those of other parts and ranks."""
@@ -111,6 +111,24 @@ def load_samples(
             "they were made for another model."
         )
     return kept
+
+
+def reduced_vocabulary(
+    recipe: BlockRecipe | ChainRecipe, samples: Sequence[Sample]
+) -> Tensor | None:
+    """The token ids [Vd] that a recipe's drafter can propose, ascending; None for all.
+
+    Those of the checkpoint that it starts from, so that training can go on with other samples;
+    without one, the samples' commonest.
+    """
+    known = recipe.drafter.draft_vocab_size
+    if known is None:
+        return None
+    if recipe.initial is not None:
+        offsets = getattr(load_drafter(recipe.initial), "d2t", None)
+        if offsets is not None and offsets.numel() == known:
+            return offsets + torch.arange(known)
+    return commonest_tokens(samples, known)
 
 
 def commonest_tokens(samples: Sequence[Sample], count: int) -> Tensor:
