@@ -125,7 +125,7 @@ def reduced_vocabulary(
     if known is None:
         return None
     if recipe.initial is not None:
-        offsets = getattr(load_drafter(recipe.initial), "d2t", None)
+        offsets: Tensor | None = getattr(load_drafter(recipe.initial), "d2t", None)
         if offsets is not None and offsets.numel() == known:
             return offsets + torch.arange(known)
     return commonest_tokens(samples, known)
