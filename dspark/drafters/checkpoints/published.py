@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dspark.drafters.checkpoints import deepseek_v4
 from dspark.drafters.checkpoints.dialects import lifted
 from dspark.drafters.checkpoints.fields import (
     FULL,
@@ -23,6 +24,7 @@ from dspark.drafters.checkpoints.fields import (
     qwen3_layers_from_json,
 )
 from dspark.drafters.config import DSparkConfig
+from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import MASK_EMBEDDING, DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.plugins import Layout
@@ -245,6 +247,10 @@ def _write_dspark(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
     return dspark_to_json(drafter.config, dtype)
 
 
+def _write_deepseek_v4(drafter: DeepseekV4Drafter, dtype: str) -> dict[str, Any]:
+    return deepseek_v4.to_json(drafter.config, dtype)
+
+
 def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     refuse_beyond_published(drafter.config)
     return eagle3_to_json(drafter.config, dtype)
@@ -260,10 +266,15 @@ LAYOUT = Layout(
         GEMMA4_EAGLE3: eagle3_from_json,
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
     },
-    writers={DSparkDrafter: _write_dspark, Eagle3Drafter: _write_eagle3},
+    writers={
+        DeepseekV4Drafter: _write_deepseek_v4,
+        DSparkDrafter: _write_dspark,
+        Eagle3Drafter: _write_eagle3,
+    },
 )
 ATTACHED = Layout(
     writers={
+        DeepseekV4Drafter: _write_deepseek_v4,
         DSparkDrafter: lambda drafter, dtype: dspark_to_json(drafter.config, dtype),
         Eagle3Drafter: lambda drafter, dtype: eagle3_to_json(drafter.config, dtype),
     },
