@@ -1,4 +1,4 @@
-"""DeepSeek-V4's draft module: stages of DeepSeek-V4 layers over projected features (docs/method.md).
+"""DeepSeek-V4's draft module: stages of DeepSeek-V4 layers over projected features.
 
 A stage is transformers' decoder layer as it is: hyper-connections, multi-query attention with sinks
 and a low-rank output, routed experts. Only what its attention reads is given to it: the rows that
@@ -156,7 +156,7 @@ class DeepseekV4Backbone(ParallelBackbone):
             _reset(self.hc_head)
 
     def new_layers(self) -> Iterable[nn.Module]:
-        """transformers' decoder layers."""
+        """Transformers' decoder layers."""
         config = _stage_config(self.backbone_config)
         for number in range(self.backbone_config.num_layers):
             layer = _modules().DeepseekV4DecoderLayer(config, number)
@@ -216,10 +216,13 @@ class DeepseekV4Backbone(ParallelBackbone):
         layout: BlockLayout,
     ) -> Tensor:
         """The training pass; see `ParallelBackbone.run_blocks`. States before the final norm."""
+        if not block_QH.shape[0]:
+            # Nothing to draft, yet every parameter gets a gradient, as it does on other ranks.
+            return block_QH + 0 * sum(p.sum() for p in self.parameters())
         device, window = block_QH.device, self.backbone_config.reach
         low_M = layout.lowest_M(window)
         sizes_M = layout.reach_M - low_M
-        widest = int(sizes_M.max()) if sizes_M.numel() else 0
+        widest = int(sizes_M.max())
         rows_MW = (low_M.unsqueeze(1) + torch.arange(widest)).clamp(max=len(features_TF) - 1)
         rows_MW = rows_MW.to(device)
         context = self.context_rows(features_TF, context_positions_T)
@@ -229,9 +232,6 @@ class DeepseekV4Backbone(ParallelBackbone):
             sizes_M.to(device),
             positions_Q.view(shape),
         )
-        if not block_QH.shape[0]:
-            # Nothing to draft, yet every parameter gets a gradient, as it does on other ranks.
-            return block_QH + 0 * sum(p.sum() for p in self.parameters())
         return self.run_stages(block_QH.view(*shape, -1), seen).flatten(0, 1)
 
 
@@ -352,7 +352,7 @@ def _attend(
 
 
 def _modules() -> Any:
-    """transformers' DeepSeek-V4; here, since no other drafter needs it."""
+    """Transformers' DeepSeek-V4; here, since no other drafter needs it."""
     from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
     return modeling_deepseek_v4

@@ -181,7 +181,9 @@ class SlowModule:
                 mixed = sum(math.exp(s) / total * key for s, key in zip(scores, keys, strict=True))
                 outs.append(self._turn(mixed, -(length + i)))
             groups = torch.cat(outs).view(layers.o_groups, -1)
-            first = self.tensors[f"{name}.wo_a.weight"].view(layers.o_groups, layers.o_lora_rank, -1)
+            first = self.tensors[f"{name}.wo_a.weight"].view(
+                layers.o_groups, layers.o_lora_rank, -1
+            )
             low = torch.cat([matrix @ group for matrix, group in zip(first, groups, strict=True)])
             found.append(self._at(f"{name}.wo_b", low))
         return found
@@ -213,9 +215,7 @@ class SlowModule:
         weights = self.tensors[f"{name}_fn"] @ self._norm(None, streams_SH.flatten())
         base, scale = self.tensors[f"{name}_base"], self.tensors[f"{name}_scale"]
         pre = torch.sigmoid(weights[:count] * scale[0] + base[:count]) + eps
-        post = 2 * torch.sigmoid(
-            weights[count : 2 * count] * scale[1] + base[count : 2 * count]
-        )
+        post = 2 * torch.sigmoid(weights[count : 2 * count] * scale[1] + base[count : 2 * count])
         comb = (weights[2 * count :] * scale[2] + base[2 * count :]).view(count, count)
         comb = comb.softmax(-1) + eps
         comb = comb / (comb.sum(0, keepdim=True) + eps)

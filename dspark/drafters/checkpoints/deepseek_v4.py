@@ -57,7 +57,10 @@ _PARTS: Mapping[str, str] = {
     },
 }
 # Those of the first and of the last stage.
-_FIRST: Mapping[str, str] = {"main_proj.weight": "fc.weight", "main_norm.weight": "hidden_norm.weight"}
+_FIRST: Mapping[str, str] = {
+    "main_proj.weight": "fc.weight",
+    "main_norm.weight": "hidden_norm.weight",
+}
 _LAST: Mapping[str, str] = {
     "norm.weight": "norm.weight",
     "hc_head_fn": "hc_head.hc_fn",
@@ -113,7 +116,9 @@ def from_json(data: Mapping[str, Any], where: str) -> DeepseekV4Config:
     layers = read.integer("num_hidden_layers")
     taps = tuple(tap - carried for tap in read.integers("dspark_target_layer_ids"))
     experts, chosen = ("n_routed_experts", "num_experts_per_tok")
-    own = ("dspark_n_routed_experts", "dspark_num_experts_per_tok") if carried else (experts, chosen)
+    own = (
+        ("dspark_n_routed_experts", "dspark_num_experts_per_tok") if carried else (experts, chosen)
+    )
     stages, rank = _stages(read, layers), read.integer("dspark_markov_rank", minimum=0)
     confidence = read.boolean("enable_confidence_head", default=True)
     mask = data.get("dspark_noise_token_id")
@@ -172,45 +177,50 @@ def to_json(config: DeepseekV4Config, dtype: str) -> dict[str, Any]:
     layers, carried = config.backbone, config.backbone.carried_mix
     own = "dspark_" if carried else ""
     usual = {
-        "confidence_head_with_markov": config.confidence_head_with_markov == (config.markov_rank > 0),
+        "confidence_head_with_markov": config.confidence_head_with_markov
+        == (config.markov_rank > 0),
         "draft_vocab_size": config.draft_vocab_size is None,
         "markov_head_type": config.markov_head_type == "vanilla",
         "sample_from_anchor": config.sample_from_anchor,
     }
     unusual = {name: getattr(config, name) for name, is_usual in usual.items() if not is_usual}
-    return dict(config.extra) | unusual | {
-        "architectures": [V41_ARCHITECTURE if carried else ARCHITECTURE],
-        "dtype": dtype,
-        _MARK: config.block_size,
-        "dspark_markov_rank": config.markov_rank,
-        "dspark_noise_token_id": config.mask_token_id,
-        "dspark_target_layer_ids": [tap + carried for tap in config.target_layer_ids],
-        "enable_confidence_head": config.confidence_head,
-        "hc_eps": layers.hc_eps,
-        "hc_mult": layers.hc_mult,
-        "hc_sinkhorn_iters": layers.hc_sinkhorn_iters,
-        "head_dim": layers.head_dim,
-        "hidden_size": layers.hidden_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "model_type": _V41 if carried else "deepseek_v4",
-        "moe_intermediate_size": layers.intermediate_size,
-        STAGES: layers.num_layers,
-        f"{own}n_routed_experts": layers.num_experts,
-        "num_attention_heads": layers.num_heads,
-        f"{own}num_experts_per_tok": layers.experts_per_token,
-        "num_hidden_layers": config.num_target_layers,
-        "num_key_value_heads": 1,
-        "o_groups": layers.o_groups,
-        "o_lora_rank": layers.o_lora_rank,
-        "q_lora_rank": layers.q_lora_rank,
-        "qk_rope_head_dim": layers.rope_head_dim,
-        "rms_norm_eps": layers.rms_norm_eps,
-        "rope_theta": layers.rope_theta,
-        "routed_scaling_factor": layers.routed_scaling_factor,
-        "sliding_window": layers.sliding_window,
-        "swiglu_limit": layers.swiglu_limit,
-        "vocab_size": config.vocab_size,
-    }
+    return (
+        dict(config.extra)
+        | unusual
+        | {
+            "architectures": [V41_ARCHITECTURE if carried else ARCHITECTURE],
+            "dtype": dtype,
+            _MARK: config.block_size,
+            "dspark_markov_rank": config.markov_rank,
+            "dspark_noise_token_id": config.mask_token_id,
+            "dspark_target_layer_ids": [tap + carried for tap in config.target_layer_ids],
+            "enable_confidence_head": config.confidence_head,
+            "hc_eps": layers.hc_eps,
+            "hc_mult": layers.hc_mult,
+            "hc_sinkhorn_iters": layers.hc_sinkhorn_iters,
+            "head_dim": layers.head_dim,
+            "hidden_size": layers.hidden_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "model_type": _V41 if carried else "deepseek_v4",
+            "moe_intermediate_size": layers.intermediate_size,
+            STAGES: layers.num_layers,
+            f"{own}n_routed_experts": layers.num_experts,
+            "num_attention_heads": layers.num_heads,
+            f"{own}num_experts_per_tok": layers.experts_per_token,
+            "num_hidden_layers": config.num_target_layers,
+            "num_key_value_heads": 1,
+            "o_groups": layers.o_groups,
+            "o_lora_rank": layers.o_lora_rank,
+            "q_lora_rank": layers.q_lora_rank,
+            "qk_rope_head_dim": layers.rope_head_dim,
+            "rms_norm_eps": layers.rms_norm_eps,
+            "rope_theta": layers.rope_theta,
+            "routed_scaling_factor": layers.routed_scaling_factor,
+            "sliding_window": layers.sliding_window,
+            "swiglu_limit": layers.swiglu_limit,
+            "vocab_size": config.vocab_size,
+        }
+    )
 
 
 def _refuse_beyond(config: DeepseekV4Config) -> None:
@@ -225,8 +235,8 @@ def _refuse_beyond(config: DeepseekV4Config) -> None:
     }
     if found := [name for name, there in beyond.items() if there]:
         raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, for which DeepSeek-V4's fields have no place; save it in "
-            "another layout."
+            f"The drafter has {' and '.join(found)}, for which DeepSeek-V4's fields have no "
+            "place; save it in another layout."
         )
 
 
@@ -239,7 +249,9 @@ def _is_v41(data: Mapping[str, Any]) -> bool:
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the text model at the top."""
     text = data.get("text_config")
-    flat = {name: value for name, value in data.items() if name not in ("text_config", "vision_config")}
+    flat = {
+        name: value for name, value in data.items() if name not in ("text_config", "vision_config")
+    }
     return flat | (dict(text) if isinstance(text, Mapping) else {})
 
 
@@ -262,9 +274,7 @@ def _theta(data: Mapping[str, Any], read: Reader) -> float:
 # Tensors
 
 
-def unpack(
-    data: Mapping[str, Any], state: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
+def unpack(data: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The module's tensors from a file's, whose names may be the module's already.
 
     Raises:
@@ -275,7 +285,10 @@ def unpack(
     if not theirs:
         return dict(state)
     found = {name: tensor for name, tensor in state.items() if name not in theirs}
-    outer, experts = _FIRST | _LAST | _LAST_V41, defaultdict[str, dict[tuple[int, str], Tensor]](dict)
+    outer, experts = (
+        _FIRST | _LAST | _LAST_V41,
+        defaultdict[str, dict[tuple[int, str], Tensor]](dict),
+    )
     for name, tensor in dequantised(theirs, where, _block(data, where)).items():
         match = _STAGE.fullmatch(name)
         stage, part = match.groups() if match else ("", "")
@@ -290,9 +303,7 @@ def unpack(
     return found
 
 
-def _stacked(
-    prefix: str, parts: Mapping[tuple[int, str], Tensor], where: str
-) -> dict[str, Tensor]:
+def _stacked(prefix: str, parts: Mapping[tuple[int, str], Tensor], where: str) -> dict[str, Tensor]:
     """The experts of a stage as two tensors; gate and product side by side."""
     count = 1 + max(expert for expert, _ in parts)
     for wanted in ((expert, part) for expert in range(count) for part in "123"):
@@ -362,7 +373,9 @@ def _block(data: Mapping[str, Any], where: str) -> tuple[int, int]:
         )
     method = quantization.get("quant_method", "fp8")
     size = quantization.get("weight_block_size", list(BLOCK))
-    whole = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    whole = (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    )
     if method not in ("fp8", "deepseek_v4_fp8") or not whole:
         raise CompatibilityError(
             f"{where} has a {_QUANTIZATION} of quant_method {method!r} and weight_block_size "

@@ -140,7 +140,9 @@ def read_weights(
         CheckpointError: files are missing, damaged or pickled.
     """
     shards = weight_files(directory)
-    beginning = prefix if any(n.startswith(prefix) for names in shards.values() for n in names) else ""
+    beginning = (
+        prefix if any(n.startswith(prefix) for names in shards.values() for n in names) else ""
+    )
     return _read(shards, lambda name: name.startswith(beginning), headers_only=headers_only)
 
 
