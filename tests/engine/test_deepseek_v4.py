@@ -1,20 +1,13 @@
 """A DeepSeek-V4 target with `mtp.*` among its own tensors, from its files to identical outputs."""
 
-import json
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from dspark.attention.packed import BlockLayout
 from dspark.attention.ragged_batch import RaggedBatch
-from dspark.data.tokenizer import train_tokenizer
-from dspark.drafters.checkpoints.checkpoint import save
-from dspark.drafters.checkpoints.deepseek_v4 import from_json
-from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.loading import load
@@ -22,52 +15,16 @@ from dspark.engine.speculation import verify
 from dspark.request import Request, SamplingParams
 from dspark.targets.families import Family
 from dspark.targets.forward import tapped
-from tests.helpers.deepseek_v4 import tiny_drafter
-from tests.helpers.state_models import STATE_MODELS, new_model
-from tests.helpers.targets import lent_parts
+from tests.helpers.deepseek_v4 import write_target
 
-VOCAB, TOKENS = 300, 12
+TOKENS = 12
 PROMPTS = ((3, 9), tuple(range(7, 26)))
-DRAFT_FIELDS = {
-    "dspark_block_size": 5, "dspark_noise_token_id": 3, "dspark_target_layer_ids": [1, 3],
-    "dspark_markov_rank": 64,
-}  # fmt: skip
-# As many entries as the index may choose: where it must choose, entries of score 0 tie, and which
-# of them torch takes hangs on the shape of a chunk (docs/LOG.md).
-SHAPE = STATE_MODELS["deepseek_v4"] | {
-    "index_topk": 64,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 160,
-    "eos_token_id": 2,
-    "hc_sinkhorn_iters": 3,
-}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """The target in shards, the draft module in one of its own, as published."""
-    path = tmp_path_factory.mktemp("target")
-    model = new_model("deepseek_v4", **SHAPE)
-    model.save_pretrained(path)
-    train_tokenizer(["how many apples are left", "a table for two"] * 4, VOCAB).save_pretrained(
-        path
-    )
-    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    data = json.loads((path / CONFIG).read_text()) | DRAFT_FIELDS
-    config = from_json(data, "config.json")
-    drafter = tiny_drafter(lent_parts(*(table.detach() for table in tables)), config)
-    written = save(drafter, path / "alone", "deepseek_v4", dtype=None)
-    (path / CONFIG).write_text(json.dumps(data))
-    shards = {"model-00001.safetensors": load_file(path / WEIGHTS),
-              "model-00002.safetensors": load_file(written.directory / WEIGHTS)}  # fmt: skip
-    for name, tensors in shards.items():
-        save_file(tensors, path / name, metadata={"format": "pt"})
-    index = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (path / WEIGHTS).unlink()
-    shutil.rmtree(written.directory)
-    return path
+    return write_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspark.data.tokenizer import train_tokenizer
+from dspark.drafters.checkpoints.checkpoint import save
+from dspark.drafters.checkpoints.deepseek_v4 import from_json
+from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS
 from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter, DeepseekV4Layers
+from tests.helpers.state_models import STATE_MODELS, new_model
+from tests.helpers.targets import lent_parts
 
-STAGES = 3
+STAGES, VOCAB = 3, 300
+TEXTS = ["how many apples are left", "a table for two"] * 4
+DRAFT_FIELDS = {
+    "dspark_block_size": 5, "dspark_noise_token_id": 3, "dspark_target_layer_ids": [1, 3],
+    "dspark_markov_rank": 64,
+}  # fmt: skip
+# As many entries as the index may choose: where it must choose, entries of score 0 tie, and which
+# of them torch takes hangs on the shape of a chunk (docs/LOG.md).
+SHAPE = STATE_MODELS["deepseek_v4"] | {
+    "index_topk": 64,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 160,
+    "eos_token_id": 2,
+    "hc_sinkhorn_iters": 3,
+}
 
 
 def tiny_layers(width: int = 32, num_taps: int = 2, **changes: Any) -> DeepseekV4Layers:
@@ -63,6 +87,29 @@ def tiny_drafter(parts: Any, config: DeepseekV4Config, seed: int = 1) -> Deepsee
             around = 1.0 if "norm" in name or name.endswith("scale") else 0.0
             tensor.copy_(around + 0.4 * torch.randn(tensor.shape, generator=generator))
     return drafter
+
+
+def write_target(path: Path) -> Path:
+    """A target in two shards, of which the second is the draft module, as published."""
+    model = new_model("deepseek_v4", **SHAPE)
+    model.save_pretrained(path)
+    train_tokenizer(TEXTS, VOCAB).save_pretrained(path)
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    data = json.loads((path / CONFIG).read_text()) | DRAFT_FIELDS
+    config = from_json(data, CONFIG)
+    drafter = tiny_drafter(lent_parts(*(table.detach() for table in tables)), config)
+    written = save(drafter, path / "alone", "deepseek_v4", dtype=None)
+    (path / CONFIG).write_text(json.dumps(data))
+    shards = {"model-00001.safetensors": path, "model-00002.safetensors": written.directory}
+    index = {}
+    for name, directory in shards.items():
+        tensors = load_file(directory / WEIGHTS)
+        save_file(tensors, path / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / WEIGHTS).unlink()
+    shutil.rmtree(written.directory)
+    return path
 
 
 class SlowModule:
