@@ -21,7 +21,7 @@ def v4(tmp_path_factory):
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     words = ("how many apples", "a table for two", "left", "two")
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in words))
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in words * 3))
     return path
 
 
@@ -54,7 +54,7 @@ def test_check_names_what_is_wrong_with_it(dspark, v4, tmp_path):
 
 
 def test_generating_without_naming_a_drafter_drafts_and_changes_nothing(dspark, v4, prompts):
-    result = dspark("generate", v4, "--prompts", prompts, "--compare", "--max-new-tokens", 16, *RUN)
+    result = dspark("generate", v4, "--prompts", prompts, "--compare", "--max-new-tokens", 8, *RUN)
     assert result.status == 0, result.err
     assert result.json["identical"] is True
     assert result.json["verified"] > 0
@@ -77,7 +77,7 @@ def test_to_a_drafter_by_itself_and_back(dspark, v4, tmp_path):
 
 def test_calibration_stands_beside_the_target(dspark, v4, prompts, tmp_path):
     copy = shutil.copytree(v4, tmp_path / "copy")
-    result = dspark("calibrate", copy, "--prompts", prompts, "--max-new-tokens", 36, *RUN)
+    result = dspark("calibrate", copy, "--prompts", prompts, "--max-new-tokens", 24, *RUN)
     assert result.status == 0, result.err
     assert len(result.json["temperatures"]) == 5
     assert (copy / "calibration.json").is_file()

@@ -41,7 +41,9 @@ print(json.dumps(gaps))
 
 
 @pytest.mark.parametrize("carried", [False, True])
-def test_every_sublayer_reads_what_vllms_functions_give_it(tmp_path, make_parts, one_block, carried):
+def test_every_sublayer_reads_what_vllms_functions_give_it(
+    tmp_path, make_parts, one_block, carried
+):
     layers = tiny_layers(WIDTH, carried_mix=carried)
     drafter = tiny_drafter(make_parts(VOCAB, WIDTH), tiny_config(VOCAB, layers))
     steps = []

@@ -10,7 +10,11 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
-from dspark.training.drafters.new_drafter import drafter_config, start_from_last_layers
+from dspark.training.drafters.new_drafter import (
+    drafter_config,
+    start_from,
+    start_from_last_layers,
+)
 from dspark.training.run import run_recipe
 from dspark.training.settings import DSparkSettings
 from tests.helpers.deepseek_v4 import SHAPE
@@ -43,6 +47,9 @@ def test_a_run_learns_and_its_drafter_loads(tmp_path):
     drafter = load_drafter(tmp_path / "run")
     assert type(drafter) is DeepseekV4Drafter
     assert (drafter.config.backbone.num_layers, drafter.taps) == (2, (1, 3))
+    another = DeepseekV4Drafter(drafter.config)
+    assert start_from(another, str(tmp_path / "run")) == []
+    assert all(torch.equal(x, another.state_dict()[n]) for n, x in drafter.state_dict().items())
 
 
 def test_stages_may_start_as_the_targets_last_layers():

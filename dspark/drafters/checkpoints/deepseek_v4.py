@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dspark.drafters.checkpoints.block_scales import BLOCK, dequantised, to_fp4, to_fp8
 from dspark.drafters.checkpoints.fields import Reader
+from dspark.drafters.checkpoints.files import INSIDE as PREFIX
 from dspark.drafters.deepseek_v4 import (
     STAGES,
     DeepseekV4Config,
@@ -29,7 +30,6 @@ from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 ARCHITECTURE, V41_ARCHITECTURE = "DeepseekV4DSparkModel", "DSparkV41DraftModel"
-PREFIX = "mtp."
 _MARK, _V41, _QUANTIZATION = "dspark_block_size", "deepseek_v41", "quantization_config"
 _USUAL_STAGES = 3
 

@@ -23,6 +23,8 @@ from dspark.sources.names import drafter_source
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ATTACHED_FOLDER = "dspark"
+INSIDE = "mtp."
+"""Begins the names of a drafter's tensors among those of its target."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -79,11 +81,18 @@ def resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
 
 
 def _download(name: str, revision: str | None, offline: bool) -> Path:
-    attached = (CONFIG, f"{ATTACHED_FOLDER}/*.json", f"{ATTACHED_FOLDER}/*.safetensors")
+    attached = (CONFIG, INDEX, f"{ATTACHED_FOLDER}/*.json", f"{ATTACHED_FOLDER}/*.safetensors")
     directory = fetch(name, revision, offline, attached)
     if not (directory / ATTACHED_FOLDER / CONFIG).is_file():
-        directory = fetch(name, revision, offline, (CONFIG, "*.safetensors", INDEX))
+        shards = _shards(directory) if (directory / INDEX).is_file() else {}
+        # A target may weigh a hundred times what its drafter does.
+        inside = [path.name for path, names in shards.items() if _begin(names, INSIDE)]
+        directory = fetch(name, revision, offline, (CONFIG, INDEX, *(inside or ["*.safetensors"])))
     return directory
+
+
+def _begin(names: Sequence[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str]) -> Path:
@@ -140,9 +149,7 @@ def read_weights(
         CheckpointError: files are missing, damaged or pickled.
     """
     shards = weight_files(directory)
-    beginning = (
-        prefix if any(n.startswith(prefix) for names in shards.values() for n in names) else ""
-    )
+    beginning = prefix if any(_begin(names, prefix) for names in shards.values()) else ""
     return _read(shards, lambda name: name.startswith(beginning), headers_only=headers_only)
 
 
@@ -208,13 +215,7 @@ def weight_files(directory: Path) -> dict[Path, list[str]]:
         with _opened(directory / WEIGHTS) as file:
             return {directory / WEIGHTS: list(file.keys())}
     if (directory / INDEX).is_file():
-        index = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(index, Mapping) or not index:
-            raise CheckpointError(f"{directory / INDEX} has no weight_map.")
-        found: dict[Path, list[str]] = {}
-        for name, shard in sorted(index.items(), key=lambda item: (str(item[1]), item[0])):
-            found.setdefault(directory / Path(str(shard)).name, []).append(name)
-        return found
+        return _shards(directory)
     pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -222,6 +223,17 @@ def weight_files(directory: Path) -> dict[Path, list[str]]:
             f"loaded and are refused; convert them to {WEIGHTS}."
         )
     raise CheckpointError(f"{directory} has no {WEIGHTS}; fetch or save it again.")
+
+
+def _shards(directory: Path) -> dict[Path, list[str]]:
+    """The shards of an index, and what it says that they hold."""
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, Mapping) or not index:
+        raise CheckpointError(f"{directory / INDEX} has no weight_map.")
+    found: dict[Path, list[str]] = {}
+    for name, shard in sorted(index.items(), key=lambda item: (str(item[1]), item[0])):
+        found.setdefault(directory / Path(str(shard)).name, []).append(name)
+    return found
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Written:

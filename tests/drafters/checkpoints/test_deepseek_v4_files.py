@@ -341,6 +341,22 @@ def test_configurations_that_cannot_be_are_refused(target, changes, error, words
         load_drafter(directory)
 
 
+def test_of_a_hubs_target_only_the_modules_shards_are_fetched(target, monkeypatch):
+    directory, _, _ = target
+    asked = []
+
+    def fetch(_name, **options):
+        asked.append(options["allow_patterns"])
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("dspark.sources.hub.why_unreachable", lambda: None)
+    assert has_attached_drafter("owner/target")
+    load_drafter("owner/target")
+    assert asked[-1] == [CONFIG, INDEX, "model-00002-of-00002.safetensors"]
+    assert not any(pattern.startswith("*") for patterns in asked for pattern in patterns)
+
+
 def test_unquantised_targets_get_plain_numbers(tmp_path, parts):
     drafter = tiny_drafter(parts, tiny_config(VOCAB, tiny_layers(WIDTH)))
     save(drafter, tmp_path, "deepseek_v4", dtype=None)
