@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dspark.drafters import deepseek_v4, dspark, eagle3, ngram
 from dspark.drafters.base import Drafter
 from dspark.drafters.checkpoints import deepseek_v4 as inside
-from dspark.drafters.checkpoints import dflash, eagle, published, speculators
+from dspark.drafters.checkpoints import eagle, published, speculators
 from dspark.drafters.checkpoints.dialects import ELSEWHERE
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
@@ -33,7 +33,6 @@ _LAYOUTS = {
     DEEPSPEC: published.LAYOUT,
     SPECULATORS: speculators.LAYOUT,
     ATTACHED: published.ATTACHED,
-    "dflash": dflash.LAYOUT,
     "eagle": eagle.LAYOUT,
     DEEPSEEK_V4: inside.LAYOUT,
 }
