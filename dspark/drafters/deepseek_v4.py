@@ -268,6 +268,7 @@ class DeepseekV4Drafter(DSparkDrafter, DeepseekV4Backbone):
     """A DSpark drafter of DeepSeek-V4 stages; a block always runs whole, as it was trained."""
 
     confidence_bias = False
+    config: DeepseekV4Config
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
@@ -313,9 +314,8 @@ def _mix(connection: Any, streams: Tensor) -> Tensor:
     count = connection.hc_mult
     read = connection.input_norm(at_least_fp32(streams.flatten(-2)))
     weights = F.linear(read, at_least_fp32(connection.fn[:count]))
-    return torch.sigmoid(weights * connection.scale[0] + connection.base[:count]) + (
-        connection.hc_eps
-    )
+    mix: Tensor = torch.sigmoid(weights * connection.scale[0] + connection.base[:count])
+    return mix + float(connection.hc_eps)
 
 
 def _collapsed(streams: Tensor, mix: Tensor | None) -> Tensor:

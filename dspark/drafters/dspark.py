@@ -137,7 +137,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             positions_MK.flatten(),
             layout,
         )
-        return hidden.unflatten(0, (blocks, slots))[:, unused:]
+        return hidden.view(blocks, slots, hidden.shape[-1])[:, unused:]
 
     def head_states(self, hidden: Tensor) -> Tensor:
         """What the head reads of hidden states [.., H], which all else reads as they are."""

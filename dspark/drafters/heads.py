@@ -145,9 +145,9 @@ class ConfidenceHead(nn.Module):
         if self.with_markov:
             assert embedded_Nr is not None
             inputs = torch.cat((hidden_NH, embedded_Nr), dim=-1)
-        weight, bias = self.proj.weight, self.proj.bias
-        bias = None if bias is None else at_least_fp32(bias)
-        return F.linear(at_least_fp32(inputs), at_least_fp32(weight), bias).squeeze(-1)
+        own: Tensor | None = self.proj.bias
+        bias = None if own is None else at_least_fp32(own)
+        return F.linear(at_least_fp32(inputs), at_least_fp32(self.proj.weight), bias).squeeze(-1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ layers run as they are, with their own attention and a cache that lays the conte
 block's.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
@@ -59,6 +61,17 @@ def test_decoding_equals_the_slow_module(drafter, slow, draft):
             torch.testing.assert_close(logits, logits_KV[k] + bias, **NEAR)
             confidence = proposal.confidence_logits_RK[r, k].double()
             torch.testing.assert_close(confidence, slow.confidence(hidden_KH[k], embedded), **NEAR)
+
+
+def test_a_target_in_bfloat16_has_drafts_near_those(drafter, slow, draft, parts):
+    """The hyper-connections stay in float32, all else runs in the target's dtype."""
+    names = ("embedding_VH", "head_VH")
+    drafter.bind(replace(parts, **{name: getattr(parts, name).bfloat16() for name in names}))
+    draw, _ = draft(drafter, [features(11).bfloat16()], [ANCHOR])
+    _, logits_KV = slow(features(11), ANCHOR)
+    first = logits_KV[0] + slow.markov(ANCHOR)[1]
+    gap = (draw.logits[0][0].double() - first).abs().max() / first.abs().max()
+    assert 1e-5 < gap < 0.05
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def to_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"A matrix of {list(weight.shape)} has rows that are no multiple of {FP4_BLOCK} long, "
             "so it cannot be stored in 4 bits."
         )
-    blocks = weight.float().unflatten(1, (-1, FP4_BLOCK))
+    blocks = weight.float().reshape(weight.shape[0], -1, FP4_BLOCK)
     exponents = _exponents(blocks.abs().amax(-1), _FP4_MOST)
     scaled = (blocks * torch.exp2(-exponents).unsqueeze(-1)).flatten(1)
     table = torch.tensor(_FP4)
@@ -143,7 +143,8 @@ def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
     """[rows, columns] as [row blocks, rows each, column blocks, columns each], padded with 0."""
     more = [-size % by for size, by in zip(x.shape, block, strict=True)]
     padded = torch.nn.functional.pad(x.float(), (0, more[1], 0, more[0]))
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    rows, columns = (size // by for size, by in zip(padded.shape, block, strict=True))
+    return padded.view(rows, block[0], columns, block[1])
 
 
 def _exponents(most: Tensor, limit: float) -> Tensor:

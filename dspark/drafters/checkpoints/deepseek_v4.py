@@ -34,7 +34,7 @@ _MARK, _V41, _QUANTIZATION = "dspark_block_size", "deepseek_v41", "quantization_
 _USUAL_STAGES = 3
 
 # Names within a stage, ours for theirs.
-_PARTS: Mapping[str, str] = {
+_PARTS: dict[str, str] = {
     "attn.wq_a.weight": "self_attn.q_a_proj.weight",
     "attn.wq_b.weight": "self_attn.q_b_proj.weight",
     "attn.wkv.weight": "self_attn.kv_proj.weight",
@@ -57,11 +57,11 @@ _PARTS: Mapping[str, str] = {
     },
 }
 # Those of the first and of the last stage.
-_FIRST: Mapping[str, str] = {
+_FIRST: dict[str, str] = {
     "main_proj.weight": "fc.weight",
     "main_norm.weight": "hidden_norm.weight",
 }
-_LAST: Mapping[str, str] = {
+_LAST: dict[str, str] = {
     "norm.weight": "norm.weight",
     "hc_head_fn": "hc_head.hc_fn",
     "hc_head_base": "hc_head.hc_base",
@@ -70,7 +70,7 @@ _LAST: Mapping[str, str] = {
     "markov_head.markov_w2.weight": "markov_head.markov_w2.weight",
     "confidence_head.proj.weight": "confidence_head.proj.weight",
 }
-_LAST_V41: Mapping[str, str] = {
+_LAST_V41: dict[str, str] = {
     "markov_head.embed.weight": "markov_head.markov_w1.weight",
     "markov_head.head.weight": "markov_head.markov_w2.weight",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.drafters.checkpoints.checkpoint import examine
-from dspark.drafters.checkpoints.files import CONFIG, read_json, weight_files
+from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG, read_json, weight_files
 from dspark.drafters.checkpoints.registry import has_drafter_inside
 from dspark.evaluation.check.findings import Finding
 
@@ -81,9 +81,10 @@ class DraftModule:
 
 
 def has_draft_module(directory: Path) -> bool:
-    """Whether a directory is a target's whose own files hold a drafter."""
+    """Whether a directory is a target's whose own files hold a drafter, and none is attached."""
     path = directory / CONFIG
-    return path.is_file() and has_drafter_inside(read_json(path))
+    attached = (directory / ATTACHED_FOLDER / CONFIG).is_file()
+    return path.is_file() and not attached and has_drafter_inside(read_json(path))
 
 
 def list_draft_module(directory: Path) -> DraftModule:
