@@ -18,8 +18,11 @@ from torch import Tensor
 from dspark.drafters.checkpoints.files import (
     ATTACHED_FOLDER,
     CONFIG,
+    INDEX,
+    INSIDE,
     Written,
     fetch,
+    holds_inside,
     read_json,
     read_weights,
     resolve,
@@ -86,6 +89,11 @@ def _load(directory: Path, headers: dict[str, Tensor] | None = None) -> AnyDraft
     data = read_json(path)
     found = read_config(data, str(path))
     layout = found.layout or Layout()
+    if has_drafter_inside(data) and not holds_inside(directory):
+        raise CheckpointError(
+            f"{path} speaks of a draft module, but the files beside it hold no {INSIDE}*; fetch "
+            "the published checkpoint, or decode with --draft none."
+        )
     state = read_weights(directory, layout.prefix, headers_only=headers is not None)
     if headers is not None:
         headers.update(state)
@@ -229,11 +237,12 @@ def has_attached_drafter(
     if directory == SMOLLM2:  # its target comes from elsewhere
         return (directory / CONFIG).is_file()
     if not directory.exists():
-        configs = (CONFIG, f"{ATTACHED_FOLDER}/{CONFIG}")
+        configs = (CONFIG, INDEX, f"{ATTACHED_FOLDER}/{CONFIG}")
         directory = fetch(str(source), revision, offline, configs)
     if (directory / ATTACHED_FOLDER / CONFIG).is_file():
         return True
-    return (directory / CONFIG).is_file() and has_drafter_inside(read_json(directory / CONFIG))
+    config = directory / CONFIG
+    return config.is_file() and has_drafter_inside(read_json(config)) and holds_inside(directory)
 
 
 def _usual(name: str, renamed: Mapping[str, str]) -> str:

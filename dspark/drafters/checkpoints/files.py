@@ -153,6 +153,13 @@ def read_weights(
     return _read(shards, lambda name: name.startswith(beginning), headers_only=headers_only)
 
 
+def holds_inside(directory: Path) -> bool:
+    """Whether a target's own files name a drafter's tensors; only index or header are read."""
+    if not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
+        return False
+    return any(_begin(names, INSIDE) for names in weight_files(directory).values())
+
+
 def read_named(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """The tensors of a directory whose names are wanted, on the CPU.
 

@@ -256,6 +256,17 @@ def test_to_a_standalone_drafter_and_back_to_the_bit(target, tmp_path, layout):
     assert load_drafter(tmp_path / "back").config.backbone == drafter.config.backbone
 
 
+def test_a_target_saved_without_its_module_is_one_without(target):
+    """As transformers saves it: the configuration still has the module's fields."""
+    directory, _, _ = target
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    left = {name: shard for name, shard in index.items() if not name.startswith("mtp.")}
+    (directory / INDEX).write_text(json.dumps({"weight_map": left}))
+    assert not has_attached_drafter(directory)
+    with pytest.raises(CheckpointError, match=r"hold no mtp\.\*"):
+        load_drafter(directory)
+
+
 def test_it_is_examined_by_its_headers_alone(target):
     directory, drafter, tensors = target
     found, files = examine(directory)
