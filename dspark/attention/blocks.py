@@ -36,6 +36,11 @@ class BlockContext:
         """Position of the first context row that each block sees."""
         return [0 if window is None else max(0, length - window) for length in self.lengths]
 
+    def positions_RK(self, slots: int, device: torch.device) -> Tensor:
+        """Positions [R, slots] of the blocks' rows."""
+        lengths_R1 = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        return lengths_R1 + torch.arange(slots, device=device)
+
 
 def block_attention(
     query_RKAD: Tensor,

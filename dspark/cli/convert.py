@@ -42,7 +42,8 @@ class Options(Common):
     to: str = option(
         "",
         "the layout to write: deepspec, speculators, attached, gguf, sglang (deepspec with "
-        "SGLang's file of temperatures), or one that an installed package brings",
+        "SGLang's file of temperatures), deepseek_v4 (mtp.*, as inside DeepSeek-V4's own "
+        "checkpoints), or one that an installed package brings",
         required=True,
         metavar="LAYOUT",
     )

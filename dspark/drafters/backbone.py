@@ -12,13 +12,17 @@ concatenation); decoding builds them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dspark.attention.blocks import BlockContext, block_attention
 from dspark.attention.packed import BlockLayout, PackedRows, packed_attention
+from dspark.attention.paged_cache import PagedCache
+from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.config import BackboneConfig
 from dspark.drafters.layers import (
     Layer,
@@ -26,6 +30,7 @@ from dspark.drafters.layers import (
     Pack,
     Product,
     RMSNorm,
+    RotaryTable,
     norm,
     packed,
     project,
@@ -38,6 +43,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
 
 
+class BlockForward(Protocol):
+    """The layers of a backbone, made ready for decoding."""
+
+    def observe(self, context: PagedCache, batch: RaggedBatch, features_TF: Tensor) -> None:
+        """Append the context rows of committed tokens."""
+        ...
+
+    def hidden(self, context: PagedCache, blocks: BlockContext, x_RKH: Tensor) -> Tensor:
+        """Hidden states [R, K, H] of blocks from their input embeddings."""
+        ...
+
+
 class ParallelBackbone(nn.Module):
     """The parameters of a backbone, under their published names."""
 
@@ -46,8 +63,24 @@ class ParallelBackbone(nn.Module):
         self.backbone_config = config
         self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.new_layers())
         self.norm = RMSNorm(config.hidden_size)
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        """The layers that `backbone_config` describes."""
+        return (Layer(self.backbone_config) for _ in range(self.backbone_config.num_layers))
+
+    def decoding(self, like: Tensor, pack: Pack | None) -> BlockForward:
+        """A copy for decoding.
+
+        Args:
+            like: gives dtype and device.
+            pack: packs weights as the target's are, if they are.
+        """
+        weights = BackboneWeights.of(backbone_like(self, like))
+        if pack is not None:
+            weights = weights.packed(pack)
+        return DecodingBackbone(weights, RotaryTable(self.backbone_config, like))
 
     def run_blocks(
         self,
@@ -159,3 +192,49 @@ class BackboneWeights:
             read = norm(x, layer.input_norm_H, self.config)
             x = layer.finish(x, attend(i, *layer.heads(read, cosine_sine)))
         return norm(x, self.norm_H, self.config)
+
+
+@dataclass(frozen=True)
+class DecodingBackbone:
+    """Fused weights and `rotary` by position."""
+
+    weights: BackboneWeights
+    rotary: RotaryTable
+
+    def observe(self, context: PagedCache, batch: RaggedBatch, features_TF: Tensor) -> None:
+        """Append the context keys and values of committed tokens."""
+        rotary_rows = self.rotary.upto(batch.longest)[batch.positions_T]
+        rows = self.weights.context(features_TF, rotary_rows)
+        for layer, (key_TGD, value_TGD) in enumerate(rows):
+            context.write(layer, batch.rows_T, key_TGD, value_TGD)
+
+    def hidden(self, context: PagedCache, blocks: BlockContext, x_RKH: Tensor) -> Tensor:
+        """Hidden states [R, K, H] of blocks after the final norm."""
+        config, slots = self.weights.config, x_RKH.shape[1]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            window = config.window(layer)
+            return block_attention(
+                query,
+                key,
+                value,
+                context,
+                layer,
+                blocks,
+                scale=config.attention_scale,
+                window=window,
+                causal=config.causal_windows and window is not None,
+            )
+
+        table = self.rotary.upto(max(blocks.lengths) + slots)
+        return self.weights.block(x_RKH, table[blocks.positions_RK(slots, x_RKH.device)], attend)
+
+
+def backbone_like(source: ParallelBackbone, like: Tensor) -> ParallelBackbone:
+    """The backbone alone (a drafter has more), in the dtype and on the device of `like`."""
+    with torch.device("meta"):
+        backbone = ParallelBackbone(source.backbone_config)
+    state = source.state_dict()
+    rows = {name: state[name].to(like) for name in backbone.state_dict()}
+    backbone.load_state_dict(rows, assign=True)
+    return backbone

@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.attention.blocks import BlockContext, block_attention
+from dspark.attention.blocks import BlockContext
 from dspark.attention.packed import BlockLayout
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
-from dspark.drafters.backbone import BackboneWeights, ParallelBackbone
+from dspark.drafters.backbone import BlockForward, ParallelBackbone
 from dspark.drafters.base import DraftBatch, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.drafters.lattice import Lattice, build_lattice, check_head
-from dspark.drafters.layers import Pack, RotaryTable, packed
+from dspark.drafters.layers import Pack, packed
 from dspark.drafters.plugins import DrafterKind
 from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CheckpointError, CompatibilityError
@@ -47,6 +47,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         config: what to build.
     """
 
+    confidence_bias = True
+
     def __init__(self, config: DSparkConfig) -> None:
         super().__init__(config)
         width, vocab, rank = config.backbone.hidden_size, config.vocab_size, config.markov_rank
@@ -59,7 +61,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             )
         if config.confidence_head:
             read = rank if config.confidence_head_with_markov else 0
-            self.confidence_head = ConfidenceHead(width, read)
+            self.confidence_head = ConfidenceHead(width, read, bias=self.confidence_bias)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Embedding(1, width)
         self.draft_top_k: int | None = None
@@ -135,7 +137,11 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             positions_MK.flatten(),
             layout,
         )
-        return hidden.view(blocks, slots, -1)[:, unused:]
+        return hidden.view(blocks, slots, hidden.shape[-1])[:, unused:]
+
+    def head_states(self, hidden: Tensor) -> Tensor:
+        """What the head reads of hidden states [.., H], which all else reads as they are."""
+        return hidden
 
     def confidence_logits(
         self,
@@ -181,11 +187,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         next_tokens_T: Tensor,  # noqa: ARG002
     ) -> None:
         """Append context keys and values of committed tokens."""
-        plan = self._decode_plan()
-        rotary_rows = plan.rotary.upto(batch.longest)[batch.positions_T]
-        rows = plan.weights.context(features_TF, rotary_rows)
-        for layer, (key_TGD, value_TGD) in enumerate(rows):
-            context.write(layer, batch.rows_T, key_TGD, value_TGD)
+        self._decode_plan().backbone.observe(context, batch, features_TF)
 
     @torch.no_grad()
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
@@ -197,7 +199,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         plan = self._decode_plan()
         hidden_RKH = self._slots_hidden(plan, context, batch)
         hidden_by_step = hidden_RKH.transpose(0, 1).contiguous()
-        base_KRC = plan.borrowed.logits_by_rows(hidden_by_step)
+        base_KRC = plan.borrowed.logits_by_rows(self.head_states(hidden_by_step))
         head, previous = plan.markov_head, batch.anchors_R
         tokens = [previous]
         if head is None:
@@ -230,7 +232,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         hidden_KRH = self._slots_hidden(plan, context, batch).transpose(0, 1).contiguous()
         confidence = partial(_confidence, plan.confidence_head, plan.markov_head)
         return build_lattice(
-            plan.borrowed.logits_by_rows(hidden_KRH),
+            plan.borrowed.logits_by_rows(self.head_states(hidden_KRH)),
             hidden_KRH,
             batch.anchors_R,
             min(candidates, self.draft_top_k or candidates),
@@ -249,29 +251,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         anchors_R1H = self.borrowed.embed(batch.anchors_R).unsqueeze(1)
         slots = self.config.unused_slots + (batch.depth or self.config.num_drafts)
         masks_RKH = plan.mask_1KH[:, : slots - 1].expand(len(batch.tables), -1, -1)
-        lengths_R1 = torch.tensor(batch.lengths, device=anchors_R1H.device).unsqueeze(1)
-        backbone, blocks = self.config.backbone, BlockContext(batch.tables, batch.lengths)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            window = backbone.window(layer)
-            return block_attention(
-                query,
-                key,
-                value,
-                context,
-                layer,
-                blocks,
-                scale=backbone.attention_scale,
-                window=window,
-                causal=backbone.causal_windows and window is not None,
-            )
-
-        rotary_table = plan.rotary.upto(max(batch.lengths) + self.config.block_size)
-        return plan.weights.block(
-            torch.cat((anchors_R1H, masks_RKH), dim=1),
-            rotary_table[lengths_R1 + plan.slots_K[:slots]],
-            attend,
-        )
+        x_RKH = torch.cat((anchors_R1H, masks_RKH), dim=1)
+        return plan.backbone.hidden(context, BlockContext(batch.tables, batch.lengths), x_RKH)
 
     def _decode_plan(self) -> DecodePlan:
         if self._plan is None:
@@ -346,27 +327,22 @@ def _confidence(
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A drafter made ready for decoding: fused weights, heads in the right dtype, tables.
+    """A drafter made ready for decoding: fused weights, heads in the right dtype.
 
     Attributes:
-        weights: the backbone's, those with a common input fused; copies, packed where the
-            target's are.
+        backbone: its weights are copies, packed where the target's are.
         borrowed: embedding and head; a head of the drafter's own is packed likewise.
         markov_head: the drafter's own module, or a copy: in another dtype, on another device, or
             with its second table packed.
         confidence_head: likewise.
-        rotary: `rotary` by position.
         mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
-        slots_K: 0 .. block_size - 1.
     """
 
-    weights: BackboneWeights
+    backbone: BlockForward
     borrowed: Borrowed
     markov_head: MarkovHead | None
     confidence_head: ConfidenceHead | None
-    rotary: RotaryTable
     mask_1KH: Tensor
-    slots_K: Tensor
 
     @classmethod
     def build(
@@ -389,19 +365,15 @@ class DecodePlan:
                 weights out as the target's are.
         """
         like, pack = borrowed.embedding_VH, borrowed.pack
-        weights = BackboneWeights.of(_backbone_like(backbone, like))
         markov_head = _like(markov_head, like)
-        if pack is not None:
-            weights = weights.packed(pack)
-            markov_head = None if markov_head is None else _with_packed_bias(markov_head, pack)
+        if pack is not None and markov_head is not None:
+            markov_head = _with_packed_bias(markov_head, pack)
         return cls(
-            weights=weights,
+            backbone=backbone.decoding(like, pack),
             borrowed=borrowed.packed(),
             markov_head=markov_head,
             confidence_head=_like(confidence_head, like),
-            rotary=RotaryTable(backbone.backbone_config, like),
             mask_1KH=masks.to(like).unsqueeze(0),
-            slots_K=torch.arange(masks.shape[0] + 1, device=like.device),
         )
 
 
@@ -420,16 +392,6 @@ def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:
     ):
         return module
     return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
-
-
-def _backbone_like(source: ParallelBackbone, like: Tensor) -> ParallelBackbone:
-    """The backbone alone (a drafter has more), in the dtype and on the device of `like`."""
-    with torch.device("meta"):
-        backbone = ParallelBackbone(source.backbone_config)
-    state = source.state_dict()
-    rows = {name: state[name].to(like) for name in backbone.state_dict()}
-    backbone.load_state_dict(rows, assign=True)
-    return backbone
 
 
 def _build(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:

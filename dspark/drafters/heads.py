@@ -131,12 +131,13 @@ class ConfidenceHead(nn.Module):
     Args:
         hidden_size: H.
         markov_rank: r when the head also reads the previous token's Markov embedding, else 0.
+        bias: whether it has a bias.
     """
 
-    def __init__(self, hidden_size: int, markov_rank: int) -> None:
+    def __init__(self, hidden_size: int, markov_rank: int, *, bias: bool = True) -> None:
         super().__init__()
         self.with_markov = markov_rank > 0
-        self.proj = nn.Linear(hidden_size + markov_rank, 1)
+        self.proj = nn.Linear(hidden_size + markov_rank, 1, bias=bias)
 
     def forward(self, hidden_NH: Tensor, embedded_Nr: Tensor | None) -> Tensor:
         """Logits [...] of c, at least fp32; `embedded_Nr` is W1[previous], if read."""
@@ -144,8 +145,9 @@ class ConfidenceHead(nn.Module):
         if self.with_markov:
             assert embedded_Nr is not None
             inputs = torch.cat((hidden_NH, embedded_Nr), dim=-1)
-        weight, bias = at_least_fp32(self.proj.weight), at_least_fp32(self.proj.bias)
-        return F.linear(at_least_fp32(inputs), weight, bias).squeeze(-1)
+        own: Tensor | None = self.proj.bias
+        bias = None if own is None else at_least_fp32(own)
+        return F.linear(at_least_fp32(inputs), at_least_fp32(self.proj.weight), bias).squeeze(-1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

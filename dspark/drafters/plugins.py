@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dspark.drafters.base import Drafter
 from dspark.errors import DSparkWarning, first_line
@@ -58,12 +58,21 @@ class Layout:
         writers: by the drafter's type.
         renamed: other beginnings of tensors' names that are read, each with the usual one.
         holds_tables: embedding and head are written too.
+        prefix: begins the names of the drafter's tensors in files that hold others beside them.
+        unpack: (parsed config.json, the file's tensors, what to call it in errors) -> the module's
+            tensors, where more than beginnings of names differ.
+        pack: (config.json, the module's tensors) -> those of the file.
     """
 
     readers: Mapping[str, Reader] = field(default_factory=dict)
     writers: Mapping[type[nn.Module], Writer] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     holds_tables: bool = True
+    prefix: str = ""
+    unpack: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], dict[str, Tensor]] | None = (
+        None
+    )
+    pack: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 def plugins(group: str, kind: type[T]) -> dict[str, T]:

@@ -225,6 +225,10 @@ class TargetBound(nn.Module, Generic[ConfigT]):
         self.d2t.copy_(draft_tokens - torch.arange(draft_tokens.numel()))
         self.t2d[draft_tokens] = True
 
+    def keeps_fp32(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a tensor of the state dict stays in fp32 whatever the dtype of the others."""
+        return False
+
     @property
     def taps(self) -> tuple[int, ...]:
         """Captured target layers."""

@@ -47,7 +47,7 @@ def load(
         draft: a directory, a `.gguf` file or a hub id; "none" for plain decoding, "ngram" for
             prompt lookup; "smollm2", "bundled", "bundled-dflash", "bundled-eagle3" or
             "bundled-mtp", which ship; None takes the drafter attached to the target's directory
-            (beside a `.gguf` file), or none where there is none.
+            (beside a `.gguf` file) or among its own tensors, or none where there is none.
         device: auto, cpu, cuda, cuda:i or mps.
         dtype: auto, float32, bfloat16 or float16.
         revision: branch, tag or commit on the hub, for the target.

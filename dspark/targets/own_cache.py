@@ -150,8 +150,9 @@ class OwnCacheRunner:
         features_TF = torch.cat(steps)
         if features_TF.dim() != 2:
             raise CompatibilityError(
-                f"{self._anatomy.architecture} passes several streams between its layers, which "
-                "no drafter here reads; use a drafter that reads no features, such as ngram."
+                f"{self._anatomy.architecture} passes several streams between its layers, of which "
+                "it is not declared what a drafter reads (targets/families.py); use one that reads "
+                "no features, such as ngram."
             )
         return hidden_TH, features_TF
 

@@ -17,7 +17,7 @@ from dspark.training.losses.terms import TermWeights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-LayerFamily = Literal["qwen3", "gemma4"]
+LayerFamily = Literal["qwen3", "gemma4", "deepseek_v4"]
 
 
 class Settings(BaseModel):
@@ -30,7 +30,8 @@ class NewDrafterSettings(Settings):
     """What every new drafter has; what is not given is the target's."""
 
     layers: LayerFamily = Field(
-        "qwen3", description="Qwen3's layers serve any target; a Gemma4 target may have its own"
+        "qwen3",
+        description="Qwen3's layers serve any target; Gemma4 or DeepSeek-V4 may have its own",
     )
     intermediate_size: int | None = Field(None, description="width of the gated MLP")
     copy_final_norm: bool = Field(True, description="start from the target's final norm")

@@ -209,7 +209,8 @@ def draft():
     def run(drafter, contexts, anchors, *, tokens=None, num_drafts=None, chunks=1, forced=None):
         if tokens is None:
             tokens = [[0] * len(features) for features in contexts]
-        cache = PagedCache(drafter.context_shapes, 4 * len(contexts) + 4)
+        dtype = drafter.borrowed.embedding_VH.dtype
+        cache = PagedCache(drafter.context_shapes, 4 * len(contexts) + 4, dtype=dtype)
         tables = tuple(BlockTable(range(4 * i, 4 * i + 4)) for i in range(len(contexts), 0, -1))
         for table, features, ids, anchor in zip(tables, contexts, tokens, anchors, strict=True):
             following = torch.tensor([*ids[1:], anchor])

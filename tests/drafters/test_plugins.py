@@ -120,6 +120,6 @@ def test_a_broken_package_is_left_out_with_a_warning(monkeypatch, tmp_path):
     install(monkeypatch, tmp_path, broken)
     with pytest.warns(DSparkWarning) as said:
         found = kinds()
-    assert {"dspark", "eagle3", "ngram"} == set(found)
+    assert {"dspark", "deepseek_v4", "eagle3", "ngram"} == set(found)
     assert ["lost" in str(w.message) for w in said] == [True, False]
     assert all("is left out" in str(w.message) for w in said)

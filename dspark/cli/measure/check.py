@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Table
@@ -63,8 +64,11 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     if not options.time_limit > 0:
         raise UsageError(f"--time-limit is {options.time_limit:g}, but must be above 0.")
     from dspark.data.conversations import read_prompts
+    from dspark.evaluation.check.draft_module import has_draft_module
     from dspark.evaluation.check.findings import CheckReport, Finding
 
+    if options.draft is None and has_draft_module(Path(options.target)):
+        return _list_module(options.target, screen)
     prompts = read_prompts(options.prompts) if options.prompts else None
     try:
         model = load_pair(options, screen)
@@ -94,6 +98,26 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     return _show(report, screen)
 
 
+def _list_module(target: str, screen: Screen) -> dict[str, Any]:
+    """A draft module among the target's own tensors, which is listed without loading either."""
+    from dspark.evaluation.check.draft_module import list_draft_module
+    from dspark.evaluation.check.findings import CheckReport, Finding
+
+    try:
+        module = list_draft_module(Path(target))
+    except (CheckpointError, CompatibilityError) as error:
+        return _show(CheckReport((Finding.refusal(error),)), screen)
+    report = CheckReport(module.findings(target))
+    _table(report, screen)
+    screen.say("The draft module is whole; nothing was loaded.")
+    return {
+        "ok": True,
+        "expected_speedup": None,
+        "findings": [asdict(finding) for finding in report.findings],
+        "draft_module": asdict(module),
+    }
+
+
 def _run_elsewhere(options: Options, engine: str, screen: Screen) -> dict[str, Any]:
     from dspark.drafters.checkpoints.checkpoint import load_drafter
     from dspark.integrations.engines import verdict
@@ -119,15 +143,19 @@ def _run_elsewhere(options: Options, engine: str, screen: Screen) -> dict[str, A
     return {"ok": not found.why_not} | asdict(found)
 
 
+def _table(report: CheckReport, screen: Screen) -> None:
+    table = Table(show_header=True, header_style="bold", show_lines=True)
+    for column in ("", "Finding", "What to do"):
+        table.add_column(column, overflow="fold")
+    for finding in report.findings:
+        label = Text(finding.severity, STYLES[finding.severity])
+        table.add_row(label, Text(finding.what), Text(finding.remedy))
+    screen.out.print(table)
+
+
 def _show(report: CheckReport, screen: Screen) -> dict[str, Any]:
     if report.findings:
-        table = Table(show_header=True, header_style="bold", show_lines=True)
-        for column in ("", "Finding", "What to do"):
-            table.add_column(column, overflow="fold")
-        for finding in report.findings:
-            label = Text(finding.severity, STYLES[finding.severity])
-            table.add_row(label, Text(finding.what), Text(finding.remedy))
-        screen.out.print(table)
+        _table(report, screen)
     screen.say(closing(report))
     return {
         "ok": report.ok,

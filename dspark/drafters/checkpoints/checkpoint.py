@@ -11,7 +11,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,11 @@ from torch import Tensor
 from dspark.drafters.checkpoints.files import (
     ATTACHED_FOLDER,
     CONFIG,
+    INDEX,
+    INSIDE,
     Written,
     fetch,
+    holds_inside,
     read_json,
     read_weights,
     resolve,
@@ -33,12 +35,15 @@ from dspark.drafters.checkpoints.registry import (
     DEEPSPEC,
     SPECULATORS,
     AnyDrafter,
+    Found,
+    has_drafter_inside,
     is_drafter,
     layouts,
     read_config,
     write_config,
 )
 from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.gguf_file import Field, GgufFile, write_gguf
@@ -63,21 +68,47 @@ def load_drafter(
     """
     if is_gguf(source):
         return _load_gguf(Path(source))
-    directory = resolve(source, revision, offline)
+    return _load(resolve(source, revision, offline))
+
+
+def examine(directory: Path) -> tuple[AnyDrafter, dict[str, Tensor]]:
+    """The drafter of a directory without its numbers, and the tensors of its files likewise.
+
+    Both are on the meta device: names, shapes and dtypes are read and checked, nothing else.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `load_drafter`.
+    """
+    files: dict[str, Tensor] = {}
+    return _load(directory, files), files
+
+
+def _load(directory: Path, headers: dict[str, Tensor] | None = None) -> AnyDrafter:
+    """The drafter of a directory; where `headers` are asked for, they are all that is read."""
     path = directory / CONFIG
-    return _filled(read_json(path), read_weights(directory), str(path), directory)
+    data = read_json(path)
+    found = read_config(data, str(path))
+    layout = found.layout or Layout()
+    if has_drafter_inside(data) and not holds_inside(directory):
+        raise CheckpointError(
+            f"{path} speaks of a draft module, but the files beside it hold no {INSIDE}*; fetch "
+            "the published checkpoint, or decode with --draft none."
+        )
+    state = read_weights(directory, layout.prefix, headers_only=headers is not None)
+    if headers is not None:
+        headers.update(state)
+    if layout.unpack is not None:
+        state = layout.unpack(data, state, str(directory))
+    return _filled(found, state, str(path), directory)
 
 
 def _load_gguf(path: Path) -> AnyDrafter:
-    found = from_gguf(GgufFile.open(path))
-    return _filled(found.config, found.state, str(path), path)
+    gguf = from_gguf(GgufFile.open(path))
+    return _filled(read_config(gguf.config, str(path)), gguf.state, str(path), path)
 
 
-def _filled(
-    data: Mapping[str, Any], state: Mapping[str, Tensor], where: str, place: Path
-) -> AnyDrafter:
-    """The drafter of a config.json with the tensors of its file."""
-    found = read_config(data, where)
+def _filled(found: Found, state: Mapping[str, Tensor], where: str, place: Path) -> AnyDrafter:
+    """The drafter of a configuration with the tensors of its file."""
     assert found.kind.build is not None, "a configuration belongs to a drafter with weights"
     named = {_usual(name, found.renamed): tensor for name, tensor in state.items()}
     with torch.device("meta"):
@@ -192,7 +223,7 @@ def save_attached(
 def has_attached_drafter(
     source: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> bool:
-    """Whether a target carries a drafter in `dspark/`.
+    """Whether a target carries a drafter, in `dspark/` or among its own tensors.
 
     Args:
         source: a directory, a GGUF file (then beside it), a hub id, or a name that ships.
@@ -206,8 +237,12 @@ def has_attached_drafter(
     if directory == SMOLLM2:  # its target comes from elsewhere
         return (directory / CONFIG).is_file()
     if not directory.exists():
-        directory = fetch(str(source), revision, offline, (f"{ATTACHED_FOLDER}/{CONFIG}",))
-    return (directory / ATTACHED_FOLDER / CONFIG).is_file()
+        configs = (CONFIG, INDEX, f"{ATTACHED_FOLDER}/{CONFIG}")
+        directory = fetch(str(source), revision, offline, configs)
+    if (directory / ATTACHED_FOLDER / CONFIG).is_file():
+        return True
+    config = directory / CONFIG
+    return config.is_file() and has_drafter_inside(read_json(config)) and holds_inside(directory)
 
 
 def _usual(name: str, renamed: Mapping[str, str]) -> str:
@@ -243,13 +278,19 @@ def _fill(drafter: AnyDrafter, state: dict[str, Tensor], directory: Path) -> Any
             raise CheckpointError(f"{directory} has {name} as {state[name].dtype}, not {dtype}.")
     if "d2t" in fixed:
         _check_vocabulary(state["d2t"], state["t2d"], directory)
-    dtype = functools.reduce(torch.promote_types, {x.dtype for x in floats.values()})
+    others = {x.dtype for name, x in floats.items() if not drafter.keeps_fp32(name)}
+    dtype = functools.reduce(torch.promote_types, others)
     tables = [state.pop(name, None) for name in _TABLES]
-    cast = {n: x if n in fixed else x.to(dtype) for n, x in state.items()}
+    cast = {n: x if n in fixed else x.to(_kept(drafter, n, dtype)) for n, x in state.items()}
     drafter.load_state_dict(cast, assign=True)
     drafter.own_embedding_VH, drafter.own_head_VH = tables
     drafter.eval()
     return drafter
+
+
+def _kept(drafter: AnyDrafter, name: str, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a tensor is kept beside others of `dtype`."""
+    return torch.float32 if drafter.keeps_fp32(name) else dtype
 
 
 def _check_vocabulary(d2t: Tensor, t2d: Tensor, directory: Path) -> None:
@@ -316,8 +357,15 @@ def _save(
     # A tied embedding and head share memory, which safetensors refuses: each gets its own.
     state = {
         name: tensor.detach()
-        .to("cpu", kept if tensor.is_floating_point() else tensor.dtype, copy=True)
+        .to(
+            "cpu",
+            _kept(drafter, name, kept) if tensor.is_floating_point() else tensor.dtype,
+            copy=True,
+        )
         .contiguous()
         for name, tensor in named.items()
     }
+    pack = layouts()[layout].pack
+    if pack is not None:
+        state = pack(data, state)
     return write(directory, state, data)

@@ -35,7 +35,6 @@ ELSEWHERE: Mapping[str, str] = {
     "speculators peagle": "it drafts all tokens of a round in one pass, from a learned mask state",
     "speculators mtp": "its layer reads a projection of token and state, not both side by side",
     "K3DSparkModel": "its layers have multi-head latent attention (MLA)",
-    "DSparkV41DraftModel": "its layers have compressed attention and hyper-connections",
     "Qwen3OmniDSparkModel": "its target reads images and sound",
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
+from dspark.drafters.deepseek_v4 import DeepseekV4Layers
 from dspark.errors import CheckpointError, CompatibilityError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -178,6 +179,11 @@ def is_gemma4(backbone: BackboneConfig) -> bool:
     Raises:
         CompatibilityError: they are neither's, so no configuration can describe them.
     """
+    if isinstance(backbone, DeepseekV4Layers):
+        raise CompatibilityError(
+            "The drafter's layers are DeepSeek-V4's, for which this layout has no place; choose "
+            "deepspec, attached or deepseek_v4."
+        )
     parts = {name: getattr(backbone, name) for name in GEMMA4_PARTS}
     if parts == GEMMA4_PARTS and backbone.query_key_norms and not backbone.sliding_layers:
         return True

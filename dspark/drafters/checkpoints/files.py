@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +23,22 @@ from dspark.sources.names import drafter_source
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ATTACHED_FOLDER = "dspark"
+INSIDE = "mtp."
+"""Begins the names of a drafter's tensors among those of its target."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -62,11 +81,18 @@ def resolve(source: str | Path, revision: str | None, offline: bool) -> Path:
 
 
 def _download(name: str, revision: str | None, offline: bool) -> Path:
-    attached = (CONFIG, f"{ATTACHED_FOLDER}/*.json", f"{ATTACHED_FOLDER}/*.safetensors")
+    attached = (CONFIG, INDEX, f"{ATTACHED_FOLDER}/*.json", f"{ATTACHED_FOLDER}/*.safetensors")
     directory = fetch(name, revision, offline, attached)
     if not (directory / ATTACHED_FOLDER / CONFIG).is_file():
-        directory = fetch(name, revision, offline, (CONFIG, "*.safetensors", INDEX))
+        shards = _shards(directory) if (directory / INDEX).is_file() else {}
+        # A target may weigh a hundred times what its drafter does.
+        inside = [path.name for path, names in shards.items() if _begin(names, INSIDE)]
+        directory = fetch(name, revision, offline, (CONFIG, INDEX, *(inside or ["*.safetensors"])))
     return directory
+
+
+def _begin(names: Sequence[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def fetch(name: str, revision: str | None, offline: bool, patterns: Sequence[str]) -> Path:
@@ -109,13 +135,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, on the CPU.
+def read_weights(
+    directory: Path, prefix: str = "", *, headers_only: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a directory, on the CPU.
+
+    Args:
+        directory: holds one safetensors file, or shards and their index.
+        prefix: begins the names of those that are read, where any begin so; else all are.
+        headers_only: give shapes and dtypes only, on the meta device.
 
     Raises:
         CheckpointError: files are missing, damaged or pickled.
     """
-    return read_named(directory, lambda _: True)
+    shards = weight_files(directory)
+    beginning = prefix if any(_begin(names, prefix) for names in shards.values()) else ""
+    return _read(shards, lambda name: name.startswith(beginning), headers_only=headers_only)
+
+
+def holds_inside(directory: Path) -> bool:
+    """Whether a target's own files name a drafter's tensors; only index or header are read."""
+    if not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
+        return False
+    return any(_begin(names, INSIDE) for names in weight_files(directory).values())
 
 
 def read_named(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -124,36 +166,63 @@ def read_named(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tens
     Raises:
         CheckpointError: as `read_weights`.
     """
+    return _read(weight_files(directory), wanted, headers_only=False)
+
+
+def _read(
+    shards: Mapping[Path, Sequence[str]], wanted: Callable[[str], bool], *, headers_only: bool
+) -> dict[str, Tensor]:
+    """Tensors by name; a shard of which nothing is wanted is not opened."""
     state: dict[str, Tensor] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = filter(wanted, file.keys())
-                state.update({name: file.get_tensor(name) for name in names})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({error}); fetch or save it again."
-            ) from error
+    for path, held in shards.items():
+        names = [name for name in held if wanted(name)]
+        if not names:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {INDEX} names it; fetch it.")
+        with _opened(path) as file:
+            lacking = sorted(set(names) - set(file.keys()))
+            if lacking:
+                raise CheckpointError(
+                    f"{path} lacks {lacking[0]}, though {INDEX} says that it is there; fetch both "
+                    "again."
+                )
+            read = partial(_header, file, path) if headers_only else file.get_tensor
+            state.update({name: read(name) for name in names})
     return state
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: one, or the shards that an index names.
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}); fetch or save it again."
+        ) from error
+
+
+def _header(file: Any, path: Path, name: str) -> Tensor:
+    """A tensor's shape and dtype."""
+    kept = file.get_slice(name)
+    dtype = _DTYPES.get(kept.get_dtype())
+    if dtype is None:
+        raise CheckpointError(f"{path} has {name} as {kept.get_dtype()}, which is not known here.")
+    return torch.empty(kept.get_shape(), dtype=dtype, device="meta")
+
+
+def weight_files(directory: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a directory, one or the shards of an index, and what they hold.
 
     Raises:
-        CheckpointError: there are none, one is missing, or all are pickled.
+        CheckpointError: there are none, the one is damaged, or all are pickled.
     """
     if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
+        with _opened(directory / WEIGHTS) as file:
+            return {directory / WEIGHTS: list(file.keys())}
     if (directory / INDEX).is_file():
-        shards = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(shards, Mapping) or not shards:
-            raise CheckpointError(f"{directory / INDEX} has no weight_map.")
-        paths = [directory / Path(str(name)).name for name in sorted(set(shards.values()))]
-        for path in paths:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing, though {INDEX} names it; fetch it.")
-        return paths
+        return _shards(directory)
     pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -161,6 +230,17 @@ def weight_files(directory: Path) -> list[Path]:
             f"loaded and are refused; convert them to {WEIGHTS}."
         )
     raise CheckpointError(f"{directory} has no {WEIGHTS}; fetch or save it again.")
+
+
+def _shards(directory: Path) -> dict[Path, list[str]]:
+    """The shards of an index, and what it says that they hold."""
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, Mapping) or not index:
+        raise CheckpointError(f"{directory / INDEX} has no weight_map.")
+    found: dict[Path, list[str]] = {}
+    for name, shard in sorted(index.items(), key=lambda item: (str(item[1]), item[0])):
+        found.setdefault(directory / Path(str(shard)).name, []).append(name)
+    return found
 
 
 def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Written:

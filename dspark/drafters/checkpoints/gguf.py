@@ -23,6 +23,7 @@ from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, RESIDUAL
 from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES
 from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.deepseek_v4 import DeepseekV4Layers
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.errors import CheckpointError, CompatibilityError
@@ -182,6 +183,8 @@ def beyond_llama_cpp(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
     """What of a drafter llama.cpp does not run; empty where it runs."""
     config, last = drafter.config, drafter.config.num_target_layers - 1
     own = _beyond_eagle3 if isinstance(drafter, Eagle3Drafter) else _beyond_dflash
+    if isinstance(config.backbone, DeepseekV4Layers):
+        return ["DeepSeek-V4's layers, of which llama.cpp's own converter makes its file"]
     architectures = [str(name) for name in config.extra.get(TARGET_ARCHITECTURES, ())]
     parts = _beyond_layers(config.backbone) | own(drafter)
     found = [name for name, there in parts.items() if there]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dspark.drafters.checkpoints import deepseek_v4
 from dspark.drafters.checkpoints.dialects import lifted
 from dspark.drafters.checkpoints.fields import (
     FULL,
@@ -23,6 +24,7 @@ from dspark.drafters.checkpoints.fields import (
     qwen3_layers_from_json,
 )
 from dspark.drafters.config import DSparkConfig
+from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import MASK_EMBEDDING, DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.drafters.plugins import Layout
@@ -139,6 +141,39 @@ def dspark_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(data.items()))
 
 
+def dflash_from_json(data: Mapping[str, Any], where: str) -> DSparkConfig:
+    """Read the DFlash authors' configuration: no heads, and a block of 1 + n slots.
+
+    Such files are never written. Their `dflash_config` holds `target_layer_ids`, `mask_token_id`
+    and, in some files, `block_size`.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `dspark_from_json`.
+    """
+    own = data.get("dflash_config")
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"{where} has dflash_config {own!r}, but it must be an object.")
+    read = Reader(own, f"dflash_config of {where}")
+    read.only("projector_type", "dflash")
+    read.only("attention_mode", "gqa")
+    read.only("causal", False)
+    if any(kind != FULL for kind in data.get("layer_types") or ()):
+        raise CompatibilityError(
+            f"{where} has layer_types {data['layer_types']!r}, but of this dialect only {FULL} is "
+            "supported: its windows move with each slot."
+        )
+    lifted = {
+        "sample_from_anchor": False,
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+        **{key: value for key, value in own.items() if value is not None},
+    }
+    rest = {key: value for key, value in data.items() if key not in ("dflash_config", "auto_map")}
+    for name in ("projector_type", "attention_mode", "causal"):
+        lifted.pop(name, None)
+    return dspark_from_json(rest | lifted, where)
+
+
 def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     """Read a published configuration.
 
@@ -245,6 +280,10 @@ def _write_dspark(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:
     return dspark_to_json(drafter.config, dtype)
 
 
+def _write_deepseek_v4(drafter: DeepseekV4Drafter, dtype: str) -> dict[str, Any]:
+    return deepseek_v4.to_json(drafter.config, dtype)
+
+
 def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     refuse_beyond_published(drafter.config)
     return eagle3_to_json(drafter.config, dtype)
@@ -258,12 +297,18 @@ LAYOUT = Layout(
         "Lfm2DSparkDraftModel": dspark_from_json,  # Liquid's, of the same layers
         EAGLE3: eagle3_from_json,
         GEMMA4_EAGLE3: eagle3_from_json,
+        "DFlashDraftModel": dflash_from_json,  # the DFlash authors'
         "Eagle3DraftModel": eagle3_from_json,  # what the published evaluation calls it
     },
-    writers={DSparkDrafter: _write_dspark, Eagle3Drafter: _write_eagle3},
+    writers={
+        DeepseekV4Drafter: _write_deepseek_v4,
+        DSparkDrafter: _write_dspark,
+        Eagle3Drafter: _write_eagle3,
+    },
 )
 ATTACHED = Layout(
     writers={
+        DeepseekV4Drafter: _write_deepseek_v4,
         DSparkDrafter: lambda drafter, dtype: dspark_to_json(drafter.config, dtype),
         Eagle3Drafter: lambda drafter, dtype: eagle3_to_json(drafter.config, dtype),
     },

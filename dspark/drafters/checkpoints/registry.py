@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dspark.drafters import dspark, eagle3, ngram
+from dspark.drafters import deepseek_v4, dspark, eagle3, ngram
 from dspark.drafters.base import Drafter
-from dspark.drafters.checkpoints import dflash, eagle, published, speculators
+from dspark.drafters.checkpoints import deepseek_v4 as inside
+from dspark.drafters.checkpoints import eagle, published, speculators
 from dspark.drafters.checkpoints.dialects import ELSEWHERE
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
@@ -21,13 +22,19 @@ from dspark.errors import CheckpointError, CompatibilityError
 AnyDrafter = DSparkDrafter | Eagle3Drafter
 """The built-in drafters with weights; a plug-in's has the same attributes."""
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
-_KINDS = {"dspark": dspark.KIND, "eagle3": eagle3.KIND, "ngram": ngram.KIND}
+DEEPSEEK_V4 = "deepseek_v4"
+_KINDS = {
+    "dspark": dspark.KIND,
+    "deepseek_v4": deepseek_v4.KIND,
+    "eagle3": eagle3.KIND,
+    "ngram": ngram.KIND,
+}
 _LAYOUTS = {
     DEEPSPEC: published.LAYOUT,
     SPECULATORS: speculators.LAYOUT,
     ATTACHED: published.ATTACHED,
-    "dflash": dflash.LAYOUT,
     "eagle": eagle.LAYOUT,
+    DEEPSEEK_V4: inside.LAYOUT,
 }
 _DRAFTER_WORDS = ("DSpark", "DFlash", "Eagle")  # in the name of every drafter's architecture
 
@@ -39,11 +46,13 @@ class Found(NamedTuple):
         kind: the kind of drafter.
         config: what its `build` takes.
         renamed: other beginnings of tensors' names, each with the usual one.
+        layout: of the file, where a layout reads it.
     """
 
     kind: DrafterKind
     config: Any
     renamed: Mapping[str, str]
+    layout: Layout | None
 
 
 def kinds() -> dict[str, DrafterKind]:
@@ -84,18 +93,13 @@ def read_config(data: Mapping[str, Any], where: str) -> Found:
         if name not in home.readers:
             continue
         config = home.readers[name](data, where)
-        for kind in every.values():
-            if kind.config is type(config):
-                return Found(kind, config, {**kind.renamed, **home.renamed})
+        kind = kind_of(config)
+        if kind is not None:
+            layout = home if isinstance(home, Layout) else None
+            return Found(kind, config, {**kind.renamed, **home.renamed}, layout)
         raise CompatibilityError(
             f"{where} is of architecture {name}, whose {type(config).__name__} no kind of drafter "
             "has; install the package that brings it."
-        )
-    if "dspark_block_size" in data:
-        raise CompatibilityError(
-            f"{where} is a target of architecture {name} with DSpark layers among its own (mtp.*), "
-            "whose compressed attention and hyper-connections are not supported; serve it with "
-            "vLLM or SGLang."
         )
     known = ", ".join(architecture for home in homes for architecture in home.readers)
     if name in ELSEWHERE:
@@ -112,6 +116,16 @@ def read_config(data: Mapping[str, Any], where: str) -> Found:
         f"{where} is of architecture {name}, which is no drafter; give the directory of a drafter "
         f"({known}), or a target directory that holds one in dspark/."
     )
+
+
+def kind_of(config: Any) -> DrafterKind | None:
+    """The kind whose configuration this is; None if it is no kind's."""
+    return next((kind for kind in kinds().values() if kind.config is type(config)), None)
+
+
+def has_drafter_inside(data: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is a target's whose own files hold a drafter (`mtp.*`)."""
+    return inside.holds_drafter(data) and not is_drafter(data)
 
 
 def is_drafter(data: Mapping[str, Any]) -> bool:
@@ -153,6 +167,8 @@ def _architecture(data: Mapping[str, Any], where: str) -> str:
     """Name of an architecture; "speculators NAME" for files of that library."""
     if "speculators_model_type" in data:
         return f"speculators {data['speculators_model_type']}"
+    if has_drafter_inside(data):
+        return inside.architecture(data)
     names = data.get("architectures")
     if not isinstance(names, list) or not names:
         raise CheckpointError(

@@ -16,6 +16,8 @@ from dspark.errors import CheckpointError
 from dspark.sources.names import public_name, target_source
 
 _EMBEDDING, _HEAD, _TIED = "embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
+# DeepSeek-V4's own names for them.
+_ITS_OWN = {"embed.weight": _EMBEDDING, "head.weight": _HEAD}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ class TargetTables:
             raise CheckpointError(
                 f"{directory / CONFIG} has num_hidden_layers {layers!r}; give a target's directory."
             )
-        found = read_named(directory, lambda name: name.endswith((_EMBEDDING, _HEAD)))
+        found = read_named(
+            directory, lambda name: name in _ITS_OWN or name.endswith((_EMBEDDING, _HEAD))
+        )
+        found = {_ITS_OWN.get(name, name): table for name, table in found.items()}
         embedding = _one(found, _EMBEDDING, directory)
         if embedding is None:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.errors import CompatibilityError
 from dspark.targets.families import FAMILIES, Family
@@ -232,6 +233,11 @@ def refuse_drafter(drafter: Any, num_drafts: int) -> None:
         raise CompatibilityError(
             f"The drafter is a {type(drafter).__name__}, which vLLM runs by itself; name its own "
             'method ("eagle3") in place of "dspark".'
+        )
+    if isinstance(drafter, DeepseekV4Drafter):
+        raise CompatibilityError(
+            "The drafter has DeepSeek-V4's layers, which vLLM runs by itself on a GPU, from "
+            "mtp.* of the target's checkpoint; the plug-in does not run them."
         )
     if num_drafts > drafter.block_size:
         raise CompatibilityError(

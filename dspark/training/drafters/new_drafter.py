@@ -16,6 +16,7 @@ from dspark.drafters.backbone import ParallelBackbone
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
+from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Layers
 from dspark.drafters.eagle3 import Eagle3Config
 from dspark.errors import CompatibilityError
 from dspark.targets.layerless import load_without_layers
@@ -33,28 +34,31 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
         CompatibilityError: the settings do not fit the target.
     """
     taps = settings.taps(target.num_layers)
-    backbone = backbone_shapes(
-        target,
-        num_layers=settings.num_layers,
-        num_taps=len(taps),
-        intermediate_size=settings.intermediate_size,
-        layers=settings.layers,
-    )
     mask = settings.mask_token_id
-    config = DSparkConfig(
-        backbone=backbone,
-        vocab_size=target.vocab_size,
-        block_size=settings.block_size,
-        mask_token_id=find_mask_token(target) if mask is None else mask,
-        target_layer_ids=taps,
-        num_target_layers=target.num_layers,
-        max_position_embeddings=target.max_context,
-        sample_from_anchor=settings.sample_from_anchor,
-        draft_vocab_size=settings.draft_vocab_size,
-        markov_rank=0,
-        confidence_head=False,
-        confidence_head_with_markov=False,
-    )
+    shapes: dict[str, Any] = {
+        "num_layers": settings.num_layers,
+        "num_taps": len(taps),
+        "intermediate_size": settings.intermediate_size,
+    }
+    common: dict[str, Any] = {
+        "vocab_size": target.vocab_size,
+        "block_size": settings.block_size,
+        "mask_token_id": find_mask_token(target) if mask is None else mask,
+        "target_layer_ids": taps,
+        "num_target_layers": target.num_layers,
+        "max_position_embeddings": target.max_context,
+        "sample_from_anchor": settings.sample_from_anchor,
+        "draft_vocab_size": settings.draft_vocab_size,
+        "markov_rank": 0,
+        "confidence_head": False,
+        "confidence_head_with_markov": False,
+    }
+    config: DSparkConfig
+    if settings.layers == "deepseek_v4":
+        config = DeepseekV4Config(backbone=deepseek_v4_layers(target, **shapes), **common)
+    else:
+        layers = backbone_shapes(target, layers=settings.layers, **shapes)
+        config = DSparkConfig(backbone=layers, **common)
     if not isinstance(settings, DSparkSettings):
         return config
     return replace(
@@ -166,6 +170,40 @@ def gemma4_parts(target: Target, rope: Mapping[str, Any]) -> dict[str, Any]:
         "value_from_key": bool(getattr(target.config, "attention_k_eq_v", False)),
         "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),
     }
+
+
+def deepseek_v4_layers(
+    target: Target, *, num_layers: int, num_taps: int, intermediate_size: int | None
+) -> DeepseekV4Layers:
+    """Stages of a DeepSeek-V4 target's layers, without compression.
+
+    Raises:
+        CompatibilityError: the target has no such layers.
+    """
+    config = target.config
+    kind = str(getattr(config, "model_type", None))
+    if kind != "deepseek_v4":
+        raise CompatibilityError(
+            f"drafter.layers is deepseek_v4, but the target is a {kind} model; set it to qwen3."
+        )
+    alike = (
+        "q_lora_rank", "o_lora_rank", "o_groups", "routed_scaling_factor", "swiglu_limit",
+        "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "sliding_window", "hidden_size",
+        "head_dim",
+    )  # fmt: skip
+    return DeepseekV4Layers(
+        **{name: getattr(config, name) for name in alike},
+        intermediate_size=intermediate_size or config.moe_intermediate_size,
+        num_layers=num_layers,
+        num_taps=num_taps,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=1,
+        rope_theta=float(config.rope_parameters["main"]["rope_theta"]),
+        rope_head_dim=config.qk_rope_head_dim,
+        sliding_layers=tuple(range(num_layers)),
+        num_experts=config.n_routed_experts,
+        experts_per_token=config.num_experts_per_tok,
+    )
 
 
 def layer_config(target: Target) -> Any:
@@ -300,6 +338,10 @@ def _copy_layer(layer: nn.Module, source: nn.Module, norm_offset: float) -> None
     before_mlp = given.get("pre_feedforward_layernorm.weight")
     if before_mlp is not None and getattr(layer, "pre_feedforward_layernorm", None) is None:
         given["post_attention_layernorm.weight"] = before_mlp
+    buffers = dict(source.named_buffers())
+    for name, buffer in layer.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
     lacking = []
     for name, parameter in layer.named_parameters():
         if name in given and given[name].shape == parameter.shape:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dspark.data.samples import SampleBatch
 from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
 from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.errors import CompatibilityError
@@ -39,9 +40,11 @@ class DrafterObjective:
         self.recipe = recipe
         self.samples = OnlineSamples(recipe, target)
         generator = torch.Generator().manual_seed(recipe.run.seed)
-        self.drafter = DSparkDrafter.from_target(
+        config = drafter_config(target, recipe.drafter)
+        made = DeepseekV4Drafter if isinstance(config, DeepseekV4Config) else DSparkDrafter
+        self.drafter: DSparkDrafter = made.from_target(
             target.parts(),
-            drafter_config(target, recipe.drafter),
+            config,
             generator=generator,
             init_std=recipe.drafter.init_std,
             copy_final_norm=recipe.drafter.copy_final_norm,

@@ -223,7 +223,7 @@ def block_loss(
         feature_Nr = head.block(blocks.previous_MK, hidden_MKH).flatten(0, 1)[slots_N]
     inputs = LossInputs(
         head=drafter,
-        hidden_NH=hidden_NH,
+        hidden_NH=drafter.head_states(hidden_NH),
         feature_Nr=feature_Nr,
         bias_Vr=None if head is None else head.markov_w2.weight,
         teacher_UH=teacher_TH[blocks.rows.teacher_U],
