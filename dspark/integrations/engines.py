@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.checkpoints.sglang import beyond_sglang
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.integrations import sglang
@@ -95,7 +96,7 @@ def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
 def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
     return Verdict(
         "SGLang 0.5.23",
-        tuple(sglang.beyond(drafter)),
+        tuple(beyond_sglang(drafter)),
         (
             f"dspark convert {source} for_sglang --to sglang --target TARGET",
             "python -m sglang.launch_server --model-path TARGET "

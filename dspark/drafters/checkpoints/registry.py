@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dspark.drafters import dspark, eagle3, ngram
 from dspark.drafters.base import Drafter
-from dspark.drafters.checkpoints import dflash, eagle, published, speculators
+from dspark.drafters.checkpoints import dflash, eagle, published, sglang, speculators
 from dspark.drafters.checkpoints.dialects import ELSEWHERE
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
@@ -21,11 +21,13 @@ from dspark.errors import CheckpointError, CompatibilityError
 AnyDrafter = DSparkDrafter | Eagle3Drafter
 """The built-in drafters with weights; a plug-in's has the same attributes."""
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
+SGLANG = "sglang"
 _KINDS = {"dspark": dspark.KIND, "eagle3": eagle3.KIND, "ngram": ngram.KIND}
 _LAYOUTS = {
     DEEPSPEC: published.LAYOUT,
     SPECULATORS: speculators.LAYOUT,
     ATTACHED: published.ATTACHED,
+    SGLANG: sglang.LAYOUT,
     "dflash": dflash.LAYOUT,
     "eagle": eagle.LAYOUT,
 }
