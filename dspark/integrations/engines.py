@@ -94,6 +94,14 @@ def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
 
 
 def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
+    notes, loses = [], ["an embedding or head of the drafter's own is replaced by the target's"]
+    if sglang.takes_temperatures(drafter):
+        notes = [
+            "Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs"
+        ]
+        loses.append("calibration keeps its temperatures only, no shifts")
+    else:
+        loses.append("calibration has no effect")
     return Verdict(
         "SGLang 0.5.23",
         tuple(beyond_sglang(drafter)),
@@ -102,13 +110,8 @@ def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
             "python -m sglang.launch_server --model-path TARGET "
             + sglang.server_arguments(drafter, "for_sglang"),
         ),
-        ("Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs",),
-        (
-            "calibration keeps its temperatures only, no shifts",
-            "an embedding or head of the drafter's own is replaced by the target's",
-            _SEEDS,
-            _PAYS,
-        ),
+        tuple(notes),
+        (*loses, _SEEDS, _PAYS),
     )
 
 

@@ -34,6 +34,7 @@ def beyond_sglang(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
             "Qwen3's layer in Eagle3": backbone.query_key_norms,
             "norm_before_residual true": backbone.norm_before_residual,
             "attention_bias true": backbone.attention_bias,
+            "all drafts in one pass (P-EAGLE)": drafter.config.mask_token_id is not None,
         }
     else:
         own, plain = drafter.config, drafter.config.markov_rank == 0
