@@ -38,13 +38,14 @@ PLAIN = ("--spec-type", "ngram-simple", "--spec-ngram-simple-min-hits", "1000000
 class Pair:
     """One prompt: our answer with the drafter, and llama.cpp's with it and without.
 
-    All begin with our first token; `text` is ours behind it, and `their_tokens` what llama.cpp
-    gained up to an end token and the limit: its own count goes on to the end of the round.
+    All begin with our first token; `text` is ours behind it. `their_tokens` and `their_rounds` are
+    what llama.cpp gained up to an end token and the limit, and in how many rounds.
     """
 
     ours: Output
     text: str
     their_tokens: int
+    their_rounds: int
     theirs: SpeculativeRun
     plain: SpeculativeRun
 
@@ -73,25 +74,38 @@ def measure(
         tokens = request.params.max_new_tokens - 1
         common = ("-t", str(threads), "-c", str(len(begun) + tokens + 64))
         runs = [
-            # It goes on until it has more tokens than it was told.
-            run_speculative(folder, target, drafter, prompt, tokens - 1, (*own, *common))
+            run_speculative(folder, target, drafter, prompt, tokens, (*own, *common))
             for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
         ]
         first = model.target.tokenizer.decode(begun[-1:])
-        gained = min(runs[0].tokens, _tokens(model, runs[0].text) + 1, tokens)
-        pairs.append(Pair(ours, ours.text.removeprefix(first), gained, *runs))
+        found = gained(model, *runs, tokens)
+        pairs.append(Pair(ours, ours.text.removeprefix(first), *found, *runs))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
 
 
-def _tokens(model: Model, text: str) -> int:
-    return len(model.encode(text)) if text else 0
+def gained(
+    model: Model, theirs: SpeculativeRun, plain: SpeculativeRun, limit: int
+) -> tuple[int, int]:
+    """Tokens up to an end token and the limit, and the rounds that they took.
+
+    The program drafts no more than fit into the limit, and then goes on for a round of one token,
+    which is not counted. Behind an end token its own count goes on to the end of the round, so that
+    there the answer is counted: by plain decoding, or, where that says something else, by the
+    tokenizer.
+    """
+    if theirs.tokens > limit:
+        return limit, theirs.rounds - 1
+    if same_text(theirs.text, plain.text):
+        return min(theirs.tokens, plain.tokens), theirs.rounds
+    text = len(model.encode(theirs.text)) if theirs.text else 0
+    return min(theirs.tokens, text + 1), theirs.rounds
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[float, float]:
     """Accepted lengths of all prompts together, ours and llama.cpp's."""
     ours = sum(p.ours.stats.tokens for p in pairs) / max(sum(p.ours.stats.rounds for p in pairs), 1)
-    rounds = sum(p.theirs.rounds for p in pairs)
+    rounds = sum(p.their_rounds for p in pairs)
     return ours, sum(p.their_tokens for p in pairs) / max(rounds, 1)
 
 
@@ -116,6 +130,7 @@ def compare(pairs: Sequence[Pair], requests: Sequence[Request], seed: int = 0) -
             p.theirs.prompt_tokens == len(r.prompt_ids) + 1
             for p, r in zip(pairs, requests, strict=True)
         ),
+        "same_rounds": sum(p.ours.stats.rounds == p.their_rounds for p in pairs),
         "same_text_as_plain": sum(same_text(p.theirs.text, p.plain.text) for p in pairs),
         "same_text_as_ours": sum(same_text(p.text, p.theirs.text) for p in pairs),
     }

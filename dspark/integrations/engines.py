@@ -5,6 +5,7 @@ A drafter's files alone decide, no engine is asked; docs/deploy.md tells what ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,7 +54,12 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
             why_not,
             (
                 f"dspark convert {source} for_vllm --to speculators --target TARGET",
-                _serve("eagle3", "for_vllm", drafter.block_size),
+                _serve(
+                    "eagle3",
+                    "for_vllm",
+                    drafter.block_size,
+                    parallel=drafter.config.mask_token_id is not None,
+                ),
             ),
             ("On a CPU sampled answers beside it do not follow the target's law (docs/LOG.md)",),
             loses,
@@ -134,9 +140,10 @@ def verdict(engine: str, drafter: AnyDrafter, source: str) -> Verdict:
     return replace(found, commands=(), notes=()) if found.why_not else found
 
 
-def _serve(method: str, model: str, drafts: int) -> str:
-    config = f'{{"method": "{method}", "model": "{model}", "num_speculative_tokens": {drafts}}}'
-    return f"vllm serve TARGET --speculative-config '{config}'"
+def _serve(method: str, model: str, drafts: int, *, parallel: bool = False) -> str:
+    config = {"method": method, "model": model, "num_speculative_tokens": drafts}
+    said = json.dumps(config | ({"parallel_drafting": True} if parallel else {}))
+    return f"vllm serve TARGET --speculative-config '{said}'"
 
 
 def _beyond_v2(drafter: DSparkDrafter) -> list[str]:

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import peers
 from benchmarks.llama_cpp import parse_completion, parse_speculative
-from benchmarks.peer_drafters import Pair, compare, same_text
+from benchmarks.peer_drafters import Pair, compare, gained, same_text
 from benchmarks.peer_servers import read_event
 from benchmarks.peers import ratios, table
 from benchmarks.peers_figure import draw, read_lines
@@ -83,7 +84,8 @@ def test_equal_lengths_are_told_from_others():
         for i in range(30):
             theirs = 20 + (i + 2) % 5 + shift
             ours = Output("", ANSWER, (), "stop", Stats(rounds=10, tokens=20 + i % 5))
-            made.append(Pair(ours, ANSWER, theirs, run_of(theirs, theirs - 10), run_of(30, 0)))
+            run = run_of(theirs, theirs - 10)
+            made.append(Pair(ours, ANSWER, theirs, run.rounds, run, run_of(30, 0)))
         return made
 
     requests = [Request(tuple(range(28)))] * 30
@@ -92,11 +94,27 @@ def test_equal_lengths_are_told_from_others():
     assert same["ci95"][0] < 0 < same["ci95"][1]
     assert (other["llama_cpp"], other["equal"]) == (2.5, False)
     assert (same["same_prompt_tokens"], same["same_text_as_ours"]) == (30, 30)
+    assert same["same_rounds"] == 30
     assert compare([*pairs(0)[:29], _changed(pairs(0)[29])], requests)["same_text_as_plain"] == 29
 
 
 def _changed(pair):
     return replace(pair, plain=run_of(30, 0, text="Something else."))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "plain", "limit", "wanted"),
+    [
+        # The limit cuts the drafts, and a round of one token passes it.
+        (run_of(33, 22), run_of(33, 0), 32, (32, 10)),
+        # An end token in the middle of a round, whose later drafts are counted.
+        (run_of(30, 20), run_of(28, 0), 32, (28, 10)),
+        (run_of(30, 20), run_of(28, 0, text="Something else."), 32, (13, 10)),
+    ],
+)
+def test_what_llama_cpp_gained_ends_where_our_answer_would(theirs, plain, limit, wanted):
+    model = SimpleNamespace(encode=lambda text: range(12))
+    assert gained(model, theirs, plain, limit) == wanted
 
 
 def test_a_last_round_may_pass_the_limit():

@@ -53,5 +53,10 @@ def test_vllm_runs_other_heads_on_a_cpu_alone(target, kind):
 def test_eagle3_has_its_own_method(target):
     found = verdict("vllm", tiny_eagle3(target, taps=(0, 1)), "D")
     assert '"method": "eagle3"' in found.commands[-1]
+    assert "parallel_drafting" not in found.commands[-1]
+    at_once = tiny_eagle3(target, taps=(0, 1), mask_token_id=3)
+    assert '"parallel_drafting": true' in verdict("vllm", at_once, "D").commands[-1]
+    for engine in ("sglang", "llama.cpp"):
+        assert any("P-EAGLE" in reason for reason in verdict(engine, at_once, "D").why_not)
     bundled = load_drafter(BUNDLED_DRAFTERS["bundled-eagle3"])
     assert "Qwen3's layer" in verdict("llama.cpp", bundled, "D").why_not[0]
