@@ -22,7 +22,7 @@ import torch
 
 import dspark
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
-from benchmarks.llama_cpp import SpeculativeRun, run_speculative
+from benchmarks.llama_cpp import DETAILED, SpeculativeRun, run_speculative
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.gguf import spec_flags
@@ -64,7 +64,8 @@ def measure(
     Raises:
         ValueError: a program of llama.cpp failed.
     """
-    kind = spec_flags(load_drafter(draft)).split()
+    drafter = load_drafter(draft)
+    kind = spec_flags(drafter).split()
     pairs = []
     for i, request in enumerate(requests):
         (ours,) = model.engine([request], schedule="fixed").run([request])
@@ -72,34 +73,32 @@ def measure(
         begun = (*request.prompt_ids, ours.token_ids[0])
         prompt = model.target.tokenizer.decode(begun)
         tokens = request.params.max_new_tokens - 1
-        common = ("-t", str(threads), "-c", str(len(begun) + tokens + 64))
+        # Near its own limit the program drafts otherwise, so that this lies behind ours.
+        most = tokens + drafter.block_size + 2
+        common = (*DETAILED, "-t", str(threads), "-c", str(len(begun) + most + 64))
         runs = [
-            run_speculative(folder, target, drafter, prompt, tokens, (*own, *common))
-            for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
+            run_speculative(folder, target, file, prompt, most, (*own, *common))
+            for file, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
         ]
         first = model.target.tokenizer.decode(begun[-1:])
-        found = gained(model, *runs, tokens)
-        pairs.append(Pair(ours, ours.text.removeprefix(first), *found, *runs))
+        pairs.append(Pair(ours, ours.text.removeprefix(first), *gained(*runs, tokens), *runs))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
 
 
-def gained(
-    model: Model, theirs: SpeculativeRun, plain: SpeculativeRun, limit: int
-) -> tuple[int, int]:
+def gained(theirs: SpeculativeRun, plain: SpeculativeRun, limit: int) -> tuple[int, int]:
     """Tokens up to an end token and the limit, and the rounds that they took.
 
-    The program drafts no more than fit into the limit, and then goes on for a round of one token,
-    which is not counted. Behind an end token its own count goes on to the end of the round, so that
-    there the answer is counted: by plain decoding, or, where that says something else, by the
-    tokenizer.
+    Behind an end token the program's count goes on to the end of the round; plain decoding's does
+    not.
     """
-    if theirs.tokens > limit:
-        return limit, theirs.rounds - 1
-    if same_text(theirs.text, plain.text):
-        return min(theirs.tokens, plain.tokens), theirs.rounds
-    text = len(model.encode(theirs.text)) if theirs.text else 0
-    return min(theirs.tokens, text + 1), theirs.rounds
+    alike = same_text(theirs.text, plain.text)
+    end, total = min(limit, plain.tokens if alike else theirs.tokens), 0
+    for rounds, gain in enumerate(theirs.gains, start=1):
+        total += gain
+        if total >= end:
+            return end, rounds
+    return total, len(theirs.gains)
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[float, float]:

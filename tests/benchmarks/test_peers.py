@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -103,18 +102,21 @@ def _changed(pair):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "plain", "limit", "wanted"),
+    ("end", "text", "limit", "wanted"),
     [
-        # The limit cuts the drafts, and a round of one token passes it.
-        (run_of(33, 22), run_of(33, 0), 32, (32, 10)),
-        # An end token in the middle of a round, whose later drafts are counted.
-        (run_of(30, 20), run_of(28, 0), 32, (28, 10)),
-        (run_of(30, 20), run_of(28, 0, text="Something else."), 32, (13, 10)),
+        (30, ANSWER, 8, (8, 2)),  # the limit falls on the end of a round
+        (30, ANSWER, 9, (9, 3)),  # and into one
+        (10, ANSWER, 20, (10, 3)),  # an end token in the middle of a round
+        (10, "Something else.", 20, (12, 3)),  # where plain decoding does not tell the end
     ],
 )
-def test_what_llama_cpp_gained_ends_where_our_answer_would(theirs, plain, limit, wanted):
-    model = SimpleNamespace(encode=lambda text: range(12))
-    assert gained(model, theirs, plain, limit) == wanted
+def test_what_llama_cpp_gained_ends_where_our_answer_would(end, text, limit, wanted):
+    rounds = "".join(
+        f"D accepted {kept}/7 draft tokens, the last target token is: (5)\n" for kept in (2, 4, 3)
+    )
+    theirs = parse_speculative(OUT, rounds + LOG.replace("   33 tokens", "   12 tokens"), PROMPT)
+    assert theirs.gains == (3, 5, 4)
+    assert gained(theirs, run_of(end, 0, text=text), limit) == wanted
 
 
 def test_a_last_round_may_pass_the_limit():
