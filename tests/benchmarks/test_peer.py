@@ -50,4 +50,4 @@ def test_as_many_drafts_are_kept_and_the_answers_are_plain_ones(
     said = compare(pairs, requests)
     assert said["same_prompt_tokens"] == said["same_text_as_plain"] == len(requests)
     assert said["ours"] > 1.5
-    assert said["llama_cpp"] == pytest.approx(said["ours"], rel=0.03)
+    assert said["llama_cpp"] == pytest.approx(said["ours"], rel=0.15)
