@@ -76,12 +76,13 @@ def measure(
         # Near its own limit the program drafts otherwise, so that this lies behind ours.
         most = tokens + drafter.block_size + 2
         common = (*DETAILED, "-t", str(threads), "-c", str(len(begun) + most + 64))
-        runs = [
+        theirs, plain = (
             run_speculative(folder, target, file, prompt, most, (*own, *common))
             for file, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
-        ]
+        )
         first = model.target.tokenizer.decode(begun[-1:])
-        pairs.append(Pair(ours, ours.text.removeprefix(first), *gained(*runs, tokens), *runs))
+        text, got = ours.text.removeprefix(first), gained(theirs, plain, tokens)
+        pairs.append(Pair(ours, text, *got, theirs, plain))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
 

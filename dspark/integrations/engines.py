@@ -100,7 +100,8 @@ def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
 
 
 def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
-    notes, loses = [], ["an embedding or head of the drafter's own is replaced by the target's"]
+    notes: list[str] = []
+    loses = ["an embedding or head of the drafter's own is replaced by the target's"]
     if sglang.takes_temperatures(drafter):
         notes = [
             "Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs"
