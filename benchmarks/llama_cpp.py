@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SPECULATIVE, SERVER = "llama-speculative-simple", "llama-server"
+DETAILED = ("-lv", "5")  # the log of every round
 START_S, ANSWER_S = 120.0, 600.0
 # A thread writes the program's log, whose last lines are lost where it ends before that has run:
 # more often than not on a busy machine. Greedy answers are the same each time.
@@ -37,6 +38,7 @@ class SpeculativeRun:
         drafted: tokens proposed.
         accepted: of these, kept.
         text: of the answer.
+        gains: tokens of each round, where the log tells them (`DETAILED`).
     """
 
     prompt_tokens: int
@@ -46,6 +48,7 @@ class SpeculativeRun:
     drafted: int
     accepted: int
     text: str
+    gains: tuple[int, ...] = ()
 
     @property
     def rounds(self) -> int:
@@ -87,6 +90,7 @@ def parse_speculative(out: str, log: str, prompt: str) -> SpeculativeRun:
         drafted=int(drafted[1]),
         accepted=int(accepted[1]),
         text=answer.rstrip("\n"),
+        gains=tuple(int(kept) + 1 for kept in re.findall(r"accepted (\d+)/\d+ draft tokens", log)),
     )
 
 

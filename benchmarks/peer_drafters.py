@@ -22,7 +22,7 @@ import torch
 
 import dspark
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
-from benchmarks.llama_cpp import SpeculativeRun, run_speculative
+from benchmarks.llama_cpp import DETAILED, SpeculativeRun, run_speculative
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.gguf import spec_flags
@@ -38,13 +38,14 @@ PLAIN = ("--spec-type", "ngram-simple", "--spec-ngram-simple-min-hits", "1000000
 class Pair:
     """One prompt: our answer with the drafter, and llama.cpp's with it and without.
 
-    All begin with our first token; `text` is ours behind it, and `their_tokens` what llama.cpp
-    gained up to an end token and the limit: its own count goes on to the end of the round.
+    All begin with our first token; `text` is ours behind it. `their_tokens` and `their_rounds` are
+    what llama.cpp gained up to an end token and the limit, and in how many rounds.
     """
 
     ours: Output
     text: str
     their_tokens: int
+    their_rounds: int
     theirs: SpeculativeRun
     plain: SpeculativeRun
 
@@ -63,7 +64,8 @@ def measure(
     Raises:
         ValueError: a program of llama.cpp failed.
     """
-    kind = spec_flags(load_drafter(draft)).split()
+    drafter = load_drafter(draft)
+    kind = spec_flags(drafter).split()
     pairs = []
     for i, request in enumerate(requests):
         (ours,) = model.engine([request], schedule="fixed").run([request])
@@ -71,27 +73,39 @@ def measure(
         begun = (*request.prompt_ids, ours.token_ids[0])
         prompt = model.target.tokenizer.decode(begun)
         tokens = request.params.max_new_tokens - 1
-        common = ("-t", str(threads), "-c", str(len(begun) + tokens + 64))
-        runs = [
-            # It goes on until it has more tokens than it was told.
-            run_speculative(folder, target, drafter, prompt, tokens - 1, (*own, *common))
-            for drafter, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
-        ]
+        # Near its own limit the program drafts otherwise, so that this lies behind ours.
+        most = tokens + drafter.block_size + 2
+        common = (*DETAILED, "-t", str(threads), "-c", str(len(begun) + most + 64))
+        theirs, plain = (
+            run_speculative(folder, target, file, prompt, most, (*own, *common))
+            for file, own in ((draft, (*kind, "-td", str(threads))), (None, PLAIN))
+        )
         first = model.target.tokenizer.decode(begun[-1:])
-        gained = min(runs[0].tokens, _tokens(model, runs[0].text) + 1, tokens)
-        pairs.append(Pair(ours, ours.text.removeprefix(first), gained, *runs))
+        text, got = ours.text.removeprefix(first), gained(theirs, plain, tokens)
+        pairs.append(Pair(ours, text, *got, theirs, plain))
         say(f"{i + 1} of {len(requests)}: {_lengths(pairs)}")
     return pairs
 
 
-def _tokens(model: Model, text: str) -> int:
-    return len(model.encode(text)) if text else 0
+def gained(theirs: SpeculativeRun, plain: SpeculativeRun, limit: int) -> tuple[int, int]:
+    """Tokens up to an end token and the limit, and the rounds that they took.
+
+    Behind an end token the program's count goes on to the end of the round; plain decoding's does
+    not.
+    """
+    alike = same_text(theirs.text, plain.text)
+    end, total = min(limit, plain.tokens if alike else theirs.tokens), 0
+    for rounds, gain in enumerate(theirs.gains, start=1):
+        total += gain
+        if total >= end:
+            return end, rounds
+    return total, len(theirs.gains)
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[float, float]:
     """Accepted lengths of all prompts together, ours and llama.cpp's."""
     ours = sum(p.ours.stats.tokens for p in pairs) / max(sum(p.ours.stats.rounds for p in pairs), 1)
-    rounds = sum(p.theirs.rounds for p in pairs)
+    rounds = sum(p.their_rounds for p in pairs)
     return ours, sum(p.their_tokens for p in pairs) / max(rounds, 1)
 
 
@@ -116,6 +130,7 @@ def compare(pairs: Sequence[Pair], requests: Sequence[Request], seed: int = 0) -
             p.theirs.prompt_tokens == len(r.prompt_ids) + 1
             for p, r in zip(pairs, requests, strict=True)
         ),
+        "same_rounds": sum(p.ours.stats.rounds == p.their_rounds for p in pairs),
         "same_text_as_plain": sum(same_text(p.theirs.text, p.plain.text) for p in pairs),
         "same_text_as_ours": sum(same_text(p.text, p.theirs.text) for p in pairs),
     }

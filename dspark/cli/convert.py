@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dspark.drafters.checkpoints.registry import AnyDrafter
 
 GGUF, WEIGHT_TYPES = "gguf", ("bf16", "f16", "q8_0")
-SGLANG, ITS_LAYOUT = "sglang", "deepspec"
 EXAMPLE = """\
   dspark convert runs/drafter runs/for_vllm --to speculators --target models/target
   dspark convert runs/drafter models/target --to attached
@@ -41,9 +40,8 @@ class Options(Common):
     )
     to: str = option(
         "",
-        "the layout to write: deepspec, speculators, attached, gguf, sglang (deepspec with "
-        "SGLang's file of temperatures), deepseek_v4 (mtp.*, as inside DeepSeek-V4's own "
-        "checkpoints), or one that an installed package brings",
+        "the layout to write: deepspec, speculators, sglang, attached, gguf, deepseek_v4 (mtp.*, "
+        "as inside DeepSeek-V4's own checkpoints), or one that an installed package brings",
         required=True,
         metavar="LAYOUT",
     )
@@ -71,13 +69,13 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         has_attached_drafter,
         load_drafter,
     )
-    from dspark.drafters.checkpoints.registry import layouts
+    from dspark.drafters.checkpoints.registry import SGLANG, layouts
     from dspark.drafters.checkpoints.target_tables import TargetTables
 
     use_threads(options)
     known = {name: layout for name, layout in layouts().items() if layout.writers}
-    if options.to not in (*known, GGUF, SGLANG):
-        names = ", ".join((*known, GGUF, SGLANG))
+    if options.to not in (*known, GGUF):
+        names = ", ".join((*known, GGUF))
         raise UsageError(f"--to is {options.to}, but the layouts that are written are {names}.")
     _refuse_options_without_effect(options)
     with screen.log.status(f"Reading {options.source} ..."):
@@ -98,7 +96,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
                 "A GGUF file holds its target's tokenizer; name the target's GGUF file or "
                 "directory with --target."
             )
-        elif known[ITS_LAYOUT if options.to == SGLANG else options.to].holds_tables and (
+        elif known[options.to].holds_tables and (
             drafter.own_embedding_VH is None or drafter.own_head_VH is None
         ):
             raise UsageError(
@@ -134,7 +132,7 @@ def _add_temperatures(drafter: AnyDrafter, options: Options, screen: Screen) -> 
     sts: str | None = None
     source = Path(drafter_source(options.source))
     beside = [path for path in (source / ATTACHED_FOLDER, source) if (path / FILE_NAME).is_file()]
-    for folder in beside[:1]:
+    for folder in beside[:1] if sglang.takes_temperatures(drafter) else ():
         try:
             # SGLang keeps drafts by the token rule.
             calibration = Calibration.load(folder / FILE_NAME)
@@ -172,15 +170,10 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
 
     from dspark.drafters.checkpoints.checkpoint import save, save_attached
 
-    if options.to == SGLANG:
-        from dspark.integrations import sglang
-
-        sglang.refuse(drafter)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     if options.to == "attached":
         return save_attached(drafter, options.destination, dtype=dtype)
-    layout = ITS_LAYOUT if options.to == SGLANG else options.to
-    return save(drafter, options.destination, layout, dtype=dtype)
+    return save(drafter, options.destination, options.to, dtype=dtype)
 
 
 COMMAND = Command("convert", "rewrite a drafter's checkpoint", EXAMPLE, Options, run)

@@ -14,6 +14,10 @@ output of the step before and the embedding of the token just drawn.
 
 With one pass and the last layer as the only tap it is MTP-1, the production baseline: one extra
 token per round, two tokens verified.
+
+With a `mask_token_id` it is P-EAGLE of one layer, read from files and not trained here: all rows of
+a round in one pass, those behind the first made of a learned feature (`mask_hidden`) and the mask
+token's embedding in place of what is not known yet.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ class Eagle3Config:
             published config.
         max_position_embeddings: longest context, in tokens; the target's.
         draft_vocab_size: tokens that it can propose, at most V - 1; None for all.
+        mask_token_id: token of the rows behind the first, where all drafts are made in one pass;
+            None for a pass each.
         extra: fields of a published config that change nothing here, written back unchanged.
     """
 
@@ -76,6 +82,7 @@ class Eagle3Config:
     step_loss_decay: float = 0.8
     max_position_embeddings: int = 40960
     draft_vocab_size: int | None = None
+    mask_token_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +102,11 @@ class Eagle3Config:
         if backbone.num_layers != 1:
             raise CompatibilityError(
                 f"num_hidden_layers is {backbone.num_layers}, but an Eagle3 drafter has 1 layer."
+            )
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise CompatibilityError(
+                f"mask_token_id is {self.mask_token_id}, but must be a token of the vocabulary (0 "
+                f"to {self.vocab_size - 1})."
             )
         if self.ttt_length < 1 or backbone.head_dim % 2:
             raise CompatibilityError(
@@ -213,11 +225,19 @@ class Eagle3Weights:
 
 @dataclass(frozen=True)
 class _DecodePlan:
-    """What decoding computes once: weights in the right dtype and layout, `rotary` by position."""
+    """What decoding computes once.
+
+    Attributes:
+        weights: in the right dtype and layout.
+        borrowed: embedding and head.
+        rotary: by position.
+        mask_1H: hidden state of rows behind the first, where all are made in one pass.
+    """
 
     weights: Eagle3Weights
     borrowed: Borrowed
     rotary: RotaryTable
+    mask_1H: Tensor | None
 
 
 class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
@@ -229,6 +249,9 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
+        width = config.backbone.num_taps * config.backbone.hidden_size
+        masked = None if config.mask_token_id is None else nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_hidden = masked
         self._plan: _DecodePlan | None = None
 
     @property
@@ -278,35 +301,62 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
 
     @torch.no_grad()
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
-        """A chain of drafts: one pass over all requests per token.
+        """A chain of drafts: one pass over all requests per token, or one for all tokens.
 
         The first pass runs the last context row again, for its output. Rows of later passes are
         written behind the context, where the next round's rows replace them.
         """
         plan = self._decode_plan()
-        rotary_table = plan.rotary.upto(max(batch.lengths) + batch.num_drafts)
-        scale = self.config.backbone.attention_scale
+        if plan.mask_1H is not None and batch.num_drafts:
+            return self._propose_at_once(context, batch, draw, plan.mask_1H)
         tokens_R, hidden_RH = batch.anchors_R, None
         for step in range(batch.num_drafts):
-            starts = [length - 1 + step + _SHIFT for length in batch.lengths]
-            rows = RaggedBatch.build(
-                [(t, start, (0,)) for t, start in zip(batch.tables, starts, strict=True)],
-                tokens_R.device,
-            )
+            rows = self._rows(batch, step, 1)
             if hidden_RH is None:
-                stored_R1H, _ = context.read(_FEATURES, rows.rows_T)
-                hidden_RH = stored_R1H.squeeze(1)
-
-            def mix(query: Tensor, key: Tensor, value: Tensor, rows: RaggedBatch = rows) -> Tensor:
-                context.write(_ATTENTION, rows.rows_T, key, value)
-                return ragged_attention(query, context, _ATTENTION, rows, scale=scale, first=_SHIFT)
-
-            embedded_RH = self.borrowed.embed(tokens_R)
-            rotary_rows = rotary_table[rows.positions_T - _SHIFT]
-            hidden_RH = plan.weights.step(embedded_RH, hidden_RH, rotary_rows, mix)
+                hidden_RH = context.read(_FEATURES, rows.rows_T)[0].squeeze(1)
+            hidden_RH = self._pass(context, rows, self.borrowed.embed(tokens_R), hidden_RH)
             logits = plan.borrowed.logits_by_rows(plan.weights.final(hidden_RH))
             tokens_R = draw(step, logits, self.draft_tokens)
         return Proposal()
+
+    def _propose_at_once(
+        self, context: PagedCache, batch: DraftBatch, draw: Draw, mask_1H: Tensor
+    ) -> Proposal:
+        """All drafts of P-EAGLE: a row each, of which only the first knows token and feature."""
+        plan, count, requests = self._decode_plan(), batch.num_drafts, len(batch.lengths)
+        rows = self._rows(batch, 0, count)
+        masks_RK = batch.anchors_R.new_full((requests, count), self.config.mask_token_id or 0)
+        masks_RK[:, 0] = batch.anchors_R
+        hidden_RKH = mask_1H.expand(requests, count, -1).clone()
+        hidden_RKH[:, 0] = context.read(_FEATURES, rows.rows_T[::count])[0].squeeze(1)
+        embedded_TH = self.borrowed.embed(masks_RK.flatten())
+        hidden_TH = self._pass(context, rows, embedded_TH, hidden_RKH.flatten(0, 1))
+        states = plan.weights.final(hidden_TH).view(requests, count, -1)
+        logits_RKV = plan.borrowed.logits_by_rows(states)
+        for step in range(count):
+            draw(step, logits_RKV[:, step], self.draft_tokens)
+        return Proposal()
+
+    def _rows(self, batch: DraftBatch, step: int, count: int) -> RaggedBatch:
+        """`count` rows of each request, the first at its pass `step`."""
+        starts = [length - 1 + step + _SHIFT for length in batch.lengths]
+        return RaggedBatch.build(
+            [(t, start, (0,) * count) for t, start in zip(batch.tables, starts, strict=True)],
+            batch.anchors_R.device,
+        )
+
+    def _pass(
+        self, context: PagedCache, rows: RaggedBatch, embedded_TH: Tensor, hidden_TH: Tensor
+    ) -> Tensor:
+        """The next hidden states [T, H] of rows, whose keys and values are written."""
+        plan, scale = self._decode_plan(), self.config.backbone.attention_scale
+
+        def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            context.write(_ATTENTION, rows.rows_T, key, value)
+            return ragged_attention(query, context, _ATTENTION, rows, scale=scale, first=_SHIFT)
+
+        rotary_rows = plan.rotary.upto(rows.longest)[rows.positions_T - _SHIFT]
+        return plan.weights.step(embedded_TH, hidden_TH, rotary_rows, mix)
 
     def _decode_plan(self) -> _DecodePlan:
         if self._plan is None:
@@ -316,8 +366,10 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
                 weights = Eagle3Weights.of(self).like(like)
                 if self.borrowed.pack is not None:
                     weights = weights.packed(self.borrowed.pack)
+                masked = self.mask_hidden
+                mask_1H = None if masked is None else weights.project(masked.to(like).view(1, -1))
                 table = RotaryTable(self.config.backbone, like)
-                self._plan = _DecodePlan(weights, self.borrowed.packed(), table)
+                self._plan = _DecodePlan(weights, self.borrowed.packed(), table, mask_1H)
         return self._plan
 
 

@@ -5,9 +5,11 @@ A drafter's files alone decide, no engine is asked; docs/deploy.md tells what ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from dspark.drafters.checkpoints.eagle import beyond_sglang
 from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.registry import AnyDrafter
@@ -53,7 +55,12 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
             why_not,
             (
                 f"dspark convert {source} for_vllm --to speculators --target TARGET",
-                _serve("eagle3", "for_vllm", drafter.block_size),
+                _serve(
+                    "eagle3",
+                    "for_vllm",
+                    drafter.block_size,
+                    parallel=drafter.config.mask_token_id is not None,
+                ),
             ),
             ("On a CPU sampled answers beside it do not follow the target's law (docs/LOG.md)",),
             loses,
@@ -102,21 +109,25 @@ def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
 
 
 def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
+    notes: list[str] = []
+    loses = ["an embedding or head of the drafter's own is replaced by the target's"]
+    if sglang.takes_temperatures(drafter):
+        notes = [
+            "Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs"
+        ]
+        loses.append("calibration keeps its temperatures only, no shifts")
+    else:
+        loses.append("calibration has no effect")
     return Verdict(
         "SGLang 0.5.23",
-        tuple(sglang.beyond(drafter)),
+        tuple(beyond_sglang(drafter)),
         (
             f"dspark convert {source} for_sglang --to sglang --target TARGET",
             "python -m sglang.launch_server --model-path TARGET "
             + sglang.server_arguments(drafter, "for_sglang"),
         ),
-        ("Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs",),
-        (
-            "calibration keeps its temperatures only, no shifts",
-            "an embedding or head of the drafter's own is replaced by the target's",
-            _SEEDS,
-            _PAYS,
-        ),
+        tuple(notes),
+        (*loses, _SEEDS, _PAYS),
     )
 
 
@@ -139,9 +150,10 @@ def verdict(engine: str, drafter: AnyDrafter, source: str) -> Verdict:
     return replace(found, commands=(), notes=()) if found.why_not else found
 
 
-def _serve(method: str, model: str, drafts: int) -> str:
-    config = f'{{"method": "{method}", "model": "{model}", "num_speculative_tokens": {drafts}}}'
-    return f"vllm serve TARGET --speculative-config '{config}'"
+def _serve(method: str, model: str, drafts: int, *, parallel: bool = False) -> str:
+    config = {"method": method, "model": model, "num_speculative_tokens": drafts}
+    said = json.dumps(config | ({"parallel_drafting": True} if parallel else {}))
+    return f"vllm serve TARGET --speculative-config '{said}'"
 
 
 def _beyond_v2(drafter: DSparkDrafter) -> list[str]:

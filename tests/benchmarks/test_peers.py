@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import peers
 from benchmarks.llama_cpp import parse_completion, parse_speculative
-from benchmarks.peer_drafters import Pair, compare, same_text
+from benchmarks.peer_drafters import Pair, compare, gained, same_text
 from benchmarks.peer_servers import read_event
 from benchmarks.peers import ratios, table
 from benchmarks.peers_figure import draw, read_lines
@@ -83,7 +83,8 @@ def test_equal_lengths_are_told_from_others():
         for i in range(30):
             theirs = 20 + (i + 2) % 5 + shift
             ours = Output("", ANSWER, (), "stop", Stats(rounds=10, tokens=20 + i % 5))
-            made.append(Pair(ours, ANSWER, theirs, run_of(theirs, theirs - 10), run_of(30, 0)))
+            run = run_of(theirs, theirs - 10)
+            made.append(Pair(ours, ANSWER, theirs, run.rounds, run, run_of(30, 0)))
         return made
 
     requests = [Request(tuple(range(28)))] * 30
@@ -92,11 +93,30 @@ def test_equal_lengths_are_told_from_others():
     assert same["ci95"][0] < 0 < same["ci95"][1]
     assert (other["llama_cpp"], other["equal"]) == (2.5, False)
     assert (same["same_prompt_tokens"], same["same_text_as_ours"]) == (30, 30)
+    assert same["same_rounds"] == 30
     assert compare([*pairs(0)[:29], _changed(pairs(0)[29])], requests)["same_text_as_plain"] == 29
 
 
 def _changed(pair):
     return replace(pair, plain=run_of(30, 0, text="Something else."))
+
+
+@pytest.mark.parametrize(
+    ("end", "text", "limit", "wanted"),
+    [
+        (30, ANSWER, 8, (8, 2)),  # the limit falls on the end of a round
+        (30, ANSWER, 9, (9, 3)),  # and into one
+        (10, ANSWER, 20, (10, 3)),  # an end token in the middle of a round
+        (10, "Something else.", 20, (12, 3)),  # where plain decoding does not tell the end
+    ],
+)
+def test_what_llama_cpp_gained_ends_where_our_answer_would(end, text, limit, wanted):
+    rounds = "".join(
+        f"D accepted {kept}/7 draft tokens, the last target token is: (5)\n" for kept in (2, 4, 3)
+    )
+    theirs = parse_speculative(OUT, rounds + LOG.replace("   33 tokens", "   12 tokens"), PROMPT)
+    assert theirs.gains == (3, 5, 4)
+    assert gained(theirs, run_of(end, 0, text=text), limit) == wanted
 
 
 def test_a_last_round_may_pass_the_limit():

@@ -143,11 +143,12 @@ def test_options_without_effect_are_usage_errors(dspark, pair, tmp_path, words, 
     assert not (tmp_path / words[0]).exists()
 
 
-def test_sglang_gets_the_published_layout_and_its_arguments(dspark, pair, tmp_path):
+def test_sglang_gets_a_dspark_drafter_as_published_and_its_arguments(dspark, pair, tmp_path):
     result = dspark("convert", pair.drafter, tmp_path / "out", "--to", "sglang", "--json")
     assert result.status == 0
     assert result.json["format"] == "sglang"
-    assert f"DSPARK --speculative-draft-model-path {tmp_path / 'out'}" in result.json["sglang"]
+    assert f"--speculative-draft-model-path {tmp_path / 'out'}" in result.json["sglang"]
+    assert "--speculative-algorithm DSPARK" in result.json["sglang"]
     assert config(tmp_path / "out") == config(pair.drafter)
     assert same_tensors(tensors(pair.drafter), tensors(tmp_path / "out"))
 

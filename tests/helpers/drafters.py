@@ -78,6 +78,7 @@ def tiny_eagle3(
     kind: type[Eagle3Drafter] = Eagle3Drafter,
     seed: int = 1,
     std: float = 0.02,
+    known: Sequence[int] | None = None,
     backbone: BackboneConfig | None = None,
     **changes: Any,
 ) -> Eagle3Drafter:
@@ -87,9 +88,15 @@ def tiny_eagle3(
         "target_layer_ids": taps,
         "num_target_layers": target.num_layers,
         "ttt_length": 4,
+        "draft_vocab_size": None if known is None else len(known),
     }
     config = Eagle3Config(
         backbone or tiny_backbone(target.hidden_size, len(taps)), **(fields | changes)
     )
-    generator = torch.Generator().manual_seed(seed)
-    return kind.from_target(target.parts(), config, generator=generator, init_std=std).eval()
+    return kind.from_target(
+        target.parts(),
+        config,
+        generator=torch.Generator().manual_seed(seed),
+        init_std=std,
+        draft_tokens=None if known is None else torch.tensor(known),
+    ).eval()

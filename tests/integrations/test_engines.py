@@ -1,15 +1,9 @@
 """Which engine runs which drafter, by its parts."""
 
-import json
-
 import pytest
 
 from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.errors import CompatibilityError
-from dspark.integrations import sglang
 from dspark.integrations.engines import verdict
-from dspark.scheduling.calibration import Rounds
-from dspark.scheduling.calibration_file import calibrate
 from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_dspark, tiny_eagle3
@@ -39,7 +33,6 @@ def test_the_bundled_drafter_runs_in_every_engine(engine):
         ("llama.cpp", {"markov_head_type": "gated"}, "gated Markov head"),
         ("llama.cpp", {"markov_head_type": "rnn"}, "rnn Markov head"),
         ("sglang", {"markov_rank": 0, "confidence_head": False}, "markov_rank 0"),
-        ("sglang", {"sample_from_anchor": False}, "sample_from_anchor false"),
         ("sglang", {"known": (1, 2, 5)}, "reduced vocabulary"),
         ("sglang", {"mask_token_id": None}, "learned mask embedding"),
     ],
@@ -60,28 +53,10 @@ def test_vllm_runs_other_heads_on_a_cpu_alone(target, kind):
 def test_eagle3_has_its_own_method(target):
     found = verdict("vllm", tiny_eagle3(target, taps=(0, 1)), "D")
     assert '"method": "eagle3"' in found.commands[-1]
+    assert "parallel_drafting" not in found.commands[-1]
+    at_once = tiny_eagle3(target, taps=(0, 1), mask_token_id=3)
+    assert '"parallel_drafting": true' in verdict("vllm", at_once, "D").commands[-1]
+    for engine in ("sglang", "llama.cpp"):
+        assert any("P-EAGLE" in reason for reason in verdict(engine, at_once, "D").why_not)
     bundled = load_drafter(BUNDLED_DRAFTERS["bundled-eagle3"])
     assert "Qwen3's layer" in verdict("llama.cpp", bundled, "D").why_not[0]
-
-
-def entry(shifts):
-    logits = [[1.0 - 0.1 * k + 0.01 * (n % 7) for k in range(4)] for n in range(200)]
-    rounds = Rounds.of(logits, [n % 5 for n in range(200)], [4] * 200)
-    return calibrate(rounds, "token", "sampled", shifts=shifts)
-
-
-def test_temperatures_go_as_sglang_reads_them(tmp_path):
-    fitted = entry(shifts=False)
-    path = sglang.write_temperatures(fitted, tmp_path)
-    record = json.loads(path.read_text())
-    assert record["temperatures"] == list(fitted.scaling.temperatures)
-    assert len(record["ece_before"]) == len(record["ece_after"]) == 4
-    assert record["num_samples"] == 200
-
-
-def test_shifts_have_no_place_there(tmp_path):
-    shifted = entry(shifts=True)
-    assert any(shifted.scaling.shifts)
-    with pytest.raises(CompatibilityError, match="--temperatures-only"):
-        sglang.write_temperatures(shifted, tmp_path)
-    assert list(tmp_path.iterdir()) == []

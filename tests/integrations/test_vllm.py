@@ -6,7 +6,11 @@ import types
 
 import pytest
 
+from dspark.errors import CompatibilityError
 from dspark.integrations import vllm as plugin
+from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.targets import tiny_qwen3
 
 CPU, OURS = "vllm.v1.worker.cpu_worker.CPUWorker", "dspark.integrations.vllm.worker.DSparkWorker"
 GPU = "vllm.v1.worker.gpu_worker.Worker"
@@ -97,6 +101,41 @@ def test_an_unknown_version_is_left_as_it_is(vllm, monkeypatch, caplog):
     plugin.register()
     assert vllm._get_v1_model_runner_unsupported_features is before
     assert "this is 0.40.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "drafts", "words"),
+    [
+        (tiny_dspark, 5, "num_speculative_tokens is 5, but the drafter makes 4 drafts at most"),
+        (tiny_eagle3, 4, 'is of type Eagle3Drafter.*method \\("eagle3"\\)'),
+    ],
+)
+def test_a_drafter_that_the_runner_cannot_take_is_refused(make, drafts, words):
+    drafter = make(Target.from_model(tiny_qwen3(seed=2)), taps=(0,))
+    with pytest.raises(CompatibilityError, match=words):
+        plugin.refuse_drafter(drafter, drafts)
+    plugin.refuse_drafter(tiny_dspark(Target.from_model(tiny_qwen3(seed=2)), taps=(0,)), 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "words"),
+    [
+        ("parallel_config", "tensor_parallel_size", 2, "tensor parallelism"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("model_config", "uses_mrope", True, "M-RoPE"),
+        (None, "lora_config", "adapters", "LoRA adapters"),
+    ],
+)
+def test_what_the_runner_does_beside_is_refused_by_name(part, field, value, words):
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        model_config=types.SimpleNamespace(uses_mrope=False),
+        lora_config=None,
+    )
+    plugin.refuse_config(config)
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(CompatibilityError, match=words):
+        plugin.refuse_config(config)
 
 
 def test_without_vllm_nothing_of_it_is_imported():

@@ -219,8 +219,10 @@ def _beyond_dflash(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, bool]:
 
 
 def _beyond_eagle3(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, bool]:
+    assert isinstance(drafter, Eagle3Drafter)
     config, taps = drafter.config, len(drafter.config.target_layer_ids)
     return {
+        "all drafts in one pass (P-EAGLE)": config.mask_token_id is not None,
         "Qwen3's layer (norms of queries and keys)": config.backbone.query_key_norms,
         f"{taps} captured layers (only {_EAGLE3_TAPS})": taps != _EAGLE3_TAPS,
     }

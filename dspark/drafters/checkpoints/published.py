@@ -48,7 +48,7 @@ _DSPARK_FIELDS = frozenset({
 _EAGLE3_FIELDS = frozenset({
     "architectures", "draft_num_hidden_layers", "max_position_embeddings", "vocab_size",
     "draft_vocab_size", "target_layer_ids", "num_target_layers", "ttt_length",
-    "step_loss_decay", RESIDUAL, "tie_word_embeddings", "dtype", "torch_dtype",
+    "step_loss_decay", RESIDUAL, "mask_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
 })  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     else:
         normed = data.get("model_type") != "llama"
         backbone = qwen3_layers_from_json(data, where, len(taps), query_key_norms=normed)
-    residual = read.boolean(RESIDUAL, default=False)
+    residual, masked = read.boolean(RESIDUAL, default=False), data.get("mask_token_id") is not None
     fields = _EAGLE3_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return Eagle3Config(
         backbone=replace(backbone, norm_before_residual=residual),
@@ -205,6 +205,7 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
         step_loss_decay=read.number("step_loss_decay") if "step_loss_decay" in data else 0.8,
         max_position_embeddings=read.integer("max_position_embeddings", default=40960),
         draft_vocab_size=_reduced(read, vocab),
+        mask_token_id=read.integer("mask_token_id", minimum=0) if masked else None,
         extra={key: value for key, value in data.items() if key not in fields},
     )
 
@@ -232,6 +233,8 @@ def eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     }
     if config.backbone.norm_before_residual:
         data[RESIDUAL] = True
+    if config.mask_token_id is not None:
+        data["mask_token_id"] = config.mask_token_id
     if config.draft_vocab_size is not None:
         data["draft_vocab_size"] = config.draft_vocab_size
     return dict(sorted(data.items()))
@@ -253,6 +256,7 @@ def refuse_beyond_published(config: DSparkConfig | Eagle3Config) -> None:
         known = ""
         beyond[f"{RESIDUAL} true"] = config.backbone.norm_before_residual
         beyond["Llama's layer"] = not config.backbone.query_key_norms
+        beyond["all drafts in one pass (P-EAGLE)"] = config.mask_token_id is not None
     found = [name for name, there in beyond.items() if there]
     if found:
         raise CompatibilityError(

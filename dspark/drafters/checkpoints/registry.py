@@ -22,6 +22,7 @@ from dspark.errors import CheckpointError, CompatibilityError
 AnyDrafter = DSparkDrafter | Eagle3Drafter
 """The built-in drafters with weights; a plug-in's has the same attributes."""
 DEEPSPEC, SPECULATORS, ATTACHED = "deepspec", "speculators", "attached"
+SGLANG = "sglang"
 DEEPSEEK_V4 = "deepseek_v4"
 _KINDS = {
     "dspark": dspark.KIND,
@@ -33,6 +34,7 @@ _LAYOUTS = {
     DEEPSPEC: published.LAYOUT,
     SPECULATORS: speculators.LAYOUT,
     ATTACHED: published.ATTACHED,
+    SGLANG: eagle.SGLANG,
     "eagle": eagle.LAYOUT,
     DEEPSEEK_V4: inside.LAYOUT,
 }

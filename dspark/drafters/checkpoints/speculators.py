@@ -31,7 +31,7 @@ from dspark.errors import CheckpointError, CompatibilityError
 
 logger = logging.getLogger(__name__)
 
-DSPARK, DFLASH, EAGLE3 = "dspark", "dflash", "eagle3"
+DSPARK, DFLASH, EAGLE3, PEAGLE = "dspark", "dflash", "eagle3", "peagle"
 TARGET_NAME, TARGET_ARCHITECTURES = "target_model_name_or_path", "target_architectures"
 
 # What a nested configuration may leave out: Qwen3's own defaults.
@@ -242,7 +242,7 @@ def _without_moving_state(config: DSparkConfig, where: str) -> DSparkConfig:
 
 
 def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
-    """Read a configuration of `speculators_model_type` eagle3.
+    """Read a configuration of `speculators_model_type` eagle3 or peagle.
 
     Without `num_target_layers`, which that library does not write, the target is taken to have no
     more layers than are captured.
@@ -269,7 +269,10 @@ def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
             f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
             "how many drafts a round has."
         )
-    own = ("num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL)
+    own = ["num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL]
+    if data["speculators_model_type"] == PEAGLE:
+        read.integer("mask_token_id", minimum=0)
+        own.append("mask_token_id")
     flat: dict[str, Any] = {
         **_LAYER_DEFAULTS,
         **(llama_shapes(layers) if llama else layers),
@@ -291,16 +294,19 @@ def _eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     _refuse_gemma4(config.backbone)
     flat = eagle3_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
+    masked = {} if config.mask_token_id is None else {"mask_token_id": config.mask_token_id}
+    kind = PEAGLE if masked else EAGLE3
     top: dict[str, Any] = {
-        "architectures": ["Eagle3Speculator"],
+        **masked,
+        "architectures": ["PEagleSpeculator" if masked else "Eagle3Speculator"],
         AUX_LAYERS: [i + 1 for i in config.target_layer_ids],
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "dtype": dtype,
         **dict.fromkeys(FLAGS, False),
         RESIDUAL: config.backbone.norm_before_residual,
         "num_target_layers": config.num_target_layers,
-        "speculators_config": _proposal_fields(EAGLE3, config.ttt_length, name, architectures),
-        "speculators_model_type": EAGLE3,
+        "speculators_config": _proposal_fields(kind, config.ttt_length, name, architectures),
+        "speculators_model_type": kind,
         "step_loss_decay": config.step_loss_decay,
         "target_hidden_size": None,
         "tie_word_embeddings": False,
@@ -319,6 +325,7 @@ LAYOUT = Layout(
         "speculators dspark": _dspark_from_json,
         "speculators dflash": _dspark_from_json,
         "speculators eagle3": _eagle3_from_json,
+        "speculators peagle": _eagle3_from_json,
     },
     writers={
         DSparkDrafter: _write_dspark,

@@ -13,6 +13,8 @@ import importlib.metadata
 import logging
 from typing import Any
 
+from dspark.errors import CompatibilityError
+
 logger = logging.getLogger("vllm.dspark")
 
 KNOWN = ("0.32", "0.33")
@@ -73,6 +75,53 @@ def refusal(version: str | None, missing: list[str]) -> str | None:
             f"{', '.join(missing)}; install vLLM {KNOWN[0]}, or a newer dspark."
         )
     return None
+
+
+def refuse_drafter(drafter: Any, num_drafts: int) -> None:
+    """Refuse a drafter that is not DSpark's, and more drafts than it makes.
+
+    Raises:
+        CompatibilityError: naming it.
+    """
+    from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
+    from dspark.drafters.dspark import DSparkDrafter
+
+    if not isinstance(drafter, DSparkDrafter):
+        raise CompatibilityError(
+            f"The drafter is of type {type(drafter).__name__}, which vLLM runs by itself; name its "
+            'own method ("eagle3") in place of "dspark".'
+        )
+    if isinstance(drafter, DeepseekV4Drafter):
+        raise CompatibilityError(
+            "The drafter has DeepSeek-V4's layers, which vLLM runs by itself on a GPU, from "
+            "mtp.* of the target's checkpoint; the plug-in does not run them."
+        )
+    if num_drafts > drafter.block_size:
+        raise CompatibilityError(
+            f"num_speculative_tokens is {num_drafts}, but the drafter makes {drafter.block_size} "
+            "drafts at most."
+        )
+
+
+def refuse_config(config: Any) -> None:
+    """Refuse what the V1 runner does beside which the plug-in cannot draft.
+
+    Raises:
+        CompatibilityError: naming it.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    wrong = {
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "multimodal positions (M-RoPE)": model.uses_mrope,
+        "LoRA adapters": config.lora_config is not None,
+    }
+    found = [name for name, there in wrong.items() if there]
+    if found:
+        raise CompatibilityError(
+            f"The DSpark plug-in does not run with {' and '.join(found)} in vLLM's V1 runner; "
+            "switch that off, or speculation."
+        )
 
 
 def _allow_v1(method: Any) -> Any:

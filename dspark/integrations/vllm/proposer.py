@@ -21,9 +21,8 @@ from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.target_tables import TargetTables
-from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
-from dspark.drafters.dspark import DSparkDrafter
 from dspark.errors import CompatibilityError
+from dspark.integrations.vllm import refuse_config, refuse_drafter
 from dspark.targets.families import FAMILIES, Family
 
 
@@ -36,7 +35,7 @@ class DSparkProposer(EagleProposer):
         self._vocab = vllm_config.model_config.get_vocab_size()
         self._checked = False
         self._context: PagedCache | None = None
-        _refuse_config(vllm_config)
+        refuse_config(vllm_config)
 
     def load_model(self, target_model: Any) -> None:  # noqa: ARG002
         """Load the drafter and bind it to the target's tables; name the layers to capture.
@@ -220,43 +219,4 @@ def _check_slots(batch: RaggedBatch, slots_T: Tensor) -> None:
         raise CompatibilityError(
             f"vLLM keeps a token in row {int(slots_T[wrong])} where its block table says "
             f"{int(batch.rows_T[wrong])}; this vLLM's pages are not known to the DSpark plug-in."
-        )
-
-
-def refuse_drafter(drafter: Any, num_drafts: int) -> None:
-    """Refuse a drafter that is not DSpark's, and more drafts than it makes.
-
-    Raises:
-        CompatibilityError: naming it.
-    """
-    if not isinstance(drafter, DSparkDrafter):
-        raise CompatibilityError(
-            f"The drafter is a {type(drafter).__name__}, which vLLM runs by itself; name its own "
-            'method ("eagle3") in place of "dspark".'
-        )
-    if isinstance(drafter, DeepseekV4Drafter):
-        raise CompatibilityError(
-            "The drafter has DeepSeek-V4's layers, which vLLM runs by itself on a GPU, from "
-            "mtp.* of the target's checkpoint; the plug-in does not run them."
-        )
-    if num_drafts > drafter.block_size:
-        raise CompatibilityError(
-            f"num_speculative_tokens is {num_drafts}, but the drafter makes {drafter.block_size} "
-            "drafts at most."
-        )
-
-
-def _refuse_config(config: Any) -> None:
-    parallel, model = config.parallel_config, config.model_config
-    wrong = {
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "multimodal positions (M-RoPE)": model.uses_mrope,
-        "LoRA adapters": config.lora_config is not None,
-    }
-    found = [name for name, there in wrong.items() if there]
-    if found:
-        raise CompatibilityError(
-            f"The DSpark plug-in does not run with {' and '.join(found)} in vLLM's V1 runner; "
-            "switch that off, or speculation."
         )

@@ -25,7 +25,7 @@ def main(golden: str, written: str, *names: str) -> None:
         config = SpeculatorModelConfig.from_pretrained(path)
         # Its default, flex attention, wants lengths in blocks of 128.
         layers = config.transformer_layer_config
-        layers._attn_implementation = "eager" if "eagle3" in name else "sdpa"
+        layers._attn_implementation = "eager" if "eagle" in name else "sdpa"
         model = SpeculatorModel.from_pretrained(path, config=config).eval()
         found, wanted = make.forward(name, model), load_file(f"{name}/forward.safetensors")
         far[name] = {

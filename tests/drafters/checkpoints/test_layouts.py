@@ -197,7 +197,7 @@ def test_what_a_speculators_file_leaves_out_has_the_librarys_default(make_drafte
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"speculators_model_type": "peagle"}, CompatibilityError, "speculators peagle.*not supp"),
+        ({"speculators_model_type": "xpress"}, CompatibilityError, "speculators xpress.*not supp"),
         ({"transformer_layer_config": ...}, CheckpointError, "transformer_layer_config None"),
         ({"aux_hidden_state_layer_ids": ...}, CheckpointError, "lacks aux_hidden_state_layer_ids"),
         ({"aux_hidden_state_layer_ids": []}, CheckpointError, "no aux_hidden_state_layer_ids"),

@@ -6,6 +6,7 @@ library itself where DSPARK_SPECULATORS names its Python.
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 from dspark.drafters.checkpoints.checkpoint import (
     borrow_tables,
     load_drafter,
+    save_attached,
+    save_gguf,
+    save_published,
     save_speculators,
 )
 from dspark.drafters.checkpoints.registry import read_config
@@ -24,7 +28,11 @@ from dspark.errors import CompatibilityError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "speculators"
 BLOCKS = ("dspark", "dspark_gated", "dspark_rnn", "dspark_llama", "dflash", "dflash_anchor")
-CHAINS = ("eagle3", "eagle3_llama")
+CHAINS = ("eagle3", "eagle3_llama", "peagle")
+
+
+def save_gguf_of(drafter, path):
+    save_gguf(drafter, path, {})
 
 
 def bound(folder):
@@ -72,7 +80,11 @@ def test_chains_are_those_of_the_library(name, drafter_of, draft):
     drafter, wanted = drafter_of(name), load_file(GOLDEN / name / "forward.safetensors")
     tokens, passes = wanted["tokens"].tolist(), drafter.block_size
     assert passes == len(wanted["logits"]) == 3
-    for anchor in (1, 6, len(tokens) - 1 - passes):
+    # P-EAGLE's forward draws which rows of its later depths it computes.
+    there = wanted.get("there", torch.ones(passes, len(tokens) - 1)).bool().all(0)
+    whole = [place + 1 for place in there[: len(tokens) - 1 - passes].nonzero().flatten().tolist()]
+    assert len(whole) > 8
+    for anchor in (whole[0], whole[5], whole[-1]):
         draw, _ = draft(
             drafter,
             [wanted["features"][:anchor]],
@@ -93,10 +105,30 @@ def test_control_a_block_of_another_layout_differs(name, draft):
     assert (draw.logits[0][0] - first).abs().max() > 1e-2
 
 
-def test_p_eagle_is_refused_by_name():
+def test_p_eagle_of_more_layers_is_refused():
     data = json.loads((GOLDEN / "peagle" / "config.json").read_text())
-    with pytest.raises(CompatibilityError, match="peagle"):
+    data["transformer_layer_config"]["num_hidden_layers"] = 4
+    with pytest.raises(CompatibilityError, match="num_hidden_layers is 4"):
         read_config(data, "config.json")
+
+
+@pytest.mark.parametrize("save", [save_published, save_gguf_of])
+def test_p_eagle_has_no_place_in_other_engines_files(save, tmp_path):
+    with pytest.raises(CompatibilityError, match="all drafts in one pass"):
+        save(bound(GOLDEN / "peagle"), tmp_path / "out.gguf")
+
+
+def test_p_eagle_travels_attached(tmp_path, draft):
+    shutil.copytree(GOLDEN / "target", tmp_path / "target")
+    drafter = bound(GOLDEN / "peagle")
+    save_attached(drafter, tmp_path / "target", dtype=None)
+    back = load_drafter(tmp_path / "target")
+    borrow_tables(back, TargetTables.read(GOLDEN / "target"))
+    wanted = load_file(GOLDEN / "peagle" / "forward.safetensors")
+    tokens, given = wanted["tokens"].tolist(), wanted["features"][:6]
+    one, other = (draft(d, [given], [tokens[6]], tokens=[tokens[:6]])[0] for d in (drafter, back))
+    assert back.config.mask_token_id == 47
+    assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from speculators.models.dspark import core as dspark
 from speculators.models.dspark.core import DSparkDraftModel
 from speculators.models.eagle3 import core as eagle3
 from speculators.models.eagle3.core import Eagle3DraftModel
+from speculators.models.peagle import core as peagle
 from speculators.models.peagle.core import PEagleDraftModel
 from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -97,6 +98,7 @@ def made(name: str):
         mask_token_id=VOCAB - 1,
         markov_rank=6,
         ttt_steps=PASSES,
+        num_depths=PASSES,
         draft_attn_impl="eager" if "eagle" in name else "sdpa",
         **({"norm_before_residual": False} | own),
         **maps,
@@ -104,7 +106,8 @@ def made(name: str):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for part, weight in model.named_parameters():
-            if weight.requires_grad and "embed_tokens" not in part:
+            # P-EAGLE's embedding is its own, that of its mask token above all.
+            if weight.requires_grad and ("embed_tokens" not in part or name == "peagle"):
                 mean, std = (1.0, 0.2) if "norm" in part else (0.0, 0.25)
                 weight.normal_(mean, std, generator=generator)
     return model.eval()
@@ -113,8 +116,8 @@ def made(name: str):
 def caught_metrics(module, found):
     """In the place of a loss, whose kernels want a GPU: keep what it was given."""
 
-    def ours(*args, **_options):
-        found.append(args)
+    def ours(*args, **options):
+        found.append(args or options)
         return torch.zeros(()), {}
 
     module.compute_metrics = ours
@@ -144,13 +147,14 @@ def forward(name: str, model) -> dict[str, torch.Tensor]:
         "document_ids": torch.zeros(1, LENGTH, dtype=torch.long),
     }
     saved = {"features": features[0], "tokens": tokens[0]}
-    if "eagle3" in name:
-        heads = []
-        caught_metrics(eagle3, heads)
+    heads, anchors = [], []
+    if "eagle" in name:
         shifted = {key: value[:, :-1] for key, value in given.items()}
+        if name == "peagle":
+            return saved | at_once(model, features[:, :-1], tokens[:, 1:], shifted)
+        caught_metrics(eagle3, heads)
         model(features[:, :-1], tokens[:, 1:], ttt_steps=PASSES, **shifted)
         return saved | {"logits": torch.stack([args[0][0] for args in heads])}
-    heads, anchors = [], []
     module = dspark if isinstance(model, DSparkDraftModel) else dflash
     caught_metrics(module, heads)
     caught_anchors(anchors)
@@ -164,6 +168,22 @@ def forward(name: str, model) -> dict[str, torch.Tensor]:
     return saved
 
 
+def at_once(model, features, tokens, given):
+    """Logits of P-EAGLE's rows by depth and place, and `there`: which of them it drew."""
+    heads = []
+    caught_metrics(peagle, heads)
+    given["loss_mask"] = given["loss_mask"].index_fill(1, torch.tensor([0]), False)
+    torch.manual_seed(5)
+    every = {"down_sample_ratio": 1.0, "down_sample_ratio_min": 1.0}
+    model(features, tokens, num_depths=PASSES, **every, **given)
+    found = heads[0]
+    rows = found["depth"], found["anchor_pos"]
+    logits = torch.zeros(PASSES, LENGTH - 1, found["logits"].shape[-1])
+    there = torch.zeros(PASSES, LENGTH - 1, dtype=torch.uint8)
+    logits[rows], there[rows] = found["logits"][0], 1
+    return {"logits": logits, "there": there}
+
+
 def main(folder: str) -> None:
     """Write everything."""
     os.chdir(folder)
@@ -172,11 +192,8 @@ def main(folder: str) -> None:
         model = made(name)
         model.save_pretrained(name)
         Path(name, "config.py").unlink(missing_ok=True)  # the library's own code
-        if name == "peagle":  # which is refused by its config.json
-            Path(name, "model.safetensors").unlink()
-        else:
-            found = forward(name, model)
-            save_file({k: v.contiguous() for k, v in found.items()}, f"{name}/forward.safetensors")
+        found = forward(name, model)
+        save_file({k: v.contiguous() for k, v in found.items()}, f"{name}/forward.safetensors")
 
 
 if __name__ == "__main__":
