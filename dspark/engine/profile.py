@@ -14,7 +14,8 @@ import torch
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.requests.sequence import ActiveRequest
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey

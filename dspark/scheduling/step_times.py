@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 PRIOR_ROUNDS, HALF_LIFE = 2.0, 64.0
 RIDGE = 0.3
 FADE = 0.5 ** (1 / HALF_LIFE)
-LEAST, MOST = 0.1, 10.0
+LEAST, MOST = 0.02, 10.0
 # What a point's place on the curve is worth in rounds, and how fast rounds near it fade.
 NODE_ROUNDS, NODE_FADE = 3.0, 0.03
 # A round that took so much more or less than was expected is taken for this much.

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import SamplingParams
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
