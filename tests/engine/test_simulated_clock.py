@@ -127,9 +127,7 @@ def best(machine, requests, **options):
 )
 def test_lagged_is_hardly_below_the_best_even_with_a_wrong_table(machine, table, requests):
     ours = decode(made("lagged", table.table()), machine, requests)
-    # Rows that are said to be twenty times too dear are found out slowly beside 32 requests.
-    floor = 0.9 if requests == 32 and table.row_ms == 1.0 else 0.96
-    assert ours > floor * best(machine, requests)
+    assert ours > 0.97 * best(machine, requests)
 
 
 def test_without_corrections_a_wrong_table_costs_much():
@@ -149,9 +147,16 @@ def test_a_useless_drafter_costs_hardly_anything(name, machine, requests):
     costs = None if name == "auto" else machine.table()
     options = {"useful": False, "rounds": 600}
     ours = decode(made(name, costs), machine, requests, **options)
-    assert ours > 0.95 * best(machine, requests, **options)
+    assert ours > 0.97 * best(machine, requests, **options)
+
+
+@pytest.mark.parametrize("machine", [FLAT, LINEAR])
+@pytest.mark.parametrize("requests", [1, 12])
+def test_control_without_protection_a_useless_drafter_costs_more(machine, requests):
+    """The cheapest of these, one request on the flat machine, drafts for 2.4 ms beside 20.1."""
+    options = {"useful": False, "rounds": 120}
     unprotected = decode(made("fixed"), machine, requests, **options)
-    assert unprotected < 0.95 * ours
+    assert unprotected < 0.93 * best(machine, requests, **options)
 
 
 @pytest.mark.parametrize("requests", [1, 16])

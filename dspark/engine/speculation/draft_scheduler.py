@@ -84,6 +84,7 @@ class Scheduler:
         self.depth: int | None = None
         self._budget: int | None = None
         self._round = self._next_look = 0
+        self._rests = False  # whether drafting is off, and nothing was asked about this round
         self._looks = False  # whether this round verifies more than is best, to see what that takes
 
     @property
@@ -110,7 +111,7 @@ class Scheduler:
         """
         self.acceptance.begin()
         self.depth = self._budget = None
-        self._round, self._looks = self._round + 1, False
+        self._round, self._looks, self._rests = self._round + 1, False, False
         ready = [request for request in requests if request.drafts]
         if not ready or not self.schedule.protects:
             return list(most)
@@ -120,7 +121,8 @@ class Scheduler:
         foresight = self._weighs(len(ready))
         if foresight is None:
             return list(most)
-        if self._switch.rests(playing):
+        self._rests = self._switch.rests(playing)
+        if self._rests:
             return self._none(most)
         foresight.kind = _kind(ready)
         plan = foresight.plan(self.acceptance.earlier(ready), np.array(most[: len(ready)]))
@@ -225,7 +227,9 @@ class Scheduler:
         elif gain is not None and self._looks:
             extra = self._protection.usual_gain(len(ready)) - gain
             self._next_look = self._round + int(min(max(extra, 0.0) / PROBE_SHARE, RARE))
-        if self._foresight is not None and self._protection.rest(len(ready)) < OLD:
+        if self._foresight is None or self._rests:
+            return
+        if self._protection.rest(len(ready)) < OLD:
             self._foresight.learn(_kind(ready), seen)
 
     def forget(self, request_id: int) -> None:
