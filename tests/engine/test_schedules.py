@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_context_after_a_pause_is_whole(tiny, target):
     drafter = tiny.make_drafter(target)
     records = []
     schedule = scheduler("lagged", table(flat, draft_ms=100.0))
+    schedule._foresight.probe = lambda plan, _requests: replace(plan, depth=5, budget=5)
     prompt = (1, 2, 3)
     decode(target, drafter, [Request(prompt, SamplingParams(90))], schedule, records=records)
     committed, checked = list(prompt), 0
