@@ -79,6 +79,11 @@ class Protection:
         account = self._accounts.get(requests.bit_length())
         return 0.0 if account is None else account.gain
 
+    def plain_ms(self, requests: int) -> float:
+        """Milliseconds of a plain round of so many requests; only where one has been seen."""
+        seen = StepTime(requests, 0, 0, 0, 0.0, 0.0, requests)
+        return self._account(requests).plain.expected_ms(seen)[0]
+
     def learn(self, seen: StepTime) -> float | None:
         """Take note of a finished round.
 

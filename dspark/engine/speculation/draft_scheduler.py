@@ -14,7 +14,7 @@ import numpy as np
 from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.acceptance import Acceptance, Offer
 from dspark.engine.speculation.draft import Drafts
-from dspark.engine.speculation.foresight import MARGIN, Foresight
+from dspark.engine.speculation.foresight import MARGIN, Foresight, Plan
 from dspark.engine.speculation.round_record import FloatArray, Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
@@ -34,6 +34,10 @@ from dspark.scheduling.draft_switch import PROBE_SHARE, DraftSwitch
 from dspark.scheduling.lookahead import lookahead_lengths
 from dspark.scheduling.protection import OLD, RARE, Protection
 from dspark.scheduling.step_times import StepTime
+
+# Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
+# promises.
+EVERY, KEPT = 4, 0.03
 
 
 class Scheduler:
@@ -84,13 +88,16 @@ class Scheduler:
         self.depth: int | None = None
         self._budget: int | None = None
         self._round = self._next_look = 0
+        self._coasts = False  # whether this round verifies whole blocks, without a new plan
+        self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
+        self._promised, self._kept = 1.0, 1.0  # gain of the plan; what rounds kept of such promises
         self._rests = False  # whether drafting is off, and nothing was asked about this round
         self._looks = False  # whether this round verifies more than is best, to see what that takes
 
     @property
     def reads_confidences(self) -> bool:
-        """Whether lengths hang on confidences."""
-        return self.schedule.reads_confidences
+        """Whether this round's lengths hang on confidences."""
+        return self.schedule.reads_confidences and not self._coasts
 
     @property
     def budget(self) -> int | None:
@@ -111,7 +118,7 @@ class Scheduler:
         """
         self.acceptance.begin()
         self.depth = self._budget = None
-        self._round, self._looks, self._rests = self._round + 1, False, False
+        self._round, self._looks, self._rests, self._coasts = self._round + 1, False, False, False
         ready = [request for request in requests if request.drafts]
         if not ready or not self.schedule.protects:
             return list(most)
@@ -121,21 +128,48 @@ class Scheduler:
         foresight = self._weighs(len(ready))
         if foresight is None:
             return list(most)
-        self._rests = self._switch.rests(playing)
-        if self._rests:
+        if self._coasts_on(len(ready)):
+            self._budget = sum(most)
+            return list(most)
+        plan = self._plan(foresight, ready, playing, most)
+        if plan is None:
             return self._none(most)
-        foresight.kind = _kind(ready)
-        plan = foresight.plan(self.acceptance.earlier(ready), np.array(most[: len(ready)]))
-        if not self._switch.decide(plan.gain):
-            return self._none(most)
-        if self._switch.probes:
-            plan = foresight.probe(plan, len(ready))
-        elif self._protection.refreshes and self._round >= self._next_look:
-            plan, self._looks = foresight.longer(plan, len(ready), sum(most)), True
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
         return [min(limit, plan.depth) for limit in most]
+
+    def _coasts_on(self, requests: int) -> bool:
+        """Whether whole blocks were best so steadily that this round verifies them unasked."""
+        due = self._round % EVERY == 0 or self._protection.refreshes
+        self._coasts = self._whole >= EVERY and requests == self._load and not due
+        return self._coasts
+
+    def _plan(
+        self,
+        foresight: Foresight,
+        ready: Sequence[ActiveRequest],
+        playing: int,
+        most: Sequence[int],
+    ) -> Plan | None:
+        """What the round is to do; None where drafting promises less than plain decoding."""
+        requests = len(ready)
+        self._rests = self._switch.rests(playing)
+        if self._rests:
+            return None
+        foresight.kind = _kind(ready)
+        plan = foresight.plan(self.acceptance.earlier(ready), np.array(most[:requests]))
+        whole = self.schedule.name == "lagged" and plan.budget >= sum(most)
+        self._whole = self._whole + 1 if whole and requests == self._load else 0
+        self._load = requests
+        if not self._switch.decide(plan.gain * self._kept):
+            return None
+        self._promised = plan.gain
+        if self._switch.probes:
+            return foresight.probe(plan, requests)
+        if self._protection.refreshes and self._round >= self._next_look:
+            plan, self._looks = foresight.longer(plan, requests, sum(most)), True
+        return plan
 
     def _none(self, most: Sequence[int]) -> list[int]:
         """Nothing is drafted in this round."""
@@ -153,6 +187,8 @@ class Scheduler:
             offer: what was drafted.
         """
         ready = requests[: offer.num_requests]
+        if self._coasts:
+            return _as_list(fixed_lengths(len(ready), offer.drawn))
         confidence_DK = self.acceptance.see(ready, offer)
         if self.schedule.threshold is not None and confidence_DK is not None:
             return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
@@ -199,7 +235,7 @@ class Scheduler:
         """
         if self.schedule.protects:
             self._learn_times(requests, drafts, accepted, spent)
-        if self.schedule.weighs_costs:
+        if self.schedule.weighs_costs and not self._coasts:
             self.acceptance.learn(requests, drafts, accepted)
         return self.acceptance.survival_DK
 
@@ -227,8 +263,12 @@ class Scheduler:
         elif gain is not None and self._looks:
             extra = self._protection.usual_gain(len(ready)) - gain
             self._next_look = self._round + int(min(max(extra, 0.0) / PROBE_SHARE, RARE))
-        if self._foresight is None or self._rests:
+        if self._foresight is None or self._rests or self._coasts:
             return
+        if gain is not None and not (self._switch.probes or self._looks):
+            rounds = seen.total_ms / self._protection.plain_ms(len(ready))
+            kept = min(max((rounds + gain) / rounds / self._promised, 0.25), 4.0)
+            self._kept += KEPT * (min(kept, 4.0) - self._kept)
         if self._protection.rest(len(ready)) < OLD:
             self._foresight.learn(_kind(ready), seen)
 
