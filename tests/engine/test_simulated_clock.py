@@ -163,3 +163,22 @@ def test_control_without_protection_a_useless_drafter_costs_more(machine, reques
 def test_auto_drafts_where_that_is_faster(requests):
     ours = decode(made("auto"), FLAT, requests)
     assert ours > 0.97 * best(FLAT, requests)
+
+
+@pytest.mark.parametrize(("machine", "unasked"), [(FLAT, True), (LINEAR, False)])
+def test_whole_blocks_that_are_best_for_long_are_verified_unasked(machine, unasked):
+    """Nothing is computed to decide their lengths; where rows are dear, every round decides."""
+    schedule, seen = made("lagged", machine.table()), []
+    lengths = schedule.lengths
+
+    def spy(*args):
+        found = lengths(*args)
+        seen.append((schedule.reads_confidences, found))
+        return found
+
+    schedule.lengths = spy
+    decode(schedule, machine, 8)
+    blind = [found for reads, found in seen if not reads]
+    assert (len(blind) > len(seen) / 2) is unasked
+    assert all(found == [NUM_DRAFTS] * 8 for found in blind)
+    assert unasked or not blind

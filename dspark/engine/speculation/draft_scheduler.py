@@ -89,6 +89,7 @@ class Scheduler:
         self._budget: int | None = None
         self._round = self._next_look = 0
         self._coasts = False  # whether this round verifies whole blocks, without a new plan
+        self._may_coast = schedule.name == "lagged" and tree_depth is None
         self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
         self._promised, self._kept = 1.0, 1.0  # gain of the plan; what rounds kept of such promises
         self._rests = False  # whether drafting is off, and nothing was asked about this round
@@ -159,10 +160,11 @@ class Scheduler:
             return None
         foresight.kind = _kind(ready)
         plan = foresight.plan(self.acceptance.earlier(ready), np.array(most[:requests]))
-        whole = self.schedule.name == "lagged" and plan.budget >= sum(most)
-        self._whole = self._whole + 1 if whole and requests == self._load else 0
-        self._load = requests
-        if not self._switch.decide(plan.gain * self._kept):
+        on = self._switch.decide(plan.gain * self._kept)
+        whole = self._may_coast and plan.budget >= sum(most)
+        steady = on and whole and not self._switch.probes and requests == self._load
+        self._whole, self._load = self._whole + 1 if steady else 0, requests
+        if not on:
             return None
         self._promised = plan.gain
         if self._switch.probes:
@@ -267,8 +269,8 @@ class Scheduler:
             return
         if gain is not None and not (self._switch.probes or self._looks):
             rounds = seen.total_ms / self._protection.plain_ms(len(ready))
-            kept = min(max((rounds + gain) / rounds / self._promised, 0.25), 4.0)
-            self._kept += KEPT * (min(kept, 4.0) - self._kept)
+            kept = (rounds + gain) / rounds / self._promised
+            self._kept += KEPT * (min(max(kept, 0.25), 4.0) - self._kept)
         if self._protection.rest(len(ready)) < OLD:
             self._foresight.learn(_kind(ready), seen)
 
@@ -278,8 +280,9 @@ class Scheduler:
 
     def _weighs(self, num_requests: int) -> Foresight | None:
         """Who weighs costs in this round; with more requests than were measured, nobody does."""
-        weighs = self.schedule.weighs_costs and self.costs is not None and num_requests > 0
-        return self._foresight if weighs and self.costs.covers(num_requests) else None
+        if self.costs is None or not self.schedule.weighs_costs or not num_requests:
+            return None
+        return self._foresight if self.costs.covers(num_requests) else None
 
 
 def schedule_of(given: Schedule | Scheduler | None) -> Schedule:

@@ -80,8 +80,8 @@ class Foresight:
         requests, depths = len(most_D), self._depths
         self._since += 1
         if self._last is not None and self._since < _EVERY:
-            *alike, depth = self._last
-            depths = [depth] if alike == [self.kind, requests] else depths
+            kind, count, depth = self._last
+            depths = [depth] if (kind, count) == (self.kind, requests) else depths
         step_ms_DN = {
             depth: self.step_ms(requests, int(np.minimum(most_D, depth).sum()), depth)
             for depth in depths
