@@ -5,13 +5,16 @@
 Each user stands behind a context of random keys and values, since a prompt's read would take
 minutes and its numbers change no time. A step has one row a user (plain decoding) or `--rows` (a
 verification); milliseconds are lower quartiles. `resident` is the process's memory after the steps.
+`--figure` draws the curves (extra `plots`); with `--line` those of an earlier JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +68,48 @@ def resident() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmRSS"))
 
 
+def draw(line: Mapping[str, Any], path: Path) -> None:
+    """Write the curves of time and memory over context, a line for each number of users.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, machine = line["settings"]["rows"], line["environment"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    panels = (
+        ("a step of plain decoding, ms a user", lambda step: step["plain_ms"] / step["users"]),
+        (
+            f"a verification of {rows} rows, ms a user",
+            lambda step: step["verify_ms"] / step["users"],
+        ),
+        ("memory of the cache, GB", lambda step: step["cache_mb"] / 1e3),
+    )
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for users in sorted({step["users"] for step in line["steps"]}):
+            steps = [step for step in line["steps"] if step["users"] == users]
+            xs = [step["context"] for step in steps]
+            axis.plot(
+                xs,
+                [value(step) for step in steps],
+                marker="o",
+                label=f"{users} user{'s' * (users > 1)}",
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens of context")
+        axis.set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    threads = f"{machine['threads']} thread(s)"
+    figure.suptitle(f"{line['settings']['model']} on {machine['cpu']}, {threads}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Measure, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -74,7 +119,12 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=list(USERS))
     parser.add_argument("--rows", type=int, default=8, help="of a verification")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--figure", type=Path, help="draw the curves into this file")
+    parser.add_argument("--line", type=Path, help="the JSON line of an earlier run, to draw it")
     options = parser.parse_args()
+    if options.line is not None:
+        draw(json.loads(options.line.read_text()), options.figure or Path("context_cost.png"))
+        return
     torch.set_num_threads(options.threads)
     target = dspark.load(options.model, device="cpu", dtype=options.dtype or "auto").target
     say("| users | context | plain ms | ms a token and user | verify ms | cache MB | resident MB |")
@@ -90,7 +140,10 @@ def main() -> None:
                 f"{found['cache_mb']:,} | {found['resident_mb']:,} |"
             )
     settings = {"model": options.model, "rows": options.rows, "weights": target.weights}
-    emit("context_cost", environment(target.dtype), {"settings": settings, "steps": lines})
+    machine, results = environment(target.dtype), {"settings": settings, "steps": lines}
+    emit("context_cost", machine, results)
+    if options.figure is not None:
+        draw({"environment": machine, **results}, options.figure)
 
 
 if __name__ == "__main__":

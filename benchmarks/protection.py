@@ -11,7 +11,6 @@ ones, run in turn with the plain engine's, what remains.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
 from dspark.evaluation.check.check import PROMPTS
 from dspark.evaluation.check.live import render
-from dspark.evaluation.load.closed_loop import closed_loop
+from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, closed_loops
 from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
 from dspark.training.drafters.new_drafter import drafter_config
@@ -36,6 +35,7 @@ from dspark.training.settings import DSparkSettings
 
 DRAFTERS = ("random", "wrong", "early", "slow")
 FLOOR = 0.97
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 QUICK = {"load": (1, 2), "requests": 2, "max_new_tokens": 12, "repeats": 1}
 
 
@@ -98,30 +98,41 @@ def measure(model: Model, pool: Sequence[Request], load: int, args: Any) -> dict
     )
     assert ours._speculator is not None
     shield = ours._speculator.shield
-    ratios, shares = [], []
+    runs = list[tuple[LoadRun, LoadRun]]()
     closed_loop(plain, lambda i: pool[i % len(pool)], users=load, count=load)  # warms up
     for repeat in range(args.repeats + 1):
         first = repeat * args.requests
-        runs = {}
-        for engine in (plain, ours) if repeat % 2 else (ours, plain):
-            runs[engine is ours] = closed_loop(
-                engine,
-                lambda i, first=first: pool[(first + i) % len(pool)],
-                users=load,
-                count=max(args.requests, 2 * load),
-            )
-        ratios.append(runs[True].tokens_per_s / runs[False].tokens_per_s)
+        pair = closed_loops(
+            (plain, ours),
+            lambda i, first=first: pool[(first + i) % len(pool)],
+            users=load,
+            count=max(args.requests, 2 * load),
+            now=CLOCKS[args.clock],
+        )
+        runs.append((pair[0], pair[1]))
         if shield.fault is not None:  # a drafter that is switched off costs nothing
             raise shield.fault
-        stats = runs[True].stats
-        shares.append(stats.verified / max(stats.rounds, 1))
+    later = runs[1:]
+    ratio = _speed([own for _, own in later]) / _speed([its for its, _ in later])
     return {
-        "first": ratios[0],
-        "later": statistics.median(ratios[1:]),
-        "later_all": ratios[1:],
-        "verified_per_round": shares,
-        "reached": statistics.median(ratios[1:]) >= FLOOR,
+        "first": _speed([runs[0][1]]) / _speed([runs[0][0]]),
+        "later": ratio,
+        "later_all": [own.tokens_per_s / its.tokens_per_s for its, own in later],
+        "lost_rounds": [_lost_rounds(its, own, load) for its, own in runs],
+        "verified_per_round": [own.stats.verified / max(own.stats.rounds, 1) for _, own in runs],
+        "reached": ratio >= FLOOR,
     }
+
+
+def _speed(runs: Sequence[LoadRun]) -> float:
+    """Tokens per second of runs together."""
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
+
+
+def _lost_rounds(plain: LoadRun, ours: LoadRun, load: int) -> float:
+    """Time that was lost, in rounds of plain decoding."""
+    per_s = plain.tokens_per_s
+    return (ours.seconds - ours.tokens / per_s) * per_s / load
 
 
 def main() -> None:
@@ -157,6 +168,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3, help="after the first run")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="of the process, or of all")
     parser.add_argument("--schedule", choices=("auto", "fixed"), default="auto")
     parser.add_argument("--early", type=int, default=100, help="tokens until `early` turns wrong")
     parser.add_argument("--slow-ms", type=float, default=200.0, help="of a proposal of `slow`")

@@ -11,12 +11,11 @@ import torch
 from dspark.drafters.base import Drafter
 from dspark.engine.kv.memory import Memory
 from dspark.engine.requests.admission import Roster
-from dspark.engine.requests.detokenizer import TextStream
 from dspark.engine.requests.sequence import ActiveRequest, Event, Piece
-from dspark.engine.requests.step_plan import StepPlan, plan_step
+from dspark.engine.requests.step_plan import StepPlan, default_step_tokens, plan_step
 from dspark.engine.requests.validation import check_request, check_sizes, checked_num_drafts
 from dspark.engine.round import play
-from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler, schedule_of
 from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
@@ -24,12 +23,8 @@ from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.speculation.speculator import Speculator
 from dspark.engine.speculation.trees.draft import TreeDrafting
 from dspark.engine.timing import Clock
-from dspark.errors import UsageError
 from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.targets.target import Target
-
-# Rows of a step: on a CPU a step of so many takes a few times as long as one of a few rows.
-_CPU_STEP_TOKENS, _DEVICE_STEP_TOKENS = 512, 2048
 
 
 class Engine:
@@ -89,23 +84,17 @@ class Engine:
     ) -> None:
         check_sizes(
             verifier,
-            max_queue=max_queue,
-            max_length=max_length,
+            max_queue,
+            max_length,
+            memory_share,
             max_requests=max_requests,
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
         )
-        if memory_share is not None and not 0 < memory_share <= 1:
-            raise UsageError(f"memory_share is {memory_share}, but must be above 0 and at most 1.")
         self.target = target
-        given = schedule if isinstance(schedule, Scheduler) else None
-        self.schedule = (
-            schedule.schedule if isinstance(schedule, Scheduler) else schedule or Schedule()
-        )
+        self.schedule = schedule_of(schedule)
         self.drafter = None if self.schedule.name == "off" else drafter
-        self.verifier = verifier
-        self.max_requests = max_requests
-        self._now = now
+        self.verifier, self.max_requests, self._now = verifier, max_requests, now
         self.max_length = min(max_length or target.max_context, target.max_context)
         self.num_drafts = checked_num_drafts(self.drafter, block_size)
         trees = None
@@ -113,8 +102,7 @@ class Engine:
             trees = TreeDrafting.checked(tree_nodes, self.drafter, target, self.schedule.name)
         self.tree_nodes = None if trees is None else trees.nodes
         self.most_drafts = self.num_drafts if trees is None else trees.nodes
-        on_cpu = target.device.type == "cpu"
-        self.step_tokens = step_tokens or (_CPU_STEP_TOKENS if on_cpu else _DEVICE_STEP_TOKENS)
+        self.step_tokens = step_tokens or default_step_tokens(target.device)
         self.memory = Memory(
             target,
             self.drafter,
@@ -126,26 +114,14 @@ class Engine:
             reuse=prefix_reuse and not target.own_cache,
         )
         self.roster = Roster(self.memory, max_requests, max_queue)
-        self.clock = Clock()
-        self._next_id = 0
+        self.clock, self._next_id = Clock(), 0
         self._sampling: RequestSampling | None = None
         self._speculator: Speculator | None = None
-        if self.drafter is not None:
-            assert self.memory.context is not None
-            self._speculator = Speculator(
-                self.drafter,
-                self.memory.context,
-                given
-                or Scheduler(
-                    self.schedule,
-                    verifier,
-                    self.most_drafts,
-                    tree_depth=None if trees is None else self.num_drafts,
-                ),
-                watch,
-                Shield(strict=strict),
-                trees=trees,
+        if self.memory.context is not None:
+            speculator = Speculator.of(
+                self.memory.context, schedule or self.schedule, verifier, self.num_drafts, trees
             )
+            self._speculator = replace(speculator, watch=watch, shield=Shield(strict=strict))
 
     def watch(self, watch: Watch | None, *, confidences: bool = True) -> None:
         """Tell `watch` about every round from now on in which a drafter takes part.
@@ -184,47 +160,26 @@ class Engine:
                 of a model without a tokenizer.
             QueueFullError: too many requests wait already.
         """
-        self._check(request)
+        check_request(request, self.target, self.memory, self.max_length)
         self.roster.check_queue(request.params.n)
         first_id = self._next_id
+        deadline = None if request.timeout_s is None else self._now() + request.timeout_s
         for sample in request.samples():
-            self.roster.queue.append(self._activate(sample, first_id, prompt, live))
+            waiting = ActiveRequest.waiting(
+                sample, self._next_id, self.target, self.max_length, prompt, live=live
+            )
+            waiting.first_id, waiting.deadline = first_id, deadline
+            self.roster.queue.append(waiting)
             self._next_id += 1
         return first_id
-
-    def _activate(self, request: Request, first_id: int, prompt: str, live: bool) -> ActiveRequest:
-        params = request.params
-        ends = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.target.eos_token_ids
-        tokenizer = self.target.tokenizer
-        timeout_s = request.timeout_s
-        return ActiveRequest(
-            request_id=self._next_id,
-            request=request,
-            prompt=prompt,
-            end_ids=ends,
-            max_tokens=self.max_length,
-            text=None
-            if tokenizer is None
-            else TextStream(tokenizer, params.stop, params.min_tokens),
-            live=live or bool(params.stop),
-            first_id=first_id,
-            deadline=None if timeout_s is None else self._now() + timeout_s,
-        )
-
-    def _check(self, request: Request) -> None:
-        check_request(request, self.target, self.memory, self.max_length)
 
     def cancel(self, request_id: int) -> Output | None:
         """End a request now; what it has so far, or None if it is not waiting or running.
 
         Of several answers asked for together this ends one; `cancel_all` ends the rest.
         """
-        for active in self.roster.everyone:
-            if active.request_id == request_id:
-                return self._end(active, "cancelled").output
-        return None
+        active = next((r for r in self.roster.everyone if r.request_id == request_id), None)
+        return None if active is None else self._end(active, "cancelled").output
 
     def cancel_all(self, first_id: int) -> list[Output]:
         """End every answer that is still to come of those asked for together.
@@ -238,12 +193,9 @@ class Engine:
 
     def _expire(self) -> list[Event]:
         """End the requests whose time is up, whether they wait or run."""
-        timed = [r for r in self.roster.everyone if r.deadline is not None]
-        if not timed:
-            return []
-        now = self._now()
-        late = [r for r in timed if r.deadline is not None and r.deadline <= now]
-        return [self._end(active, "timeout") for active in late]
+        timed = [(r, r.deadline) for r in self.roster.everyone if r.deadline is not None]
+        now = self._now() if timed else 0.0
+        return [self._end(active, "timeout") for active, deadline in timed if deadline <= now]
 
     def _end(
         self, active: ActiveRequest, reason: FinishReason, pieces: tuple[Piece, ...] = ()
@@ -271,7 +223,8 @@ class Engine:
         events = self._expire()
         roster = self.roster
         roster.admit()
-        self._rest()
+        if self._speculator is not None:
+            self._speculator.rest(roster.running, shares=self.memory.pool.reuse)
         roster.make_room()
         if roster.running:
             plan = plan_step(roster.running, self.step_tokens, self.most_drafts)
@@ -279,24 +232,6 @@ class Engine:
             if not roster.running:  # idle from here on: time to prove that nothing leaked
                 self.memory.check()
         return events
-
-    def _rest(self) -> None:
-        """Have requests decoded plainly that end before the drafter is tried again.
-
-        Nothing is kept for the drafter then. Prompts that others could share are read for it all
-        the same.
-        """
-        if self._speculator is None:
-            return
-        roster, scheduler = self.roster, self._speculator.scheduler
-        rounds = scheduler.rest(sum(request.ready for request in roster.running))
-        if not rounds:
-            return
-        for request in roster.running:
-            unshared = request.ready or not self.memory.pool.reuse
-            if unshared and not request.plain and request.room < rounds:
-                request.decode_plainly(request.cached)
-        roster.running.sort(key=lambda request: request.plain)  # who drafts comes first
 
     def _play(self, plan: StepPlan) -> list[Event]:
         requests, sampling, state = plan.judged, None, None
@@ -345,7 +280,7 @@ class Engine:
             NumericsError: likewise.
         """
         for request in requests:
-            self._check(request)
+            check_request(request, self.target, self.memory, self.max_length)
         texts = prompts or [""] * len(requests)
         ids, outputs = list[int](), dict[int, Output]()
         for request, text in zip(requests, texts, strict=True):

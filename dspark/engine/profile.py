@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ import torch
 from dspark.drafters.base import Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.requests.sequence import ActiveRequest
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
@@ -133,40 +134,51 @@ def measure_costs(
         for count in counts
     }
     plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].most_drafts)]
-    verify: dict[tuple[int, int], list[float]] = {point: [] for point in plan}
-    draft: dict[int, list[float]] = {count: [] for count in counts}
-    single: dict[int, list[float]] = {count: [] for count in counts}
+    seen, warming = _Seen(), _Seen()
     done, started = 0, time.perf_counter()
-    for visit in range(-1, repeats):
+    for visit in range(-1, repeats):  # the first visit warms up
         if visit > 0 and limit_s is not None and time.perf_counter() - started > limit_s:
             break
         for count, n in plan:
             engine, told = rooms[count]
-            _refill(engine, told, count, temperature)
-            told.told = [n // count + (i < n % count) for i in range(count)]
-            before = replace(engine.clock)
-            engine.step()
-            if visit >= 0:  # the first visit warms up
-                verify[count, n].append(engine.clock.verify_ms - before.verify_ms)
-                draft[count].append(engine.clock.draft_ms - before.draft_ms)
-            if n == count:  # once a visit
-                _refill(engine, told, count, temperature)
-                spent = _single_draft_ms(engine, told, count)
-                single[count] += [spent] if visit >= 0 else []
+            (seen if visit >= 0 else warming).visit(engine, told, count, n, temperature)
             done += 1
             if progress is not None:
                 progress(done, len(plan) * (repeats + 1))
-    points = tuple(
-        CostPoint(
+    return CostTable(tuple(seen.point(count, n) for count, n in plan), machine)
+
+
+@dataclass
+class _Seen:
+    """Milliseconds of every visit: of verification by point, of drafting by requests."""
+
+    verify: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    draft: dict[int, list[float]] = field(default_factory=dict)
+    single: dict[int, list[float]] = field(default_factory=dict)
+
+    def visit(self, engine: Engine, told: _Told, count: int, n: int, temperature: float) -> None:
+        """Time a round that verifies n drafts of `count` requests."""
+        _refill(engine, told, count, temperature)
+        told.told = [n // count + (i < n % count) for i in range(count)]
+        before = replace(engine.clock)
+        engine.step()
+        spent_ms = engine.clock.verify_ms - before.verify_ms
+        self.verify.setdefault((count, n), []).append(spent_ms)
+        self.draft.setdefault(count, []).append(engine.clock.draft_ms - before.draft_ms)
+        if n == count:  # once a visit of all points
+            _refill(engine, told, count, temperature)
+            self.single.setdefault(count, []).append(_single_draft_ms(engine, told, count))
+
+    def point(self, count: int, n: int) -> CostPoint:
+        """The point's fastest visits."""
+        draft_ms = _fast(self.draft[count])
+        return CostPoint(
             tokens=count + n,
             requests=count,
-            verify_ms=_fast(verify[count, n]),
-            draft_ms=_fast(draft[count]),
-            single_share=_share(_fast(single[count]), _fast(draft[count])),
+            verify_ms=_fast(self.verify[count, n]),
+            draft_ms=draft_ms,
+            single_share=_share(_fast(self.single[count]), draft_ms),
         )
-        for count, n in plan
-    )
-    return CostTable(points, machine)
 
 
 def _single_draft_ms(engine: Engine, told: _Told, count: int) -> float:

@@ -22,8 +22,7 @@ from dspark.engine.requests.prompt_scores import score_prompts, scored_rows, wit
 from dspark.engine.requests.sequence import ActiveRequest, Piece
 from dspark.engine.requests.step_plan import StepPlan
 from dspark.engine.speculation.draft import Drafts
-from dspark.engine.speculation.draft_scheduler import Spent
-from dspark.engine.speculation.round_record import RoundRecord, RoundTimes
+from dspark.engine.speculation.round_record import RoundRecord, RoundTimes, Spent
 from dspark.engine.speculation.sampling_state import RoundState
 from dspark.engine.speculation.speculator import Speculator, draft
 from dspark.engine.speculation.trees.forest import compact, in_order_of_paths

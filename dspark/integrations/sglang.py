@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.checkpoints.eagle import sglang_options
+from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.errors import CompatibilityError
 from dspark.scheduling.calibration_file import CalibrationEntry

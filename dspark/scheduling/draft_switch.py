@@ -6,23 +6,30 @@ import math
 
 from dspark.errors import NumericsError, UsageError
 
+# What probes may lose of all time, and between two looks at what drafting promises while it is off.
+PROBE_SHARE, EVERY = 0.005, 8
+
 
 class DraftSwitch:
     """Decides per round whether to draft, so that off is never for ever.
 
-    Ask it once a round with what earlier rounds promise (`prefix.drafting_gain`). The mean of
-    late promises counts: one unlucky round of a single request is no reason to stop. While
-    drafting does not gain, a probe round drafts all the same, to see whether that has changed:
-    after `first_pause` rounds, then after twice as many each time, up to `longest_pause`. The
-    spacing knows nothing of tokens or of randomness, so every output stays exact.
+    Ask it once a round with what earlier rounds promise. The mean of late promises counts: one
+    unlucky round of a single request is no reason to stop. While drafting does not gain, a probe
+    round drafts all the same, to see whether that has changed: at once, after `first_pause` rounds,
+    then after twice as many each time, up to `longest_pause`, and never before what the last one
+    lost (`lost`) is half a percent of the rounds since. The spacing knows nothing of this round's
+    tokens or of randomness, so every output stays exact.
+
+    Attributes:
+        probes: whether the round decided on last drafts as a probe.
     """
 
     def __init__(
         self,
         margin: float = 0.005,
         memory: float = 0.8,
-        first_pause: int = 32,
-        longest_pause: int = 256,
+        first_pause: int = 8,
+        longest_pause: int = 512,
     ) -> None:
         """Start without any round seen.
 
@@ -30,7 +37,7 @@ class DraftSwitch:
             margin: against noise: drafting is given up only where plain decoding promises more
                 than (1 + margin) times as much.
             memory: weight of earlier promises, per round.
-            first_pause: rounds without drafts before the first probe.
+            first_pause: rounds without drafts before the second probe.
             longest_pause: bound of the pauses, which double.
 
         Raises:
@@ -49,7 +56,23 @@ class DraftSwitch:
         self._margin, self._memory = margin, memory
         self._first, self._longest = first_pause, longest_pause
         self._gain: float | None = None
-        self._pause, self._idle = first_pause, first_pause  # a load not seen yet is probed at once
+        self._pause = self._idle = self._load = 0
+        self.probes = False
+
+    def rests(self, load: int) -> bool:
+        """Whether a round of so many requests drafts nothing in any case, so that none need ask.
+
+        While drafting is off, what it promises changes slowly: it is looked at every few rounds, or
+        when the load changes.
+        """
+        off = EVERY <= self._idle < self._pause and self._idle % EVERY and load == self._load
+        self._load = load
+        self._idle += bool(off)
+        return bool(off)
+
+    def lost(self, rounds: float) -> None:
+        """What the last probe lost, in plain rounds; below 0 where it gained."""
+        self._pause = int(min(max(self._pause, rounds / PROBE_SHARE), self._longest))
 
     def decide(self, gain: float) -> bool:
         """Whether this round drafts.
@@ -64,6 +87,7 @@ class DraftSwitch:
             raise NumericsError("The gain of drafting is NaN; check the survivals and costs.")
         old = gain if self._gain is None else self._gain
         self._gain = self._memory * old + (1 - self._memory) * gain
+        self.probes = False
         if (1 + self._margin) * self._gain >= 1:
             # What made it worth drafting may pass soon: pauses shrink step by step, too.
             self._pause, self._idle = max(self._first, self._pause // 2), 0
@@ -71,5 +95,6 @@ class DraftSwitch:
         if self._idle < self._pause:
             self._idle += 1
             return False
-        self._pause, self._idle = min(2 * self._pause, self._longest), 0
+        self._pause, self._idle = max(self._first, min(2 * self._pause, self._longest)), 0
+        self.probes = True
         return True

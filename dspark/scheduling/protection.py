@@ -74,10 +74,24 @@ class Protection:
         self.refreshes, account.fresh = account.fresh, False
         return True
 
-    def learn(self, seen: StepTime) -> None:
-        """Take note of a finished round."""
+    def usual_gain(self, requests: int) -> float:
+        """What drafting rounds of so many requests gain of late, in plain rounds."""
+        account = self._accounts.get(requests.bit_length())
+        return 0.0 if account is None else account.gain
+
+    def plain_ms(self, requests: int) -> float:
+        """Milliseconds of a plain round of so many requests; only where one has been seen."""
+        seen = StepTime(requests, 0, 0, 0, 0.0, 0.0, requests)
+        return self._account(requests).plain.expected_ms(seen)[0]
+
+    def learn(self, seen: StepTime) -> float | None:
+        """Take note of a finished round.
+
+        Returns:
+            What a drafting round gained, in plain rounds; None where that is not known.
+        """
         if not seen.requests:
-            return
+            return None
         account = self._account(seen.requests)
         if not seen.drafted:
             if account.pauses:
@@ -85,16 +99,18 @@ class Protection:
             if not account.pauses or self.rest(seen.requests) < OLD:  # else it is old by the try
                 account.plain.learn(seen, FADE ** (1 + account.since_plain))
             account.since_plain, account.fresh = 0, account.since_plain > 0
-            return
+            return None
         account.since_plain += 1
-        if account.plain.tells(seen):
-            plain_ms, prompts_ms = account.plain.expected_ms(seen)
-            worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
-            gain = (worth_ms - seen.total_ms) / plain_ms
-            account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
-            account.credit = min(account.credit + gain, MOST)
-            if account.credit >= MOST / 2:
-                account.failures = 0
+        if not account.plain.tells(seen):
+            return None
+        plain_ms, prompts_ms = account.plain.expected_ms(seen)
+        worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
+        gain = (worth_ms - seen.total_ms) / plain_ms
+        account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
+        account.credit = min(account.credit + gain, MOST)
+        if account.credit >= MOST / 2:
+            account.failures = 0
+        return gain
 
     def _account(self, requests: int) -> _Account:
         load = requests.bit_length()

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 PRIOR_ROUNDS, HALF_LIFE = 2.0, 64.0
 RIDGE = 0.3
 FADE = 0.5 ** (1 / HALF_LIFE)
-LEAST, MOST = 0.1, 10.0
+LEAST, MOST = 0.02, 10.0
 # What a point's place on the curve is worth in rounds, and how fast rounds near it fade.
 NODE_ROUNDS, NODE_FADE = 3.0, 0.03
 # A round that took so much more or less than was expected is taken for this much.
@@ -106,9 +106,8 @@ class StepTimes:
         shape = self._shapes.get(requests.bit_length())
         if shape is None:
             return smooth
-        found: FloatArray = np.maximum.accumulate(
-            smooth * shape.factors(np.arange(len(curve)) / requests)
-        )
+        shaped = smooth * shape.factors(np.arange(len(curve)) / requests)
+        found: FloatArray = np.maximum.accumulate(np.clip(shaped, LEAST * curve, MOST * curve))
         return found
 
     def draft_ms(self, requests: int, depth: int) -> float:
@@ -131,12 +130,15 @@ class StepTimes:
             row_ms = (last - first) / (len(curve) - 1) if len(curve) > 1 else first
             row_ms = max(row_ms, 0.01 * first)
             parts = (first, here - first, row_ms * seen.prompt_rows)
-            self._verify.learn(parts, seen.verify_ms)
-            load = seen.requests.bit_length()
+            place, load = seen.drafts / seen.requests, seen.requests.bit_length()
             shape = self._shapes.setdefault(load, _Shape(self._num_drafts + 1))
+            smooth_ms, prompts_ms = self._verify.expected_ms(parts, 2)
+            expected_ms = smooth_ms * float(shape.factors(np.array([place]))[0]) + prompts_ms
+            spent_ms = min(max(seen.verify_ms, expected_ms / OUTLIER), expected_ms * OUTLIER)
+            self._verify.learn(parts, spent_ms)
             self._curves.clear()
             smooth_ms, prompts_ms = self._verify.expected_ms(parts, 2)
-            shape.learn(seen.drafts / seen.requests, (seen.verify_ms - prompts_ms) / smooth_ms)
+            shape.learn(place, (spent_ms - prompts_ms) / smooth_ms)
         if seen.drafted:
             expected = self._table_draft_ms(seen.requests, seen.drafted)
             own = self._draft.setdefault(seen.drafted, _Scale())

@@ -17,8 +17,10 @@ import numpy as np
 from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.requests.step_plan import StepPlan, plan_step
+from dspark.engine.speculation.acceptance import Offer
 from dspark.engine.speculation.draft import Drafts, draft_limits
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.scheduling.cost_table import CostTable
 from dspark.simulation.acceptance import Acceptance

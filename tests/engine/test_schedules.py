@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dspark.engine.engine import Engine
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams
@@ -131,6 +133,7 @@ def test_context_after_a_pause_is_whole(tiny, target):
     drafter = tiny.make_drafter(target)
     records = []
     schedule = scheduler("lagged", table(flat, draft_ms=100.0))
+    schedule._foresight.probe = lambda plan, _requests: replace(plan, depth=5, budget=5)
     prompt = (1, 2, 3)
     decode(target, drafter, [Request(prompt, SamplingParams(90))], schedule, records=records)
     committed, checked = list(prompt), 0
@@ -227,7 +230,7 @@ def test_calibration_is_applied_to_its_own_temperature_class_only():
     ]
     schedule.limits(requests, [5, 5])
     schedule.lengths(requests, [5, 5], Offer(2, 5, np.full((2, 5), 2.0)))
-    sampled, greedy = schedule._survival_DK[:, 0]
+    sampled, greedy = schedule.acceptance.survival_DK[:, 0]
     assert greedy == confidence(np.array([[2.0]]))[0, 0]
     assert sampled < 0.75 < greedy
 
@@ -236,25 +239,25 @@ def test_margins_become_chances_as_rounds_teach_them(tiny, target):
     """Every draft of the target itself stays, whatever its margin: the estimator finds out."""
     drafter = tiny.HeadlessDrafter(64)
     schedule = scheduler("lagged", table(flat), verifier="token", num_drafts=drafter.block_size)
-    before = schedule._logistic.apply([0.5])
+    before = schedule.acceptance.logistic.apply([0.5])
     decode(target, drafter, prompts(tiny, 6, temperature=1.0), schedule, verifier="token")
-    assert schedule._logistic.apply([0.5]) != before
+    assert schedule.acceptance.logistic.apply([0.5]) != before
 
 
 def test_penalised_requests_teach_the_shared_estimator_nothing(tiny, target):
     drafter = tiny.HeadlessDrafter(64)
     schedule = scheduler("lagged", table(flat), verifier="token", num_drafts=drafter.block_size)
-    before = schedule._logistic.apply([0.5])
+    before = schedule.acceptance.logistic.apply([0.5])
     requests = prompts(tiny, 4, temperature=1.0, repetition_penalty=1.3)
     decode(target, drafter, requests, schedule, verifier="token")
-    assert schedule._logistic.apply([0.5]) == before
+    assert schedule.acceptance.logistic.apply([0.5]) == before
 
 
 def test_what_is_known_of_a_request_ends_with_it(tiny, target):
     drafter = tiny.make_drafter(target)
     schedule = scheduler("lagged", table(flat))
     decode(target, drafter, prompts(tiny, 5, temperature=1.0), schedule)
-    assert len(schedule._history) == 0
+    assert len(schedule.acceptance.history) == 0
 
 
 def test_a_watch_can_come_and_go(tiny, target):

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import SamplingParams
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
@@ -125,9 +127,7 @@ def best(machine, requests, **options):
 )
 def test_lagged_is_hardly_below_the_best_even_with_a_wrong_table(machine, table, requests):
     ours = decode(made("lagged", table.table()), machine, requests)
-    # Rows that are said to be twenty times too dear are found out slowly beside 32 requests.
-    floor = 0.9 if requests == 32 and table.row_ms == 1.0 else 0.96
-    assert ours > floor * best(machine, requests)
+    assert ours > 0.97 * best(machine, requests)
 
 
 def test_without_corrections_a_wrong_table_costs_much():
@@ -147,12 +147,38 @@ def test_a_useless_drafter_costs_hardly_anything(name, machine, requests):
     costs = None if name == "auto" else machine.table()
     options = {"useful": False, "rounds": 600}
     ours = decode(made(name, costs), machine, requests, **options)
-    assert ours > 0.95 * best(machine, requests, **options)
+    assert ours > 0.97 * best(machine, requests, **options)
+
+
+@pytest.mark.parametrize("machine", [FLAT, LINEAR])
+@pytest.mark.parametrize("requests", [1, 12])
+def test_control_without_protection_a_useless_drafter_costs_more(machine, requests):
+    """The cheapest of these, one request on the flat machine, drafts for 2.4 ms beside 20.1."""
+    options = {"useful": False, "rounds": 120}
     unprotected = decode(made("fixed"), machine, requests, **options)
-    assert unprotected < 0.95 * ours
+    assert unprotected < 0.93 * best(machine, requests, **options)
 
 
 @pytest.mark.parametrize("requests", [1, 16])
 def test_auto_drafts_where_that_is_faster(requests):
     ours = decode(made("auto"), FLAT, requests)
     assert ours > 0.97 * best(FLAT, requests)
+
+
+@pytest.mark.parametrize(("machine", "unasked"), [(FLAT, True), (LINEAR, False)])
+def test_whole_blocks_that_are_best_for_long_are_verified_unasked(machine, unasked):
+    """Nothing is computed to decide their lengths; where rows are dear, every round decides."""
+    schedule, seen = made("lagged", machine.table()), []
+    lengths = schedule.lengths
+
+    def spy(*args):
+        found = lengths(*args)
+        seen.append((schedule.reads_confidences, found))
+        return found
+
+    schedule.lengths = spy
+    decode(schedule, machine, 8)
+    blind = [found for reads, found in seen if not reads]
+    assert (len(blind) > len(seen) / 2) is unasked
+    assert all(found == [NUM_DRAFTS] * 8 for found in blind)
+    assert unasked or not blind

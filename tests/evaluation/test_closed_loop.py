@@ -8,7 +8,7 @@ from dspark.engine.engine import Clock
 from dspark.engine.model import Model
 from dspark.engine.requests.sequence import Event, Piece
 from dspark.errors import RequestError
-from dspark.evaluation.load.closed_loop import closed_loop, warm_up
+from dspark.evaluation.load.closed_loop import closed_loop, closed_loops, warm_up
 from dspark.request import Output, Request, SamplingParams, Stats
 
 
@@ -140,3 +140,27 @@ def test_a_real_engine_gives_its_answers_and_is_left_idle(tiny, target, users):
     assert run.tokens >= sum(lengths)
     assert run.clock.steps > 0
     assert run.stats.tokens == sum(lengths) - 5
+
+
+def test_engines_step_in_turn_each_on_its_own_clock():
+    """Whoever has spent less time is next; what others take is on nobody's clock but theirs."""
+    steps, clock = [], [0.0]
+
+    @dataclass
+    class Slow(Seconds):
+        name: str = ""
+        step_s: float = 1.0
+
+        def step(self):
+            steps.append(self.name)
+            clock[0] += self.step_s
+            return super().step()
+
+    fast = Slow([4] * 9, name="f", gain=2)
+    slow = Slow([4] * 9, name="s", step_s=2.5)
+    alone = closed_loop(Seconds([4] * 9, gain=2), supply, users=2, count=3, now=fast.now)
+    runs = closed_loops([fast, slow], supply, users=2, count=3, now=lambda: clock[0])
+    assert "".join(steps) == "fsffsfssssss"
+    assert [run.seconds for run in runs] == [4.0, 20.0]
+    assert [run.tokens for run in runs] == [alone.tokens, 16]
+    assert [a.end_s for a in runs[1].answers] == [10.0, 10.0, 20.0]

@@ -121,12 +121,13 @@ def test_ratios_are_taken_repeat_by_repeat_against_the_best_by_median():
 def test_contenders_take_turns_and_decode_the_same(monkeypatch, tiny, target):
     seen = []
 
-    def run_once(way, workload, users, verifier):
-        seen.append((way.name, users, [workload.request(i) for i in range(4)], verifier))
-        warnings.warn(DSparkWarning("said"), stacklevel=1)
-        return run_of(users, 1, 1)
+    def run_in_turn(ways, workload, users, verifier):
+        for way in ways:
+            seen.append((way.name, users, [workload.request(i) for i in range(4)], verifier))
+            warnings.warn(DSparkWarning(way.name), stacklevel=1)
+        return [run_of(users, 1, 1) for _ in ways]
 
-    monkeypatch.setattr(load_sweep, "run_once", run_once)
+    monkeypatch.setattr(load_sweep, "run_in_turn", run_in_turn)
     model = Model(target, tiny.make_drafter(target))
     ways = contenders(model, ("off", "fixed", "lagged"))
     workload = Workload((Request((1, 2)), Request((3,))))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark.errors import NumericsError, UsageError
-from dspark.scheduling.draft_switch import DraftSwitch
+from dspark.scheduling.draft_switch import PROBE_SHARE, DraftSwitch
 
 
 def rounds(switch, gain, count):
@@ -20,7 +20,7 @@ def test_off_is_never_for_ever_and_probes_grow_rare():
     switch = DraftSwitch(first_pause=4, longest_pause=32)
     drafted = np.flatnonzero(rounds(switch, 0.5, 300))
     assert drafted[0] == 0, "a load not seen yet is probed"
-    assert np.diff(drafted).tolist()[:6] == [9, 17, 33, 33, 33, 33]
+    assert np.diff(drafted).tolist()[:6] == [5, 9, 17, 33, 33, 33]
     assert (
         drafted.tolist()
         == np.flatnonzero(rounds(DraftSwitch(first_pause=4, longest_pause=32), 0.5, 300)).tolist()
@@ -68,3 +68,32 @@ def test_bad_values_are_refused():
             DraftSwitch(**bad)
     with pytest.raises(NumericsError, match="NaN"):
         DraftSwitch().decide(float("nan"))
+
+
+def test_what_a_probe_lost_says_when_the_next_may_come():
+    dear, cheap = DraftSwitch(), DraftSwitch()
+    for switch, lost in ((dear, 1.5), (cheap, -0.5)):
+        assert switch.decide(0.5)
+        assert switch.probes
+        switch.lost(lost)
+    assert np.flatnonzero(rounds(cheap, 0.5, 400))[0] == 8
+    assert np.flatnonzero(rounds(dear, 0.5, 400))[0] == 1.5 / PROBE_SHARE
+    assert not DraftSwitch().probes
+
+
+def test_while_it_is_off_few_rounds_need_ask_and_probes_come_as_before():
+    asked, probes = [], []
+    for sparing in (True, False):
+        switch, drafted = DraftSwitch(), []
+        for number in range(600):
+            if sparing and switch.rests(8 if number < 300 else 9):
+                continue
+            asked.append(sparing)
+            if switch.decide(0.5):
+                drafted.append(number)
+        probes.append(drafted)
+    assert asked.count(True) < 0.35 * asked.count(False)
+    assert probes[0] == probes[1]
+    switch = DraftSwitch()
+    rounds(switch, 0.5, 12)
+    assert switch.rests(1) is switch.rests(2) is False  # another load may be worth drafting for

@@ -11,6 +11,7 @@ from dspark.attention.paged_cache import BlockTable
 from dspark.engine.requests.detokenizer import TextStream
 from dspark.errors import DSparkError, RequestError
 from dspark.request import FinishReason, Logprob, Output, Request, Stats
+from dspark.targets.target import Target
 
 
 class Piece(str):
@@ -111,6 +112,28 @@ class ActiveRequest:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+
+    @classmethod
+    def waiting(
+        cls,
+        request: Request,
+        request_id: int,
+        target: Target,
+        max_length: int,
+        prompt: str = "",
+        *,
+        live: bool = False,
+    ) -> ActiveRequest:
+        """A request that has not begun: decoded by `target`, of `max_length` tokens at most."""
+        params, tokenizer = request.params, target.tokenizer
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= target.eos_token_ids
+        text = None
+        if tokenizer is not None:
+            text = TextStream(tokenizer, params.stop, params.min_tokens)
+        live = live or bool(params.stop)
+        return cls(request_id, request, prompt, ends, max_length, text, live)
 
     @property
     def output_ids(self) -> Sequence[int]:

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dspark.engine.requests.sequence import ActiveRequest
 
+# Rows of a step: on a CPU a step of so many takes a few times as long as one of a few rows.
+_CPU_STEP_TOKENS, _DEVICE_STEP_TOKENS = 512, 2048
 # Of the budget prompts get at least this share, however many rows verification takes.
 _PROMPT_SHARE = 0.25
 # Rows of a step whose logits are kept for a prompt's log-probabilities: each holds V numbers.
@@ -56,6 +60,11 @@ class StepPlan:
     def reads_prompts(self) -> bool:
         """Whether any part of a prompt is read."""
         return bool(self.opening or self.reading)
+
+
+def default_step_tokens(device: torch.device) -> int:
+    """Rows of a step at most."""
+    return _CPU_STEP_TOKENS if device.type == "cpu" else _DEVICE_STEP_TOKENS
 
 
 def plan_step(

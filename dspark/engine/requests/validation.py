@@ -10,7 +10,11 @@ from dspark.targets.target import Target
 
 
 def check_sizes(
-    verifier: str, max_queue: int | None, max_length: int | None, **sizes: int | None
+    verifier: str,
+    max_queue: int | None,
+    max_length: int | None,
+    memory_share: float | None = None,
+    **sizes: int | None,
 ) -> None:
     """Refuse an engine's options that cannot be used.
 
@@ -18,6 +22,7 @@ def check_sizes(
         verifier: token, block or coupled.
         max_queue: None, or 0 at least.
         max_length: None, or 2 tokens at least.
+        memory_share: None, or above 0 and at most 1.
         **sizes: any others by name: None, or 1 at least.
 
     Raises:
@@ -37,6 +42,8 @@ def check_sizes(
             f"max_length is {max_length}, but must be at least 2: one token of prompt, one of "
             "output."
         )
+    if memory_share is not None and not 0 < memory_share <= 1:
+        raise UsageError(f"memory_share is {memory_share}, but must be above 0 and at most 1.")
 
 
 def checked_num_drafts(drafter: Drafter | None, block_size: int | None) -> int:

@@ -8,14 +8,14 @@ which does not see the token it judges. `scheduling` holds the decisions; here i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 
 from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.acceptance import Acceptance, Offer
 from dspark.engine.speculation.draft import Drafts
-from dspark.engine.speculation.round_record import FloatArray
+from dspark.engine.speculation.foresight import MARGIN, Foresight, Plan
+from dspark.engine.speculation.round_record import FloatArray, Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.request import Verifier
@@ -25,81 +25,19 @@ from dspark.scheduling.budget import (
     fill_budget,
     fixed_lengths,
     prefix_lengths,
-    survey_depths,
     threshold_lengths,
-    throughput,
 )
-from dspark.scheduling.calibration import (
-    TemperatureClass,
-    TemperatureScaling,
-    temperature_class,
-)
+from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost_table import CostTable
-from dspark.scheduling.draft_switch import DraftSwitch
-from dspark.scheduling.history import RequestHistory
+from dspark.scheduling.draft_switch import PROBE_SHARE, DraftSwitch
 from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.online import OnlineLogistic, observed
-from dspark.scheduling.protection import OLD, Protection
-from dspark.scheduling.step_times import StepTime, StepTimes
-from dspark.scheduling.survival import confidence, survival
+from dspark.scheduling.protection import OLD, RARE, Protection
+from dspark.scheduling.step_times import StepTime
 
-# What a smaller budget, or drafting nothing, must promise more before it is believed: the larger,
-# the closer to fixed blocks, the smaller, the more noise of a table may lose (docs/scheduling.md).
-MARGIN = 0.005
-# Depths of a block that are weighed against the whole one.
-_SHALLOW = (1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What was drafted for the first D requests of a round.
-
-    Attributes:
-        num_requests: D.
-        drawn: drafts drawn for each.
-        confidence_logits_DK: of these, before calibration; None where nobody reads them.
-        are_margins: whether they are margins of raw logits in place of log-odds.
-        survival_DK: of nodes of trees in the order of their growth, in place of confidences.
-    """
-
-    num_requests: int
-    drawn: int
-    confidence_logits_DK: FloatArray | None = None
-    are_margins: bool = False
-    survival_DK: FloatArray | None = None
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a finished round took.
-
-    Attributes:
-        rows: of the target's forward, anchors and parts of prompts included.
-        draft_ms: milliseconds of drafting.
-        schedule_ms: of deciding about drafts.
-        verify_ms: of the target's forward and verification.
-    """
-
-    rows: int
-    draft_ms: float
-    schedule_ms: float
-    verify_ms: float
-
-
-@dataclass(frozen=True)
-class _Foresight:
-    """What earlier rounds promise of a round.
-
-    Attributes:
-        depth: drafts of each request.
-        budget: how many of all of them are worth verifying.
-        gain: throughput over that of drafting nothing.
-    """
-
-    depth: int
-    budget: int
-    gain: float
+# Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
+# promises.
+EVERY, KEPT = 4, 0.03
 
 
 class Scheduler:
@@ -140,28 +78,27 @@ class Scheduler:
         self.verifier = verifier
         self.num_drafts = num_drafts
         self.costs = costs
-        self._times = {
-            name: StepTimes(costs, num_drafts) for name in get_args(TemperatureClass) if costs
-        }
-        self._kind: TemperatureClass = "greedy"
+        self._foresight: Foresight | None = None
+        if costs is not None:
+            stops = schedule.name == "prefix" and verifier != "coupled"
+            self._foresight = Foresight(costs, num_drafts, chains=not tree_depth, stops=stops)
         self._protection = Protection()
-        self._scalings = _scalings(calibration, tree_depth or num_drafts)
-        typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
-        self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
+        self.acceptance = Acceptance(verifier, num_drafts, calibration, tree_depth)
         self._switch = DraftSwitch(MARGIN)
-        self._logistic = OnlineLogistic()
         self.depth: int | None = None
-        shallow = () if tree_depth else _SHALLOW
-        self._depths = sorted({min(depth, num_drafts) for depth in (*shallow, num_drafts)})
         self._budget: int | None = None
-        self._factors_D1: FloatArray | None = None
-        self._margins_DK: FloatArray | None = None
-        self._survival_DK: FloatArray | None = None
+        self._round = self._next_look = 0
+        self._coasts = False  # whether this round verifies whole blocks, without a new plan
+        self._may_coast = schedule.name == "lagged" and tree_depth is None
+        self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
+        self._promised, self._kept = 1.0, 1.0  # gain of the plan; what rounds kept of such promises
+        self._rests = False  # whether drafting is off, and nothing was asked about this round
+        self._looks = False  # whether this round verifies more than is best, to see what that takes
 
     @property
     def reads_confidences(self) -> bool:
-        """Whether lengths hang on confidences."""
-        return self.schedule.reads_confidences
+        """Whether this round's lengths hang on confidences."""
+        return self.schedule.reads_confidences and not self._coasts
 
     @property
     def budget(self) -> int | None:
@@ -180,70 +117,66 @@ class Scheduler:
             requests: who takes part in the round, those without a context last.
             most: how many drafts of each can be of use.
         """
-        self._margins_DK = self._survival_DK = self.depth = self._budget = None
+        self.acceptance.begin()
+        self.depth = self._budget = None
+        self._round, self._looks, self._rests, self._coasts = self._round + 1, False, False, False
         ready = [request for request in requests if request.drafts]
         if not ready or not self.schedule.protects:
             return list(most)
         playing = sum(request.ready for request in requests)
         if not self._protection.allows(playing, tries=len(ready) == playing):
             return self._none(most)
-        if not self._weighs(len(ready)):
+        foresight = self._weighs(len(ready))
+        if foresight is None:
             return list(most)
-        self._kind = _kind(ready)
-        plan = self._plan(ready, np.array(most[: len(ready)]))
-        if not self._switch.decide(plan.gain):
+        if self._coasts_on(len(ready)):
+            self._budget = sum(most)
+            return list(most)
+        plan = self._plan(foresight, ready, playing, most)
+        if plan is None:
             return self._none(most)
-        if self._protection.refreshes:
-            plan = self._longer(plan, len(ready), sum(most))
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
         return [min(limit, plan.depth) for limit in most]
 
+    def _coasts_on(self, requests: int) -> bool:
+        """Whether whole blocks were best so steadily that this round verifies them unasked."""
+        due = self._round % EVERY == 0 or self._protection.refreshes
+        self._coasts = self._whole >= EVERY and requests == self._load and not due
+        return self._coasts
+
+    def _plan(
+        self,
+        foresight: Foresight,
+        ready: Sequence[ActiveRequest],
+        playing: int,
+        most: Sequence[int],
+    ) -> Plan | None:
+        """What the round is to do; None where drafting promises less than plain decoding."""
+        requests = len(ready)
+        self._rests = self._switch.rests(playing)
+        if self._rests:
+            return None
+        foresight.kind = _kind(ready)
+        plan = foresight.plan(self.acceptance.earlier(ready), np.array(most[:requests]))
+        on = self._switch.decide(plan.gain * self._kept)
+        whole = self._may_coast and plan.budget >= sum(most)
+        steady = on and whole and not self._switch.probes and requests == self._load
+        self._whole, self._load = self._whole + 1 if steady else 0, requests
+        if not on:
+            return None
+        self._promised = plan.gain
+        if self._switch.probes:
+            return foresight.probe(plan, requests)
+        if self._protection.refreshes and self._round >= self._next_look:
+            plan, self._looks = foresight.longer(plan, requests, sum(most)), True
+        return plan
+
     def _none(self, most: Sequence[int]) -> list[int]:
         """Nothing is drafted in this round."""
         self._budget = 0
         return [0] * len(most)
-
-    def _plan(self, ready: Sequence[ActiveRequest], most_D: IntArray) -> _Foresight:
-        """The depth that promises most, whole blocks where others promise hardly more."""
-        self._factors_D1 = self._factors(ready)
-        earlier_DK = self._earlier(ready)
-        requests = len(ready)
-        step_ms_DN = {
-            depth: self._step_ms(requests, int(np.minimum(most_D, depth).sum()), depth)
-            for depth in self._depths
-        }
-        whole = bool((most_D >= self.num_drafts).all())
-        found = survey_depths(earlier_DK, step_ms_DN, None if whole else most_D, MARGIN)
-        off_ms = self._times[self._kind].off_ms(requests)
-        plans = []
-        for depth, (budget, most_per_ms) in found.items():
-            per_ms = most_per_ms
-            if self.schedule.name == "prefix" and self.verifier != "coupled":
-                # Algorithm 1 may stop far below the best budget: what it would do is what counts.
-                per_ms = self._first_stop(earlier_DK[:, :depth], step_ms_DN[depth], most_D)
-            plans.append(_Foresight(depth, budget, per_ms * off_ms / requests))
-        plan = max(plans, key=lambda plan: plan.gain)
-        return plan if plan.gain > (1 + MARGIN) * plans[-1].gain else plans[-1]
-
-    @staticmethod
-    def _first_stop(earlier_DK: FloatArray, step_ms_N: FloatArray, limits_D: IntArray) -> float:
-        """Tokens per millisecond of what Algorithm 1 would verify of these."""
-        lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
-        return throughput(earlier_DK, lengths_D, float(step_ms_N[int(lengths_D.sum())]))
-
-    def _longer(self, plan: _Foresight, requests: int, most: int) -> _Foresight:
-        """About twice the drafts, to see what these take, unless that is known to be far more."""
-        step_ms_N = self._step_ms(requests, most, self.num_drafts)
-        budget = min(2 * plan.budget + requests, len(step_ms_N) - 1)
-        if step_ms_N[budget] > 2 * step_ms_N[min(plan.budget, len(step_ms_N) - 1)]:
-            return plan
-        return replace(plan, depth=self.num_drafts, budget=budget)
-
-    def _step_ms(self, requests: int, drafts: int, depth: int) -> FloatArray:
-        times = self._times[self._kind]
-        return times.verify_ms(requests, drafts) + times.draft_ms(requests, depth)
 
     def lengths(
         self, requests: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
@@ -255,36 +188,33 @@ class Scheduler:
             limits: most drafts of each.
             offer: what was drafted.
         """
-        ready, logits_DK = requests[: offer.num_requests], offer.confidence_logits_DK
-        if offer.survival_DK is not None and offer.drawn:
-            self._survival_DK = offer.survival_DK
-        elif logits_DK is None or not offer.drawn:
+        ready = requests[: offer.num_requests]
+        if self._coasts:
             return _as_list(fixed_lengths(len(ready), offer.drawn))
-        else:
-            confidence_DK = self._confidence(ready, logits_DK, are_margins=offer.are_margins)
-            self._survival_DK = survival(confidence_DK)
-            if self.schedule.threshold is not None:
-                return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
-        if not self._weighs(len(ready)):
+        confidence_DK = self.acceptance.see(ready, offer)
+        if self.schedule.threshold is not None and confidence_DK is not None:
+            return _as_list(threshold_lengths(confidence_DK, self.schedule.threshold))
+        foresight = self._weighs(len(ready))
+        if self.acceptance.survival_DK is None or foresight is None:
             return _as_list(fixed_lengths(len(ready), offer.drawn))
         limits_D = np.minimum(limits[: len(ready)], offer.drawn)
-        return _as_list(self._weighed(ready, self._survival_DK, limits_D))
+        return _as_list(self._weighed(ready, limits_D, foresight))
 
     def _weighed(
-        self, ready: Sequence[ActiveRequest], survival_DK: FloatArray, limits_D: IntArray
+        self, ready: Sequence[ActiveRequest], limits_D: IntArray, foresight: Foresight
     ) -> IntArray:
-        assert self._factors_D1 is not None, "limits() has set it"
-        survival_DK = survival_DK * self._factors_D1
+        survival_DK = self.acceptance.weighed(ready)
         if self.schedule.name == "lagged" and self.verifier != "coupled":
             assert self._budget is not None, "limits() has set it"
             return fill_budget(survival_DK, self._budget, limits_D)
-        step_ms_N = self._step_ms(len(ready), int(limits_D.sum()), self.depth or self.num_drafts)
+        depth = self.depth or self.num_drafts
+        step_ms_N = foresight.step_ms(len(ready), int(limits_D.sum()), depth)
         if self.verifier == "coupled":  # and there only may this round's own survivals be searched
             budget = best_budget(survival_DK, step_ms_N, limits_D, MARGIN)
             return fill_budget(survival_DK, budget, limits_D)
         if self.schedule.name == "prefix":
             return prefix_lengths(survival_DK, step_ms_N, limits_D)
-        earlier_DK = self._earlier(ready)[:, : survival_DK.shape[1]]
+        earlier_DK = self.acceptance.earlier(ready)[:, : survival_DK.shape[1]]
         return lookahead_lengths(survival_DK, earlier_DK, step_ms_N, limits_D, MARGIN)
 
     def learn(
@@ -305,30 +235,11 @@ class Scheduler:
         Returns:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
-        survival_DK = self._survival_DK
         if self.schedule.protects:
             self._learn_times(requests, drafts, accepted, spent)
-        if not self.schedule.weighs_costs:
-            return survival_DK
-        if survival_DK is None:  # nothing was drafted
-            self._history.fade([request.request_id for request in requests])
-            return None
-        ready = requests[: len(survival_DK)]
-        shared_D = [
-            not (r.request.params.has_penalties or r.request.params.logit_bias or r.request.mask)
-            for r in ready
-        ]
-        accepted_D = np.array(accepted[: len(ready)])
-        lengths_D = np.array(drafts.lengths[: len(ready)])
-        tags = [request.request_id for request in ready]
-        self._history.update(tags, survival_DK, accepted_D, lengths_D, shared_D)
-        if self._margins_DK is not None:
-            whole_D = lengths_D == np.array(drafts.proposed[: len(ready)])
-            rows = np.array(shared_D) & (whole_D | (self.verifier != "block"))
-            self._logistic.update(
-                *observed(self._margins_DK[rows], accepted_D[rows], lengths_D[rows])
-            )
-        return survival_DK
+        if self.schedule.weighs_costs and not self._coasts:
+            self.acceptance.learn(requests, drafts, accepted)
+        return self.acceptance.survival_DK
 
     def _learn_times(
         self,
@@ -348,91 +259,41 @@ class Scheduler:
             verify_ms=spent.verify_ms,
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
-        self._protection.learn(seen)
-        if self._times and self._protection.rest(len(ready)) < OLD:
-            self._times[_kind(ready)].learn(seen)
+        gain = self._protection.learn(seen)
+        if gain is not None and self._switch.probes:
+            self._switch.lost(-gain)
+        elif gain is not None and self._looks:
+            extra = self._protection.usual_gain(len(ready)) - gain
+            self._next_look = self._round + int(min(max(extra, 0.0) / PROBE_SHARE, RARE))
+        if self._foresight is None or self._rests or self._coasts:
+            return
+        if gain is not None and not (self._switch.probes or self._looks):
+            rounds = seen.total_ms / self._protection.plain_ms(len(ready))
+            kept = (rounds + gain) / rounds / self._promised
+            self._kept += KEPT * (min(max(kept, 0.25), 4.0) - self._kept)
+        if self._protection.rest(len(ready)) < OLD:
+            self._foresight.learn(_kind(ready), seen)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""
-        self._history.drop(request_id)
+        self.acceptance.history.drop(request_id)
 
-    def _weighs(self, num_requests: int) -> bool:
-        """Whether costs decide this round; with more requests than were measured, nothing does."""
-        return (
-            self.schedule.weighs_costs
-            and self.costs is not None
-            and num_requests > 0
-            and self.costs.covers(num_requests)
-        )
+    def _weighs(self, num_requests: int) -> Foresight | None:
+        """Who weighs costs in this round; with more requests than were measured, nobody does."""
+        if self.costs is None or not self.schedule.weighs_costs or not num_requests:
+            return None
+        return self._foresight if self.costs.covers(num_requests) else None
 
-    def _earlier(self, requests: Sequence[ActiveRequest]) -> FloatArray:
-        """What earlier rounds say of this one's survivals, [D, K]."""
-        tags = [request.request_id for request in requests]
-        assert self._factors_D1 is not None
-        return self._history.earlier(tags, self._history.typical) * self._factors_D1
 
-    def _factors(self, requests: Sequence[ActiveRequest]) -> FloatArray:
-        return self._history.factors([request.request_id for request in requests])[:, None]
-
-    def _confidence(
-        self, requests: Sequence[ActiveRequest], logits_DK: FloatArray, *, are_margins: bool
-    ) -> FloatArray:
-        if are_margins:
-            self._margins_DK = logits_DK
-            return confidence(self._logistic.apply(logits_DK))
-        return self.confidences(requests, logits_DK)
-
-    def confidences(self, requests: Sequence[ActiveRequest], logits_DK: FloatArray) -> FloatArray:
-        """Calibrated confidences of one row of log-odds per request named.
-
-        Args:
-            requests: whose; one may be named repeatedly.
-            logits_DK: of the drafter's own confidences.
-        """
-        confidence_DK = confidence(logits_DK)
-        rows_of = dict[tuple[Verifier, TemperatureClass], list[int]]()
-        for row, request in enumerate(requests):
-            rows_of.setdefault(self._entry(request), []).append(row)
-        for entry, rows in rows_of.items():
-            if entry in self._scalings:
-                confidence_DK[rows] = self._scalings[entry].apply(logits_DK[rows])
-        return confidence_DK
-
-    def _entry(self, request: ActiveRequest) -> tuple[Verifier, TemperatureClass]:
-        """The entry of the calibration that a request takes: its own verifier's if there is one."""
-        kind = temperature_class(request.request.params.temperature)
-        if request.request.reproducible and ("coupled", kind) in self._scalings:
-            return "coupled", kind
-        return self.verifier, kind
+def schedule_of(given: Schedule | Scheduler | None) -> Schedule:
+    """The schedule that was given, alone or with all it needs; the default one for None."""
+    return given.schedule if isinstance(given, Scheduler) else given or Schedule()
 
 
 def _kind(requests: Sequence[ActiveRequest]) -> TemperatureClass:
     """What verifying these requests together costs: `greedy` takes no distribution of any row."""
     temperatures = (request.request.params.temperature for request in requests)
     return temperature_class(max(temperatures, default=0.0))
-
-
-def _scalings(
-    calibration: Calibration | None, num_drafts: int
-) -> dict[tuple[Verifier, TemperatureClass], TemperatureScaling]:
-    """The calibration's temperatures for each verifier and class that it has an entry of."""
-    return {
-        (entry.verifier, entry.temperature_class): entry.scaling
-        for entry in (calibration.entries if calibration else ())
-        if entry.block_size == num_drafts
-    }
-
-
-def _typical(
-    calibration: Calibration | None, num_drafts: int, verifier: Verifier
-) -> FloatArray | None:
-    """Mean survivals of the rounds that the calibration was fitted on, whatever temperature."""
-    means = [
-        entry.mean_survival
-        for entry in (calibration.entries if calibration else ())
-        if (entry.block_size, entry.verifier) == (num_drafts, verifier)
-    ]
-    return np.array(means).mean(axis=0) if means else None
 
 
 def _as_list(lengths_R: IntArray) -> list[int]:

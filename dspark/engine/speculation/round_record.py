@@ -67,3 +67,20 @@ class RoundTimes:
     draft_ms: float = 0.0
     schedule_ms: float = 0.0
     verify_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a finished round took.
+
+    Attributes:
+        rows: of the target's forward, anchors and parts of prompts included.
+        draft_ms: milliseconds of drafting.
+        schedule_ms: of deciding about drafts.
+        verify_ms: of the target's forward and verification.
+    """
+
+    rows: int
+    draft_ms: float
+    schedule_ms: float
+    verify_ms: float

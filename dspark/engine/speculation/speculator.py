@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from dspark.drafters.base import Drafter, Proposal
 from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.acceptance import Offer
 from dspark.engine.speculation.draft import (
     Drafts,
     Drawing,
@@ -17,13 +18,15 @@ from dspark.engine.speculation.draft import (
     propose,
 )
 from dspark.engine.speculation.draft_context import DraftContext
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import FloatArray, RoundTimes, Watch
 from dspark.engine.speculation.sampling_state import RoundState
+from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
 from dspark.engine.speculation.trees.growth import Tree
 from dspark.errors import NumericsError
+from dspark.request import Verifier
 
 # In place of a confidence where a draft cannot be used: as good as none.
 _NO_CONFIDENCE = -30.0
@@ -46,11 +49,43 @@ class Speculator:
     wants_confidences: bool = True
     trees: TreeDrafting | None = None
 
+    @classmethod
+    def of(
+        cls,
+        context: DraftContext,
+        schedule: Schedule | Scheduler,
+        verifier: Verifier,
+        num_drafts: int,
+        trees: TreeDrafting | None = None,
+    ) -> Speculator:
+        """A context's drafter at work; `num_drafts` deep."""
+        if not isinstance(schedule, Scheduler):
+            if trees is None:
+                schedule = Scheduler(schedule, verifier, num_drafts)
+            else:
+                schedule = Scheduler(schedule, verifier, trees.nodes, tree_depth=num_drafts)
+        return cls(context.drafter, context, schedule, trees=trees)
+
     @property
     def reads_confidences(self) -> bool:
         """Whether drafting must come up with confidences."""
         watched = self.watch is not None and self.wants_confidences
         return self.scheduler.reads_confidences or watched
+
+    def rest(self, running: list[ActiveRequest], *, shares: bool) -> None:
+        """Have requests decoded plainly that end before the drafter is tried again.
+
+        Nothing is kept for the drafter then. Where prompts are shared, they are read for it all
+        the same. Who drafts comes first in `running` from now on.
+        """
+        rounds = self.scheduler.rest(sum(request.ready for request in running))
+        if not rounds:
+            return
+        for request in running:
+            unshared = request.ready or not shares
+            if unshared and not request.plain and request.room < rounds:
+                request.decode_plainly(request.cached)
+        running.sort(key=lambda request: request.plain)
 
 
 def draft(

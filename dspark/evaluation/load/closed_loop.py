@@ -1,9 +1,12 @@
-"""Closed-loop load: a fixed number of users on one engine, each with one request in flight.
+"""Closed-loop load: a fixed number of users on an engine, each with one request in flight.
 
 A user whose answer is complete sends the next request at once. The first N requests count, the same
 ones for every engine; while any of them is unanswered, users keep sending further requests. All
 users are therefore busy from the first request to the last counted answer: there is no ramp-down,
 and no schedule gains by finishing on an emptying engine.
+
+Engines that are compared step in turn, each on a clock of its own that runs in its steps only: a
+slow moment of the machine falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ Supply = Callable[[int], Request]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered request; times in seconds since the first request was sent.
+    """One answered request; times in seconds of its engine's own clock, from 0.
 
     Attributes:
         sent_s: time of sending.
@@ -57,7 +60,7 @@ class LoadRun:
 
     Attributes:
         users: requests in flight at all times.
-        seconds: from the first request to the last counted answer.
+        seconds: of the engine's steps from the first request to the last counted answer.
         tokens: committed in that time, by counted and other requests.
         answers: the counted ones, in sending order.
         clock: the engine's timings of that time.
@@ -96,39 +99,34 @@ class _Flight:
 
 
 class _Loop:
-    """The state of one run."""
+    """The state of one run; `spent_s` is the time of its steps so far."""
 
     def __init__(
-        self, engine: Engine, supply: Supply, count: int, now: Callable[[], float]
+        self, engine: Engine, supply: Supply, users: int, count: int, now: Callable[[], float]
     ) -> None:
-        self.engine, self.supply, self.count, self.now = engine, supply, count, now
+        self.engine, self.supply, self.users, self.count = engine, supply, users, count
+        self.now, self.before = now, replace(engine.clock)
         self.flights: dict[int, _Flight] = {}
         self.answers: dict[int, Answer] = {}
-        self.sent, self.tokens = 0, 0
-        self.started = now()
+        self.sent, self.tokens, self.spent_s = 0, 0, 0.0
 
-    def send(self, users: int, at_s: float) -> None:
-        """Send the next request of `users` users."""
-        for _ in range(users):
+    def step(self) -> None:
+        """Send a request of every user who has none in flight, and take one step."""
+        started = self.now()
+        while len(self.flights) < self.users:
             number = self.engine.add(self.supply(self.sent))
-            self.flights[number] = _Flight(self.sent, at_s)
+            self.flights[number] = _Flight(self.sent, self.spent_s)
             self.sent += 1
-
-    def step(self) -> tuple[int, float]:
-        """One engine step; the number of finished answers, and the time."""
         events = self.engine.step()
-        at_s = self.now() - self.started
-        ended = 0
+        self.spent_s += self.now() - started
         for event in events:
             flight = self.flights[event.request_id]
             self.tokens += len(event.pieces)
             if flight.first_s is None and event.pieces:
-                flight.first_s, flight.first_tokens = at_s, len(event.pieces)
+                flight.first_s, flight.first_tokens = self.spent_s, len(event.pieces)
             if event.output is not None:
                 del self.flights[event.request_id]
-                self._answered(flight, event.output, at_s)
-                ended += 1
-        return ended, at_s
+                self._answered(flight, event.output, self.spent_s)
 
     def _answered(self, flight: _Flight, output: Output, at_s: float) -> None:
         if output.finish_reason == "error" or flight.first_s is None:
@@ -145,6 +143,14 @@ class _Loop:
     def done(self) -> bool:
         """Whether all counted requests are answered."""
         return len(self.answers) == self.count
+
+    def end(self) -> LoadRun:
+        """Leave the engine idle; what the run gave."""
+        for number in self.flights:
+            self.engine.cancel(number)
+        answers = tuple(self.answers[i] for i in range(self.count))
+        clock = _since(self.engine.clock, self.before)
+        return LoadRun(self.users, self.spent_s, self.tokens, answers, clock)
 
 
 def closed_loop(
@@ -168,19 +174,33 @@ def closed_loop(
     Raises:
         RequestError: a request does not fit the engine, or failed.
     """
-    before = replace(engine.clock)
-    loop = _Loop(engine, supply, count, now)
-    loop.send(users, 0.0)
-    at_s = 0.0
-    while not loop.done:
-        ended, at_s = loop.step()
-        if not loop.done:
-            loop.send(ended, at_s)
-    clock = _since(engine.clock, before)
-    for number in loop.flights:
-        engine.cancel(number)
-    answers = tuple(loop.answers[i] for i in range(count))
-    return LoadRun(users, at_s, loop.tokens, answers, clock)
+    return closed_loops([engine], supply, users=users, count=count, now=now)[0]
+
+
+def closed_loops(
+    engines: Sequence[Engine],
+    supply: Supply,
+    *,
+    users: int,
+    count: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[LoadRun]:
+    """`closed_loop` of each engine, step by step in turn: next is whose steps have taken least.
+
+    Args:
+        engines: as there, and so are the others.
+        supply: as there; every engine gets the same requests.
+        users: as there.
+        count: as there.
+        now: as there.
+
+    Raises:
+        RequestError: as there.
+    """
+    loops = [_Loop(engine, supply, users, count, now) for engine in engines]
+    while going := [loop for loop in loops if not loop.done]:
+        min(going, key=lambda loop: loop.spent_s).step()
+    return [loop.end() for loop in loops]
 
 
 def _since(clock: Clock, before: Clock) -> Clock:

@@ -15,7 +15,7 @@ from dspark.engine.model import Model
 from dspark.engine.profile import Progress
 from dspark.engine.speculation.schedule import Schedule, ScheduleName
 from dspark.errors import CompatibilityError, DataError, DSparkWarning, UsageError
-from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, warm_up
+from dspark.evaluation.load.closed_loop import LoadRun, closed_loops, warm_up
 from dspark.request import Request, Verifier
 
 ContenderName = Literal["off", "fixed", "mtp1", "prefix", "lagged", "lookahead"]
@@ -144,12 +144,15 @@ class Workload:
         return max(self.count, 2 * users)
 
 
-def run_once(contender: Contender, workload: Workload, users: int, verifier: Verifier) -> LoadRun:
-    """One run on a new engine, warmed up with other requests."""
+def run_in_turn(
+    ways: Sequence[Contender], workload: Workload, users: int, verifier: Verifier
+) -> list[LoadRun]:
+    """A run of each, step by step in turn, on new engines that other requests have warmed up."""
     room = [workload.request(i) for i in range(max(users, len(workload.pool)))]
-    engine = contender.engine(room, users, verifier)
-    warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
-    return closed_loop(engine, workload.request, users=users, count=workload.answers(users))
+    engines = [way.engine(room, users, verifier) for way in ways]
+    for engine in engines:
+        warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
+    return closed_loops(engines, workload.request, users=users, count=workload.answers(users))
 
 
 def sweep(
@@ -163,8 +166,8 @@ def sweep(
 ) -> Runs:
     """Run every contender at every concurrency, `repeats` times.
 
-    The contenders alternate at each concurrency, each time in rotated order, and everything is
-    repeated, so that a temporary slowdown of the machine affects all of them.
+    At each concurrency the contenders step in turn (`closed_loops`), each time another one first,
+    so that a slow moment of the machine affects all of them.
 
     Args:
         ways: the contenders.
@@ -180,11 +183,12 @@ def sweep(
     runs: Runs = {(users, way.name): [] for users in concurrency for way in ways}
     for repeat in range(repeats):
         for place, users in enumerate(concurrency):
-            for way in rotated(ways, repeat + place):
-                with warnings.catch_warnings():
-                    if repeat + place > 0:  # warnings appear in the first turn only
-                        warnings.simplefilter("ignore", DSparkWarning)
-                    run = run_once(way, workload, users, verifier)
+            turn = rotated(ways, repeat + place)
+            with warnings.catch_warnings():
+                if repeat + place > 0:  # warnings appear in the first turn only
+                    warnings.simplefilter("ignore", DSparkWarning)
+                found = run_in_turn(turn, workload, users, verifier)
+            for way, run in zip(turn, found, strict=True):
                 runs[users, way.name].append(run)
                 if progress is not None:
                     progress(repeat, users, way.name, run)

@@ -201,7 +201,7 @@ def _confidences(
     logits_RPK = lattice.confidence_logits_RKP.transpose(1, 2).double().cpu().numpy()
     count, width, slots = logits_RPK.shape
     everyone = [request for request in requests for _ in range(width)]
-    found = scheduler.confidences(everyone, logits_RPK.reshape(-1, slots))
+    found = scheduler.acceptance.confidences(everyone, logits_RPK.reshape(-1, slots))
     return np.ascontiguousarray(found.reshape(count, width, slots).transpose(0, 2, 1))
 
 
