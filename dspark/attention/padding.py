@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch, Segment
+from dspark.attention.trees import tree_mask
 
 # Segments up to this long count as short.
 SHORT_ROWS = 16
@@ -232,6 +233,10 @@ def _lay_out(
             gather.append(place * length + i)
             spread[gather[-1]] = row + i
     mask_RPS = _mask(torch.tensor(last), torch.arange(keys.begin, keys.end), window)
+    for segment, parents, place in zip(segments, batch.trees or (), keys.places, strict=False):
+        if parents:
+            own_LS = tree_mask(segment, parents, keys.begin, window, mask_RPS)
+            mask_RPS[place, : segment.length, : own_LS.shape[1]] = own_LS
     mask_RPS = mask_RPS.to(device, like.dtype)
     plain = gather == list(range(spans * length))
     return Padding(

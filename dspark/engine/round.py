@@ -175,9 +175,9 @@ def _learn(
 ) -> None:
     """Tell the scheduler, and who watches, how the round went."""
     spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
-    survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted, spent)
-    if speculator.trees is not None and drafts.forest is not None:
-        speculator.trees.learn(requests, drafts.forest, verdict)
+    survival_RK = speculator.deciding.learn(requests, drafts, verdict.accepted, spent)
+    if speculator.trees is not None:
+        speculator.trees.learn(requests, drafts, verdict, spent)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)
@@ -195,7 +195,7 @@ def _learn(
             accepted=tuple(verdict.accepted),
             committed=tuple(map(tuple, verdict.committed)),
             rows=rows,
-            budget=speculator.scheduler.budget,
+            budget=speculator.deciding.budget,
             parents=None
             if drafts.forest is None
             else tuple(tree.parents for tree in drafts.forest.trees),

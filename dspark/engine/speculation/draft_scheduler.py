@@ -113,6 +113,8 @@ class Scheduler:
         tree_depth: of trees, how deep they are at most; None for chains.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
+        tree_depth: of trees, how deep they are at most; None for chains.
+        protection: of plain decoding, shared with another scheduler of the same engine.
 
     Attributes:
         depth: how many drafts this round's blocks are made for, where earlier rounds say that more
@@ -130,6 +132,7 @@ class Scheduler:
         calibration: Calibration | None = None,
         costs: CostTable | None = None,
         tree_depth: int | None = None,
+        protection: Protection | None = None,
     ) -> None:
         if schedule.weighs_costs and costs is None:
             raise UsageError(
@@ -144,19 +147,32 @@ class Scheduler:
             name: StepTimes(costs, num_drafts) for name in get_args(TemperatureClass) if costs
         }
         self._kind: TemperatureClass = "greedy"
-        self._protection = Protection()
+        self._calibration = calibration
+        self._protection = protection or Protection()
         self._scalings = _scalings(calibration, tree_depth or num_drafts)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
         self.depth: int | None = None
-        shallow = () if tree_depth else _SHALLOW
-        self._depths = sorted({min(depth, num_drafts) for depth in (*shallow, num_drafts)})
+        self._depths = sorted({min(depth, num_drafts) for depth in (*_SHALLOW, num_drafts)})
+        self.of_trees = tree_depth is not None
         self._budget: int | None = None
         self._factors_D1: FloatArray | None = None
         self._margins_DK: FloatArray | None = None
         self._survival_DK: FloatArray | None = None
+
+    def for_trees(self, nodes: int, costs: CostTable | None = None) -> Scheduler:
+        """One of trees beside this one of chains: settings and protection are the same.
+
+        Args:
+            nodes: of a tree at most.
+            costs: of rounds with so many; None takes those of chains, as far as they reach.
+        """
+        if self.of_trees:
+            return self
+        given = (self.schedule, self.verifier, nodes, self._calibration, costs or self.costs)
+        return Scheduler(*given, tree_depth=self.num_drafts, protection=self._protection)
 
     @property
     def reads_confidences(self) -> bool:

@@ -33,8 +33,8 @@ _NO_CONFIDENCE = -30.0
 class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
-    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
-    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
+    With `trees` it drafts these in place of chains, or in rounds where they are faster. What the
+    drafter does wrong stops at the shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
     they cost time.
     """
 
@@ -45,6 +45,18 @@ class Speculator:
     shield: Shield = field(default_factory=Shield)
     wants_confidences: bool = True
     trees: TreeDrafting | None = None
+
+    @property
+    def deciding(self) -> Scheduler:
+        """The scheduler of the last round's drafts."""
+        trees = self.trees
+        return self.scheduler if trees is None or not trees.decided else trees.scheduler
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is known of a request that has ended."""
+        self.scheduler.forget(request_id)
+        if self.trees is not None:
+            self.trees.scheduler.forget(request_id)
 
     @property
     def reads_confidences(self) -> bool:
@@ -67,7 +79,8 @@ def draft(
         speculator: who drafts.
         times: get what drafting and scheduling took.
     """
-    way = _chains if speculator.trees is None else _trees
+    trees = speculator.trees
+    way = _chains if trees is None or not trees.decide(requests) else _trees
     return way(requests, state, speculator, times)
 
 
@@ -115,8 +128,9 @@ def _trees(
     times: RoundTimes,
 ) -> Drafts | None:
     """Trees of the requests that have a context."""
-    started, scheduler, drafting = time.perf_counter(), speculator.scheduler, speculator.trees
+    started, drafting = time.perf_counter(), speculator.trees
     assert drafting is not None
+    scheduler = drafting.scheduler
     most = [drafting.nodes if n > 0 else 0 for n in draft_limits(requests, state.num_drafts)]
     limits = scheduler.limits(requests, most)
     times.schedule_ms = (time.perf_counter() - started) * 1e3
@@ -132,7 +146,6 @@ def _trees(
         replace(state.first(len(ready)), num_drafts=drafting.nodes),
         limits[: len(ready)],
         state.num_drafts,
-        scheduler,
     )
     decided = time.perf_counter()
     survival_DM = proposed.survival_DM
