@@ -36,9 +36,11 @@ from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.cost_table import CostTable
 from dspark.targets.target import Target
 
-CANDIDATES = 512
-# Candidates of a slot that may have children at most, where the likeliest do (fewer in a small
-# tree), and where any may be drawn.
+# Candidates of a slot, and of one in a tree of a few ranked nodes (docs/LOG.md).
+CANDIDATES, FEW_CANDIDATES = 512, 256
+_FEW_NODES = 8
+# Candidates of a slot that may have children at most, where the likeliest do (a third of the tree's
+# nodes at most), and where any may be drawn.
 RANKED_PARENTS, DRAWN_PARENTS = 16, 64
 # Children of a node at most, where they are ranked.
 _MOST_CHILDREN = 8
@@ -217,8 +219,11 @@ def propose_trees(
     )
     greedy = all(kind.form == "greedy" for kind in state.sampling.kinds)
     nodes = min(max(limits), drafting.nodes)
-    parents = min(RANKED_PARENTS, (nodes + 1) // 2 + 1) if greedy else DRAWN_PARENTS
-    lattice = drafting.drafter.lattice(context, batch, drafting.candidates, parents)
+    candidates, parents = drafting.candidates, DRAWN_PARENTS
+    if greedy:
+        parents = min(RANKED_PARENTS, nodes // 3 + 1)
+        candidates = min(candidates, FEW_CANDIDATES) if nodes < _FEW_NODES else candidates
+    lattice = drafting.drafter.lattice(context, batch, candidates, parents)
     sound_R = lattice.logits_RKPC.amax(dim=(1, 2, 3)).isfinite()
     broken = frozenset(torch.nonzero(~sound_R).flatten().tolist())
     if broken:
