@@ -196,9 +196,8 @@ def _learn(
             committed=tuple(map(tuple, verdict.committed)),
             rows=rows,
             budget=speculator.deciding.budget,
-            parents=None
-            if drafts.forest is None
-            else tuple(tree.parents for tree in drafts.forest.trees),
+            parents=tuple(tree.parents for tree in drafts.grown) if drafts.grown else None,
+            paths=tuple(map(tuple, verdict.paths)) if drafts.grown else None,
             draft_ms=times.draft_ms,
             schedule_ms=times.schedule_ms,
             verify_ms=times.verify_ms,

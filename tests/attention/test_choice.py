@@ -65,9 +65,7 @@ def filled(shape=SHAPE, dtype=torch.float32, device="cpu", *, by_token=True):
     return cache
 
 
-def compare(
-    attend, seed, options, shape=SHAPE, dtype=torch.float32, device="cpu", batch=None
-):
+def compare(attend, seed, options, shape=SHAPE, dtype=torch.float32, device="cpu", batch=None):
     """The largest difference to plain attention."""
     torch.manual_seed(seed)
     cache, batch = filled(shape, dtype, device), batch or random_batch(seed, device)

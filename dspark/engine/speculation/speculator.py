@@ -154,8 +154,8 @@ def _trees(
     pruned = [tree.first(n) for tree, n in zip(proposed.trees, wanted, strict=True)]
     joining = len(requests) - len(ready)
     forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
-    counts = [*map(len, proposed.trees), *(0,) * joining]
-    drafts = Drafts.of_trees(forest, counts, proposed.forest.tokens_DKC.device)
+    grown = [*proposed.trees, *(Tree(),) * joining]
+    drafts = Drafts.of_trees(forest, grown, proposed.forest.tokens_DKC.device)
     times.draft_ms = (decided - started) * 1e3
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
     nothing = len(proposed.broken) == len(ready)

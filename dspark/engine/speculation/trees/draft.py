@@ -205,9 +205,7 @@ def propose_trees(
         limits: nodes of each at most.
         block_size: depth at most.
     """
-    depths = [
-        min(r.room - 1, block_size, n) for r, n in zip(requests, limits, strict=True)
-    ]
+    depths = [min(r.room - 1, block_size, n) for r, n in zip(requests, limits, strict=True)]
     device = state.sampling.seeds_R.device
     batch = DraftBatch(
         tables=tuple(request.table for request in requests),
