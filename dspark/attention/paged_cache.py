@@ -169,7 +169,7 @@ class PagedCache:
             else:
                 memory = torch.zeros((layers, *shape), dtype=self.dtype, device=self.device)
             self._memory.append(memory.transpose(1, 2) if self.by_token else memory)
-            views[heads, dim] = list(self._memory[-1].split(1))
+            views[heads, dim] = [self._memory[-1].narrow(0, i, 1) for i in range(layers)]
         return [views[size].pop(0) for size in sizes]
 
     @property

@@ -357,9 +357,11 @@ class Speculation:
     block_size: int | None = option(None, "drafts per round (default: the drafter's)", metavar="K")
     tree_nodes: int | None = option(
         None,
-        "draft a tree of so many nodes at most in place of a chain (default: a chain)",
+        "draft trees of so many nodes at most where they are faster than chains, with --schedule "
+        "fixed always; 0 for chains (default: on a CPU as many nodes as a chain has drafts, where "
+        "the drafter and the schedule can)",
         metavar="N",
-        least=1,
+        least=0,
     )
     verifier: Verifier = option("block", "default: {default}")
     schedule: ScheduleName | None = option(

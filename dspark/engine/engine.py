@@ -293,8 +293,8 @@ class Engine:
         """
         if self._speculator is None:
             return
-        roster, scheduler = self.roster, self._speculator.scheduler
-        rounds = scheduler.rest(sum(request.ready for request in roster.running))
+        roster = self.roster
+        rounds = self._speculator.rest(sum(request.ready for request in roster.running))
         if not rounds:
             return
         for request in roster.running:

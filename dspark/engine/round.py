@@ -175,9 +175,7 @@ def _learn(
 ) -> None:
     """Tell the scheduler, and who watches, how the round went."""
     spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
-    survival_RK = speculator.deciding.learn(requests, drafts, verdict.accepted, spent)
-    if speculator.trees is not None:
-        speculator.trees.learn(requests, drafts, verdict, spent)
+    survival_RK = speculator.learn(requests, drafts, verdict, spent)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)

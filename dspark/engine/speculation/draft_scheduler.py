@@ -114,7 +114,6 @@ class Scheduler:
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
         tree_depth: of trees, how deep they are at most; None for chains.
-        protection: of plain decoding, shared with another scheduler of the same engine.
 
     Attributes:
         depth: how many drafts this round's blocks are made for, where earlier rounds say that more
@@ -132,7 +131,6 @@ class Scheduler:
         calibration: Calibration | None = None,
         costs: CostTable | None = None,
         tree_depth: int | None = None,
-        protection: Protection | None = None,
     ) -> None:
         if schedule.weighs_costs and costs is None:
             raise UsageError(
@@ -148,7 +146,7 @@ class Scheduler:
         }
         self._kind: TemperatureClass = "greedy"
         self._calibration = calibration
-        self._protection = protection or Protection()
+        self._protection = Protection()
         self._scalings = _scalings(calibration, tree_depth or num_drafts)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
@@ -163,7 +161,7 @@ class Scheduler:
         self._survival_DK: FloatArray | None = None
 
     def for_trees(self, nodes: int, costs: CostTable | None = None) -> Scheduler:
-        """One of trees beside this one of chains: settings and protection are the same.
+        """One of trees beside this one of chains, of the same settings.
 
         Args:
             nodes: of a tree at most.
@@ -172,7 +170,7 @@ class Scheduler:
         if self.of_trees:
             return self
         given = (self.schedule, self.verifier, nodes, self._calibration, costs or self.costs)
-        return Scheduler(*given, tree_depth=self.num_drafts, protection=self._protection)
+        return Scheduler(*given, tree_depth=self.num_drafts)
 
     @property
     def reads_confidences(self) -> bool:
@@ -322,8 +320,7 @@ class Scheduler:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
         survival_DK = self._survival_DK
-        if self.schedule.protects:
-            self._learn_times(requests, drafts, accepted, spent)
+        self.learn_times(requests, drafts, accepted, spent)
         if not self.schedule.weighs_costs:
             return survival_DK
         if survival_DK is None:  # nothing was drafted
@@ -346,13 +343,23 @@ class Scheduler:
             )
         return survival_DK
 
-    def _learn_times(
+    def learn_times(
         self,
         requests: Sequence[ActiveRequest],
         drafts: Drafts,
         accepted: Sequence[int],
         spent: Spent,
     ) -> None:
+        """Take note of what a finished round took, which may be another scheduler's plain one.
+
+        Args:
+            requests: as in `learn`, and so are the others.
+            drafts: as there.
+            accepted: as there.
+            spent: as there.
+        """
+        if not self.schedule.protects:
+            return
         ready = [request for request in requests if request.ready]
         verified = sum(drafts.lengths)
         seen = StepTime(

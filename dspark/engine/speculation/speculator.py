@@ -17,12 +17,13 @@ from dspark.engine.speculation.draft import (
     propose,
 )
 from dspark.engine.speculation.draft_context import DraftContext
-from dspark.engine.speculation.draft_scheduler import Offer, Scheduler
+from dspark.engine.speculation.draft_scheduler import Offer, Scheduler, Spent
 from dspark.engine.speculation.drafter_faults import Shield
 from dspark.engine.speculation.round_record import FloatArray, RoundTimes, Watch
 from dspark.engine.speculation.sampling_state import RoundState
 from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
 from dspark.engine.speculation.trees.growth import Tree
+from dspark.engine.speculation.verify import Verdict
 from dspark.errors import NumericsError
 
 # In place of a confidence where a draft cannot be used: as good as none.
@@ -34,8 +35,8 @@ class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
     With `trees` it drafts these in place of chains, or in rounds where they are faster. What the
-    drafter does wrong stops at the shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
-    they cost time.
+    drafter does wrong stops at the shield. A watch gets confidences, where no schedule reads them,
+    only if it `wants_confidences`: they cost time.
     """
 
     drafter: Drafter
@@ -51,6 +52,30 @@ class Speculator:
         """The scheduler of the last round's drafts."""
         trees = self.trees
         return self.scheduler if trees is None or not trees.decided else trees.scheduler
+
+    def rest(self, num_requests: int) -> float:
+        """Rounds of so many requests in which nothing is drafted for certain."""
+        rounds = self.scheduler.rest(num_requests)
+        if self.trees is None:
+            return rounds
+        return min(rounds, self.trees.scheduler.rest(num_requests))
+
+    def learn(
+        self,
+        requests: Sequence[ActiveRequest],
+        drafts: Drafts,
+        verdict: Verdict,
+        spent: Spent,
+    ) -> FloatArray | None:
+        """Take note of a finished round; the survivals that its lengths were decided from."""
+        deciding, trees = self.deciding, self.trees
+        survival_DK = deciding.learn(requests, drafts, verdict.accepted, spent)
+        if trees is not None:
+            other = self.scheduler if deciding is trees.scheduler else trees.scheduler
+            if other is not deciding and not spent.draft_ms:
+                other.learn_times(requests, drafts, verdict.accepted, spent)
+            trees.learn(requests, drafts, verdict, spent)
+        return survival_DK
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from dspark.scheduling.calibration import TemperatureClass
 
 # Decided rounds of each before anything is compared, and after how many a round weighs half.
-_FIRST, _HALF_LIFE = 4, 1024.0
+_FIRST, _HALF_LIFE = 3, 1024.0
 # The logarithm of how many times a chain's tokens a tree keeps, before any is seen: mean and
 # standard deviation over the sizes and texts that were measured (docs/trees.md).
 _PRIOR, _PRIOR_DEVIATION = 0.1, 0.1
@@ -51,7 +51,7 @@ class _Rounds:
         """Of the logarithm of the mean number of tokens."""
         mean = self.tokens / self.count
         spread = max(self.squares / self.count - mean**2, 0.0)
-        # One round of good faith, whose tokens are off by their mean: few equal rounds prove little.
+        # One round of good faith, off by the mean: few equal rounds prove little.
         return (spread * self.count + mean**2) / (self.count * mean) ** 2
 
 
