@@ -357,11 +357,10 @@ class Speculation:
     block_size: int | None = option(None, "drafts per round (default: the drafter's)", metavar="K")
     tree_nodes: int | None = option(
         None,
-        "draft trees of so many nodes at most where they are faster than chains, with --schedule "
-        "fixed always; 0 for chains (default: on a CPU as many nodes as a chain has drafts, where "
-        "the drafter and the schedule can)",
+        "draft trees of so many nodes at most in rounds where they are faster than chains, with "
+        "--schedule fixed in all (default: chains)",
         metavar="N",
-        least=0,
+        least=1,
     )
     verifier: Verifier = option("block", "default: {default}")
     schedule: ScheduleName | None = option(

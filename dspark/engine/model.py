@@ -191,8 +191,7 @@ class Model:
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
             tree_nodes: draft trees of so many nodes at most, `block_size` deep, in rounds where
-                they are faster than chains; under `fixed` in all. 0 drafts chains, None on a CPU
-                trees of as many nodes as a chain has drafts, where the schedule can choose.
+                they are faster than chains; under `fixed` in all.
             watch: is told about every round in which a drafter takes part.
             strict: raise what the drafter does wrong, in place of going on plainly.
             step_tokens: rows of one step, as `Engine`.

@@ -11,13 +11,11 @@ from dspark.drafters.base import Drafter
 from dspark.engine.profile import Progress
 from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule, ScheduleName
-from dspark.engine.speculation.trees.draft import check_trees
-from dspark.errors import CompatibilityError, DataError, DSparkWarning, UsageError
+from dspark.errors import CompatibilityError, DataError, DSparkWarning
 from dspark.request import Verifier
 from dspark.scheduling.calibration import TemperatureClass
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost_table import CostTable
-from dspark.targets.target import Target
 
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 class Pair(Protocol):
     """What is asked of a target with its drafter (`engine.model.Model`)."""
 
-    @property
-    def target(self) -> Target: ...
     @property
     def drafter(self) -> Drafter | None: ...
     @property
@@ -99,28 +95,16 @@ def choose_trees(
     """The engine's options about trees.
 
     Args:
-        model: the pair.
+        model: the pair. Where the schedule weighs costs and trees are larger than a chain, whose
+            costs do not reach so far, those of trees are measured.
         chains: the schedule, as `choose_schedule` has found it.
-        nodes: of a tree at most, 0 for none. None takes as many as a chain has drafts where trees
-            can be drafted and the schedule chooses between them and chains, on a CPU; nothing has
-            been measured elsewhere.
+        nodes: of a tree at most; None for chains alone.
         at_once: requests in a round at most.
-
-    Raises:
-        UsageError, CompatibilityError: trees are asked for and cannot be drafted.
     """
-    if model.drafter is None or not isinstance(chains, Scheduler) or nodes == 0:
+    if model.drafter is None or not isinstance(chains, Scheduler) or nodes is None:
         return {}
-    if nodes is None:
-        if not chains.schedule.protects or model.target.device.type != "cpu":
-            return {}
-        try:
-            check_trees(chains.num_drafts, model.drafter, model.target, chains.schedule.name)
-        except (UsageError, CompatibilityError):
-            return {}
-        return {"tree_nodes": chains.num_drafts}
     costs = None
-    if chains.schedule.weighs_costs and nodes > chains.num_drafts:  # which chains' do not reach
+    if chains.schedule.weighs_costs and nodes > chains.num_drafts:
         costs = model.profile_trees(at_once, nodes, chains.num_drafts)
     return {"tree_nodes": nodes, "tree_costs": costs}
 

@@ -240,7 +240,6 @@ class Evaluator:
             schedule=None if plain else settings.schedule,  # type: ignore[arg-type]
             threshold=settings.threshold,
             block_size=None if plain else settings.block_size,
-            tree_nodes=0,  # its figures are of positions in a block
             watch=watch,
             strict=True,
             max_length=max(map(self._longest, dialogues)),

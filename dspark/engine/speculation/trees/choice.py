@@ -12,6 +12,7 @@ Only finished rounds count, so no output changes its distribution.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from dspark.scheduling.calibration import TemperatureClass
@@ -23,28 +24,33 @@ _FIRST, _HALF_LIFE = 3, 1024.0
 _PRIOR, _PRIOR_DEVIATION = 0.1, 0.1
 # Rounds between two of the one that seems slower, by standard deviations of the difference.
 _PAUSES = (8, 16, 64, 256)
-# A round that took so many times what its like take is taken for this much.
-_OUTLIER = 2.0
+# Rounds whose times count, and what a slow one is taken for, in medians of these.
+_TIMES, _OUTLIER = 128, 2.0
 
 
 @dataclass
 class _Rounds:
-    """What the rounds of one of the two have given of late, sums that fade."""
+    """What the rounds of one of the two have given of late, sums that fade.
+
+    Attributes:
+        mean_ms: of a round, slow moments of the machine left out.
+    """
 
     count: float = 0.0
     tokens: float = 0.0
     squares: float = 0.0
-    ms: float = 0.0
+    mean_ms: float = 0.0
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES))
 
     def learn(self, tokens: float, ms: float) -> None:
         """A round gave so many tokens per request."""
-        if self.count >= _FIRST:
-            ms = min(ms, _OUTLIER * self.ms / self.count)
+        self.times.append(ms)
+        most = _OUTLIER * sorted(self.times)[len(self.times) // 2]
+        self.mean_ms = sum(min(each, most) for each in self.times) / len(self.times)
         fade = 0.5 ** (1 / _HALF_LIFE)
         self.count = fade * self.count + 1
         self.tokens = fade * self.tokens + tokens
         self.squares = fade * self.squares + tokens**2
-        self.ms = fade * self.ms + ms
 
     @property
     def variance(self) -> float:
@@ -85,7 +91,7 @@ class _Load:
         """How much faster trees are, in standard deviations of what is known of it."""
         chain, tree = self.ways
         gain = math.log(tree.tokens / tree.count) - math.log(chain.tokens / chain.count)
-        cost = math.log(tree.ms / tree.count) - math.log(chain.ms / chain.count)
+        cost = math.log(tree.mean_ms) - math.log(chain.mean_ms)
         seen, prior = 1 / (chain.variance + tree.variance), _PRIOR_DEVIATION**-2
         gain = (seen * gain + prior * _PRIOR) / (seen + prior)
         return (gain - cost) * math.sqrt(seen + prior)
