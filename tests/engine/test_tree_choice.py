@@ -31,7 +31,7 @@ def play(gain, cost, requests, seed=0, rounds=ROUNDS):
 @pytest.mark.parametrize("requests", [1, 8, 32])
 def test_trees_serve_where_they_are_faster(requests):
     found, share = play(1.25, 1.05, requests)
-    assert found > 0.95 * 1.25 / 1.05
+    assert found > 0.94 * 1.25 / 1.05
     assert share > 0.8
 
 
@@ -39,7 +39,7 @@ def test_trees_serve_where_they_are_faster(requests):
 @pytest.mark.parametrize("requests", [1, 8, 32])
 def test_trees_that_are_slower_cost_little_even_from_a_cold_start(requests, gain, cost):
     found = np.mean([play(gain, cost, requests, seed)[0] for seed in range(3)])
-    assert found > (0.94 if requests == 1 else 0.96)
+    assert found > 0.975
 
 
 def test_control_trees_in_every_round(monkeypatch):

@@ -19,9 +19,9 @@ from dspark.scheduling.calibration import TemperatureClass
 
 # Decided rounds of each before anything is compared, and after how many a round weighs half.
 _FIRST, _HALF_LIFE = 3, 1024.0
-# The logarithm of how many times a chain's tokens a tree keeps, before any is seen: mean and
-# standard deviation over the sizes and texts that were measured (docs/trees.md).
-_PRIOR, _PRIOR_DEVIATION = 0.1, 0.1
+# The logarithm of how many times a chain's tokens a tree keeps, before any is seen: a little less
+# than was measured (docs/trees.md), so that trees have to show it; and its standard deviation.
+_PRIOR, _PRIOR_DEVIATION = 0.03, 0.1
 # Rounds between two of the one that seems slower, by standard deviations of the difference.
 _PAUSES = (8, 16, 64, 256)
 # Rounds whose times count, and what a slow one is taken for, in medians of these.
