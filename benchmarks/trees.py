@@ -1,7 +1,9 @@
 """Draft trees against the chain of the same drafter: accepted length, speed and a decision's time.
 
-One request at a time, all ways in turn within each request; every draft is verified. Beside seconds
-on the clock there are those of the processor, which a busy machine changes less.
+As many requests at a time as `--at-once` says, all ways in turn within each group. Under `fixed`
+every node is verified; under the other schedules a tree's engine chooses between trees and chains,
+as it does by default. Beside seconds on the clock there are those of the processor, which a busy
+machine changes less.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,14 +42,14 @@ class Way:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def decode(self, request: Request, *, counts: bool = True) -> None:
-        """Decode a request, timed where it counts."""
+    def decode(self, requests: Sequence[Request], *, counts: bool = True) -> None:
+        """Decode some requests at once, timed where it counts."""
         clock, cpu = time.perf_counter(), time.process_time()
-        [output] = self.engine.run([request])
+        outputs = self.engine.run(requests)
         if counts:
             self.seconds += time.perf_counter() - clock
             self.cpu_seconds += time.process_time() - cpu
-            self.outputs.append(output)
+            self.outputs += outputs
 
     def figures(self, chain: Way, plain: Way) -> dict[str, Any]:
         """What it gave, beside the chain and plain decoding."""
@@ -60,6 +63,7 @@ class Way:
             "tokens_per_cpu_s": cpu_per_s,
             "speed_over_chain": cpu_per_s / chain.per_cpu_s,
             "speed_over_plain": cpu_per_s / plain.per_cpu_s,
+            "rounds": stats.rounds,
             "identical_to_plain": sum(
                 a.token_ids == b.token_ids for a, b in zip(self.outputs, plain.outputs, strict=True)
             ),
@@ -71,56 +75,61 @@ class Way:
         return sum(len(output.token_ids) for output in self.outputs) / self.cpu_seconds
 
 
-def requests_of(model: Model, args: argparse.Namespace, name: str, params: SamplingParams) -> Any:
+def requests_of(
+    model: Model, args: argparse.Namespace, name: str, params: SamplingParams, count: int
+) -> list[Request]:
     """The first prompts of an evaluation file that fit; prompt i draws with `seed` + i."""
     found: list[Request] = []
     for prompt in read_prompts(args.data / "eval" / f"{name}.jsonl"):
         ids = model.encode(prompt.messages[:1])
         if len(ids) + params.max_new_tokens <= model.target.max_context:
             found.append(Request(ids, replace(params, seed=params.seed + len(found))))
-        if len(found) == args.prompts:
+        if len(found) == count:
             break
     return found
 
 
-def ways_of(model: Model, args: argparse.Namespace, requests: Sequence[Request]) -> dict[str, Way]:
+def ways_of(
+    model: Model, args: argparse.Namespace, requests: Sequence[Request], at_once: int
+) -> dict[str, Way]:
     """Plain decoding, the chain, and a tree of each size."""
-    drafter = model.drafter
+    drafter, schedule = model.drafter, Schedule(args.schedule)
     assert drafter is not None
-    most = longest(requests)
+    options = {"max_requests": at_once, "max_length": longest(requests), "verifier": args.verifier}
+    costs = model.profile(max_requests=at_once) if schedule.weighs_costs else None
 
     def way(nodes: int | None) -> Way:
-        depth = None if nodes is None else drafter.block_size
-        count = drafter.block_size if nodes is None else nodes
-        name = Schedule(args.schedule)
-        given = Scheduler(name, args.verifier, count, model.calibration, tree_depth=depth)
-        options = {"verifier": args.verifier, "schedule": given, "tree_nodes": nodes}
-        return Way(Engine(model.target, drafter, max_requests=1, max_length=most, **options))
+        chains = Scheduler(schedule, args.verifier, drafter.block_size, model.calibration, costs)
+        tree_costs = None
+        if costs is not None and nodes is not None and nodes > drafter.block_size:
+            tree_costs = model.profile_trees(at_once, nodes)
+        own = {"schedule": chains, "tree_nodes": nodes, "tree_costs": tree_costs}
+        return Way(Engine(model.target, drafter, **options, **own))
 
-    plain = Way(Engine(model.target, max_requests=1, max_length=most, verifier=args.verifier))
+    plain = Way(Engine(model.target, **options))
     trees = {f"tree_{nodes}": way(nodes) for nodes in args.nodes}
     return {"plain": plain, "chain": way(None), **trees}
 
 
 def measure(model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    """All files at all temperatures."""
+    """All files at all temperatures and loads."""
     results: dict[str, Any] = {}
-    for name in args.files:
-        for temperature in args.temperatures:
-            params = SamplingParams(args.max_new_tokens, temperature=temperature, seed=args.seed)
-            requests = requests_of(model, args, name, params)
-            ways = ways_of(model, args, requests)
-            for way in ways.values():
-                way.decode(requests[0], counts=False)
-            for i, request in enumerate(requests):
-                names = list(ways)
-                for each in names[i % len(names) :] + names[: i % len(names)]:
-                    ways[each].decode(request)
-            key = f"{name}, temperature {temperature:g}"
-            results[key] = {
-                each: way.figures(ways["chain"], ways["plain"]) for each, way in ways.items()
-            }
-            say(f"{key}: {results[key]}")
+    for name, temperature, at_once in product(args.files, args.temperatures, args.at_once):
+        params = SamplingParams(args.max_new_tokens, temperature=temperature, seed=args.seed)
+        requests = requests_of(model, args, name, params, max(args.prompts, at_once))
+        ways = ways_of(model, args, requests, at_once)
+        for way in ways.values():
+            way.decode(requests[:1], counts=False)
+        names = list(ways)
+        for turn, first in enumerate(range(0, len(requests), at_once)):
+            begin = turn % len(names)
+            for each in names[begin:] + names[:begin]:
+                ways[each].decode(requests[first : first + at_once])
+        key = f"{name}, temperature {temperature:g}, {at_once} at once"
+        results[key] = {
+            each: way.figures(ways["chain"], ways["plain"]) for each, way in ways.items()
+        }
+        say(f"{key}: {results[key]}")
     return results
 
 
@@ -155,6 +164,7 @@ def main() -> None:
     add_decoding_options(parser, prompts=12, tokens=80)
     parser.add_argument("--nodes", type=int, nargs="+", default=[8, 15, 16, 31, 32, 64])
     parser.add_argument("--files", nargs="+", default=["gsm8k", "mt-bench"])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1], help="requests of a round")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -88,7 +88,7 @@ def cached_attention(
     query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
-    if len(batch.segments) > 1 and not rule.explicit and batch.trees is None:
+    if len(batch.segments) > 1 and not rule.explicit:
         padding = plan_padding(batch, rule.window, rule.first, query_1ATD, cache, layer)
         if padding is not None:
             return padded_attention(query_1ATD, cache, layer, padding, rule.scale)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache as once
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from dspark.attention.backends import Rule
 from dspark.attention.paged_cache import PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
+from dspark.attention.ragged_batch import Parents, RaggedBatch
+from dspark.attention.trees import ancestors, depths
 
 # Rows of a batch that share a list of pages.
 _QUERY_BLOCK = 128
@@ -78,23 +80,17 @@ def _block_mask(batch: RaggedBatch, cache: PagedCache, rule: Rule) -> flex.Block
         counts.view(1, 1, -1),
         torch.tensor(indices, dtype=torch.int32, device=device).view(1, 1, len(blocks), widest),
         BLOCK_SIZE=(_QUERY_BLOCK, size),
-        mask_mod=_visible(
-            torch.tensor(owners, device=device),
-            places_RP,
-            batch.positions_T,
-            size,
-            rule,
-        ),
+        mask_mod=_visible(torch.tensor(owners, device=device), places_RP, batch, size, rule),
         seq_lengths=(len(owners), cache.rows),
         compute_q_blocks=False,
     )
 
 
 def _visible(
-    owners_T: Tensor, places_RP: Tensor, positions_T: Tensor, page_size: int, rule: Rule
+    owners_T: Tensor, places_RP: Tensor, batch: RaggedBatch, page_size: int, rule: Rule
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether a row of the batch sees a row of the pool."""
-    first, window = rule.first, rule.window
+    first, window, positions_T = rule.first, rule.window, batch.positions_T
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, row: Tensor) -> Tensor:
         place = places_RP[owners_T[query], row // page_size]
@@ -102,7 +98,37 @@ def _visible(
         seen = (place >= 0) & (position >= first) & (position <= own)
         return seen if window is None else seen & (position > own - window)
 
-    return visible
+    if batch.trees is None:
+        return visible
+    roots_T, sees_TN, depths_TN = _nodes(batch, batch.trees)
+
+    def visible_in_trees(_batch: Tensor, _head: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        place, root = places_RP[owners_T[query], row // page_size], roots_T[query]
+        at, own = place * page_size + row % page_size, positions_T[query]
+        node = (at - root - 1).clamp(0, sees_TN.shape[1] - 1)
+        is_node = at > root
+        position = torch.where(is_node, root + depths_TN[query, node], at)
+        inside = at - root <= sees_TN.shape[1]
+        seen = torch.where(is_node, inside & sees_TN[query, node], position <= own)
+        seen &= (place >= 0) & (position >= first)
+        return seen if window is None else seen & (position > own - window)
+
+    return visible_in_trees
+
+
+def _nodes(batch: RaggedBatch, trees: Sequence[Parents]) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: the position of its request's root, the nodes that it sees, and their depths."""
+    rows, most = batch.offsets[-1], max(1, *map(len, trees))
+    roots_T = np.zeros(rows, dtype=np.int64)
+    sees_TN, depths_TN = np.zeros((rows, most), dtype=bool), np.zeros((rows, most), dtype=np.int64)
+    for segment, begin, parents in zip(batch.segments, batch.offsets, trees, strict=False):
+        nodes, end = len(parents), begin + segment.length
+        roots_T[begin:end] = segment.end - 1 - nodes
+        sees_TN[end - nodes : end, :nodes] = ancestors(parents)
+        depths_TN[begin:end, :nodes] = depths(parents)
+    device = batch.rows_T.device
+    roots, sees, deep = (torch.from_numpy(x).to(device) for x in (roots_T, sees_TN, depths_TN))
+    return roots, sees, deep
 
 
 def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -18,9 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch, Segment
+from dspark.attention.trees import tree_mask
 
-# Segments up to this long count as short.
-SHORT_ROWS = 16
+# Segments up to this long count as short; where there are trees, up to the second.
+SHORT_ROWS, SHORT_TREES = 16, 64
 # Of the padded keys and rows at least this share must be real.
 MIN_FILL = 0.5
 # Keys and values of a request's span, per layer, up to which gathering them beats a call each on a
@@ -100,7 +101,8 @@ def plan_padding(
     shape = cache.shapes[layer]
     name = ("padding", window, first, query_1ATD.dtype, query_1ATD.shape[1], shape, cache.rows)
     if name not in batch.memo:
-        keys = _find_keys(batch.segments, window, first, cache, shape)
+        short = SHORT_ROWS if batch.trees is None else SHORT_TREES
+        keys = _find_keys(batch.segments, window, first, cache, shape, short)
         shared = query_1ATD.shape[1] // shape.kv_heads
         batch.memo[name] = keys and _lay_out(batch, keys, window, query_1ATD, shared)
     plan: Padding | None = batch.memo[name]
@@ -141,10 +143,11 @@ def _find_keys(
     first: int,
     cache: PagedCache,
     shape: CacheShape,
+    short: int,
 ) -> _Keys | None:
     """The keys' places, if the segments are short and few rows and keys would be padding."""
     lengths = [segment.length for segment in segments]
-    if min(lengths) < 1 or max(lengths) > SHORT_ROWS:
+    if min(lengths) < 1 or max(lengths) > short:
         return None
     begins = [first if window is None else max(first, s.start + 1 - window) for s in segments]
     begin, end = min(begins), max(s.end for s in segments)
@@ -232,6 +235,10 @@ def _lay_out(
             gather.append(place * length + i)
             spread[gather[-1]] = row + i
     mask_RPS = _mask(torch.tensor(last), torch.arange(keys.begin, keys.end), window)
+    for segment, parents, place in zip(segments, batch.trees or (), keys.places, strict=False):
+        if parents:
+            own_LS = tree_mask(segment, parents, keys.begin, window, mask_RPS)
+            mask_RPS[place, : segment.length, : own_LS.shape[1]] = own_LS
     mask_RPS = mask_RPS.to(device, like.dtype)
     plain = gather == list(range(spans * length))
     return Padding(

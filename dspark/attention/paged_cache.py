@@ -153,17 +153,24 @@ class PagedCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.by_token = self.device.type != "cpu" if by_token is None else by_token
-        self._keys = [self._allocate(s.kv_heads, s.key_dim) for s in self.shapes]
-        self._values = [self._allocate(s.kv_heads, s.value_dim) for s in self.shapes]
+        self._memory: list[Tensor] = []  # [layers, G, rows, D], of equal heads each
+        self._keys = self._allocate([(s.kv_heads, s.key_dim) for s in self.shapes])
+        self._values = self._allocate([(s.kv_heads, s.value_dim) for s in self.shapes])
 
-    def _allocate(self, heads: int, dim: int) -> Tensor:
+    def _allocate(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Memory of layers of so many heads and numbers per head, each [1, G, rows, D]."""
         # Zeroed, because rows that a mask hides still enter a product with weight 0.
-        shape = (1, self.rows, heads, dim) if self.by_token else (1, heads, self.rows, dim)
-        if self.device.type == "cpu":
-            memory = _zeros_on_demand(shape, self.dtype)
-        else:
-            memory = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return memory.transpose(1, 2) if self.by_token else memory
+        views = dict[tuple[int, int], list[Tensor]]()
+        for heads, dim in set(sizes):
+            layers = sizes.count((heads, dim))
+            shape = (self.rows, heads, dim) if self.by_token else (heads, self.rows, dim)
+            if self.device.type == "cpu":
+                memory = _zeros_on_demand((layers, *shape), self.dtype)
+            else:
+                memory = torch.zeros((layers, *shape), dtype=self.dtype, device=self.device)
+            self._memory.append(memory.transpose(1, 2) if self.by_token else memory)
+            views[heads, dim] = [self._memory[-1].narrow(0, i, 1) for i in range(layers)]
+        return [views[size].pop(0) for size in sizes]
 
     @property
     def rows(self) -> int:
@@ -173,7 +180,7 @@ class PagedCache:
     @property
     def bytes(self) -> int:
         """Memory held by keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
+        return sum(memory.numel() * memory.element_size() for memory in self._memory)
 
     def write(self, layer: int, rows_T: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> None:
         """Store one row per token, in place of what was there."""
@@ -219,12 +226,12 @@ class PagedCache:
         product, with weight 0.
         """
         rows_T = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        for memory in (*self._keys, *self._values):
+        for memory in self._memory:
             memory.index_fill_(2, rows_T, 0)
 
     def move(self, rows_N: Tensor, to_N: Tensor) -> None:
         """Copy rows of every layer to other rows; all are read before any is written."""
-        for memory in (*self._keys, *self._values):
+        for memory in self._memory:
             memory.index_copy_(2, to_N, memory.index_select(2, rows_N))
 
     def read(self, layer: int, rows_T: Tensor) -> tuple[Tensor, Tensor]:

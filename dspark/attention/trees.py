@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ def depths(parents: Parents) -> list[int]:
     for parent in parents:
         found.append(1 if parent < 0 else found[parent] + 1)
     return found
+
+
+def ancestors(parents: Parents) -> npt.NDArray[np.bool_]:
+    """Which nodes each node sees, [N, N]: itself and those on its way from the root."""
+    sees_NN = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees_NN[node] |= sees_NN[parent]
+    return sees_NN
 
 
 def with_trees(batch: RaggedBatch, parents: Sequence[Parents]) -> RaggedBatch:
@@ -54,19 +65,13 @@ def tree_mask(
         like: gives dtype and device.
     """
     nodes, length, size = len(parents), segment.length, segment.end - begin
-    stem = length - nodes
-    sees_LS = torch.ones(length, size, dtype=torch.bool)
-    sees_LS[:, size - length :] = torch.ones(length, length, dtype=torch.bool).tril_()
-    own_NN = sees_LS[stem:, size - nodes :]
-    own_NN.copy_(torch.eye(nodes, dtype=torch.bool))
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            own_NN[node] |= own_NN[parent]
+    sees_LS = np.tri(length, size, size - length, dtype=bool)
+    sees_LS[length - nodes :, size - nodes :] = ancestors(parents)
     if window is not None:
         root = segment.end - nodes - 1
         deep = [root + depth for depth in depths(parents)]
-        keys_S = torch.tensor([*range(begin, root + 1), *deep])
-        rows_L1 = torch.tensor([*range(segment.start, root + 1), *deep])[:, None]
+        keys_S = np.array([*range(begin, root + 1), *deep])
+        rows_L1 = np.array([*range(segment.start, root + 1), *deep])[:, None]
         sees_LS &= keys_S > rows_L1 - window
-    mask_LS = torch.zeros(length, size).masked_fill_(~sees_LS, float("-inf"))
-    return mask_LS.to(like.device, like.dtype)
+    mask_LS = np.where(sees_LS, np.float32(0), np.float32("-inf"))
+    return torch.from_numpy(mask_LS).to(like.device, like.dtype)

@@ -1,7 +1,7 @@
 """Attention over pages by torch's variable-length attention with a block table.
 
 The kernel reads keys and values where they lie, page by page, and masks nothing that it need not.
-It knows no attention sinks, no soft-capped scores and no first key; layers that have them are
+It knows no attention sinks, no soft-capped scores, no first key and no draft trees; these are
 attended to by `backends.cached_attention`, or `invariant_attention` where keys are not split.
 """
 
@@ -89,7 +89,7 @@ class VarlenAttention:
         self, query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
     ) -> Tensor:
         """Attention of every row over its own request's pages; [1, A, T, value_dim]."""
-        if rule.explicit or rule.first > 0:
+        if rule.explicit or rule.first > 0 or batch.trees is not None:
             other = cached_attention if self.num_splits is None else invariant_attention
             return other(query_1ATD, cache, layer, batch, rule)
         if MEMO not in batch.memo:

@@ -34,7 +34,7 @@ class EngineOptions:
             calibrated and this machine profiled, else `auto`.
         threshold: of the schedule `threshold`.
         block_size: drafts per round; None for the drafter's own.
-        tree_nodes: nodes of draft trees; None for chains.
+        tree_nodes: of draft trees at most; None for chains.
         batch_size: requests at once.
     """
 

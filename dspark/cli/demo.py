@@ -101,6 +101,7 @@ class Options(Loading):
     )
     temperature: float = pick(Sampling, "temperature")
     only: Literal["math", "code", "chat"] | None = option(None, "one prompt instead of all three")
+    tree_nodes: int | None = pick(Speculation, "tree_nodes")
     no_profile: bool = pick(Speculation, "no_profile")
 
 
@@ -119,7 +120,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     )
     from dspark.cli.decoding import EngineOptions, comparable, compare_report
 
-    engine_options = EngineOptions(batch_size=1)
+    engine_options = EngineOptions(batch_size=1, tree_nodes=options.tree_nodes)
     speculation = Speculation(no_profile=options.no_profile)
     measure_costs(speculation, model, [Request((0,), params)], 1, screen)
     must_agree = comparable(params.temperature, engine_options.verifier)

@@ -187,7 +187,7 @@ def measure_costs(
     wanted = wants_costs(
         model, _classes_of(requests), schedule, options.verifier, block_size, at_once
     )
-    if options.no_profile or not wanted or options.tree_nodes is not None:
+    if options.no_profile or not wanted:
         return
     started = time.perf_counter()
     with screen.progress("measuring what steps cost") as tell:

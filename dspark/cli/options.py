@@ -357,7 +357,8 @@ class Speculation:
     block_size: int | None = option(None, "drafts per round (default: the drafter's)", metavar="K")
     tree_nodes: int | None = option(
         None,
-        "draft a tree of so many nodes at most in place of a chain (default: a chain)",
+        "draft trees of so many nodes at most in rounds where they are faster than chains, with "
+        "--schedule fixed in all (default: chains)",
         metavar="N",
         least=1,
     )

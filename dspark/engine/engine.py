@@ -24,6 +24,7 @@ from dspark.engine.speculation.speculator import Speculator
 from dspark.engine.speculation.trees.draft import TreeDrafting
 from dspark.engine.timing import Clock
 from dspark.request import FinishReason, Output, Request, Verifier
+from dspark.scheduling.cost_table import CostTable
 from dspark.targets.target import Target
 
 
@@ -42,6 +43,10 @@ class Engine:
             that weighs costs, or calibrated confidences, comes as a `Scheduler`.
         block_size: drafts per round, at most the drafter's own, which is the default.
         tree_nodes: draft trees of so many nodes at most, `block_size` deep; None drafts chains.
+            Under a schedule that protects plain decoding rounds draft trees or chains, whichever
+            are faster, unless its `Scheduler` is one of trees.
+        tree_costs: what rounds of trees cost, where a schedule weighs it; None takes the costs of
+            chains.
         watch: is told about every round in which a drafter takes part.
         step_tokens: rows of one step. Verification goes first; prompts are read in parts that
             fit the rest (at least a quarter of it); 512 on a CPU, else 2048.
@@ -73,6 +78,7 @@ class Engine:
         schedule: Schedule | Scheduler | None = None,
         block_size: int | None = None,
         tree_nodes: int | None = None,
+        tree_costs: CostTable | None = None,
         watch: Watch | None = None,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
@@ -97,11 +103,16 @@ class Engine:
         self.verifier, self.max_requests, self._now = verifier, max_requests, now
         self.max_length = min(max_length or target.max_context, target.max_context)
         self.num_drafts = checked_num_drafts(self.drafter, block_size)
-        trees = None
-        if tree_nodes is not None and self.drafter is not None:
-            trees = TreeDrafting.checked(tree_nodes, self.drafter, target, self.schedule.name)
+        scheduler = schedule if isinstance(schedule, Scheduler) else None
+        trees: TreeDrafting | None = None
+        if self.drafter is not None:
+            scheduler = scheduler or Scheduler(self.schedule, verifier, self.num_drafts)
+            if tree_nodes is not None:
+                trees = TreeDrafting.beside(scheduler, tree_nodes, self.drafter, target, tree_costs)
         self.tree_nodes = None if trees is None else trees.nodes
-        self.most_drafts = self.num_drafts if trees is None else trees.nodes
+        self.most_drafts = self.num_drafts
+        if trees is not None:
+            self.most_drafts = max(trees.nodes, 0 if trees.choice is None else self.num_drafts)
         self.step_tokens = step_tokens or default_step_tokens(target.device)
         self.memory = Memory(
             target,
@@ -117,11 +128,17 @@ class Engine:
         self.clock, self._next_id = Clock(), 0
         self._sampling: RequestSampling | None = None
         self._speculator: Speculator | None = None
-        if self.memory.context is not None:
-            speculator = Speculator.of(
-                self.memory.context, schedule or self.schedule, verifier, self.num_drafts, trees
+        if self.drafter is not None:
+            assert self.memory.context is not None
+            assert scheduler is not None
+            self._speculator = Speculator(
+                self.drafter,
+                self.memory.context,
+                scheduler,
+                watch,
+                Shield(strict=strict),
+                trees=trees,
             )
-            self._speculator = replace(speculator, watch=watch, shield=Shield(strict=strict))
 
     def watch(self, watch: Watch | None, *, confidences: bool = True) -> None:
         """Tell `watch` about every round from now on in which a drafter takes part.
@@ -204,7 +221,7 @@ class Engine:
         active.end(reason)
         self.roster.remove(active)
         if self._speculator is not None:
-            self._speculator.scheduler.forget(active.request_id)
+            self._speculator.forget(active.request_id)
         return Event(active.request_id, pieces, active.output())
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ from dspark.engine.options import split_options
 from dspark.engine.profile import Progress, machine_key, measure_costs
 from dspark.engine.requests.prompt import Messages, encode_prompt, one_prompt
 from dspark.engine.requests.sequence import Piece
-from dspark.engine.schedule_choice import choose_schedule
+from dspark.engine.schedule_choice import choose_schedule, choose_trees
 from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
@@ -190,7 +190,8 @@ class Model:
                 cost table measures one first.
             threshold: of the schedule `threshold`.
             block_size: drafts per round, at most the drafter's own, which is the default.
-            tree_nodes: draft trees of so many nodes at most, `block_size` deep, in place of chains.
+            tree_nodes: draft trees of so many nodes at most, `block_size` deep, in rounds where
+                they are faster than chains; under `fixed` in all.
             watch: is told about every round in which a drafter takes part.
             strict: raise what the drafter does wrong, in place of going on plainly.
             step_tokens: rows of one step, as `Engine`.
@@ -211,17 +212,16 @@ class Model:
         longest = max(longest, max_length or 0)
         at_once = min(batch_size, sum(r.params.n for r in requests))
         kinds = {temperature_class(r.params.temperature) for r in requests}
+        chosen = choose_schedule(self, kinds, schedule, threshold, verifier, block_size, at_once)
         return Engine(
             self.target,
             self.drafter,
             max_requests=at_once,
             max_length=longest,
             verifier=verifier,
-            schedule=choose_schedule(
-                self, kinds, schedule, threshold, verifier, block_size, at_once, tree_nodes
-            ),
+            schedule=chosen,
             block_size=block_size,
-            tree_nodes=tree_nodes,
+            **choose_trees(self, chosen, tree_nodes, at_once),
             watch=watch,
             strict=strict,
             step_tokens=step_tokens,
@@ -265,17 +265,18 @@ class Model:
             UsageError: an option has a value that cannot be used.
         """
         kinds: set[TemperatureClass] = {"greedy", "sampled"}
+        chosen = choose_schedule(
+            self, kinds, schedule, threshold, verifier, block_size, max_requests
+        )
         return Engine(
             self.target,
             self.drafter,
             max_requests=max_requests,
             max_length=max_length,
             verifier=verifier,
-            schedule=choose_schedule(
-                self, kinds, schedule, threshold, verifier, block_size, max_requests, tree_nodes
-            ),
+            schedule=chosen,
             block_size=block_size,
-            tree_nodes=tree_nodes,
+            **choose_trees(self, chosen, tree_nodes, max_requests),
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
             memory_share=memory_share,

@@ -133,7 +133,7 @@ def measure_costs(
         count: _engine(target, drafter, count, block_size, tree_nodes, repeats, temperature)
         for count in counts
     }
-    plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][0].most_drafts)]
+    plan = [(count, n) for count in counts for n in _drafts(count, rooms[count][1].num_drafts)]
     seen, warming = _Seen(), _Seen()
     done, started = 0, time.perf_counter()
     for visit in range(-1, repeats):  # the first visit warms up
@@ -186,7 +186,7 @@ def _single_draft_ms(engine: Engine, told: _Told, count: int) -> float:
     told.told, told.depth, told.most = [0] * count, 1, 1
     before = engine.clock.draft_ms
     engine.step()
-    told.depth, told.most = None, engine.most_drafts
+    told.depth, told.most = None, told.num_drafts
     return engine.clock.draft_ms - before
 
 

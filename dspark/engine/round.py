@@ -174,9 +174,7 @@ def _learn(
 ) -> None:
     """Tell the scheduler, and who watches, how the round went."""
     spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
-    survival_RK = speculator.scheduler.learn(requests, drafts, verdict.accepted, spent)
-    if speculator.trees is not None and drafts.forest is not None:
-        speculator.trees.learn(requests, drafts.forest, verdict)
+    survival_RK = speculator.learn(requests, drafts, verdict, spent)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)
@@ -194,10 +192,9 @@ def _learn(
             accepted=tuple(verdict.accepted),
             committed=tuple(map(tuple, verdict.committed)),
             rows=rows,
-            budget=speculator.scheduler.budget,
-            parents=None
-            if drafts.forest is None
-            else tuple(tree.parents for tree in drafts.forest.trees),
+            budget=speculator.deciding.budget,
+            parents=tuple(tree.parents for tree in drafts.grown) if drafts.grown else None,
+            paths=tuple(map(tuple, verdict.paths)) if drafts.grown else None,
             draft_ms=times.draft_ms,
             schedule_ms=times.schedule_ms,
             verify_ms=times.verify_ms,

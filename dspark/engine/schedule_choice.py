@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Set
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark.drafters.base import Drafter
 from dspark.engine.profile import Progress
@@ -54,7 +54,6 @@ def choose_schedule(
     verifier: Verifier,
     block_size: int | None,
     at_once: int,
-    tree_nodes: int | None = None,
 ) -> Schedule | Scheduler:
     """The schedule asked for, with all it needs, or the default one.
 
@@ -68,8 +67,6 @@ def choose_schedule(
         verifier: token, block or coupled.
         block_size: drafts per round; None for the drafter's own.
         at_once: requests in a round at most.
-        tree_nodes: nodes of draft trees; None for chains. A cost table of chains does not reach
-            so far: schedules that weigh costs measure their own, and `auto` stays what it is.
 
     Raises:
         UsageError: name, threshold or block size cannot be used.
@@ -80,22 +77,36 @@ def choose_schedule(
     calibration = model.calibration
     lacks = _lacks(model, kinds, verifier, block_size)
     if name in (None, "auto") and threshold is None:
-        lagged = not lacks and _covering_costs(model, at_once) is not None and tree_nodes is None
+        lagged = not lacks and _covering_costs(model, at_once) is not None
         name = "lagged" if lagged else "auto"
     schedule = Schedule(name or "auto", threshold)
     if schedule.reads_confidences and calibration is not None:
         for sentence in lacks:
             warnings.warn(DSparkWarning(sentence), stacklevel=3)
-    if tree_nodes is not None:
-        costs = None
-        if schedule.weighs_costs:
-            costs = model.profile_trees(at_once, tree_nodes, block_size)
-        most = (verifier, tree_nodes, calibration, costs)
-        return Scheduler(schedule, *most, tree_depth=num_drafts)
     costs = _covering_costs(model, at_once) if schedule.protects else None
     if schedule.weighs_costs and costs is None:
         costs = cover_costs(model, at_once, block_size=block_size)
     return Scheduler(schedule, verifier, num_drafts, calibration, costs)
+
+
+def choose_trees(
+    model: Pair, chains: Schedule | Scheduler, nodes: int | None, at_once: int
+) -> dict[str, Any]:
+    """The engine's options about trees.
+
+    Args:
+        model: the pair. Where the schedule weighs costs and trees are larger than a chain, whose
+            costs do not reach so far, those of trees are measured.
+        chains: the schedule, as `choose_schedule` has found it.
+        nodes: of a tree at most; None for chains alone.
+        at_once: requests in a round at most.
+    """
+    if model.drafter is None or not isinstance(chains, Scheduler) or nodes is None:
+        return {}
+    costs = None
+    if chains.schedule.weighs_costs and nodes > chains.num_drafts:
+        costs = model.profile_trees(at_once, nodes, chains.num_drafts)
+    return {"tree_nodes": nodes, "tree_costs": costs}
 
 
 def cover_costs(
@@ -157,14 +168,9 @@ def reason(model: Pair, engine: Engine, kinds: Set[TemperatureClass]) -> str:
     if scheduler.schedule.weighs_costs:
         lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
         how = lacks[0].rstrip(".") if lacks else "calibrated drafter, cost table of this machine"
-        return f"Schedule: {name} ({how})."
+        return f"Schedule: {name} ({how}){_of_trees(engine)}."
     if name != "auto":
-        return f"Schedule: {name} (as asked)."
-    if engine.tree_nodes is not None:
-        return (
-            f"Schedule: auto, whole trees of {engine.tree_nodes} nodes while they are faster than "
-            "plain decoding (--schedule lagged weighs them against what steps cost)."
-        )
+        return f"Schedule: {name} (as asked){_of_trees(engine)}."
     lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
     missing = "the drafter is not calibrated for this (dspark calibrate)"
     if not lacks:
@@ -172,8 +178,16 @@ def reason(model: Pair, engine: Engine, kinds: Set[TemperatureClass]) -> str:
         missing = f"no cost table for {most} requests (dspark profile --max-requests {most})"
     return (
         f"Schedule: auto, whole blocks while they are faster than plain decoding ({missing}; "
-        "with both, lagged would serve)."
+        f"with both, lagged would serve){_of_trees(engine)}."
     )
+
+
+def _of_trees(engine: Engine) -> str:
+    nodes = engine.tree_nodes
+    if nodes is None:
+        return ""
+    where = ", in rounds where they are faster than chains" if engine.schedule.protects else ""
+    return f"; trees of up to {nodes} nodes{where}"
 
 
 def _lacks(

@@ -37,6 +37,8 @@ class DraftToken:
         survival: the product of the confidences up to it.
         sent: whether the schedule had it verified.
         accepted: whether it became part of the output.
+        parent: the draft before it, by its number; -1 for the anchor. Of a chain it is the one
+            before in the block.
     """
 
     token_id: int
@@ -45,6 +47,7 @@ class DraftToken:
     survival: float | None
     sent: bool
     accepted: bool
+    parent: int
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class RoundEvent:
         round: number of the round, from 0; after a pause, numbers may be missing.
         time_s: when it ended, seconds since 1970.
         anchor: the last token before the round; None under plain decoding, which has no blocks.
-        drafts: the block, in order; empty where nothing was drafted.
+        drafts: the block, in order, or the nodes of a tree as they grew; empty where nothing was
+            drafted.
         next_token: what the target drew after the kept drafts: the corrected token, or the bonus
             token where all that were sent stayed; None where the output ended within the drafts.
-        is_bonus: whether every draft that was sent was accepted.
+        is_bonus: whether every draft that was sent was accepted; of a tree, whether nothing that
+            was sent could have come next.
         requests: answers that took part in the round.
         verified: drafts sent to the target, of all requests together.
         rows: rows of the target's forward, of all requests, parts of prompts included; None under
@@ -126,7 +131,10 @@ def _event(
 ) -> RoundEvent:
     drafts, length = record.drafts[row], record.lengths[row]
     kept = min(record.accepted[row], len(gained))
-    survivals, confidences = _beliefs(record.survival_RK, row, len(drafts))
+    parents = range(-1, len(drafts) - 1) if record.parents is None else record.parents[row]
+    survivals, confidences = _beliefs(record.survival_RK, row, parents)
+    path = sorted(record.stayed(row))[:kept]
+    end = path[-1] if path else -1
     last = gained[kept].token_id if len(gained) > kept else None
     anchor = record.anchors[row]
     return RoundEvent(
@@ -142,12 +150,13 @@ def _event(
                 confidence=confidences[k],
                 survival=survivals[k],
                 sent=k < length,
-                accepted=k < kept,
+                accepted=k in path,
+                parent=parents[k],
             )
             for k, token in enumerate(drafts)
         ),
         next_token=None if last is None else Token(last, text(last)),
-        is_bonus=last is not None and kept == length,
+        is_bonus=last is not None and end not in parents[:length],
         requests=len(record.request_ids),
         verified=sum(record.lengths),
         rows=record.rows,
@@ -159,13 +168,14 @@ def _event(
 
 
 def _beliefs(
-    survival_RK: FloatArray | None, row: int, count: int
+    survival_RK: FloatArray | None, row: int, parents: Sequence[int]
 ) -> tuple[list[float | None], list[float | None]]:
-    """Survivals and confidences of a block of `count` drafts; None where there are none."""
+    """Survivals and confidences of drafts with these parents; None where there are none."""
+    count = len(parents)
     if survival_RK is None or row >= len(survival_RK) or survival_RK.shape[1] < count:
         return [None] * count, [None] * count
     survival_K = survival_RK[row, :count]
-    before_K = np.concatenate([[1.0], survival_K])[:count]
+    before_K = np.append(survival_K, 1.0)[list(parents)]
     confidence_K = np.divide(
         survival_K, before_K, out=np.zeros_like(survival_K), where=before_K > 0
     )

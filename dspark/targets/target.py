@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dspark.attention.backends import cached_attention
 from dspark.attention.choice import PLAIN as PLAIN_ATTENTION
 from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
 from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
@@ -405,9 +404,10 @@ class Target:
             batch, cache = with_cache(batch, self.cache_shapes, self._anatomy.embedding.weight)
         with torch.no_grad():
             layout = self._layout
-            # Plain attention alone knows trees, and graphs are recorded with one line a request.
-            attend = self._attend if batch.trees is None else cached_attention
-            call = RaggedCall(batch, cache, layout.cache_layers, layout.writers, attend=attend)
+            call = RaggedCall(
+                batch, cache, layout.cache_layers, layout.writers, attend=self._attend
+            )
+            # Graphs are recorded with one line a request.
             replayer = self._replayer if batch.trees is None else None
             run = run_in_tiles if self.batch_invariant else replayer or self._runner
             if self._own is not None:

@@ -1,6 +1,7 @@
 """Every implementation of paged attention equals the plain one, on random tables."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dspark.attention.choice import PLAIN, choose_attention
 from dspark.attention.flex import _block_mask, flex_attention
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
+from dspark.attention.trees import with_trees
 from dspark.attention.varlen import VarlenAttention
 from dspark.errors import UsageError
 
@@ -45,6 +47,16 @@ def random_batch(seed, device="cpu"):
     return RaggedBatch.build(parts, device)
 
 
+def random_trees(seed):
+    """A random batch, the last rows of whose requests are trees; some have none."""
+    source, batch = random.Random(seed), random_batch(seed)
+    trees = []
+    for segment in batch.segments:
+        nodes = source.randrange(segment.length)
+        trees.append(tuple(source.randrange(-1, node) for node in range(nodes)))
+    return with_trees(batch, trees)
+
+
 def filled(shape=SHAPE, dtype=torch.float32, device="cpu", *, by_token=True):
     cache = PagedCache([shape], PAGES, PAGE, dtype, device, by_token=by_token)
     keys = torch.randn(cache.rows, shape.kv_heads, shape.key_dim, dtype=dtype, device=device)
@@ -53,10 +65,10 @@ def filled(shape=SHAPE, dtype=torch.float32, device="cpu", *, by_token=True):
     return cache
 
 
-def compare(attend, seed, options, shape=SHAPE, dtype=torch.float32, device="cpu"):
+def compare(attend, seed, options, shape=SHAPE, dtype=torch.float32, device="cpu", batch=None):
     """The largest difference to plain attention."""
     torch.manual_seed(seed)
-    cache, batch = filled(shape, dtype, device), random_batch(seed, device)
+    cache, batch = filled(shape, dtype, device), batch or random_batch(seed, device)
     options = dict(options, sinks=torch.randn(HEADS).to(device)) if "sinks" in options else options
     query = torch.randn(1, HEADS, len(batch.rows_T), shape.key_dim, dtype=dtype, device=device)
     rule = Rule(0.3, **options)
@@ -71,6 +83,23 @@ def compare(attend, seed, options, shape=SHAPE, dtype=torch.float32, device="cpu
 @pytest.mark.parametrize("shape", [SHAPE, CacheShape(4, DIM, 8)], ids=["shared heads", "own"])
 def test_flex_equals_plain(rule, shape):
     assert max(compare(flex_attention, seed, RULES[rule], shape) for seed in range(5)) < 2e-6
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_flex_knows_trees(rule, monkeypatch):
+    monkeypatch.setattr("dspark.attention.flex._QUERY_BLOCK", 8)
+    for seed in range(5):
+        batch = random_trees(seed)
+        assert compare(flex_attention, seed, RULES[rule], batch=batch) < 2e-6
+        # Torch's kernel with a block table knows none, and hands them on.
+        assert compare(VarlenAttention(), seed, RULES[rule], batch=batch) == 0
+
+
+def test_control_flex_on_trees_as_if_they_were_lines():
+    def lines(query, cache, layer, batch, rule):
+        return flex_attention(query, cache, layer, replace(batch, trees=None, memo={}), rule)
+
+    assert max(compare(lines, seed, {}, batch=random_trees(seed)) for seed in range(5)) > 1e-2
 
 
 def test_flex_takes_many_rows(monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dspark.attention import backends
 from dspark.attention.backends import Rule, cached_attention
+from dspark.attention.padding import plan_padding
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.attention.trees import depths, with_trees
@@ -79,3 +81,25 @@ def test_rows_move_together():
     keys, values = cache.read(1, rows)
     assert keys[:, 0, 0].tolist()[:7] == [100, 101, 102, 104, 105, 105, 106]
     assert values[:, 0, 0].tolist()[3:5] == [-104, -105]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_trees_of_several_requests_are_attended_to_at_once(window, scattered, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    first = BlockTable((3, 0) if scattered else (0, 1))
+    tables = (first, BlockTable((2,)), BlockTable((4,)))
+    trees = (PARENTS, (-1, 0, 0), ())
+    lengths = (len(PARENTS) + 1, 4, 2)
+    starts = (12, 9, 11)
+    parts = [(t, s, range(n)) for t, s, n in zip(tables, starts, lengths, strict=True)]
+    cache = PagedCache([CacheShape(GROUPS, DIM, DIM)], 6)
+    every = torch.arange(cache.rows)
+    cache.write(0, every, *torch.randn(2, cache.rows, GROUPS, DIM, generator=generator))
+    query = torch.randn(1, HEADS, sum(lengths), DIM, generator=generator)
+    batch = with_trees(RaggedBatch.build(parts), trees)
+    rule = Rule(0.3, window=window)
+    assert plan_padding(batch, window, 0, query, cache, 0) is not None
+    found = cached_attention(query, cache, 0, batch, rule)
+    monkeypatch.setattr(backends, "plan_padding", lambda *_: None)
+    assert torch.allclose(found, cached_attention(query, cache, 0, batch, rule), atol=1e-6)

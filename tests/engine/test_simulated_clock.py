@@ -133,7 +133,7 @@ def test_lagged_is_hardly_below_the_best_even_with_a_wrong_table(machine, table,
 def test_without_corrections_a_wrong_table_costs_much():
     """The control: what the rounds tell is what mends it."""
     believer = made("lagged", Machine(10.0, 1.0, 0.05).table())
-    believer._learn_times = lambda *_: None
+    believer.learn_times = lambda *_: None
     believer._protection.allows = lambda *_, **__: True
     ours = decode(believer, FLAT, 32)
     assert ours < 0.9 * best(FLAT, 32)

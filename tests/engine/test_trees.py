@@ -257,4 +257,4 @@ def test_what_cannot_draft_trees_is_refused(tiny, target, drafter):
         Engine(target, tiny.make_drafter(target, head="rnn"), tree_nodes=8)
     with pytest.raises(UsageError, match="threshold"):
         Engine(target, drafter, tree_nodes=8, schedule=Schedule("threshold", 0.5))
-    assert draft.TreeDrafting.checked(8, drafter, target, "fixed").nodes == 8
+    assert draft.check_trees(8, drafter, target, "fixed") is drafter

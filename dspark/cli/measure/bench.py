@@ -107,6 +107,7 @@ class _Requests:
     )
     temperature: float = pick(Sampling, "temperature")
     verifier: Verifier = pick(Speculation, "verifier")
+    tree_nodes: int | None = pick(Speculation, "tree_nodes")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _contenders(options: Options, model: Model, screen: Screen) -> list[Contende
         names = tuple(name for name in names if name != "mtp1")
     if options.no_profile:
         names = _without_unmeasured(model, names, options, screen)
-    return contenders(model, names, mtp)
+    return contenders(model, names, mtp, options.tree_nodes)
 
 
 def _without_unmeasured(

@@ -19,6 +19,7 @@ from dspark.engine.speculation.round_record import FloatArray
 from dspark.engine.speculation.rows import compute_rows
 from dspark.engine.speculation.sampling_state import Kind, RoundState
 from dspark.engine.speculation.trees.forest import Forest
+from dspark.engine.speculation.trees.growth import Tree
 from dspark.errors import DSparkError, NumericsError
 from dspark.sampling.distribution import Distribution, Sparse
 from dspark.sampling.logits_processors import Known, greedy_tokens, probs_dtype, token_distribution
@@ -180,6 +181,7 @@ class Drafts:
             NaN in the rows of requests without a context.
         are_margins: whether these are margins of raw logits in place of log-odds.
         forest: the same as trees, where they are some.
+        grown: these trees before the schedule pruned them.
     """
 
     tokens_RK: Tensor
@@ -189,6 +191,7 @@ class Drafts:
     confidence_logits_RK: FloatArray | None = None
     are_margins: bool = False
     forest: Forest | None = None
+    grown: tuple[Tree, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -212,13 +215,14 @@ class Drafts:
         return cls(empty_RK, {}, ((),) * num_requests, (0,) * num_requests)
 
     @classmethod
-    def of_trees(cls, forest: Forest, proposed: Sequence[int], device: torch.device) -> Drafts:
-        """The nodes of trees, in the order of their growth."""
-        tokens = tuple(tree.tokens for tree in forest.trees)
-        most = max(map(len, tokens))
-        rows = [[*own, *[0] * (most - len(own))] for own in tokens]
+    def of_trees(cls, forest: Forest, grown: Sequence[Tree], device: torch.device) -> Drafts:
+        """The nodes of trees, in the order of their growth, of which the forest has the first."""
+        most = max(map(len, grown))
+        rows = [[*tree.tokens, *[0] * (most - len(tree))] for tree in grown]
         tokens_RK = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), most)
-        return cls(tokens_RK, {}, tokens, tuple(proposed), forest=forest)
+        tokens = tuple(tree.tokens for tree in forest.trees)
+        proposed = tuple(map(len, grown))
+        return cls(tokens_RK, {}, tokens, proposed, forest=forest, grown=tuple(grown))
 
 
 def draft_limits(requests: Sequence[ActiveRequest], num_drafts: int) -> list[int]:

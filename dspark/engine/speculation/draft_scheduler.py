@@ -51,6 +51,7 @@ class Scheduler:
         tree_depth: of trees, how deep they are at most; None for chains.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
+        tree_depth: of trees, how deep they are at most; None for chains.
 
     Attributes:
         depth: how many drafts this round's blocks are made for, where earlier rounds say that more
@@ -83,9 +84,11 @@ class Scheduler:
             stops = schedule.name == "prefix" and verifier != "coupled"
             self._foresight = Foresight(costs, num_drafts, chains=not tree_depth, stops=stops)
         self._protection = Protection()
+        self._calibration = calibration
         self.acceptance = Acceptance(verifier, num_drafts, calibration, tree_depth)
         self._switch = DraftSwitch(MARGIN)
         self.depth: int | None = None
+        self.of_trees = tree_depth is not None
         self._budget: int | None = None
         self._round = self._next_look = 0
         self._coasts = False  # whether this round verifies whole blocks, without a new plan
@@ -94,6 +97,18 @@ class Scheduler:
         self._promised, self._kept = 1.0, 1.0  # gain of the plan; what rounds kept of such promises
         self._rests = False  # whether drafting is off, and nothing was asked about this round
         self._looks = False  # whether this round verifies more than is best, to see what that takes
+
+    def for_trees(self, nodes: int, costs: CostTable | None = None) -> Scheduler:
+        """One of trees beside this one of chains, of the same settings.
+
+        Args:
+            nodes: of a tree at most.
+            costs: of rounds with so many; None takes those of chains, as far as they reach.
+        """
+        if self.of_trees:
+            return self
+        given = (self.schedule, self.verifier, nodes, self._calibration, costs or self.costs)
+        return Scheduler(*given, tree_depth=self.num_drafts)
 
     @property
     def reads_confidences(self) -> bool:
@@ -235,19 +250,28 @@ class Scheduler:
         Returns:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
-        if self.schedule.protects:
-            self._learn_times(requests, drafts, accepted, spent)
+        self.learn_times(requests, drafts, accepted, spent)
         if self.schedule.weighs_costs and not self._coasts:
             self.acceptance.learn(requests, drafts, accepted)
         return self.acceptance.survival_DK
 
-    def _learn_times(
+    def learn_times(
         self,
         requests: Sequence[ActiveRequest],
         drafts: Drafts,
         accepted: Sequence[int],
         spent: Spent,
     ) -> None:
+        """Take note of what a finished round took, which may be another scheduler's plain one.
+
+        Args:
+            requests: as in `learn`, and so are the others.
+            drafts: as there.
+            accepted: as there.
+            spent: as there.
+        """
+        if not self.schedule.protects:
+            return
         ready = [request for request in requests if request.ready]
         verified = sum(drafts.lengths)
         seen = StepTime(

@@ -34,8 +34,9 @@ class RoundRecord:
         draft_ms: what drafting took.
         schedule_ms: what deciding the lengths took.
         verify_ms: what target forward and verification took.
-        parents: where drafts are nodes of trees, the number of each verified node's parent, -1
-            for the anchor; a request's drafts are then its verified nodes.
+        parents: where drafts are nodes of trees, the number of each node's parent, -1 for the
+            anchor.
+        paths: then the nodes of each request that stayed, from the anchor on.
     """
 
     request_ids: tuple[int, ...]
@@ -55,6 +56,11 @@ class RoundRecord:
     schedule_ms: float
     verify_ms: float
     parents: tuple[tuple[int, ...], ...] | None = None
+    paths: tuple[tuple[int, ...], ...] | None = None
+
+    def stayed(self, row: int) -> frozenset[int]:
+        """The drafts of a request that stayed, by their numbers."""
+        return frozenset(range(self.accepted[row]) if self.paths is None else self.paths[row])
 
 
 Watch = Callable[[RoundRecord], None]

@@ -20,13 +20,12 @@ from dspark.engine.speculation.draft import (
 from dspark.engine.speculation.draft_context import DraftContext
 from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.drafter_faults import Shield
-from dspark.engine.speculation.round_record import FloatArray, RoundTimes, Watch
+from dspark.engine.speculation.round_record import FloatArray, RoundTimes, Spent, Watch
 from dspark.engine.speculation.sampling_state import RoundState
-from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.speculation.trees.draft import TreeDrafting, propose_trees
 from dspark.engine.speculation.trees.growth import Tree
+from dspark.engine.speculation.verify import Verdict
 from dspark.errors import NumericsError
-from dspark.request import Verifier
 
 # In place of a confidence where a draft cannot be used: as good as none.
 _NO_CONFIDENCE = -30.0
@@ -36,9 +35,9 @@ _NO_CONFIDENCE = -30.0
 class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
-    With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
-    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
-    they cost time.
+    With `trees` it drafts these in place of chains, or in rounds where they are faster. What the
+    drafter does wrong stops at the shield. A watch gets confidences, where no schedule reads them,
+    only if it `wants_confidences`: they cost time.
     """
 
     drafter: Drafter
@@ -49,22 +48,41 @@ class Speculator:
     wants_confidences: bool = True
     trees: TreeDrafting | None = None
 
-    @classmethod
-    def of(
-        cls,
-        context: DraftContext,
-        schedule: Schedule | Scheduler,
-        verifier: Verifier,
-        num_drafts: int,
-        trees: TreeDrafting | None = None,
-    ) -> Speculator:
-        """A context's drafter at work; `num_drafts` deep."""
-        if not isinstance(schedule, Scheduler):
-            if trees is None:
-                schedule = Scheduler(schedule, verifier, num_drafts)
-            else:
-                schedule = Scheduler(schedule, verifier, trees.nodes, tree_depth=num_drafts)
-        return cls(context.drafter, context, schedule, trees=trees)
+    @property
+    def deciding(self) -> Scheduler:
+        """The scheduler of the last round's drafts."""
+        trees = self.trees
+        return self.scheduler if trees is None or not trees.decided else trees.scheduler
+
+    def _resting(self, num_requests: int) -> float:
+        """Rounds of so many requests in which nothing is drafted for certain."""
+        rounds = self.scheduler.rest(num_requests)
+        if self.trees is None:
+            return rounds
+        return min(rounds, self.trees.scheduler.rest(num_requests))
+
+    def learn(
+        self,
+        requests: Sequence[ActiveRequest],
+        drafts: Drafts,
+        verdict: Verdict,
+        spent: Spent,
+    ) -> FloatArray | None:
+        """Take note of a finished round; the survivals that its lengths were decided from."""
+        deciding, trees = self.deciding, self.trees
+        survival_DK = deciding.learn(requests, drafts, verdict.accepted, spent)
+        if trees is not None:
+            other = self.scheduler if deciding is trees.scheduler else trees.scheduler
+            if other is not deciding and not spent.draft_ms:
+                other.learn_times(requests, drafts, verdict.accepted, spent)
+            trees.learn(requests, drafts, verdict, spent)
+        return survival_DK
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is known of a request that has ended."""
+        self.scheduler.forget(request_id)
+        if self.trees is not None:
+            self.trees.scheduler.forget(request_id)
 
     @property
     def reads_confidences(self) -> bool:
@@ -78,7 +96,7 @@ class Speculator:
         Nothing is kept for the drafter then. Where prompts are shared, they are read for it all
         the same. Who drafts comes first in `running` from now on.
         """
-        rounds = self.scheduler.rest(sum(request.ready for request in running))
+        rounds = self._resting(sum(request.ready for request in running))
         if not rounds:
             return
         for request in running:
@@ -102,7 +120,8 @@ def draft(
         speculator: who drafts.
         times: get what drafting and scheduling took.
     """
-    way = _chains if speculator.trees is None else _trees
+    trees = speculator.trees
+    way = _chains if trees is None or not trees.decide(requests) else _trees
     return way(requests, state, speculator, times)
 
 
@@ -150,8 +169,9 @@ def _trees(
     times: RoundTimes,
 ) -> Drafts | None:
     """Trees of the requests that have a context."""
-    started, scheduler, drafting = time.perf_counter(), speculator.scheduler, speculator.trees
+    started, drafting = time.perf_counter(), speculator.trees
     assert drafting is not None
+    scheduler = drafting.scheduler
     most = [drafting.nodes if n > 0 else 0 for n in draft_limits(requests, state.num_drafts)]
     limits = scheduler.limits(requests, most)
     times.schedule_ms = (time.perf_counter() - started) * 1e3
@@ -167,7 +187,6 @@ def _trees(
         replace(state.first(len(ready)), num_drafts=drafting.nodes),
         limits[: len(ready)],
         state.num_drafts,
-        scheduler,
     )
     decided = time.perf_counter()
     survival_DM = proposed.survival_DM
@@ -176,8 +195,8 @@ def _trees(
     pruned = [tree.first(n) for tree, n in zip(proposed.trees, wanted, strict=True)]
     joining = len(requests) - len(ready)
     forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
-    counts = [*map(len, proposed.trees), *(0,) * joining]
-    drafts = Drafts.of_trees(forest, counts, proposed.forest.tokens_DKC.device)
+    grown = [*proposed.trees, *(Tree(),) * joining]
+    drafts = Drafts.of_trees(forest, grown, proposed.forest.tokens_DKC.device)
     times.draft_ms = (decided - started) * 1e3
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
     nothing = len(proposed.broken) == len(ready)

@@ -35,12 +35,14 @@ class Contender:
         model: a target with or without a drafter.
         schedule: None for plain decoding.
         block_size: drafts per round; None for the drafter's own.
+        tree_nodes: nodes of draft trees at most; None for chains.
     """
 
     name: ContenderName
     model: Model
     schedule: ScheduleName | None
     block_size: int | None = None
+    tree_nodes: int | None = None
 
     @property
     def weighs_costs(self) -> bool:
@@ -55,11 +57,15 @@ class Contender:
             verifier=verifier,
             schedule=self.schedule,
             block_size=self.block_size,
+            tree_nodes=self.tree_nodes,
         )
 
 
 def contenders(
-    model: Model, names: Sequence[ContenderName], mtp: Model | None = None
+    model: Model,
+    names: Sequence[ContenderName],
+    mtp: Model | None = None,
+    tree_nodes: int | None = None,
 ) -> list[Contender]:
     """The contenders of the given names.
 
@@ -67,6 +73,7 @@ def contenders(
         model: a target with its drafter, if any.
         names: of the contenders.
         mtp: the same target with an MTP drafter, for `mtp1`.
+        tree_nodes: nodes of the model's draft trees at most; None for chains.
 
     Raises:
         UsageError: a name needs a drafter that is missing.
@@ -85,7 +92,7 @@ def contenders(
                 "or ask for --schedule off."
             )
         else:
-            found.append(Contender(name, model, name))
+            found.append(Contender(name, model, name, tree_nodes=tree_nodes))
     return found
 
 

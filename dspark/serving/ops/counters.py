@@ -128,22 +128,22 @@ class Counters:
             (self.accepted_K, accepted_R),
         ):
             np.add(counts_K, (reached_R[:, None] > positions_K).sum(axis=0), out=counts_K)
-        self._observe(record, drafted_R, lengths_R, accepted_R)
+        self._observe(record, drafted_R, lengths_R)
 
-    def _observe(
-        self, record: RoundRecord, drafted_R: Counts, lengths_R: Counts, accepted_R: Counts
-    ) -> None:
+    def _observe(self, record: RoundRecord, drafted_R: Counts, lengths_R: Counts) -> None:
         """Hold predicted survivals against outcomes; a draft that was not sent has none."""
         survival_DK = record.survival_RK
         if survival_DK is None:
             return
         count, width = survival_DK.shape
         known_D = lengths_R[:count]
-        if self._whole_blocks:
+        if self._whole_blocks and record.parents is None:
             known_D = np.where(known_D == drafted_R[:count], known_D, 0)
         known_DK = np.arange(width) < known_D[:, None]
         if known_DK.any():
-            stayed_DK = np.arange(width) < accepted_R[:count, None]
+            stayed_DK = np.zeros(survival_DK.shape, dtype=bool)
+            for row in range(count):
+                stayed_DK[row, list(record.stayed(row))] = True
             self.drift.add(survival_DK[known_DK], stayed_DK[known_DK])
 
 

@@ -13,9 +13,11 @@ from dspark.attention.paged_cache import PagedCache
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.lattice import Lattice, LatticeDrafter
 from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.draft import Drafts
 from dspark.engine.speculation.draft_scheduler import Scheduler
-from dspark.engine.speculation.round_record import FloatArray
+from dspark.engine.speculation.round_record import FloatArray, Spent
 from dspark.engine.speculation.sampling_state import Kind, RoundState
+from dspark.engine.speculation.trees.choice import TreeChoice
 from dspark.engine.speculation.trees.forest import Forest
 from dspark.engine.speculation.trees.growth import (
     ChildRates,
@@ -30,10 +32,15 @@ from dspark.errors import UsageError
 from dspark.sampling.distribution import Sparse
 from dspark.sampling.logits_processors import Known, token_distribution
 from dspark.sampling.noise import gumbel
+from dspark.scheduling.calibration import TemperatureClass, temperature_class
+from dspark.scheduling.cost_table import CostTable
 from dspark.targets.target import Target
 
-CANDIDATES = 512
-# Candidates that may have children, where the likeliest do, and where any may be drawn.
+# Candidates of a slot, and of one in a tree of a few ranked nodes (docs/LOG.md).
+CANDIDATES, FEW_CANDIDATES = 512, 256
+_FEW_NODES = 8
+# Candidates of a slot that may have children at most, where the likeliest do (a third of the tree's
+# nodes at most), and where any may be drawn.
 RANKED_PARENTS, DRAWN_PARENTS = 16, 64
 # Children of a node at most, where they are ranked.
 _MOST_CHILDREN = 8
@@ -48,51 +55,68 @@ class TreeDrafting:
     Attributes:
         nodes: of a request's tree at most, M.
         drafter: whose lattices they grow in.
+        scheduler: decides how many nodes are verified.
+        choice: between trees and chains; None drafts trees in every round.
         candidates: of each slot.
         rates: of second and further children.
     """
 
     nodes: int
     drafter: LatticeDrafter
+    scheduler: Scheduler
+    choice: TreeChoice | None = None
     candidates: int = CANDIDATES
     rates: ChildRates = field(default_factory=ChildRates)
 
     @classmethod
-    def checked(cls, nodes: int, drafter: object, target: Target, schedule: str) -> TreeDrafting:
-        """Refuse what cannot draft or verify trees.
+    def beside(
+        cls,
+        chains: Scheduler,
+        nodes: int,
+        drafter: object,
+        target: Target,
+        costs: CostTable | None = None,
+    ) -> TreeDrafting:
+        """Trees beside chains, in rounds where they are faster, if the schedule protects.
+
+        Args:
+            chains: their scheduler; one of trees drafts these alone.
+            nodes: of a tree at most.
+            drafter: of both.
+            target: verifies them.
+            costs: of rounds with trees; None takes those of chains.
 
         Raises:
-            UsageError: the drafter, the target's mode or the schedule cannot, or there are no
-                nodes.
-            CompatibilityError: the drafter's Markov head carries a state.
+            UsageError, CompatibilityError: as `check_trees`.
         """
-        if nodes < 1:
-            raise UsageError(f"tree_nodes is {nodes}, but must be at least 1.")
-        if not isinstance(drafter, LatticeDrafter):
-            raise UsageError(
-                "tree_nodes needs a DSpark or DFlash drafter, whose slots are drafted in parallel; "
-                "leave it out."
-            )
-        drafter.check_lattice()
-        if target.batch_invariant:
-            raise UsageError(
-                "tree_nodes and batch_invariant exclude each other; leave one of them out."
-            )
-        if target.own_cache:
-            raise UsageError(
-                "tree_nodes needs a target that keeps keys and values alone, but this one runs "
-                "through its own cache; leave it out."
-            )
-        if schedule == "threshold":
-            raise UsageError(
-                "tree_nodes and the schedule 'threshold' exclude each other: a node is chosen by "
-                "its survival, not by a confidence alone; use another schedule."
-            )
-        return cls(nodes, drafter)
+        able = check_trees(nodes, drafter, target, chains.schedule.name)
+        both = chains.schedule.protects and not chains.of_trees
+        return cls(nodes, able, chains.for_trees(nodes, costs), TreeChoice() if both else None)
 
-    def learn(self, requests: Sequence[ActiveRequest], forest: Forest, verdict: Verdict) -> None:
-        """Take note of a finished round: which children of drawn trees stayed."""
-        if forest.law_DKPC is None:
+    def decide(self, requests: Sequence[ActiveRequest]) -> bool:
+        """Whether this round's drafts are trees."""
+        if self.choice is None:
+            return True
+        ready = [request for request in requests if request.drafts]
+        return self.choice.decide(_temperature_class(ready), len(ready))
+
+    @property
+    def decided(self) -> bool:
+        """What `decide` has said last."""
+        return self.choice is None or self.choice.tree
+
+    def learn(
+        self, requests: Sequence[ActiveRequest], drafts: Drafts, verdict: Verdict, spent: Spent
+    ) -> None:
+        """Take note of a finished round: what it gave, and which children of drawn trees stayed."""
+        if self.choice is not None:
+            ready = [request for request in requests if request.drafts]
+            if len(ready) == len(requests) == spent.rows - sum(drafts.lengths):
+                tokens = len(requests) + sum(verdict.accepted)
+                ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms
+                self.choice.learn(_temperature_class(ready), len(ready), tokens, ms)
+        forest = drafts.forest
+        if forest is None or forest.law_DKPC is None:
             return
         for request, tree, path in zip(requests, forest.trees, verdict.paths, strict=True):
             params = request.request.params
@@ -100,6 +124,43 @@ class TreeDrafting:
             drawn = params.temperature > 0 and not request.request.reproducible
             if len(tree) and typical and drawn:
                 self.rates.learn(tree, path)
+
+
+def check_trees(nodes: int, drafter: object, target: Target, schedule: str) -> LatticeDrafter:
+    """Refuse what cannot draft or verify trees; the drafter that can.
+
+    Raises:
+        UsageError: the drafter, the target's mode or the schedule cannot, or there are no nodes.
+        CompatibilityError: the drafter's Markov head carries a state.
+    """
+    if nodes < 1:
+        raise UsageError(f"tree_nodes is {nodes}, but must be at least 1.")
+    if not isinstance(drafter, LatticeDrafter):
+        raise UsageError(
+            "tree_nodes needs a DSpark or DFlash drafter, whose slots are drafted in parallel; "
+            "leave it out."
+        )
+    drafter.check_lattice()
+    if target.batch_invariant:
+        raise UsageError(
+            "tree_nodes and batch_invariant exclude each other; leave one of them out."
+        )
+    if target.own_cache:
+        raise UsageError(
+            "tree_nodes needs a target that keeps keys and values alone, but this one runs "
+            "through its own cache; leave it out."
+        )
+    if schedule == "threshold":
+        raise UsageError(
+            "tree_nodes and the schedule 'threshold' exclude each other: a node is chosen by "
+            "its survival, not by a confidence alone; use another schedule."
+        )
+    return drafter
+
+
+def _temperature_class(requests: Sequence[ActiveRequest]) -> TemperatureClass:
+    temperatures = (request.request.params.temperature for request in requests)
+    return temperature_class(max(temperatures, default=0.0))
 
 
 @dataclass(frozen=True)
@@ -133,7 +194,6 @@ def propose_trees(
     state: RoundState,
     limits: Sequence[int],
     block_size: int,
-    scheduler: Scheduler,
 ) -> Proposed:
     """Grow a tree of each request.
 
@@ -144,11 +204,8 @@ def propose_trees(
         state: of these, for up to `drafting.nodes` drafts.
         limits: nodes of each at most.
         block_size: depth at most.
-        scheduler: whose calibration confidences take.
     """
-    depths = [
-        min(r.room - 1, block_size) if n else 0 for r, n in zip(requests, limits, strict=True)
-    ]
+    depths = [min(r.room - 1, block_size, n) for r, n in zip(requests, limits, strict=True)]
     device = state.sampling.seeds_R.device
     batch = DraftBatch(
         tables=tuple(request.table for request in requests),
@@ -159,8 +216,12 @@ def propose_trees(
         confidences=any(kind.verifier != "coupled" for kind in state.sampling.kinds),
     )
     greedy = all(kind.form == "greedy" for kind in state.sampling.kinds)
-    parents = RANKED_PARENTS if greedy else DRAWN_PARENTS
-    lattice = drafting.drafter.lattice(context, batch, drafting.candidates, parents)
+    nodes = min(max(limits), drafting.nodes)
+    candidates, parents = drafting.candidates, DRAWN_PARENTS
+    if greedy:
+        parents = min(RANKED_PARENTS, nodes // 3 + 1)
+        candidates = min(candidates, FEW_CANDIDATES) if nodes < _FEW_NODES else candidates
+    lattice = drafting.drafter.lattice(context, batch, candidates, parents)
     sound_R = lattice.logits_RKPC.amax(dim=(1, 2, 3)).isfinite()
     broken = frozenset(torch.nonzero(~sound_R).flatten().tolist())
     if broken:
@@ -172,7 +233,7 @@ def propose_trees(
             if scores is None
             else scores.masked_fill(~sound_R[:, None, None], 0),
         )
-    confidence_RKP = _confidences(lattice, requests, scheduler)
+    confidence_RKP = _confidences(lattice, requests, drafting.scheduler)
     grower = _Grower(lattice, confidence_RKP, drafting, limits, depths, broken)
     trees, law = [Tree()] * len(requests), None
     for kind, (rows_M, own) in state.groups().items():

@@ -50,15 +50,13 @@ def verify_trees(logits_NV: Tensor, forest: Forest, state: RoundState) -> Verdic
     for kind, (requests_M, own) in state.groups().items():
         numbers = requests_M.tolist()
         rows = [n for r in numbers for n in range(begins[r], begins[r + 1])]
-        rows_M = torch.tensor(rows, device=logits_NV.device)
-        walk = _Walk.of(
-            kind,
-            logits_NV[rows_M],
-            forest.rows(numbers),
-            own,
-            None if mask_NV is None else mask_NV[rows_M],
-            {i: faults[n] for i, n in enumerate(rows) if n in faults},
-        )
+        own_forest, own_NV, own_mask_NV = forest, logits_NV, mask_NV
+        if len(numbers) < count:
+            rows_M = torch.tensor(rows, device=logits_NV.device)
+            own_forest, own_NV = forest.rows(numbers), logits_NV[rows_M]
+            own_mask_NV = None if mask_NV is None else mask_NV[rows_M]
+        own_faults = {i: faults[n] for i, n in enumerate(rows) if n in faults}
+        walk = _Walk.of(kind, own_NV, own_forest, own, own_mask_NV, own_faults)
         for i, request in enumerate(numbers):
             path, token = walk.outcome(i)
             tree, fault = forest.trees[request], walk.fault(i, path)

@@ -1,5 +1,6 @@
 // One round as a row of tokens: the anchor, the guesses with their confidences and fates, and the
-// token that the model wrote itself.
+// token that the model wrote itself. A draft tree spreads over rows: a first child stands beside its
+// parent, the others begin a row below.
 
 import { promptTokens } from "./charts.js";
 import { $, count, element, number, percent, visible } from "./dom.js";
@@ -11,6 +12,8 @@ export function fate(draft) {
   if (draft.accepted) return "kept";
   return draft.sent ? "refused" : "unsent";
 }
+
+const branches = (round) => round.drafts.some((draft, index) => draft.parent !== index - 1);
 
 let drawn = null; // the round that the block shows
 
@@ -26,15 +29,37 @@ export function drawRound(round, total) {
   }
   const cells = [];
   if (round.anchor) cells.push(markCell("anchor", "from", round.anchor, "last token"));
-  cells.push(...round.drafts.map(draftCell));
+  const isTree = branches(round);
+  cells.push(...round.drafts.map((draft, index) => draftCell(draft, index, isTree)));
   if (round.next_token) {
     const what = !round.drafts.length ? "own" : round.is_bonus ? "bonus" : "correction";
     cells.push(markCell("own", SIGNS.own, round.next_token, what));
   }
+  block.classList.toggle("tree", isTree);
+  if (isTree) spread(round, cells);
   block.replaceChildren(...cells);
 }
 
-function draftCell(draft, index) {
+// Gives every cell of a tree its place: the column is its depth.
+function spread(round, cells) {
+  const parents = round.drafts.map((draft) => draft.parent);
+  const kept = round.drafts.map((draft, index) => (draft.accepted ? index : -1));
+  if (round.next_token) parents.push(Math.max(-1, ...kept)); // a path's nodes rise
+  let lowest = 1;
+  const place = (node, row, column, above) => {
+    const { style } = cells[node + 1];
+    style.gridRow = row;
+    style.gridColumn = column;
+    style.setProperty("--up", row - above);
+    cells[node + 1].classList.toggle("branch", row > above);
+    parents
+      .flatMap((parent, child) => (parent === node ? [child] : []))
+      .forEach((child, rank) => place(child, rank ? ++lowest : row, column + 1, row));
+  };
+  place(-1, 1, 1, 1);
+}
+
+function draftCell(draft, index, isTree) {
   const what = fate(draft);
   const fill = element("span", { className: "fill" });
   fill.style.setProperty("--p", draft.confidence ?? 0);
@@ -48,7 +73,9 @@ function draftCell(draft, index) {
     element("span", { className: "fate", text: `${SIGNS[what]} ${sure}` }),
   );
   const confidence = known ? `confidence ${sure}` : "confidence unknown";
-  return labelled(cell, `Guess ${index + 1}, ${draft.text}: ${confidence}, ${WORDS[what]}`);
+  const before = draft.parent < 0 ? "the last token" : `guess ${draft.parent + 1}`;
+  const after = isTree ? ` after ${before}` : "";
+  return labelled(cell, `Guess ${index + 1}${after}, ${draft.text}: ${confidence}, ${WORDS[what]}`);
 }
 
 function markCell(className, sign, token, what) {
@@ -85,8 +112,9 @@ function sentence(round, total) {
   const sent = round.drafts.filter((draft) => draft.sent).length;
   const kept = round.drafts.filter((draft) => draft.accepted).length;
   const gained = kept + (round.next_token ? 1 : 0);
+  const isTree = branches(round);
   return (
-    `${place}: ${round.drafts.length} guessed, ${sent} sent, ${kept} kept, so ` +
+    `${place}: ${round.drafts.length} guessed${isTree ? " as a tree" : ""}, ${sent} sent, ${kept} kept, so ` +
     `${count(gained, "token")} in one step. ${took}${others}${more}.`
   );
 }
