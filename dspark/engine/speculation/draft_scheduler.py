@@ -49,6 +49,8 @@ from dspark.scheduling.survival import confidence, survival
 MARGIN = 0.005
 # Depths of a block that are weighed against the whole one.
 _SHALLOW = (1, 2, 4)
+# Of so many rounds in which drafts may be learned from, one verifies all of these.
+_WHOLE_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,12 @@ class Scheduler:
         }
         self._kind: TemperatureClass = "greedy"
         self._protection = Protection()
-        self._scalings = _scalings(calibration, tree_depth or num_drafts)
+        self._depth_of_blocks = tree_depth or num_drafts
+        self._scalings = _scalings(calibration, self._depth_of_blocks)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
+        self._trees = tree_depth is not None
+        self._whole = False
+        self._learnable = 0
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
         self._logistic = OnlineLogistic()
@@ -182,6 +188,9 @@ class Scheduler:
         """
         self._margins_DK = self._survival_DK = self.depth = self._budget = None
         ready = [request for request in requests if request.drafts]
+        learnable = any(request.request.learn for request in ready)
+        self._learnable += learnable
+        self._whole = learnable and self._learnable % _WHOLE_EVERY == 0 and not self._trees
         if not ready or not self.schedule.protects:
             return list(most)
         playing = sum(request.ready for request in requests)
@@ -195,6 +204,8 @@ class Scheduler:
             return self._none(most)
         if self._protection.refreshes:
             plan = self._longer(plan, len(ready), sum(most))
+        if self._whole:
+            plan = replace(plan, depth=self.num_drafts)
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
@@ -255,7 +266,19 @@ class Scheduler:
             limits: most drafts of each.
             offer: what was drafted.
         """
-        ready, logits_DK = requests[: offer.num_requests], offer.confidence_logits_DK
+        wanted = self._lengths(requests[: offer.num_requests], limits, offer)
+        if not self._whole:
+            return wanted
+        # Fixed before the round, as is which rounds these are.
+        return [
+            min(limit, offer.drawn) if request.request.learn else length
+            for request, limit, length in zip(requests, limits, wanted, strict=False)
+        ]
+
+    def _lengths(
+        self, ready: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
+    ) -> list[int]:
+        logits_DK = offer.confidence_logits_DK
         if offer.survival_DK is not None and offer.drawn:
             self._survival_DK = offer.survival_DK
         elif logits_DK is None or not offer.drawn:
@@ -351,6 +374,13 @@ class Scheduler:
         self._protection.learn(seen)
         if self._times and self._protection.rest(len(ready)) < OLD:
             self._times[_kind(ready)].learn(seen)
+
+    def recalibrate(self, calibration: Calibration) -> None:
+        """Take other temperatures from the next round on; call it between rounds.
+
+        Lengths may depend on them, since they depend on finished rounds alone.
+        """
+        self._scalings = _scalings(calibration, self._depth_of_blocks)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""

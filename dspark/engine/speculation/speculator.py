@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from dspark.drafters.base import Drafter, Proposal
 from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.collector import Collector
 from dspark.engine.speculation.draft import (
     Drafts,
     Drawing,
@@ -34,8 +35,8 @@ class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
     With `trees` it drafts these in place of chains. What the drafter does wrong stops at the
-    shield. A watch gets confidences, where no schedule reads them, only if it `wants_confidences`:
-    they cost time.
+    shield. A collector gets what may be learned from. A watch gets confidences, where no schedule
+    reads them, only if it `wants_confidences`: they cost time.
     """
 
     drafter: Drafter
@@ -45,6 +46,7 @@ class Speculator:
     shield: Shield = field(default_factory=Shield)
     wants_confidences: bool = True
     trees: TreeDrafting | None = None
+    collector: Collector | None = None
 
     @property
     def reads_confidences(self) -> bool:
