@@ -163,6 +163,7 @@ class Engine:
         """Hand requests that may be learned from to `collector` from now on; None to nobody."""
         if self._speculator is not None:
             self._speculator = replace(self._speculator, collector=collector)
+            self._speculator.scheduler.learns = collector is not None
 
     def replace_drafter(self, drafter: Drafter) -> None:
         """Draft with another drafter from the next round on; call it between steps.

@@ -119,6 +119,7 @@ class Scheduler:
     Attributes:
         depth: how many drafts this round's blocks are made for, where earlier rounds say that more
             are not worth their rows; None for all.
+        learns: whether somebody learns from rounds: some are then verified whole.
 
     Raises:
         UsageError: the schedule weighs costs, and there is no cost table.
@@ -151,7 +152,7 @@ class Scheduler:
         self._scalings = _scalings(calibration, self._depth_of_blocks)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self._trees = tree_depth is not None
-        self._whole = False
+        self.learns = self._whole = False
         self._learnable = 0
         self._history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self._switch = DraftSwitch(MARGIN)
@@ -188,7 +189,7 @@ class Scheduler:
         """
         self._margins_DK = self._survival_DK = self.depth = self._budget = None
         ready = [request for request in requests if request.drafts]
-        learnable = any(request.request.learn for request in ready)
+        learnable = self.learns and any(request.request.learn for request in ready)
         self._learnable += learnable
         self._whole = learnable and self._learnable % _WHOLE_EVERY == 0 and not self._trees
         if not ready or not self.schedule.protects:

@@ -71,6 +71,7 @@ class TrafficCollector:
 
     Attributes:
         generation: number of the drafter at work.
+        most: as given.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class TrafficCollector:
         self.generation = 0
         self._verifier = verifier
         self._num_drafts = num_drafts
-        self._most = most
+        self.most = most
         self._deliver = deliver
         self._features = features
         self._gathered: dict[int, _Gathering] = {}
@@ -94,7 +95,7 @@ class TrafficCollector:
         """The request, less its consent where there is no place, or its law is not the model's."""
         params = request.params
         other_law = params.has_penalties or params.logit_bias or request.mask
-        if request.learn and (other_law or len(self._gathered) >= self._most):
+        if request.learn and (other_law or len(self._gathered) >= self.most):
             return replace(request, learn=False)
         return request
 
@@ -104,7 +105,7 @@ class TrafficCollector:
         """Keep copies of rows that stay."""
         found = self._gathered.get(request.request_id)
         if found is None:
-            if len(self._gathered) >= self._most:
+            if len(self._gathered) >= self.most:
                 return
             found = self._gathered[request.request_id] = _Gathering(request.request)
         if not self._features or start > found.length:  # rows between are missing: it ends there

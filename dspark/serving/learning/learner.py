@@ -6,7 +6,6 @@ between rounds. What goes wrong here ends learning, never serving.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -29,6 +28,7 @@ from dspark.engine.engine import Engine
 from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, DSparkError, UsageError
+from dspark.evaluation.identity import draft_fingerprint
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.collector import Harvest, TrafficCollector
 from dspark.serving.learning.directory import LearningDirectory, LearnMode, Outcome, Plan, State
@@ -74,15 +74,6 @@ class Progress:
     trainer_failures: int
 
 
-def drafter_fingerprint(drafter: torch.nn.Module) -> str:
-    """The hash of a drafter's weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(drafter.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory:
     """Have a pair serve with what it has learned before; at the first start, begin.
 
@@ -104,7 +95,7 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
         mode=mode,
         target=model.target.name,
         target_fingerprint=target_fingerprint(model.target.name),
-        drafter_fingerprint=drafter_fingerprint(drafter),
+        drafter_fingerprint=draft_fingerprint(model),
         dtype=str(model.target.dtype).removeprefix("torch."),
         num_drafts=drafter.block_size,
         max_length=model.target.max_context,
@@ -186,7 +177,7 @@ class Learner:
         self._trainer: subprocess.Popen[bytes] | None = None
         self._next_start_s = 0.0
         self._samples = self._tokens = self._dropped = self._bytes = 0
-        self._swaps = self._failures = 0
+        self._swaps = self._failures = self._turns = 0
         self._lock: AbstractContextManager[None] = only_run(directory.path)
         self._lock.__enter__()
         self._rings = self._open_rings(engine.drafter, max_bytes)
@@ -236,6 +227,13 @@ class Learner:
             ring.close()
         self._lock.__exit__(None, None, None)
 
+    def flush(self) -> None:
+        """Wait until all that was brought is on disk, and what serves next has been ordered."""
+        for _ in range(2):  # the turn at work may have begun before
+            seen = self._turns
+            while self._turns == seen and self._thread is not None and self._thread.is_alive():
+                time.sleep(0.01)
+
     def progress(self) -> Progress:
         """How learning goes."""
         return Progress(
@@ -277,6 +275,7 @@ class Learner:
                 self._write_waiting()
                 self._keep_trainer()
                 self._look(order)
+                self._turns += 1
             self._write_waiting()
             self._write_outcomes()
         except Exception:
