@@ -18,22 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
 
-import torch
-
 from dspark.data.features.manifest import Origin, sample_key, target_fingerprint
 from dspark.data.files.atomic import only_run
 from dspark.drafters.base import Drafter
-from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
-from dspark.errors import CompatibilityError, DSparkError, UsageError
+from dspark.errors import DSparkError, UsageError
 from dspark.evaluation.identity import draft_fingerprint
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.collector import Harvest, TrafficCollector
 from dspark.serving.learning.directory import LearningDirectory, LearnMode, Outcome, Plan, State
 from dspark.serving.learning.samples import SampleRing
-from dspark.serving.learning.training import check_learnable
+from dspark.serving.learning.training import check_learnable, write_drafter
 from dspark.sources.cache import cache_directory
 from dspark.targets.target import Target
 
@@ -89,7 +88,7 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
     drafter = model.drafter
     if mode == "drafter":
         check_learnable(drafter)
-    if not isinstance(drafter, torch.nn.Module):
+    if not isinstance(drafter, DSparkDrafter | Eagle3Drafter):
         raise UsageError("--learn needs a drafter with weights; give one with --draft.")
     plan = Plan(
         mode=mode,
@@ -114,7 +113,7 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
     directory.write_plan(plan)
     first = directory.drafter(0)
     if not first.is_dir():
-        _write(model, first)
+        write_drafter(drafter, model.calibration, first)
     state = directory.state()
     served = directory.drafter(state.generation)
     if state.generation:
@@ -123,20 +122,6 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
     if (served / FILE_NAME).is_file():
         model.calibration = Calibration.load(served / FILE_NAME)
     return directory
-
-
-def _write(model: Model, place: Path) -> None:
-    """Write the drafter that learning begins with, and its calibration."""
-    fresh = place.with_name(f".{place.name}.part")
-    fresh.mkdir(parents=True, exist_ok=True)
-    drafter = model.drafter
-    try:
-        save_published(drafter, fresh)  # type: ignore[arg-type]
-    except CompatibilityError:
-        save_attached(drafter, fresh)  # type: ignore[arg-type]
-    if model.calibration is not None:
-        model.calibration.save(fresh / FILE_NAME)
-    fresh.replace(place)
 
 
 class Learner:

@@ -159,12 +159,9 @@ class Trainer:
         from dspark.serving.learning.training import write_drafter
 
         generation = self.state.generation
-        place = self.directory.drafter(number)
-        shutil.rmtree(place, ignore_errors=True)  # of a trainer that was killed before it said so
-        write_drafter(candidate, self.plan, place)
         old = self.directory.drafter(generation) / FILE_NAME
-        if old.is_file():
-            Calibration.load(old).save(place / FILE_NAME)
+        calibration = Calibration.load(old) if old.is_file() else None
+        write_drafter(candidate, calibration, self.directory.drafter(number))
         self._drafters = {generation: self._drafter(generation), number: candidate}
         for other in self.directory.drafter(0).parent.glob("[0-9]*"):
             if int(other.name) not in (0, generation, number):

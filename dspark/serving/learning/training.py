@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 
 from dspark.data.features.cache import FeatureCache
 from dspark.data.samples import SampleStream, usable
-from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.drafters.checkpoints.registry import AnyDrafter
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save
+from dspark.drafters.checkpoints.registry import ATTACHED
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.errors import TrainingError, UsageError
+from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.directory import Plan
 from dspark.targets.layerless import load_without_layers
-from dspark.training.drafters.objectives import DrafterObjective, export
+from dspark.training.drafters.objectives import DrafterObjective
 from dspark.training.loop import DataOrder, Training, World
 from dspark.training.recipe import BlockRecipe, DFlashRecipe, DSparkRecipe
 
@@ -163,10 +166,15 @@ class DrafterTraining:
         return sum(found) / len(found)
 
 
-def write_drafter(drafter: AnyDrafter, plan: Plan, directory: Path) -> None:
-    """Write a drafter to a directory of its own, whole or not at all."""
-    assert isinstance(drafter, DSparkDrafter)
+def write_drafter(
+    drafter: DSparkDrafter | Eagle3Drafter, calibration: Calibration | None, directory: Path
+) -> None:
+    """Write a drafter and its calibration to a directory of their own, whole or not at all."""
     fresh = directory.with_name(f".{directory.name}.part")
-    fresh.mkdir(parents=True, exist_ok=True)
-    export(drafter, recipe_of(drafter, plan, fresh, 1), fresh)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save(drafter, fresh, ATTACHED)
+    if calibration is not None:
+        calibration.save(fresh / FILE_NAME)
+    shutil.rmtree(directory, ignore_errors=True)
     fresh.replace(directory)
