@@ -6,6 +6,7 @@ between rounds. What goes wrong here ends learning, never serving.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -26,7 +27,7 @@ from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
 from dspark.engine.loading import load_draft
 from dspark.engine.model import Model
-from dspark.errors import DSparkError, UsageError
+from dspark.errors import DataError, DSparkError, UsageError
 from dspark.evaluation.identity import draft_fingerprint
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.collector import Harvest, TrafficCollector
@@ -209,7 +210,8 @@ class Learner:
             self._trainer.terminate()
             self._trainer.wait()
         for ring in self._rings:
-            ring.close()
+            with contextlib.suppress(DataError):  # a full disk has been told of
+                ring.close()
         self._lock.__exit__(None, None, None)
 
     def flush(self) -> None:
@@ -331,17 +333,18 @@ class Learner:
         if state.serves == self._served:
             self._state = state
             return
-        place = self.directory.drafter(state.generation)
+        place, before = self.directory.drafter(state.generation), self._served
+        self._served = state.serves
         try:
             drafter = None
-            if state.generation != self._served[0]:
+            if state.generation != before[0]:
                 drafter = load_draft(self._target, place, draft_top_k=self._top_k).drafter
             path = place / FILE_NAME
             calibration = Calibration.load(path) if path.is_file() else None
         except DSparkError as error:
             _logger.warning("What was learned cannot be read: %s", error)
             return
-        self._served, self._state = state.serves, state
+        self._state = state
         order(lambda engine: self._swap(engine, state.generation, drafter, calibration))
 
     def _swap(
@@ -359,7 +362,7 @@ class Learner:
                 self._swaps += 1
             if calibration is not None and engine.scheduler is not None:
                 engine.scheduler.recalibrate(calibration)
-        except UsageError as error:
-            _logger.warning("What was learned cannot serve: %s", error)
+        except Exception:  # whatever it is, the engine goes on with what it has
+            _logger.exception("What was learned cannot serve.")
             return
         _logger.info("%s", self.sentence())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.data.files.atomic import only_run
-from dspark.errors import DataError, DSparkError
+from dspark.errors import DataError, DSparkError, TrainingError
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.calibrating import MOST_ROUNDS, refreshed
 from dspark.serving.learning.directory import LearningDirectory, read_rounds
@@ -134,8 +134,13 @@ class Trainer:
             return False
         state, training = self.state, self._at_work()
         serving = self._drafter(state.generation)
-        candidate = training.train(serving, seed=state.newest + state.rejected + 1)
         self._trained_on = set(samples)
+        try:
+            candidate = training.train(serving, seed=state.newest + state.rejected + 1)
+        except TrainingError as error:
+            _logger.warning("%s", error)
+            self._say(rejected=state.rejected + 1)
+            return True
         before, after = training.length(serving), training.length(candidate)
         steps = state.steps + self.plan.steps
         if after < GAIN * before:
