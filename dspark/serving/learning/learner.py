@@ -36,6 +36,7 @@ from dspark.serving.learning.samples import SampleRing
 from dspark.serving.learning.training import check_learnable, write_drafter
 from dspark.sources.cache import cache_directory
 from dspark.targets.target import Target
+from dspark.training.optim import usual_learning_rate
 
 DEFAULT_BYTES = 1 << 30
 ROUNDS_PER_FILE = 256
@@ -99,6 +100,8 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
         dtype=str(model.target.dtype).removeprefix("torch."),
         num_drafts=drafter.block_size,
         max_length=model.target.max_context,
+        learning_rate=usual_learning_rate(model.target.hidden_size),
+        matrix_learning_rate=2 * usual_learning_rate(model.target.hidden_size),
     )
     pair = f"{plan.target_fingerprint[:8]}-{plan.drafter_fingerprint[:8]}"
     place = cache_directory("learning") / pair if path is None else Path(path)
