@@ -155,7 +155,13 @@ def drift(
     plan = found.plan()
     assert plan is not None
     found.write_plan(
-        replace(plan, max_length=args.max_length, steps=args.learn_steps, anchors=args.anchors)
+        replace(
+            plan,
+            max_length=args.max_length,
+            steps=args.learn_steps,
+            anchors=args.anchors,
+            fresh_tokens=args.window * args.answer_tokens,
+        )
     )
     engine = opened(pair, args)
     learner = Learner(found, engine, trains=False)
@@ -286,20 +292,20 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="target directory")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="its folder")
     parser.add_argument("--before", choices=DOMAINS, default="code", help="the drafter's domain")
-    parser.add_argument("--after", choices=DOMAINS, default="chat", help="the traffic's domain")
-    parser.add_argument("--steps", type=int, default=240, help="of the two drafters' training")
-    parser.add_argument("--learn-steps", type=int, default=60, help="before a candidate is judged")
+    parser.add_argument("--after", choices=DOMAINS, default="gsm8k", help="the traffic's domain")
+    parser.add_argument("--steps", type=int, default=200, help="of the two drafters' training")
+    parser.add_argument("--learn-steps", type=int, default=40, help="before a candidate is judged")
     parser.add_argument("--rows", type=int, default=8, help="samples per step")
     parser.add_argument("--anchors", type=int, default=24, help="blocks per sample")
     parser.add_argument("--draft-layers", type=int, default=1)
-    parser.add_argument("--train-prompts", type=int, default=120, help="of the two trainings")
-    parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--train-prompts", type=int, default=100, help="of the two trainings")
+    parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a request")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--window", type=int, default=40, help="answers between trainings")
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--window", type=int, default=32, help="answers between trainings")
     parser.add_argument("--users", type=int, default=8, help="requests in flight")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts")
-    parser.add_argument("--others", type=int, default=40, help="answers compared that saw no swap")
+    parser.add_argument("--others", type=int, default=24, help="answers compared that saw no swap")
     parser.add_argument("--throughput-s", type=float, default=120.0, help="0 leaves it out")
     parser.add_argument("--repeats", type=int, default=3, help="of each way")
     args = parser.parse_args()

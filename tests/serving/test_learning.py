@@ -2,7 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from dspark.serving.learning.directory import (
     MOST_ROUND_FILES,
     LearningDirectory,
     Outcome,
+    Plan,
     State,
     read_rounds,
 )
@@ -182,6 +187,36 @@ def test_a_calibration_is_refreshed_only_where_it_is_better_on_later_rounds() ->
     assert (again.entries[0].scaling, used) == (entry.scaling, 2000)
     few = Rounds.of(rounds.logits_NK[:50], rounds.accepted_N[:50], rounds.verified_N[:50])
     assert refreshed(Calibration(), [("token", "sampled", few)]) == (Calibration(), 0)
+
+
+def test_the_trainers_process_calibrates_and_ends_with_its_server(tmp_path: Path) -> None:
+    directory = LearningDirectory(tmp_path)
+    directory.write_plan(Plan("calibration", "t", "f", "d", "float32", 2, 64))
+    directory.append_rounds(recorded(1, 2000, 3.0))
+    server = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', "
+        "'dspark.serving.learning.trainer', sys.argv[1]]); print(p.pid, flush=True); "
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", server, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        trainer = Path("/proc") / parent.stdout.readline().strip()
+        wait_until(lambda: directory.state().calibrations == 1)
+        assert directory.state().serves == (0, 1)
+        assert Calibration.load(directory.drafter(0) / "calibration.json").entries
+        assert os.getpriority(os.PRIO_PROCESS, int(trainer.name)) == 19
+        assert "libtorch" not in (trainer / "maps").read_text(), "it needs little memory"
+    wait_until(lambda: not trainer.exists())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.fixture
