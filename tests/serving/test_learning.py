@@ -1,5 +1,6 @@
 """Learning while serving: what is gathered and kept, what is made of it, and what is served."""
 
+import itertools
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ def fresh(pair: Model) -> Model:
     )
 
 
-def requests(model: Model, count: int, tokens: int = 24, **how: Any) -> list[Request]:
+def requests(model: Model, count: int, tokens: int = 14, **how: Any) -> list[Request]:
     return [
         Request(
             model.encode(f"{TEXTS[i % 4]} {i}", raw=False),
@@ -221,13 +222,15 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples are enough."""
+    """Few samples are enough, every other one held out."""
+    turns = itertools.count()
+    monkeypatch.setattr(learners, "sample_key", lambda _: bytes([next(turns) % 2]))
     monkeypatch.setattr(trainers, "FRESH_HELD_OUT", 2)
     monkeypatch.setattr(learners, "ROUNDS_PER_FILE", 8)
     monkeypatch.setattr(learners, "_HELD_OUT_OF", 2)
 
 
-def learned(model: Model, path: Path, count: int = 12) -> Learner:
+def learned(model: Model, path: Path, count: int = 8) -> Learner:
     """A learner, stopped after it has written what requests brought."""
     directory = resume(model, str(path), "drafter")
     plan = directory.plan()
@@ -248,7 +251,7 @@ def test_a_candidate_serves_where_it_gains_and_is_taken_back_where_it_falls(
     fresh: Model, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = learned(fresh, tmp_path)
-    assert learner.progress().samples == 12
+    assert learner.progress().samples == 8
     trainer = Trainer(learner.directory)
     lengths = iter((2.0, 2.01, 2.0, 2.5))
     assert trainer._at_work().length(trainer._drafter(0)) > 1.5
@@ -280,7 +283,7 @@ def test_training_on_the_traffic_lowers_its_loss(fresh: Model, tmp_path: Path, s
     learner = learned(fresh, tmp_path)
     trainer = Trainer(learner.directory)
     training = trainer._at_work()
-    training.plan = replace(training.plan, steps=12, rows=2)
+    training.plan = replace(training.plan, steps=8, rows=2)
     drafter = trainer._drafter(0)
     with torch.no_grad():  # it has forgotten much
         drafter.fc.weight.mul_(0.2)
