@@ -33,9 +33,9 @@ def check_learnable(drafter: object) -> None:
     """Refuse a drafter that is not trained while serving.
 
     Raises:
-        UsageError: it is no block drafter.
+        UsageError: it is none of those whose recipe follows from its configuration.
     """
-    if not isinstance(drafter, DSparkDrafter):
+    if type(drafter) is not DSparkDrafter:
         raise UsageError(
             "--learn drafter trains DSpark and DFlash drafters, and this is neither; use --learn "
             "calibration."
