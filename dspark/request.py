@@ -70,6 +70,8 @@ class Request:
         reproducible: whether its output hangs on prompt, parameters and seed alone, not on load,
             schedule, block size or drafter: it is then verified by `coupled`, whatever the
             engine's verifier, and its tokens are those of plain decoding.
+        learn: whether its tokens, features and outcomes go to who learns from them
+            (`Engine.collect`). Its prompt is read whole, whatever of it the cache holds.
         prompt_logprobs: report the log-probability of each prompt token but the first, and those of
             this many most likely tokens in its place, 0 to 20; None reports nothing. Such a prompt
             is read whole, whatever of it the cache holds.
@@ -86,6 +88,7 @@ class Request:
     timeout_s: float | None = None
     reproducible: bool = False
     prompt_logprobs: int | None = None
+    learn: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

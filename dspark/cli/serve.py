@@ -15,6 +15,7 @@ from dspark.request import Verifier
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
+    from dspark.serving.service import EngineService
     from dspark.serving.settings import Settings
 
 EXAMPLE = """\
@@ -121,7 +122,30 @@ class _Engine(Speculation):
 
 
 @dataclass(frozen=True)
-class Options(_Server, _Limits, _Engine, PairOrPlain):
+class _Learning:
+    TITLE: ClassVar = "learning"
+
+    learn: Literal["calibration", "drafter"] | None = option(
+        None,
+        "learn from the requests that say `store: true`: refresh the calibration, or train the "
+        "drafter too; in the background, and without a change to any output (default: off; alone: "
+        "calibration)",
+        nargs="?",
+        const="calibration",
+    )
+    learn_dir: str | None = option(
+        None,
+        "where samples and what is learned are kept, for their owner alone (default: a folder of "
+        "this pair in the user's cache)",
+        metavar="DIR",
+    )
+    learn_bytes: int = option(
+        1 << 30, "samples on disk at most (default: 1 GiB)", metavar="N", least=1 << 20
+    )
+
+
+@dataclass(frozen=True)
+class Options(_Server, _Limits, _Engine, _Learning, PairOrPlain):
     """Options of `serve`."""
 
 
@@ -138,13 +162,12 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     from dspark.serving.ops.logs import start_logging
     from dspark.serving.server import Server, bind
-    from dspark.serving.service import EngineService
 
     settings = _settings(options)
     with bind(options.host, options.port) as address:
         model = load_pair(options, screen)
-        service = EngineService(_engine(options, model, screen))
         drafters = _drafters(options, model)
+        service = _service(options, model, screen)
         start_logging(options.log_level)
         server = Server(service, settings, drafters)
         screen.remark(cache_sentence(service.engine))
@@ -160,6 +183,25 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "verified": int(counters.verified_K.sum()),
         "accepted": int(counters.accepted_K.sum()),
     }
+
+
+def _service(options: Options, model: Model, screen: Screen) -> EngineService:
+    from dspark.serving.service import EngineService
+
+    if options.learn is None:
+        return EngineService(_engine(options, model, screen))
+    from dspark.serving.learning.learner import Learner, resume
+
+    directory = resume(model, options.learn_dir, options.learn)
+    engine = _engine(options, model, screen)
+    learner = Learner(
+        directory, engine, draft_top_k=model.draft_top_k, max_bytes=options.learn_bytes
+    )
+    screen.remark(
+        f"{learner.sentence()} Requests with `store: true` are kept in {directory.path}, as token "
+        "ids."
+    )
+    return EngineService(engine, learner=learner)
 
 
 def cache_sentence(engine: Engine) -> str:

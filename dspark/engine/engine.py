@@ -9,8 +9,10 @@ from dataclasses import replace
 import torch
 
 from dspark.drafters.base import Drafter
+from dspark.drafters.lattice import LatticeDrafter
 from dspark.engine.kv.memory import Memory
 from dspark.engine.requests.admission import Roster
+from dspark.engine.requests.collector import Collector
 from dspark.engine.requests.sequence import ActiveRequest, Event, Piece
 from dspark.engine.requests.step_plan import StepPlan, default_step_tokens, plan_step
 from dspark.engine.requests.validation import check_request, check_sizes, checked_num_drafts
@@ -23,6 +25,7 @@ from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.speculation.speculator import Speculator
 from dspark.engine.speculation.trees.draft import TreeDrafting
 from dspark.engine.timing import Clock
+from dspark.errors import UsageError
 from dspark.request import FinishReason, Output, Request, Verifier
 from dspark.scheduling.cost_table import CostTable
 from dspark.targets.target import Target
@@ -150,6 +153,41 @@ class Engine:
         if self._speculator is not None:
             self._speculator = replace(self._speculator, watch=watch, wants_confidences=confidences)
 
+    def collect(self, collector: Collector | None) -> None:
+        """Hand requests that may be learned from to `collector` from now on; None to nobody."""
+        if self._speculator is not None:
+            self._speculator = replace(self._speculator, collector=collector)
+            self._speculator.scheduler.learns = collector is not None
+
+    def replace_drafter(self, drafter: Drafter) -> None:
+        """Draft with another drafter from the next round on; call it between steps.
+
+        A round is judged by the distributions that its drafts were drawn from, and those of later
+        rounds depend on finished ones at most: no output changes its distribution, and none its
+        tokens where they follow from the target alone (docs/learning.md). Rows of the draft context
+        are the old drafter's, so running requests are read again, and kept prefixes are given up.
+
+        Raises:
+            UsageError: there is no drafter here, or the new one differs in shape.
+        """
+        if self.drafter is None or self._speculator is None:
+            raise UsageError("A drafter can be replaced only where one drafts.")
+        for name in ("block_size", "taps", "context_shapes", "reads_next_token", "rows_ahead"):
+            old, new = getattr(self.drafter, name), getattr(drafter, name)
+            if old != new:
+                raise UsageError(
+                    f"The new drafter's {name} is {new}, but that of the one at work is {old}; "
+                    "start the engine anew with it."
+                )
+        self.roster.read_again()
+        self._speculator.context.hand_over(drafter)
+        trees = self._speculator.trees
+        if trees is not None:
+            assert isinstance(drafter, LatticeDrafter)
+            trees = replace(trees, drafter=drafter)
+        self.drafter = drafter
+        self._speculator = replace(self._speculator, drafter=drafter, trees=trees)
+
     @property
     def scheduler(self) -> Scheduler | None:
         """Who decides verification lengths; None without a drafter."""
@@ -222,6 +260,8 @@ class Engine:
         self.roster.remove(active)
         if self._speculator is not None:
             self._speculator.forget(active.request_id)
+            if self._speculator.collector is not None and active.request.learn:
+                self._speculator.collector.ended(active)
         return Event(active.request_id, pieces, active.output())
 
     @torch.inference_mode()

@@ -28,6 +28,7 @@ from dspark.engine.speculation.speculator import Speculator, draft
 from dspark.engine.speculation.trees.forest import compact, in_order_of_paths
 from dspark.engine.speculation.trees.verify import verify_trees
 from dspark.engine.speculation.verify import Verdict, verify
+from dspark.targets.parts import TargetOutput
 from dspark.targets.target import Target
 
 
@@ -78,7 +79,7 @@ def play(
         score_prompts(output.logits_NV, scored)
     if speculator is not None and output.features_TF is not None:
         with speculator.shield.over(plan.running):
-            _observe(speculator, plan, batch, output.features_TF, drafts, verdict)
+            _observe(speculator, plan, batch, output, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
     if speculator is not None and requests:
         _learn(speculator, requests, drafts, verdict, times, batch.offsets[-1])
@@ -131,7 +132,7 @@ def _observe(
     speculator: Speculator,
     plan: StepPlan,
     batch: RaggedBatch,
-    features_TF: Tensor,
+    output: TargetOutput,
     drafts: Drafts,
     verdict: Verdict,
 ) -> None:
@@ -141,6 +142,8 @@ def _observe(
 
     The token after each of these rows is known: it is the next row's, or has just been drawn.
     """
+    features_TF, hidden_TH = output.features_TF, output.hidden_TH
+    assert features_TF is not None
     stay = [segment.length for segment in batch.segments]
     following = list[int]()
     for i, (request, committed) in enumerate(zip(plan.judged, verdict.committed, strict=True)):
@@ -159,9 +162,19 @@ def _observe(
     if drafts.forest is not None:
         ends, trees = batch.offsets[1 : len(plan.judged) + 1], drafts.forest.trees
         order = in_order_of_paths(len(features_TF), ends, trees, verdict.paths)
-        features_TF = features_TF if order is None else features_TF[order]
+        if order is not None:
+            features_TF, hidden_TH = features_TF[order], hidden_TH[order]
     if following:
         speculator.context.hold(batch, stay, features_TF, following)
+    if speculator.collector is None:
+        return
+    requests = (*plan.judged, *(chunk.request for chunk in plan.reading))
+    for request, segment, begin, count in zip(
+        requests, batch.segments, batch.offsets, stay, strict=False
+    ):
+        if request.request.learn and count:
+            rows = slice(begin, begin + count)
+            speculator.collector.rows(request, segment.start, features_TF[rows], hidden_TH[rows])
 
 
 def _learn(

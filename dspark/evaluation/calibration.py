@@ -112,16 +112,6 @@ def record_rounds(
     return recorder.rounds()
 
 
-def halves(rounds: Rounds) -> tuple[Rounds, Rounds]:
-    """The first half of the rounds, to fit on, and the second, held out."""
-    middle = len(rounds.accepted_N) // 2
-    first, second = (
-        Rounds(rounds.logits_NK[part], rounds.accepted_N[part], rounds.verified_N[part])
-        for part in (slice(middle), slice(middle, None))
-    )
-    return first, second
-
-
 def confidence_rounds(
     records: Sequence[Record], num_drafts: int, verifier: Verifier
 ) -> Rounds | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from dspark.drafters.config import evenly_spaced_taps
 from dspark.errors import CompatibilityError, UsageError
 from dspark.targets.target import Target
 from dspark.training.drafters.new_drafter import has_copyable_layers
+from dspark.training.optim import usual_learning_rate
 
 BLOCK_SIZE = 7
 FEWEST_SUPERVISED = 8
@@ -20,8 +20,6 @@ COVERAGE = 0.995
 SMALL_VOCABULARY = 8192
 """Smaller vocabularies are not reduced."""
 VOCABULARY_STEP = 64
-RATE_AT_WIDTH = (6e-4, 2048)
-"""Peak learning rate at a hidden width; it scales with the inverse root of the width."""
 CE_FIRST_SHARE = 0.1
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
 
@@ -60,7 +58,6 @@ def choose_shape(target: Target, training_s: float) -> Shape:
     The sequential head's rank grows with the vocabulary, the number of layers with the training
     time; both cost time in every round.
     """
-    rate, width = RATE_AT_WIDTH
     hours = training_s / 3600
     layers = 1 if hours < 0.1 else 2 if hours < 4 else 3 if hours < 24 else 5
     rank = 32 if target.vocab_size <= 1024 else 64 if target.vocab_size <= SMALL_VOCABULARY else 128
@@ -69,7 +66,7 @@ def choose_shape(target: Target, training_s: float) -> Shape:
         rank=256 if hours >= 24 and rank == 128 else rank,
         taps=choose_taps(target.num_layers),
         draft_vocabulary=expected_vocabulary(target.vocab_size),
-        learning_rate=float(f"{rate * math.sqrt(width / target.hidden_size):.2g}"),
+        learning_rate=usual_learning_rate(target.hidden_size),
     )
 
 

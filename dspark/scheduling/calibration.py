@@ -150,6 +150,15 @@ class Rounds:
             np.asarray(verified_N, dtype=np.int64),
         )
 
+    def halves(self) -> tuple[Rounds, Rounds]:
+        """The first half of the rounds, to fit on, and the second, held out."""
+        middle = len(self.accepted_N) // 2
+        first, second = (
+            Rounds(self.logits_NK[part], self.accepted_N[part], self.verified_N[part])
+            for part in (slice(middle), slice(middle, None))
+        )
+        return first, second
+
     def observed(self, position: int, verifier: Verifier) -> BoolArray:
         """Rounds [N] in which the fate of a position (from 0) is known.
 

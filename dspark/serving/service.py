@@ -24,6 +24,7 @@ from dspark.engine.requests.sequence import Piece
 from dspark.engine.speculation.round_record import RoundRecord
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
+from dspark.serving.learning.learner import Learner
 from dspark.serving.ops.counters import Counters
 from dspark.serving.ops.snapshot import Snapshot
 from dspark.serving.round_events import Owner
@@ -75,16 +76,24 @@ class EngineService:
     Args:
         engine: has nothing to do yet. It may be watched by the service alone.
         engine_lock: of the services whose engines share a target; its own by default.
+        learner: learns from requests that may be learned from; None for nobody.
 
     Attributes:
         engine: for what never changes: its target, sizes and schedule.
+        learner: who learns.
         engine_lock: held for each step.
         counters: counts of all rounds and steps, for metrics.
         fault: what ended the engine's thread, if that was an error.
     """
 
-    def __init__(self, engine: Engine, engine_lock: EngineLock | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        engine_lock: EngineLock | None = None,
+        learner: Learner | None = None,
+    ) -> None:
         self.engine = engine
+        self.learner = learner
         self.engine_lock = engine_lock or EngineLock()
         self.counters = Counters(engine.num_drafts, whole_blocks=engine.verifier == "block")
         self.fault: Exception | None = None
@@ -111,7 +120,10 @@ class EngineService:
         assert self._thread is None, "a service starts once"
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        self.engine.watch(self._take_note, confidences=False)
+        self.engine.watch(self._take_note, confidences=self.learner is not None)
+        if self.learner is not None:
+            self.engine.collect(self.learner.collector)
+            self.learner.start(self.order)
         self._thread = threading.Thread(target=self._work, name="dspark-engine", daemon=True)
         self._thread.start()
 
@@ -132,6 +144,13 @@ class EngineService:
         await self._ended.wait()
         self._thread.join()
         self._listeners.close()
+        if self.learner is not None:
+            await asyncio.to_thread(self.learner.stop)
+            self.learner = None
+
+    def order(self, act: Callable[[Engine], None]) -> None:
+        """Have something done to the engine, in its thread and between two steps."""
+        self._orders.put(partial(act, self.engine))
 
     async def submit(
         self, requests: Sequence[Request], *, name: str = "", live: bool = True
@@ -247,7 +266,8 @@ class EngineService:
 
         def order() -> None:
             self._heard = wanted
-            self.engine.watch(self._take_note, confidences=wanted)
+            confidences = wanted or self.learner is not None
+            self.engine.watch(self._take_note, confidences=confidences)
 
         self._orders.put(order)
 
@@ -317,6 +337,8 @@ class EngineService:
 
     def _take_note(self, record: RoundRecord) -> None:
         self._record = record
+        if self.learner is not None:
+            self.learner.collector.note(record)
 
     def _admit(
         self,
@@ -331,6 +353,8 @@ class EngineService:
             if len(requests) > 1:
                 engine.roster.check_queue(output_stream.answers)
             for request in requests:
+                if self.learner is not None:
+                    request = self.learner.collector.admit(request)  # noqa: PLW2901
                 first = engine.add(request, live=live)
                 numbers += range(first, first + request.params.n)
         except Exception as error:

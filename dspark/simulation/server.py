@@ -68,6 +68,10 @@ class Limits:
     cache_tokens: int | None = None
 
 
+# Rounds that go by the last decision, where that verified whole blocks as the one before it did.
+STEADY_ROUNDS = 31
+
+
 @dataclass
 class Counts:
     """What a replica's steps did.
@@ -124,6 +128,9 @@ class Server:
         )
         self._admissions = 0
         self._ending: list[Job] = []
+        self._run_T: list[int] = acceptance.run_T.tolist() if acceptance else []
+        self._depth = self._steady = 0  # drafts of each in the last decision, 0 if they differed
+        self._drawn = self._num_drafts
 
     def send(self, job: Job) -> None:
         """Queue a request."""
@@ -136,6 +143,7 @@ class Server:
             job.place = (int(acceptance.starts_S[stream]), int(acceptance.lengths_S[stream]))
         self.queue.append(job)
         self.in_flight += 1
+        self._steady = 0
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +155,8 @@ class Server:
 
         Who ends in it is returned by `settle`.
         """
+        if self._steady:
+            return self._repeat(now_s)
         self._admit()
         self._make_room()
         running = cast("list[ActiveRequest]", self.running)
@@ -175,6 +185,37 @@ class Server:
         ended, self._ending = self._ending, []
         self.in_flight -= len(ended)
         return ended
+
+    def _repeat(self, now_s: float) -> float:
+        """A round in which the last decision holds: whole blocks of the same depth.
+
+        What the scheduler would have learned from it is left out. It decides anew where a request
+        comes, and after some rounds.
+        """
+        self._steady -= 1
+        requests, depth, machine = len(self.running), self._depth, self._machine
+        kept, run_T = list[int](), self._run_T
+        for job in self.running:
+            start, length = job.place
+            kept.append(min(run_T[start + (job.tokens - 1) % length], depth))
+        draft_ms = machine.draft_ms(requests, self._drawn)
+        verify_ms = machine.verify_ms(requests, requests * depth)
+        rest_ms = machine.rest_ms(requests, schedules=self.way.schedule.protects)
+        counts, step_s = self.counts, (draft_ms + verify_ms + rest_ms) / 1e3
+        counts.steps += 1
+        counts.rounds += requests
+        counts.busy_s += step_s
+        counts.draft_s += draft_ms / 1e3
+        counts.verify_s += verify_ms / 1e3
+        counts.verified += requests * depth
+        self._commit(list(self.running), kept, now_s + step_s)
+        return now_s + step_s
+
+    def _hold(self, depth: int) -> None:
+        """Let a decision to verify so many drafts of everyone hold, if the one before was alike."""
+        alone = not self.queue and self.limits.cache_tokens is None
+        self._steady = STEADY_ROUNDS if depth and depth == self._depth and alone else 0
+        self._depth = depth
 
     def _plain_ms(self, requests: int, prompt_rows: int) -> float:
         step_ms = self._machine.plain_ms(requests) if requests else 0.0
@@ -212,6 +253,9 @@ class Server:
             tried = cast("Drafts", _Tried([*lengths, *joining], list(limits)))
             scheduler.learn(judged, tried, [*kept, *joining], spent)
         rest_ms = machine.rest_ms(requests, schedules=self.way.schedule.protects)
+        if not prompt_rows:
+            self._drawn = scheduler.depth or self._num_drafts
+            self._hold(drawn if verified == drawn * requests else 0)
         return kept, draft_ms + whole_ms + (rest_ms if requests else 0.0)
 
     def _commit(self, jobs: Sequence[Job], kept: Sequence[int], end_s: float) -> None:
@@ -223,6 +267,7 @@ class Server:
             job.commit(gained)
             self.counts.tokens += gained
             if job.left <= 0:
+                self._steady *= len(self.running) > 1
                 job.end_s = end_s
                 self._ending.append(job)
                 self.running.remove(job)

@@ -279,3 +279,8 @@ def learning_rate_factor(settings: OptimiserSettings, step: int, steps: int) -> 
         decay = max(1, int((settings.decay_fraction or WSD_DECAY) * steps))
         return 1.0 - math.sqrt(min(1.0, max(0, step - (steps - decay)) / decay))
     return 1.0
+
+
+def usual_learning_rate(width: int) -> float:
+    """AdamW's peak rate for a drafter of a hidden width: it falls with the root of the width."""
+    return float(f"{6e-4 * math.sqrt(2048 / width):.2g}")

@@ -5,6 +5,7 @@ from collections import deque
 import numpy as np
 import pytest
 
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.scheduling.cost_table import CostTable
@@ -180,3 +181,28 @@ def test_lagged_pays_for_drafts_only_where_they_are_worth_it(costs):
 
     assert speed("fixed", "fixed") < 0.8 * speed("off")
     assert speed("lagged", "lagged") > 0.95 * speed("off")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_steady_rounds_change_hardly_a_figure(costs, monkeypatch, share):
+    """Where decisions hold, as against a scheduler that is asked in every round."""
+    way = Way("lagged", costs, synthetic([0.8, 0.6, 0.5, 0.4]), Schedule("lagged"))
+    requests = drawn_arrivals(60, Lengths(20, 0.5), Lengths(60, 0.5)).at_rate(share * 16)
+    decided, runs = [], []
+    limits = Scheduler.limits
+
+    def counted(*given):
+        decided[-1] += 1
+        return limits(*given)
+
+    monkeypatch.setattr(Scheduler, "limits", counted)
+    for rounds in (31, 0):
+        monkeypatch.setattr("dspark.simulation.server.STEADY_ROUNDS", rounds)
+        decided.append(0)
+        runs.append(open_loop(way, requests, Fleet(Limits(8))))
+    held, asked = (run.servers[0].counts for run in runs)
+    assert decided[0] < 0.4 * decided[1]
+    for name in ("tokens", "steps", "verified", "busy_s"):
+        assert getattr(held, name) == pytest.approx(getattr(asked, name), rel=0.02)
+    ends = [np.array([job.end_s - job.sent_s for job in run.jobs]) for run in runs]
+    assert np.median(np.abs(ends[0] / ends[1] - 1)) < 0.01

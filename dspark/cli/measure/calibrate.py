@@ -71,7 +71,6 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     )
     prompts = named_prompts(options)
     model = load_pair(options, screen)
-    from dspark.evaluation.calibration import halves
     from dspark.scheduling.calibration import temperature_class
     from dspark.scheduling.calibration_file import Calibration, calibrate
 
@@ -79,7 +78,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     known = Calibration.load(path) if path.is_file() else Calibration()
     rounds = _record(options, model, prompts, params, screen)
     if options.held_out is None:
-        rounds, held_out = halves(rounds)
+        rounds, held_out = rounds.halves()
     else:
         others = prompts_of_file(options.held_out)
         held_out = _record(options, model, others, params, screen)

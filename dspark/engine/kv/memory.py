@@ -163,8 +163,8 @@ class Memory:
 
 
 def _sharable(request: ActiveRequest) -> Sequence[int]:
-    """Tokens that may be found in the cache: none of a prompt whose rows are all to be computed."""
-    return () if request.scores_prompt else request.tokens
+    """Tokens that may be found in the cache: none of a request whose rows are all computed."""
+    return () if request.reads_all else request.tokens
 
 
 def pages_of(tokens: int) -> int:

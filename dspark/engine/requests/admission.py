@@ -91,7 +91,7 @@ class Roster:
 
     def _soon_shared(self, request: ActiveRequest) -> bool:
         """Whether a running request is reading a prefix that this one could take over."""
-        if not self.memory.pool.reuse or request.scores_prompt:
+        if not self.memory.pool.reuse or request.reads_all:
             return False
         found = None
         for other in self.running:
@@ -119,6 +119,20 @@ class Roster:
                 self.remove(last)
                 self.queue.appendleft(last)
                 self.preemptions += 1
+
+    def read_again(self) -> None:
+        """Have every running request read again from its first token, in the order of admission.
+
+        Nothing of what they have read, nor of kept prefixes, can be found any more. Those that
+        decode plainly to their end go on: nobody drafts for them.
+        """
+        for request in sorted(self.running, key=lambda r: r.admitted, reverse=True):
+            if request.plain:
+                request.observed = 0
+                continue
+            self.remove(request)
+            self.queue.appendleft(request)
+        self.memory.pool.evict_all()
 
     def remove(self, request: ActiveRequest) -> None:
         """Take a request out, wherever it is, and its pages back."""

@@ -162,6 +162,11 @@ class ActiveRequest:
         return wanted and len(self.prompt_logprobs) < len(self.request.prompt_ids) - 1
 
     @property
+    def reads_all(self) -> bool:
+        """Whether every row of it is to be computed, also where the cache holds it."""
+        return self.scores_prompt or self.request.learn
+
+    @property
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
         wanted = len(self.request.prompt_ids) + self.request.params.max_new_tokens

@@ -65,13 +65,18 @@ class Acceptance:
         tree_depth: int | None,
     ) -> None:
         self._verifier = verifier
-        self._scalings = _scalings(calibration, tree_depth or num_drafts)
+        self._depth = tree_depth or num_drafts
+        self.recalibrate(calibration)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self.history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self.logistic = OnlineLogistic()
         self.survival_DK: FloatArray | None = None
         self._margins_DK: FloatArray | None = None
         self._factors_D1: FloatArray | None = None
+
+    def recalibrate(self, calibration: Calibration | None) -> None:
+        """Take the temperatures of a calibration from now on."""
+        self._scalings = _scalings(calibration, self._depth)
 
     def begin(self) -> None:
         """A round begins, of which nothing is known."""

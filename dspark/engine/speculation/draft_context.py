@@ -125,6 +125,11 @@ class DraftContext:
         self._count -= sum(len(rows.next_tokens) for rows in mine)
         return mine[0].start
 
+    def hand_over(self, drafter: Drafter) -> None:
+        """Belong to another drafter of the same shape; no row of the old one may be read again."""
+        self.drafter = drafter
+        self._waiting, self._count = [], 0
+
     def clear(self, table: BlockTable, begin: int) -> None:
         """Zero a request's rows from position `begin` on, where they may be no numbers."""
         self.cache.clear(table.rows(begin + self.drafter.reads_next_token, table.capacity))

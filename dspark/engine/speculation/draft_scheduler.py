@@ -8,6 +8,7 @@ which does not see the token it judges. `scheduling` holds the decisions; here i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,6 +39,8 @@ from dspark.scheduling.step_times import StepTime
 # Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
 # promises.
 EVERY, KEPT = 4, 0.03
+# Of so many rounds in which drafts may be learned from, one verifies all of these.
+_WHOLE_EVERY = 16
 
 
 class Scheduler:
@@ -56,6 +59,7 @@ class Scheduler:
     Attributes:
         depth: how many drafts this round's blocks are made for, where earlier rounds say that more
             are not worth their rows; None for all.
+        learns: whether somebody learns from rounds: some are then verified whole.
 
     Raises:
         UsageError: the schedule weighs costs, and there is no cost table.
@@ -86,6 +90,8 @@ class Scheduler:
         self._protection = Protection()
         self._calibration = calibration
         self.acceptance = Acceptance(verifier, num_drafts, calibration, tree_depth)
+        self.learns = self._shows = False
+        self._learnable = 0
         self._switch = DraftSwitch(MARGIN)
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
@@ -136,6 +142,10 @@ class Scheduler:
         self.depth = self._budget = None
         self._round, self._looks, self._rests, self._coasts = self._round + 1, False, False, False
         ready = [request for request in requests if request.drafts]
+        learnable = self.learns and any(request.request.learn for request in ready)
+        self._learnable += learnable
+        shows = learnable and self._learnable % _WHOLE_EVERY == 0
+        self._shows = shows and not self.of_trees
         if not ready or not self.schedule.protects:
             return list(most)
         playing = sum(request.ready for request in requests)
@@ -150,6 +160,8 @@ class Scheduler:
         plan = self._plan(foresight, ready, playing, most)
         if plan is None:
             return self._none(most)
+        if self._shows:
+            plan = replace(plan, depth=self.num_drafts)
         # A probe that verifies nothing would teach nothing.
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
@@ -158,6 +170,7 @@ class Scheduler:
     def _coasts_on(self, requests: int) -> bool:
         """Whether whole blocks were best so steadily that this round verifies them unasked."""
         due = self._round % EVERY == 0 or self._protection.refreshes
+        due = due or self._shows  # whose confidences are wanted
         self._coasts = self._whole >= EVERY and requests == self._load and not due
         return self._coasts
 
@@ -203,7 +216,18 @@ class Scheduler:
             limits: most drafts of each.
             offer: what was drafted.
         """
-        ready = requests[: offer.num_requests]
+        wanted = self._lengths(requests[: offer.num_requests], limits, offer)
+        if not self._shows:
+            return wanted
+        # Fixed before the round, as is which rounds these are.
+        return [
+            min(limit, offer.drawn) if request.request.learn else length
+            for request, limit, length in zip(requests, limits, wanted, strict=False)
+        ]
+
+    def _lengths(
+        self, ready: Sequence[ActiveRequest], limits: Sequence[int], offer: Offer
+    ) -> list[int]:
         if self._coasts:
             return _as_list(fixed_lengths(len(ready), offer.drawn))
         confidence_DK = self.acceptance.see(ready, offer)
@@ -297,6 +321,13 @@ class Scheduler:
             self._kept += KEPT * (min(max(kept, 0.25), 4.0) - self._kept)
         if self._protection.rest(len(ready)) < OLD:
             self._foresight.learn(_kind(ready), seen)
+
+    def recalibrate(self, calibration: Calibration) -> None:
+        """Take other temperatures from the next round on; call it between rounds.
+
+        Lengths may depend on them, since they depend on finished rounds alone.
+        """
+        self.acceptance.recalibrate(calibration)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from dspark.drafters.base import Drafter, Proposal
+from dspark.engine.requests.collector import Collector
 from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.acceptance import Offer
 from dspark.engine.speculation.draft import (
@@ -36,8 +37,8 @@ class Speculator:
     """A drafter with its context, the scheduler that trims what it proposes, and who watches.
 
     With `trees` it drafts these in place of chains, or in rounds where they are faster. What the
-    drafter does wrong stops at the shield. A watch gets confidences, where no schedule reads them,
-    only if it `wants_confidences`: they cost time.
+    drafter does wrong stops at the shield. A collector gets what may be learned from. A watch gets
+    confidences, where no schedule reads them, only if it `wants_confidences`: they cost time.
     """
 
     drafter: Drafter
@@ -47,6 +48,7 @@ class Speculator:
     shield: Shield = field(default_factory=Shield)
     wants_confidences: bool = True
     trees: TreeDrafting | None = None
+    collector: Collector | None = None
 
     @property
     def deciding(self) -> Scheduler:
@@ -100,8 +102,8 @@ class Speculator:
         if not rounds:
             return
         for request in running:
-            unshared = request.ready or not shares
-            if unshared and not request.plain and request.room < rounds:
+            useless = (request.ready or not shares) and not request.request.learn
+            if useless and not request.plain and request.room < rounds:
                 request.decode_plainly(request.cached)
         running.sort(key=lambda request: request.plain)
 

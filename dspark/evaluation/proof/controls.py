@@ -50,7 +50,7 @@ ROUNDED = 1e-5
 def control_cases(seed: int = 0) -> Iterator[Case]:
     """Every wrong variant that enumeration can show."""
     yield _first_failure(seed)
-    for control_of in (_stop_node, _drawn_in_bf16, _stale_rows, _unrestricted):
+    for control_of in (_stop_node, _drawn_in_bf16, _swapped_within, _stale_rows, _unrestricted):
         yield from (control_of(rule, seed) for rule in RULES)
     for of_schedule in (_drawn_probability, _behind_failure, _ties_by_value, _global_search):
         yield from (of_schedule(rule, seed) for rule in RULES)
@@ -132,6 +132,21 @@ def _drawn_in_bf16(rule: Rule, seed: int) -> Case:
         Distance.farthest(right),
         limit=ROUNDED,
         documented=3e-4,
+    )
+
+
+def _swapped_within(rule: Rule, seed: int) -> Case:
+    """A drafter swapped in the middle of a round: it is asked what the old one's drafts had."""
+    full, verifier = schedules.fixed(3), Verifier.of(rule)
+    wrong, right = [], []
+    for old, new in zip(_worlds(seed), _worlds(seed + WORLDS), strict=True):
+        swapped = replace(old, draft=new.draft)
+        wrong.append(_measure(_alone(replace(swapped, drawn=old.draft)), verifier, full))
+        right.append(_measure(_alone(swapped), verifier, full))
+    return control(
+        f"{rule}: drafter swapped within a round",
+        Distance.farthest(wrong),
+        Distance.farthest(right),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal, get_args
 
@@ -72,6 +72,8 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
         yield _of_candidates(rule, head, seed)
     for rule in RULES:
         yield _greedy(rule, seed)
+    for rule, requests in product(RULES, (1, 2)):
+        yield _swapped(rule, requests, seed)
 
 
 def _worlds(
@@ -168,6 +170,36 @@ def _greedy(rule: Rule, seed: int) -> Case:
         distances.append(Distance.of(walk.law(), walk.targets()))
     name = f"{rule} / global search / temperature 0 / two requests"
     return exact(name, Distance.farthest(distances))
+
+
+def _swapped(rule: Rule, requests: int, seed: int) -> Case:
+    """A finished round decides which drafter and which calibration serve the next one."""
+    distances, lengths = [], 0
+    for world_seed in range(seed, seed + 2):
+        pairs = [
+            _replaced(*(SmallPair(4 * world_seed + 2 * r + n, 2, 2, horizon=6) for n in (0, 1)))
+            for r in range(requests)
+        ]
+        for cut in (0.5, 0.7):
+            walk = Walk(pairs, Verifier.of(rule), schedules.recalibrated(cut))
+            distances.append(Distance.of(walk.law(2), walk.targets()))
+            lengths = max(lengths, len(walk.lengths_seen))
+    number = "one request" if requests == 1 else "two requests"
+    case = exact(f"{rule} / swapped between rounds / {number}", Distance.farthest(distances))
+    return replace(case, lengths=lengths, holds=lengths > 1)
+
+
+def _replaced(first: SmallPair, other: SmallPair) -> WorldAfter:
+    """The first pair's target; the other's drafter, once a round has committed such tokens."""
+
+    def world(prefix: Prefix) -> World:
+        here = first(prefix)
+        if not prefix or (len(prefix) + prefix[0]) % 2:
+            return here
+        there = other(prefix)
+        return replace(here, draft=there.draft, drawn=there.drawn, logits=there.logits)
+
+    return world
 
 
 SEEDS, TOKENS = 24, 5

@@ -14,6 +14,7 @@ from dspark.evaluation.proof.rounds import FloatArray, IntArray, Memory, Schedul
 from dspark.scheduling import budget as admission
 from dspark.scheduling import lookahead as foresight
 from dspark.scheduling import survival as chances
+from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.history import RequestHistory
 from dspark.scheduling.protection import Protection
@@ -70,6 +71,20 @@ def threshold(least: float) -> Schedule:
     return Schedule(
         lambda view, _memory: admission.threshold_lengths(chances.confidence(view.logits_RK), least)
     )
+
+
+def recalibrated(least: float) -> Schedule:
+    """A threshold on confidences whose temperatures the round before has decided."""
+
+    def lengths(view: View, memory: Memory) -> IntArray:
+        temperature = memory if isinstance(memory, float) else 1.0
+        scaling = TemperatureScaling((temperature,) * view.logits_RK.shape[1])
+        return admission.threshold_lengths(scaling.apply(view.logits_RK), least)
+
+    def remember(_view: View, accepted_R: IntArray, verified_R: IntArray) -> Memory:
+        return 0.4 if accepted_R.sum() == verified_R.sum() else 3.0
+
+    return Schedule(lengths, remember)
 
 
 def prefix(step_ms: npt.ArrayLike) -> Schedule:

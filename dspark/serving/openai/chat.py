@@ -273,6 +273,7 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         without_bad_words(fields, format_mask or calls_mask, context),
         fields.timeout(context),
         reproducible=fields.seed is not None,
+        learn=fields.learns(context),
     )
     if context.settings.log_prompts:
         http.state.facts["messages"] = messages
@@ -291,7 +292,7 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         )
         for i in range(params.n)
     )
-    ignored += fields.ignored() + _ignored_names(fields.messages, template)
+    ignored += fields.ignored(context) + _ignored_names(fields.messages, template)
     return PreparedChat(request, writers, ignored)
 
 

@@ -125,6 +125,7 @@ async def completions(
                 fields.timeout(context),
                 reproducible=fields.seed is not None,
                 prompt_logprobs=logprobs if fields.echo else None,
+                learn=fields.learns(context) and not scores_only,
             )
             for i, ids in enumerate(encoded)
         ]
@@ -152,7 +153,7 @@ async def completions(
         framing=CompletionFraming(name, context.settings.model_name, kind, kind, usage=usage),
         request_id=http.state.request_id,
         stream=bool(fields.stream),
-        headers=warning(fields.ignored()),
+        headers=warning(fields.ignored(context)),
         facts=facts,
         scores_only=scores_only,
     )

@@ -22,7 +22,6 @@ from dspark.serving.openai.grammar import ANY_OBJECT, BannedTokens
 IGNORED = (
     "user",
     "metadata",
-    "store",
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
@@ -125,7 +124,9 @@ class SharedFields(Strict):
         timeout_s: seconds after which the answer ends as it is (not of OpenAI).
         stream, stream_options: server-sent events, and whether they end with the usage.
         response_format: what the answer must look like.
-        user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
+        store: true lets a server that learns (`dspark serve --learn`) learn from this request;
+            nothing else is stored.
+        user, metadata, service_tier, safety_identifier, prompt_cache_key,
             prompt_cache_retention, prediction: without effect.
         skip_special_tokens, include_stop_str_in_output, use_beam_search: what is done anyway.
     """
@@ -176,9 +177,15 @@ class SharedFields(Strict):
         "n",
     )
 
-    def ignored(self) -> list[str]:
+    def learns(self, context: Context) -> bool:
+        """Whether its client lets this server learn from it, and it does."""
+        return self.store is True and context.service.learner is not None
+
+    def ignored(self, context: Context) -> list[str]:
         """Parameters without effect that were given."""
-        return [name for name in IGNORED if getattr(self, name, None) is not None]
+        names = [name for name in IGNORED if getattr(self, name, None) is not None]
+        idle = self.store is not None and not self.learns(context)
+        return [*names, "store"] if idle else names
 
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage.

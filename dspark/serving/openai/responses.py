@@ -196,6 +196,7 @@ class ResponseFields(Strict):
     def ignored(self) -> list[str]:
         """Given parameters without effect that a chat does not have."""
         names = [name for name in ("max_tool_calls", "stream_options") if getattr(self, name)]
+        names += ["store"] * (self.store is not None)
         if self.reasoning is not None:
             given = (self.reasoning.summary, self.reasoning.generate_summary)
             names += ["reasoning.summary"] * any(each is not None for each in given)
@@ -213,7 +214,7 @@ class ResponseFields(Strict):
             raise ApiError(422, "input is empty; give a text or a message.", param="input")
         shared = (
             "model", "temperature", "top_p", "top_k", "min_p", "seed", "stream",
-            "parallel_tool_calls", "store", "metadata", "user", "service_tier",
+            "parallel_tool_calls", "metadata", "user", "service_tier",
             "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "top_logprobs",
         )  # fmt: skip
         logprobs = self.top_logprobs is not None or _LOGPROBS in (self.include or ())

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from dspark.request import Output
+from dspark.serving.learning.learner import Learner
 from dspark.serving.live.engines import PageEngines
 from dspark.serving.ops.counters import SecondsHistogram
 from dspark.serving.service import EngineService
@@ -96,6 +97,8 @@ class Metrics:
         )  # fmt: skip
         self.registry.register(_EngineFigures(service, model_name))
         self.registry.register(_PageFigures(engines))
+        if service.learner is not None:
+            self.registry.register(_LearningFigures(service.learner))
 
     def note_reply(self, route: str, status: int) -> None:
         """Count an HTTP request."""
@@ -257,6 +260,37 @@ class _PageFigures(Collector):
             for kind, total in totals.items():
                 family.add_metric(list(kind), value(total))
             yield family
+
+
+class _LearningFigures(Collector):
+    """How learning from the traffic goes."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._learner.progress()
+        state = now.state
+        for name, text, count in (
+            ("samples", "Answers that were written to learn from.", now.samples),
+            ("tokens", "Their tokens, prompts included.", now.tokens),
+            ("dropped", "Answers that came too fast to be written.", now.dropped),
+            ("swaps", "Drafters swapped in, rollbacks included.", now.swaps),
+            ("trainer_failures", "Trainers that ended by themselves.", now.trainer_failures),
+            ("steps", "Training steps of this directory.", state.steps),
+            ("rejected", "Candidates that gained too little.", state.rejected),
+            ("rollbacks", "Drafters taken back.", state.rollbacks),
+            ("calibrations", "Calibrations put to use.", state.calibrations),
+        ):
+            yield CounterMetricFamily(f"dspark_learning_{name}", text, count)
+        for name, text, value in (
+            ("bytes", "Samples on disk.", now.bytes),
+            ("trainer_up", "Whether the trainer runs.", int(now.trainer_runs)),
+            ("drafter", "Number of the drafter that is to serve.", state.generation),
+            ("held_out_accepted_length", "Of that drafter, by the laws.", state.held_out_length),
+            ("held_out_accepted_length_before", "Of the one before.", state.held_out_before),
+        ):
+            yield GaugeMetricFamily(f"dspark_learning_{name}", text, value)
 
 
 def _add_times(family: HistogramMetricFamily, labels: list[str], times: SecondsHistogram) -> None:

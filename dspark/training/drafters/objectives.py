@@ -34,28 +34,34 @@ class DrafterObjective:
     Args:
         recipe: settings.
         target: frozen; embedding and head are borrowed, never copied.
+        drafter: to train, bound and in the recipe's dtype; None makes the recipe's.
     """
 
-    def __init__(self, recipe: BlockRecipe, target: Target) -> None:
+    def __init__(
+        self, recipe: BlockRecipe, target: Target, drafter: DSparkDrafter | None = None
+    ) -> None:
         self.recipe = recipe
         self.samples = OnlineSamples(recipe, target)
-        generator = torch.Generator().manual_seed(recipe.run.seed)
+        self.drafter = self._new_drafter(target) if drafter is None else drafter
+        self.module: nn.Module = self.drafter
+        self.tokens_seen = 0
+        self._total_weight = (-1, 0.0)
+
+    def _new_drafter(self, target: Target) -> DSparkDrafter:
+        recipe = self.recipe
         config = drafter_config(target, recipe.drafter)
         made = DeepseekV4Drafter if isinstance(config, DeepseekV4Config) else DSparkDrafter
-        self.drafter: DSparkDrafter = made.from_target(
+        drafter: DSparkDrafter = made.from_target(
             target.parts(),
             config,
-            generator=generator,
+            generator=torch.Generator().manual_seed(recipe.run.seed),
             init_std=recipe.drafter.init_std,
             copy_final_norm=recipe.drafter.copy_final_norm,
             draft_tokens=self.samples.draft_tokens,
         )
         if recipe.drafter.initial_layers == "target":
-            start_from_last_layers(self.drafter, with_plain_weights(target, recipe))
-        self.drafter.to(dtype=DTYPES[recipe.run.dtype])
-        self.module: nn.Module = self.drafter
-        self.tokens_seen = 0
-        self._total_weight = (-1, 0.0)
+            start_from_last_layers(drafter, with_plain_weights(target, recipe))
+        return drafter.to(dtype=DTYPES[recipe.run.dtype])
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one part of the step's samples.

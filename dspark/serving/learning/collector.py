@@ -1,0 +1,160 @@
+"""Collector of a learning server: rows and outcomes of consenting requests, in the engine's thread.
+
+What it gathers of a request it hands over in one piece when the request ends; nothing here waits,
+computes or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.data.samples import Sample
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.round_record import FloatArray, RoundRecord
+from dspark.request import Request, Verifier
+from dspark.scheduling.calibration import temperature_class
+from dspark.serving.learning.directory import Outcome
+
+FEWEST_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What a request brought.
+
+    Attributes:
+        sample: its tokens, as far as there are rows of them; None where they are too few.
+        features_LF: features of these tokens; the last one's row is 0.
+        hidden_LH: the target's states after the final norm, likewise.
+        outcomes: of its rounds.
+    """
+
+    sample: Sample | None
+    features_LF: Tensor
+    hidden_LH: Tensor
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass
+class _Gathering:
+    """What has come of a request so far."""
+
+    request: Request
+    features: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def cut(self, length: int) -> None:
+        """Keep the first rows only."""
+        if length >= self.length:
+            return
+        self.features = [torch.cat(self.features)[:length]] if length else []
+        self.hidden = [torch.cat(self.hidden)[:length]] if length else []
+        self.length = length
+
+
+class TrafficCollector:
+    """Gathers the rows and outcomes of requests that may be learned from.
+
+    Args:
+        verifier: of the engine.
+        num_drafts: drafts of a whole block, K.
+        most: requests that are gathered at once; others are served and not learned from.
+        deliver: told what each brought, in the engine's thread.
+        features: whether features are wanted, or outcomes alone.
+
+    Attributes:
+        generation: number of the drafter at work.
+        most: as given.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        num_drafts: int,
+        most: int,
+        deliver: Callable[[Harvest], None],
+        *,
+        features: bool,
+    ) -> None:
+        self.generation = 0
+        self._verifier = verifier
+        self._num_drafts = num_drafts
+        self.most = most
+        self._deliver = deliver
+        self._features = features
+        self._gathered: dict[int, _Gathering] = {}
+
+    def admit(self, request: Request) -> Request:
+        """The request, less its consent where there is no place, or its law is not the model's."""
+        params = request.params
+        other_law = params.has_penalties or params.logit_bias or request.mask
+        if request.learn and (other_law or len(self._gathered) >= self.most):
+            return replace(request, learn=False)
+        return request
+
+    def rows(
+        self, request: ActiveRequest, start: int, features_LF: Tensor, hidden_LH: Tensor
+    ) -> None:
+        """Keep copies of rows that stay."""
+        found = self._gathered.get(request.request_id)
+        if found is None:
+            if len(self._gathered) >= self.most:
+                return
+            found = self._gathered[request.request_id] = _Gathering(request.request)
+        if not self._features or start > found.length:  # rows between are missing: it ends there
+            return
+        found.cut(start)
+        found.features.append(features_LF.clone())
+        found.hidden.append(hidden_LH.clone())
+        found.length += len(features_LF)
+
+    def note(self, record: RoundRecord) -> None:
+        """Take note of a finished round's outcomes."""
+        logits_RK = record.confidence_logits_RK
+        if logits_RK is None or record.are_margins or record.parents is not None:
+            return
+        if not self._gathered or logits_RK.shape[1] != self._num_drafts:
+            return
+        for row, request_id in enumerate(record.request_ids[: len(logits_RK)]):
+            found = self._gathered.get(request_id)
+            if found is not None and record.lengths[row] and np.isfinite(logits_RK[row]).all():
+                found.outcomes.append(self._outcome(found.request, record, row, logits_RK[row]))
+
+    def _outcome(
+        self, request: Request, record: RoundRecord, row: int, logits_K: FloatArray
+    ) -> Outcome:
+        return Outcome(
+            logits_K=np.array(logits_K),
+            accepted=record.accepted[row],
+            verified=record.lengths[row],
+            verifier="coupled" if request.reproducible else self._verifier,
+            kind=temperature_class(request.params.temperature),
+            generation=self.generation,
+        )
+
+    def ended(self, request: ActiveRequest) -> None:
+        """Hand over what the request brought; nothing of one that ended with an error."""
+        found = self._gathered.pop(request.request_id, None)
+        if found is None or request.finish_reason == "error":
+            return
+        count = min(len(request.tokens), found.length + 1)
+        prompt = len(request.request.prompt_ids)
+        empty = torch.zeros(0, 0)
+        if count - prompt < FEWEST_ANSWER_TOKENS:
+            if found.outcomes:
+                self._deliver(Harvest(None, empty, empty, tuple(found.outcomes)))
+            return
+        sample = Sample(tuple(request.tokens[:count]), tuple(i >= prompt for i in range(count)))
+        found.cut(count - 1)
+        features_LF, hidden_LH = (
+            torch.cat([*part, part[0].new_zeros(1, part[0].shape[1])])
+            for part in (found.features, found.hidden)
+        )
+        self._deliver(Harvest(sample, features_LF, hidden_LH, tuple(found.outcomes)))
