@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load_pair(args.model, args.dtype)
+    model = load_pair(args.model, args.dtype or "auto")
     results = measure(model, args)
     results["decision_ms"] = decisions_ms()
     emit("trees", environment(model.target.dtype), results)
