@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.scheduling.reliability import expected_calibration_error
 from dspark.serving.ops.counters import GAP_S, Counters, RunningCalibrationError, SecondsHistogram
 
@@ -99,15 +100,27 @@ def test_drift_is_the_calibration_error():
 def test_trimmed_drafts_tell_nothing(model, kit):
     """With the verifier `block` only whole blocks do, with `token` every verified draft."""
 
-    class Record:
-        drafts = ((1, 2, 3), (4, 5, 6), ())
-        lengths, accepted = (3, 1, 0), (1, 1, 0)
-        survival_RK = np.array([[0.9, 0.5, 0.2], [0.8, 0.7, 0.6]])
-        draft_ms = schedule_ms = verify_ms = 1.0
-
+    record = RoundRecord(
+        request_ids=(0, 1, 2),
+        rounds=(0, 0, 0),
+        anchors=(9, 9, 9),
+        greedy=(False, False, False),
+        drafts=((1, 2, 3), (4, 5, 6), ()),
+        confidence_logits_RK=None,
+        are_margins=False,
+        survival_RK=np.array([[0.9, 0.5, 0.2], [0.8, 0.7, 0.6]]),
+        lengths=(3, 1, 0),
+        accepted=(1, 1, 0),
+        committed=((1, 7), (4, 7), (7,)),
+        rows=7,
+        budget=None,
+        draft_ms=1.0,
+        schedule_ms=1.0,
+        verify_ms=1.0,
+    )
     for whole, seen in ((True, 3), (False, 4)):
         counters = Counters(3, whole_blocks=whole)
-        counters.add_step(3.0, Record)
+        counters.add_step(3.0, record)
         assert counters.drift.observed == seen
         assert counters.drafted_K.tolist() == [2, 2, 2]
         assert counters.verified_K.tolist() == [2, 1, 1]
