@@ -202,7 +202,9 @@ def test_steady_rounds_change_hardly_a_figure(costs, monkeypatch, share):
         runs.append(open_loop(way, requests, Fleet(Limits(8))))
     held, asked = (run.servers[0].counts for run in runs)
     assert decided[0] < 0.4 * decided[1]
-    for name in ("tokens", "steps", "verified", "busy_s"):
+    for name in ("tokens", "steps", "busy_s"):
         assert getattr(held, name) == pytest.approx(getattr(asked, name), rel=0.02)
+    # A held round verifies whole blocks where the asked scheduler now and then cuts one.
+    assert held.verified == pytest.approx(asked.verified, rel=0.05)
     ends = [np.array([job.end_s - job.sent_s for job in run.jobs]) for run in runs]
     assert np.median(np.abs(ends[0] / ends[1] - 1)) < 0.01
