@@ -205,6 +205,15 @@ def test_background_requests_are_real_and_end_when_nobody_watches(shown):
     assert shown.service.snapshot().running == 0
 
 
+def test_trees_of_the_server_are_the_page_s_too(measured, kit):
+    with kit.serve(measured, drafters={"dspark": measured}, tree_nodes=11) as server:
+        found, _ = whole(server, schedule="fixed")
+    assert found["done"][0]["identical"]
+    parents = [draft["parent"] for each in found["round"] for draft in each["drafts"]]
+    assert len(parents) > len(set(parents))  # siblings
+    assert max(len(each["drafts"]) for each in found["round"]) == 11
+
+
 def test_the_load_changes_while_a_run_goes_on(shown):
     with run(shown, load=0, max_tokens=200, ignore_eos=True, compare=True) as events:
         run_id = events.until("start")["run_id"]

@@ -268,6 +268,7 @@ class PageEngines:
     def _build(self, choice: Choice) -> PageEngine:
         main = self.main.engine
         model = self.models.get(choice.drafter) or Model(main.target)
+        trees = model.drafter is main.drafter and choice.schedule != "threshold"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DSparkWarning)
             engine = model.open_engine(
@@ -276,6 +277,7 @@ class PageEngines:
                 verifier=choice.verifier,
                 schedule=None if choice.plain else choice.schedule,
                 threshold=choice.threshold,
+                tree_nodes=main.tree_nodes if trees and not choice.plain else None,
                 step_tokens=main.step_tokens,
                 prefix_reuse=False,  # or a prompt's second run would find its first
             )
