@@ -160,6 +160,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(MISSING)
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
+    if options.learn is None and options.learn_dir is not None:
+        raise UsageError("--learn-dir says where learning keeps its files; give --learn as well.")
     from dspark.serving.ops.logs import start_logging
     from dspark.serving.server import Server, bind
 

@@ -81,6 +81,7 @@ def test_serves_until_it_is_told_to_stop(pair, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["--learn-dir", "learned"], "give --learn as well"),
         (["--port", "70000"], "--port is 70000"),
         (["--max-requests", "0"], "--max-requests is 0"),
         (["--draft", "none", "--schedule", "fixed"], "--schedule is fixed"),
