@@ -5,7 +5,9 @@ against what plain decoding takes for the tokens that it committed, and the diff
 account. While the account is in the red nothing is drafted, and plain rounds pay a small share of
 their time into it until it affords another try; the share halves with every try that fails. So
 drafting loses that share of the time at most, whatever the drafter does, beside a few rounds at
-the beginning. Only finished rounds count: no output changes its distribution.
+the beginning. A round drafts no deeper than the account could pay for if no draft stayed: where
+rows are dear, one whole block would cost several times the credit. Only finished rounds count: no
+output changes its distribution.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass, field
 
 from dspark.scheduling.step_times import FADE, Scales, StepTime
 
-# Everything in plain rounds: what may be lost at first, what a try may lose after a failure, and
-# what gains are remembered.
+# Everything in plain rounds: what one request may lose at first (R together see R times as much in
+# a round, and lose an R-th), what a try may lose after a failure, and what gains are remembered.
 FIRST, TRY, MOST = 8.0, 2.0, 16.0
 # Of plain rounds' time for tries; halved with each failure in a row, so often at most.
 SHARE, HALVINGS = 0.02, 4
@@ -74,6 +76,19 @@ class Protection:
         self.refreshes, account.fresh = account.fresh, False
         return True
 
+    def depth(self, requests: int) -> int | None:
+        """Drafts of each of so many requests that may be lost at once; None for any number.
+
+        Those that the account could pay for, or a single plain round; one draft where nobody knows
+        yet what it takes.
+        """
+        account = self._account(requests)
+        if account.draft_cost is None:
+            return 1
+        if account.draft_cost <= 0:
+            return None
+        return max(int(max(account.credit, 1.0) / account.draft_cost), 1)
+
     def usual_gain(self, requests: int) -> float:
         """What drafting rounds of so many requests gain of late, in plain rounds."""
         account = self._accounts.get(requests.bit_length())
@@ -106,6 +121,7 @@ class Protection:
         plain_ms, prompts_ms = account.plain.expected_ms(seen)
         worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
         gain = (worth_ms - seen.total_ms) / plain_ms
+        account.learn_cost((seen.total_ms - plain_ms - prompts_ms) / plain_ms, seen)
         account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
         account.credit = min(account.credit + gain, MOST)
         if account.credit >= MOST / 2:
@@ -116,7 +132,8 @@ class Protection:
         load = requests.bit_length()
         if load not in self._accounts:
             failing = any(account.pauses for account in self._accounts.values())
-            self._accounts[load] = _Account(TRY if failing else FIRST)
+            first = max(FIRST / (1 << load >> 1), TRY)
+            self._accounts[load] = _Account(TRY if failing else first)
         return self._accounts[load]
 
 
@@ -166,6 +183,7 @@ class _Account:
         since_plain: drafting rounds since the last plain one.
         fresh: whether that one was played to refresh what is known, and nothing was drafted since.
         plain: what plain rounds take.
+        draft_cost: what a draft of each request takes, in plain rounds.
     """
 
     credit: float
@@ -175,6 +193,13 @@ class _Account:
     since_plain: int = 0
     fresh: bool = False
     plain: _PlainTimes = field(default_factory=_PlainTimes)
+    draft_cost: float | None = None
+
+    def learn_cost(self, rounds: float, seen: StepTime) -> None:
+        """Take note of what a round's drafts took, in plain rounds."""
+        cost = rounds * seen.requests / max(seen.drafts, 1)
+        known = self.draft_cost
+        self.draft_cost = cost if known is None else (known + cost) / 2
 
     @property
     def share(self) -> float:

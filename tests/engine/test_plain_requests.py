@@ -24,6 +24,9 @@ class Pause:
     def allows(self, _requests, *, tries):
         return tries and not self.left
 
+    def depth(self, _requests):
+        return None
+
     def learn(self, _seen):
         self.left = max(self.left - 1, 0)
 

@@ -50,7 +50,10 @@ class OfTable(Scheduler):
     def __init__(self, *args):
         super().__init__(*args)
         self._protection = SimpleNamespace(
-            allows=lambda _requests, tries: True, rest=lambda _requests: 0.0, refreshes=False
+            allows=lambda _requests, tries: True,
+            depth=lambda _requests: None,
+            rest=lambda _requests: 0.0,
+            refreshes=False,
         )
 
     def learn_times(self, *_):

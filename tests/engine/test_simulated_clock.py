@@ -159,6 +159,23 @@ def test_control_without_protection_a_useless_drafter_costs_more(machine, reques
     assert unprotected < 0.93 * best(machine, requests, **options)
 
 
+@pytest.mark.parametrize("machine", [FLAT, LINEAR])
+@pytest.mark.parametrize("requests", [4, 16, 32])
+def test_finding_out_costs_a_few_rounds_at_most(machine, requests):
+    """Several requests show at once what one shows in many rounds, by a draft each."""
+    options = {"useful": False, "rounds": 100}
+    plain = best(machine, requests, **options)
+    assert decode(made("auto"), machine, requests, **options) > 0.95 * plain
+
+
+def test_control_whole_blocks_as_tries_cost_more():
+    options = {"useful": False, "rounds": 100}
+    careless = made("auto")
+    careless._protection.depth = lambda _requests: None
+    plain = best(LINEAR, 16, **options)
+    assert decode(careless, LINEAR, 16, **options) < 0.92 * plain
+
+
 @pytest.mark.parametrize("requests", [1, 16])
 def test_auto_drafts_where_that_is_faster(requests):
     ours = decode(made("auto"), FLAT, requests)

@@ -51,7 +51,6 @@ class Scheduler:
         verifier: of the engine, for requests that are not `reproducible`; under `coupled` lengths
             may depend on anything.
         num_drafts: drafts per round at most, K; of trees, their nodes.
-        tree_depth: of trees, how deep they are at most; None for chains.
         calibration: of the drafter; where it has no entry, confidences are taken as they are.
         costs: of this machine, for the schedules that weigh them.
         tree_depth: of trees, how deep they are at most; None for chains.
@@ -153,7 +152,10 @@ class Scheduler:
             return self._none(most)
         foresight = self._weighs(len(ready))
         if foresight is None:
-            return list(most)
+            deep = self._protection.depth(playing)
+            if deep is not None and deep < self.num_drafts and not self.of_trees:
+                self.depth = deep
+            return [min(limit, self.depth or limit) for limit in most]
         if self._coasts_on(len(ready)):
             self._budget = sum(most)
             return list(most)
