@@ -43,9 +43,9 @@ from benchmarks.common import add_options, emit, environment, load_pair, say
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams
+from dspark.serving.context import Settings
 from dspark.serving.server import Server, bind
 from dspark.serving.service import EngineService
-from dspark.serving.settings import Settings
 
 QUESTIONS = (
     "What does the command `{}` do?",

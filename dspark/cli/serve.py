@@ -15,8 +15,8 @@ from dspark.request import Verifier
 if TYPE_CHECKING:
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
+    from dspark.serving.context import Settings
     from dspark.serving.service import EngineService
-    from dspark.serving.settings import Settings
 
 EXAMPLE = """\
   dspark serve bundled
@@ -162,7 +162,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     if options.learn is None and options.learn_dir is not None:
         raise UsageError("--learn-dir says where learning keeps its files; give --learn as well.")
-    from dspark.serving.ops.logs import start_logging
+    from dspark.serving.middleware import start_logging
     from dspark.serving.server import Server, bind
 
     settings = _settings(options)
@@ -219,8 +219,8 @@ def cache_sentence(engine: Engine) -> str:
 
 
 def _settings(options: Options) -> Settings:
+    from dspark.serving.context import Settings
     from dspark.serving.server import read_keys
-    from dspark.serving.settings import Settings
 
     return Settings(
         model_name=options.served_model_name or options.target,

@@ -1,4 +1,4 @@
-"""Context: the service, settings, template, metrics and masks that all routes share."""
+"""Context of all routes: the server's settings, service, template, metrics and masks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,67 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from dspark.errors import UsageError
 from dspark.params import sample_seed
 from dspark.serving.live.engines import PageEngines
+from dspark.serving.metrics import Metrics
 from dspark.serving.openai.chat_template import ChatTemplate
+from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.grammar import Grammars
 from dspark.serving.openai.logprobs import TokenTexts
-from dspark.serving.ops.metrics import Metrics
 from dspark.serving.service import EngineService
-from dspark.serving.settings import Settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server behaves.
+
+    Attributes:
+        model_name: what requests call the model.
+        api_keys: a request to `/v1` or `/metrics` must bear one of these; none for no check.
+        cors_origins: web origins that browsers let read the answers; none switches CORS off.
+        max_body_bytes: size of a request's body at most.
+        body_timeout_s: seconds in which a body must have come.
+        requests_per_minute: of each client (its key, or else its address); None for any number.
+        request_timeout_s: seconds after which an answer ends as it is; None for never.
+        default_max_tokens: new tokens where a request does not say.
+        seed: names the randomness of sampled requests without a seed of their own, by their
+            order; None draws it from the system.
+        log_prompts: whether logs may hold prompts and answers.
+        drain_s: seconds that open answers have to end once the server is to stop.
+
+    Raises:
+        UsageError: a value cannot be used.
+    """
+
+    model_name: str
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 << 20
+    body_timeout_s: float = 30.0
+    requests_per_minute: int | None = None
+    request_timeout_s: float | None = None
+    default_max_tokens: int = 256
+    seed: int | None = None
+    log_prompts: bool = False
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not all(self.api_keys):
+            raise UsageError("An API key is empty; give at least one character.")
+        for name in (
+            "max_body_bytes",
+            "body_timeout_s",
+            "requests_per_minute",
+            "request_timeout_s",
+            "default_max_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}, but must be above 0.")
+        if not self.drain_s >= 0:
+            raise UsageError(f"drain_s is {self.drain_s}, but must be at least 0.")
+
 
 _T = TypeVar("_T")
 _SHORT = 4096  # fewer are encoded sooner than a thread would take over
@@ -73,6 +126,17 @@ class Context:
     prompt_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="dspark-prompts")
     )
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served; None means the one that is.
+
+        Raises:
+            ApiError: 404.
+        """
+        served = self.settings.model_name
+        if name is not None and name != served:
+            sentence = f"The model {name[:200]!r} is not served here; this server has {served!r}."
+            raise ApiError(404, sentence, param="model", code="model_not_found")
 
     async def prepare(self, work: Callable[[], _T], size: int) -> _T:
         """Do something with the tokenizer, beside the loop where that takes long.

@@ -24,12 +24,10 @@ from dspark.engine.requests.sequence import Piece
 from dspark.engine.speculation.round_record import RoundRecord
 from dspark.errors import UnavailableError, UsageError
 from dspark.request import Request
+from dspark.serving.counters import Counters, Snapshot
 from dspark.serving.learning.learner import Learner
-from dspark.serving.ops.counters import Counters
-from dspark.serving.ops.snapshot import Snapshot
 from dspark.serving.round_events import Owner
-from dspark.serving.streams import OutputStream, Update
-from dspark.serving.subscriptions import Listeners, Step, Subscription
+from dspark.serving.streams import Listeners, OutputStream, Step, Subscription, Update
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

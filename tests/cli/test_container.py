@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dspark.cli.main import build_parser
-from dspark.serving.settings import Settings
+from dspark.serving.context import Settings
 
 tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
 ROOT = Path(__file__).parents[2]

@@ -19,9 +19,9 @@ from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.protection import Protection
 from dspark.scheduling.step_times import StepTimes
+from dspark.serving.context import Settings
 from dspark.serving.server import Server, bind
 from dspark.serving.service import EngineService
-from dspark.serving.settings import Settings
 
 PROMPTS = (
     "What does the command `tar` do?",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dspark.serving.settings import Settings
+from dspark.serving.context import Settings
 
 ENDLESS = {"prompt": "The command", "max_tokens": 230, "ignore_eos": True}
 

@@ -5,11 +5,10 @@ import logging
 import pytest
 
 from dspark.errors import UsageError
+from dspark.serving.context import Settings
+from dspark.serving.middleware import JsonLines, RateLimit
 from dspark.serving.openai.errors import ApiError
-from dspark.serving.ops.logs import JsonLines
-from dspark.serving.ops.middleware import RateLimit
 from dspark.serving.server import read_keys
-from dspark.serving.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import Rounds, TemperatureScaling
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.survival import confidence
+from dspark.serving.context import Settings
 from dspark.serving.learning import learner as learners
 from dspark.serving.learning import trainer as trainers
 from dspark.serving.learning.calibrating import refreshed
@@ -44,7 +45,6 @@ from dspark.serving.learning.learner import Learner, resume
 from dspark.serving.learning.samples import SEGMENTS, SampleRing
 from dspark.serving.learning.trainer import Trainer
 from dspark.serving.server import Server
-from dspark.serving.settings import Settings
 
 TEXTS = ("What does `tar` do?", "Tom has 3 apples.", "Hi, a table for two.", "List files.")
 

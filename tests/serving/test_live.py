@@ -13,11 +13,11 @@ import pytest
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.scheduling.cost_table import CostPoint, CostTable
+from dspark.serving.context import Settings
 from dspark.serving.live import routes as live_module
 from dspark.serving.live.engines import Choice
 from dspark.serving.live.routes import EXAMPLES
 from dspark.serving.service import EngineLock
-from dspark.serving.settings import Settings
 
 PROMPT = EXAMPLES["chat"][0]
 RUN = "/v1/dspark/live"

@@ -5,7 +5,7 @@ import pytest
 
 from dspark.engine.speculation.round_record import RoundRecord
 from dspark.scheduling.reliability import expected_calibration_error
-from dspark.serving.ops.counters import GAP_S, Counters, RunningCalibrationError, SecondsHistogram
+from dspark.serving.counters import GAP_S, Counters, RunningCalibrationError, SecondsHistogram
 
 
 @pytest.fixture(scope="module")

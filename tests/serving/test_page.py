@@ -11,7 +11,7 @@ import pytest
 
 from dspark.engine.model import Model
 from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.serving.settings import Settings
+from dspark.serving.context import Settings
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api",

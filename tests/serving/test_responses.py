@@ -5,7 +5,8 @@ import json
 import pytest
 
 import dspark
-from dspark.serving.openai.responses import ResponseFields, ResponseFraming
+from dspark.serving.openai.response_fields import ResponseFields
+from dspark.serving.openai.responses import ResponseFraming
 
 TOOL = {
     "type": "function",

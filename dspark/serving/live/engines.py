@@ -30,10 +30,10 @@ from dspark.errors import (
 from dspark.params import SamplingParams
 from dspark.request import VERIFIERS, Request, Verifier
 from dspark.scheduling.cost_table import CostTable
-from dspark.serving.ops.counters import Totals
+from dspark.serving.counters import Totals
 from dspark.serving.round_events import RoundEvent
 from dspark.serving.service import EngineService
-from dspark.serving.subscriptions import Subscription
+from dspark.serving.streams import Subscription
 
 Kind = tuple[str, str, str]
 """(drafter, verifier, schedule)"""

@@ -27,7 +27,6 @@ from dspark.serving.openai.fields import (
     without_bad_words,
 )
 from dspark.serving.openai.logprobs import TokenTexts, chat_logprobs
-from dspark.serving.openai.models import check_model
 from dspark.serving.openai.output_parser import AnswerParser, Content, Part, Reasoning, ToolCall
 from dspark.serving.openai.streaming import Choice, CompletionFraming, Framing, Job, reply
 from dspark.serving.openai.tools import Tool, calls_mask_of, tool_use
@@ -248,7 +247,7 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         ApiError: something that is wanted cannot be had.
         DSparkError: likewise.
     """
-    check_model(fields.model, context)
+    context.check_model(fields.model)
     template = chat_template_of(context)
     continued = fields.continued()
     use = tool_use(fields.tools, fields.tool_choice, fields.parallel_tool_calls)

@@ -26,7 +26,6 @@ from dspark.serving.openai.fields import (
     without_bad_words,
 )
 from dspark.serving.openai.logprobs import TokenTexts, text_logprobs
-from dspark.serving.openai.models import check_model
 from dspark.serving.openai.streaming import Choice, CompletionFraming, Job, reply
 
 router = APIRouter(tags=["completions"])
@@ -100,7 +99,7 @@ async def completions(
     fields: CompletionFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
 ) -> Response:
     """Continue prompts."""
-    check_model(fields.model, context)
+    context.check_model(fields.model)
     fields.check()
     usage = fields.wants_usage()
     logprobs = check_logprobs(fields.logprobs, "logprobs")

@@ -24,9 +24,9 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from dspark.request import Output
+from dspark.serving.counters import SecondsHistogram
 from dspark.serving.learning.learner import Learner
 from dspark.serving.live.engines import PageEngines
-from dspark.serving.ops.counters import SecondsHistogram
 from dspark.serving.service import EngineService
 
 router = APIRouter(tags=["metrics"])

@@ -1,0 +1,300 @@
+"""Fields of `/v1/responses`, and the chat that they are: items of a conversation to messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dspark.serving.openai.chat import (
+    CalledFunction,
+    ChatFields,
+    EarlierCall,
+    Message,
+)
+from dspark.serving.openai.errors import ApiError
+from dspark.serving.openai.fields import (
+    MOST_NUMBER,
+    Count,
+    JsonObjectFormat,
+    JsonSchema,
+    JsonSchemaFormat,
+    Number,
+    Strict,
+    TextFormat,
+)
+from dspark.serving.openai.tools import Function, Tool
+
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class InputText(Strict):
+    """A part of a message of the conversation."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputMessage(Strict):
+    """A message of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCall(Strict):
+    """A call that the model made earlier."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCallOutput(Strict):
+    """What the called function gave back."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+
+
+class ReasoningText(Strict):
+    """A part of an earlier reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Strict):
+    """What the model reasoned earlier."""
+
+    type: Literal["reasoning"]
+    summary: list[Any] | None = None
+    content: list[ReasoningText] | None = None
+    encrypted_content: None = None
+    id: str | None = None
+    status: str | None = None
+
+
+InputItem = InputMessage | InputCall | InputCallOutput | InputReasoning
+
+
+class ResponseTool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseJsonSchema(Strict):
+    """A format of JSON by a schema."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str = "answer"
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    """What the text of a response looks like."""
+
+    format: (
+        Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")]
+        | None
+    ) = None
+    verbosity: str | None = None
+
+
+class ReasoningOptions(Strict):
+    """How the model reasons; summaries are not made."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponseFields(Strict):
+    """The body of a response.
+
+    Attributes:
+        input: a user's text, or the items of the conversation.
+        instructions: a system message in front.
+        model, temperature, top_p, stream, parallel_tool_calls, tool_choice: as in chats; a named
+            function is `{"type": "function", "name": NAME}`.
+        seed, top_k, min_p: as in chats (not of OpenAI).
+        max_output_tokens: new tokens at most.
+        tools: functions.
+        text: format and verbosity of the text.
+        reasoning: effort, where the template knows it.
+        include: `message.output_text.logprobs` reports log-probabilities; others have no effect.
+        top_logprobs: those of so many likely tokens.
+        truncation: disabled: a conversation that does not fit is refused.
+        previous_response_id, conversation, prompt, background: nothing, since nothing is stored.
+        store, metadata, user, service_tier, safety_identifier, prompt_cache_key,
+            prompt_cache_retention, stream_options, max_tool_calls: without effect.
+    """
+
+    input: str | list[InputItem]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_NUMBER)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_NUMBER - 1, le=MOST_NUMBER)] | None = None
+    stream: bool | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    truncation: Literal["disabled"] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    background: Literal[False] | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    stream_options: dict[str, Any] | None = None
+    max_tool_calls: int | None = None
+
+    def ignored(self) -> list[str]:
+        """Given parameters without effect that a chat does not have."""
+        names = [name for name in ("max_tool_calls", "stream_options") if getattr(self, name)]
+        names += ["store"] * (self.store is not None)
+        if self.reasoning is not None:
+            given = (self.reasoning.summary, self.reasoning.generate_summary)
+            names += ["reasoning.summary"] * any(each is not None for each in given)
+        names += ["include"] * any(each != _LOGPROBS for each in self.include or ())
+        return names
+
+    def as_chat(self) -> ChatFields:
+        """The chat that it is.
+
+        Raises:
+            ApiError: the conversation has no message.
+        """
+        messages = _messages(self.input, self.instructions)
+        if not messages:
+            raise ApiError(422, "input is empty; give a text or a message.", param="input")
+        shared = (
+            "model", "temperature", "top_p", "top_k", "min_p", "seed", "stream",
+            "parallel_tool_calls", "metadata", "user", "service_tier",
+            "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "top_logprobs",
+        )  # fmt: skip
+        logprobs = self.top_logprobs is not None or _LOGPROBS in (self.include or ())
+        return ChatFields(
+            messages=messages,
+            max_completion_tokens=self.max_output_tokens,
+            tools=[_tool(each) for each in self.tools] if self.tools is not None else None,
+            tool_choice=_choice(self.tool_choice),
+            response_format=_format(self.text),
+            verbosity=self.text.verbosity if self.text else None,
+            reasoning_effort=self.reasoning.effort if self.reasoning else None,
+            logprobs=True if logprobs else None,
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
+def _messages(given: str | Sequence[InputItem], instructions: str | None) -> list[Message]:
+    """The conversation as messages; neighbouring items of the assistant become one of them."""
+    found = [Message(role="system", content=instructions)] if instructions else []
+    if isinstance(given, str):
+        return [*found, Message(role="user", content=given)]
+    turn = _Turn()
+    for item in given:
+        if isinstance(item, InputReasoning):
+            turn.reasoning += "".join(part.text for part in item.content or ())
+        elif isinstance(item, InputCall):
+            function = CalledFunction(name=item.name, arguments=item.arguments)
+            turn.calls.append(EarlierCall(id=item.call_id, function=function))
+        elif isinstance(item, InputMessage) and item.role == "assistant":
+            turn.text = (turn.text or "") + _text(item.content)
+        else:
+            found += turn.take()
+            if isinstance(item, InputCallOutput):
+                content = _text(item.output)
+                found.append(Message(role="tool", content=content, tool_call_id=item.call_id))
+            else:
+                found.append(Message(role=item.role, content=_text(item.content)))
+    return [*found, *turn.take()]
+
+
+class _Turn:
+    """Items of one turn of the assistant."""
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+        self.reasoning = ""
+        self.calls: list[EarlierCall] = []
+
+    def take(self) -> list[Message]:
+        """The turn as a message; none where there were no items."""
+        text, reasoning, calls = self.text, self.reasoning, self.calls
+        self.text, self.reasoning, self.calls = None, "", []
+        if text is None and not reasoning and not calls:
+            return []
+        return [
+            Message(
+                role="assistant",
+                content=text,
+                reasoning_content=reasoning or None,
+                tool_calls=calls or None,
+            )
+        ]
+
+
+def _text(content: str | Sequence[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _tool(tool: ResponseTool) -> Tool:
+    function = Function(
+        name=tool.name,
+        description=tool.description,
+        parameters=tool.parameters,
+        strict=tool.strict,
+    )
+    return Tool(type="function", function=function)
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """A choice as chats have it; what is none stays as it is, to be refused there."""
+    if isinstance(choice, dict) and set(choice) == {"type", "name"}:
+        return {"type": choice["type"], "function": {"name": choice["name"]}}
+    return choice
+
+
+def _format(
+    text: TextOptions | None,
+) -> TextFormat | JsonObjectFormat | JsonSchemaFormat | None:
+    given = text.format if text is not None else None
+    if not isinstance(given, ResponseJsonSchema):
+        return given
+    schema = JsonSchema(
+        name=given.name, description=given.description, schema=given.schema_, strict=given.strict
+    )
+    return JsonSchemaFormat(type="json_schema", json_schema=schema)
