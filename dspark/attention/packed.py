@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dspark.attention.flex import flex_kernel
-from dspark.attention.ranges import STRETCH, range_mask
+from dspark.attention.flex import STRETCH, flex_kernel, range_mask
 
 _TILE_BLOCKS = 16
 

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dspark.attention.flex import flex_kernel
-from dspark.attention.ranges import range_mask
+from dspark.attention.flex import flex_kernel, range_mask
 
 _TILE_ROWS = 128  # in larger tiles more is computed that the mask throws away
 
