@@ -16,10 +16,14 @@ from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
 from dspark.targets.families import Anatomy, StateNeededError, dissect, eos_token_ids
-from dspark.targets.fast.compiled import compile_layers
 from dspark.targets.fast.graphs import GraphSwitch, Replayer, choose_graphs
-from dspark.targets.fast.install import PLAIN_PATH, FastPath, install_fast_path
-from dspark.targets.fast.norms import fuse_norms
+from dspark.targets.fast.install import (
+    PLAIN_PATH,
+    FastPath,
+    compile_layers,
+    fuse_norms,
+    install_fast_path,
+)
 from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName, check_names
 from dspark.targets.forward import RaggedCall, apply_head, run_tapped
 from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
@@ -177,7 +181,7 @@ class Target:
             batch_invariant: make results independent of what else is in a batch.
             cuda_graphs: record decoding steps as CUDA graphs; auto does so where it is possible
                 (`targets.fast.graphs.choose_graphs`).
-            compile: run the decoder layers through `torch.compile` (`targets.fast.compiled`).
+            compile: run the decoder layers through `torch.compile` (`targets.fast.install`).
             weights: auto, plain or packed: lay weights out once for the kernels of a CPU, and run
                 known architectures as a flat list of operators; auto does so where it is measured
                 to be faster (`targets.fast`).

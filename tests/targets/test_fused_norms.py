@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from dspark.targets.fast.norms import fuse_norms
+from dspark.targets.fast.install import fuse_norms
 
 
 def logits(model):

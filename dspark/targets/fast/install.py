@@ -1,24 +1,119 @@
-"""A target's weights packed at load, and its decoder flattened where its layers are known."""
+"""Fast paths of a target, installed at load: fused norms, compiled layers, packed weights.
+
+Norms: transformers writes an RMS norm as five small operations. On small models a CPU spends more
+time dispatching these than computing them, so a module whose output torch's own `rms_norm`
+reproduces bit for bit gets that as its forward. In fp32 most do; in other dtypes the rounding in
+between differs, and they are left as they are.
+
+`torch.compile`, where that is asked for: what lies between a layer's attention calls (norms,
+projections, rotary embedding, gated MLP) is compiled once for all layers and numbers of rows;
+attention itself and the hooks that take features stay as they are. It costs seconds to minutes at
+the first steps and wins where a step is made of many small operations. Results are rounded
+differently, by as much as another order of summation rounds them.
+
+Weights are packed, and the decoder is flattened where its layers are known.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from transformers import AttentionInterface
 
+from dspark.errors import first_line
 from dspark.targets.families import Anatomy
 from dspark.targets.fast.decoder import FlatDecoder, build_decoder, run_two_steps
 from dspark.targets.fast.packing import PLAIN, Packer, QuantizeName, WeightsName, choose_packer
 from dspark.targets.fast.products import Product
+from dspark.targets.forward import IMPLEMENTATION, ragged_forward
 from dspark.targets.probe import CacheLayout, relative_distance
 
 _logger = logging.getLogger(__name__)
 
-# Of hidden states with packed weights to those without, relative.
+# Of hidden states to those of the model's own forward, relative: with packed weights, and where
+# products are rounded to 16 bits or compiled.
 _TOLERANCE = {"fp16": 1e-4, "onednn": 1e-4, "int8": 0.5}
 _SHORT_TOLERANCE = 0.05
+
+# The published names of a norm's epsilon.
+_EPSILONS = ("variance_epsilon", "eps")
+_TRIAL_ROWS = 64
+
+
+@torch.inference_mode()
+def compile_layers(anatomy: Anatomy, layout: CacheLayout) -> bool:
+    """Compile the decoder layers in place, and try them out on two steps.
+
+    Returns:
+        Whether they are compiled; where that fails they run as before, and a warning says why.
+    """
+    expected = run_two_steps(anatomy, layout, None)
+    eager = [layer.forward for layer in anatomy.layers]
+    # Attention reads its batch's layout from Python objects, which are new at each step.
+    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(ragged_forward))  # type: ignore[no-untyped-call]
+    for layer in anatomy.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+    try:
+        distance = relative_distance(run_two_steps(anatomy, layout, None), expected)
+        if distance <= _SHORT_TOLERANCE:
+            return True
+        reason = f"a compiled step differs from the same step run eagerly by {distance:.2g}"
+    except Exception as error:  # whatever a compiler raises, the layers can run eagerly
+        reason = first_line(error)
+    for layer, forward in zip(anatomy.layers, eager, strict=True):
+        layer.forward = forward
+    _logger.warning("%s runs without torch.compile: %s.", anatomy.architecture, reason)
+    return False
+
+
+@torch.no_grad()
+def fuse_norms(model: nn.Module) -> int:
+    """Replace the forward of every RMS norm that can be replaced without changing a bit.
+
+    Returns:
+        How many were replaced.
+    """
+    replaced = 0
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        fused = _fused(module)
+        if fused is not None and _same_bits(module, fused):
+            module.forward = fused
+            replaced += 1
+    return replaced
+
+
+def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+    named = [vars(module)[name] for name in _EPSILONS if name in vars(module)]
+    if weight is None or weight.ndim != 1 or len(named) != 1 or not isinstance(named[0], float):
+        return None
+    shape, epsilon = tuple(weight.shape), named[0]
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, shape, weight, epsilon)
+
+    return forward
+
+
+def _same_bits(module: nn.Module, fused: Callable[[Tensor], Tensor]) -> bool:
+    """On rows of sizes from tiny to huge, one by one and together."""
+    weight: Any = module.weight
+    generator = torch.Generator().manual_seed(0)
+    rows_NH = torch.randn(_TRIAL_ROWS, weight.shape[0], generator=generator)
+    rows_NH = rows_NH * torch.logspace(-4, 4, _TRIAL_ROWS)[:, None]
+    rows_NH = rows_NH.to(weight.device, weight.dtype)
+    return all(torch.equal(module(x), fused(x)) for x in (rows_NH, rows_NH[:1], rows_NH[None]))
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
