@@ -17,8 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from dspark.errors import CheckpointError
-from dspark.sources.cache import cache_directory, new_entry
-from dspark.sources.hub import is_cached, why_unreachable
+from dspark.sources.cache import cache_directory, is_cached, new_entry, why_unreachable
 
 NAME = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

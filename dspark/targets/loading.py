@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dspark.errors import CheckpointError, CompatibilityError, UsageError, first_line
-from dspark.sources.hub import use_cache_only
+from dspark.sources.cache import use_cache_only
 from dspark.sources.names import target_source
 from dspark.targets.fast.packing import quicker_cpu_dtype
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dspark.sources import hub
+from dspark.sources import cache
 from tests.helpers.gguf import tiny_llama_with_tokenizer, write_gguf
 
 
@@ -51,5 +51,5 @@ def no_hub(monkeypatch):
             raise OSError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.get_session", Session)
-    monkeypatch.setattr(hub, "_unreachable", {})
+    monkeypatch.setattr(cache, "_unreachable", {})
     return tries

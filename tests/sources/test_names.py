@@ -11,8 +11,8 @@ import dspark
 from dspark.data.answers.sampling import recommended_sampling
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter, save_attached
 from dspark.errors import CheckpointError
-from dspark.sources import hub, names, smollm2
-from dspark.sources.hub import use_cache_only
+from dspark.sources import cache, names, smollm2
+from dspark.sources.cache import use_cache_only
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
 
@@ -173,7 +173,7 @@ def test_an_unreachable_hub_is_tried_once(no_hub):
 
 def test_what_is_cached_is_used_while_the_hub_is_away(no_hub, monkeypatch, caplog):
     caplog.set_level("INFO", "dspark.sources")
-    monkeypatch.setattr(hub, "is_cached", lambda *_: True)
+    monkeypatch.setattr(cache, "is_cached", lambda *_: True)
     assert use_cache_only("someone/model", None, False)
     assert "is the copy on this machine" in caplog.text
 
@@ -184,5 +184,5 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
             return None
 
     monkeypatch.setattr("huggingface_hub.get_session", Session)
-    monkeypatch.setattr(hub, "_unreachable", {})
+    monkeypatch.setattr(cache, "_unreachable", {})
     assert not use_cache_only("someone/model", None, False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dspark.data.files.json_lines import JSON_LINES, Row, json_lines_files, scan_json_lines
 from dspark.errors import DataError, first_line
-from dspark.sources.hub import why_unreachable
+from dspark.sources.cache import why_unreachable
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

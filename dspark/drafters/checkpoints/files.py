@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.errors import CheckpointError, first_line
-from dspark.sources.hub import use_cache_only
+from dspark.sources.cache import use_cache_only
 from dspark.sources.names import drafter_source
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
