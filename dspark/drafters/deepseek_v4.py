@@ -25,12 +25,11 @@ from dspark.attention.packed import BlockLayout
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.backbone import BlockForward, ParallelBackbone
-from dspark.drafters.base import DraftBatch
+from dspark.drafters.base import DraftBatch, DrafterKind
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import MASK_EMBEDDING, DecodePlan, DSparkDrafter
 from dspark.drafters.heads import at_least_fp32
 from dspark.drafters.layers import Pack, norm
-from dspark.drafters.plugins import DrafterKind
 from dspark.errors import CheckpointError, CompatibilityError
 
 STAGES = "n_mtp_layers"

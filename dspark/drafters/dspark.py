@@ -24,12 +24,11 @@ from dspark.attention.packed import BlockLayout
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.backbone import BlockForward, ParallelBackbone
-from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.drafters.lattice import Lattice, build_lattice, check_head
 from dspark.drafters.layers import Pack, packed
-from dspark.drafters.plugins import DrafterKind
 from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CheckpointError, CompatibilityError
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dspark.attention.backends import ragged_attention
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
-from dspark.drafters.base import DraftBatch, Draw, Proposal
+from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Proposal
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.layers import (
     Layer,
@@ -45,7 +45,6 @@ from dspark.drafters.layers import (
     packed,
     project,
 )
-from dspark.drafters.plugins import DrafterKind
 from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CompatibilityError
 

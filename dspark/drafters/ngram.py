@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
-from dspark.drafters.base import BorrowedParts, DraftBatch, Draw, Proposal
-from dspark.drafters.plugins import DrafterKind
+from dspark.drafters.base import BorrowedParts, DraftBatch, DrafterKind, Draw, Proposal
 from dspark.errors import CompatibilityError, UsageError
 
 # The last tokens whose lookups tell how this request is going, and how many such lookups the

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark.drafters.base import Proposal
+from dspark.drafters.base import DrafterKind, Layout, Proposal
 from dspark.drafters.checkpoints.published import dspark_from_json, dspark_to_json
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.plugins import DrafterKind, Layout
 
 
 class RepeatDrafter:

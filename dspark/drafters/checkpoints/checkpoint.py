@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.files import (
     ATTACHED_FOLDER,
     CONFIG,
@@ -43,7 +44,6 @@ from dspark.drafters.checkpoints.registry import (
     write_config,
 )
 from dspark.drafters.checkpoints.target_tables import TargetTables
-from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.gguf_file import Field, GgufFile, write_gguf

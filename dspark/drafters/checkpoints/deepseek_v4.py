@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.block_scales import BLOCK, dequantised, to_fp4, to_fp8
 from dspark.drafters.checkpoints.fields import Reader
 from dspark.drafters.checkpoints.files import INSIDE as PREFIX
@@ -26,7 +27,6 @@ from dspark.drafters.deepseek_v4 import (
     DeepseekV4Drafter,
     DeepseekV4Layers,
 )
-from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 ARCHITECTURE, V41_ARCHITECTURE = "DeepseekV4DSparkModel", "DSparkV41DraftModel"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.fields import Reader, is_gemma4
 from dspark.drafters.checkpoints.published import (
     LLAMA_EAGLE3,
@@ -25,7 +26,6 @@ from dspark.drafters.checkpoints.published import (
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints import deepseek_v4
 from dspark.drafters.checkpoints.dialects import lifted
 from dspark.drafters.checkpoints.fields import (
@@ -27,7 +28,6 @@ from dspark.drafters.config import DSparkConfig
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import MASK_EMBEDDING, DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 DSPARK, GEMMA4_DSPARK = "Qwen3DSparkModel", "Gemma4DSparkModel"

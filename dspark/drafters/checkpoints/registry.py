@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dspark.drafters import deepseek_v4, dspark, eagle3, ngram
-from dspark.drafters.base import Drafter
+from dspark.drafters.base import CHECKPOINTS, DRAFTERS, Drafter, DrafterKind, Layout, plugins
 from dspark.drafters.checkpoints import deepseek_v4 as inside
 from dspark.drafters.checkpoints import eagle, published, speculators
 from dspark.drafters.checkpoints.dialects import ELSEWHERE
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.drafters.plugins import CHECKPOINTS, DRAFTERS, DrafterKind, Layout, plugins
 from dspark.errors import CheckpointError, CompatibilityError
 
 AnyDrafter = DSparkDrafter | Eagle3Drafter

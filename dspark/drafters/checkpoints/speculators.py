@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.eagle import AUX_LAYERS, FLAGS, llama_shapes
 from dspark.drafters.checkpoints.fields import QWEN3_FIELDS, Reader, is_gemma4
 from dspark.drafters.checkpoints.published import (
@@ -26,7 +27,6 @@ from dspark.drafters.checkpoints.published import (
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.drafters.plugins import Layout
 from dspark.errors import CheckpointError, CompatibilityError
 
 logger = logging.getLogger(__name__)

@@ -307,7 +307,7 @@ def test_hub_ids_are_fetched_and_their_failures_told(golden, tmp_path, monkeypat
         return str(golden / "draft")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    monkeypatch.setattr("dspark.sources.hub.why_unreachable", lambda: None)
+    monkeypatch.setattr("dspark.sources.cache.why_unreachable", lambda: None)
     assert load_drafter("owner/draft", revision="v1", offline=True).block_size == 4
     assert asked == [("owner/draft", "v1", True)] * 2
     assert not has_attached_drafter("owner/draft")

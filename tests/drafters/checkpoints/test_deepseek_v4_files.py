@@ -361,7 +361,7 @@ def test_of_a_hubs_target_only_the_modules_shards_are_fetched(target, monkeypatc
         return str(directory)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    monkeypatch.setattr("dspark.sources.hub.why_unreachable", lambda: None)
+    monkeypatch.setattr("dspark.sources.cache.why_unreachable", lambda: None)
     assert has_attached_drafter("owner/target")
     load_drafter("owner/target")
     assert asked[-1] == [CONFIG, INDEX, "model-00002-of-00002.safetensors"]
