@@ -64,8 +64,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     if not options.time_limit > 0:
         raise UsageError(f"--time-limit is {options.time_limit:g}, but must be above 0.")
     from dspark.data.conversations import read_prompts
-    from dspark.evaluation.check.draft_module import has_draft_module
     from dspark.evaluation.check.findings import CheckReport, Finding
+    from dspark.evaluation.check.inspection import has_draft_module
 
     if options.draft is None and has_draft_module(Path(options.target)):
         return _list_module(options.target, screen)
@@ -100,8 +100,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
 def _list_module(target: str, screen: Screen) -> dict[str, Any]:
     """A draft module among the target's own tensors, which is listed without loading either."""
-    from dspark.evaluation.check.draft_module import list_draft_module
     from dspark.evaluation.check.findings import CheckReport, Finding
+    from dspark.evaluation.check.inspection import list_draft_module
 
     try:
         module = list_draft_module(Path(target))
