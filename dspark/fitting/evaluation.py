@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dspark.data.conversations import Prompt
-from dspark.data.files.journal import Journal
+from dspark.data.files.atomic import Journal
 from dspark.engine.model import Model
 from dspark.errors import RequestError
 from dspark.evaluation.check.live import render

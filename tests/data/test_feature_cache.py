@@ -31,14 +31,15 @@ from dspark.data.features.manifest import (
     target_fingerprint,
 )
 from dspark.data.features.reference import ReferenceCache
-from dspark.data.features.rows import num_context_rows, teacher_rows
 from dspark.data.features.shards import (
     RECORD_BYTES,
     index_path,
     join,
+    num_context_rows,
     read_sample,
     shard_path,
     split,
+    teacher_rows,
 )
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample

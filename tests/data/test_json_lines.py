@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from dspark.data.files.journal import Journal
+from dspark.data.files.atomic import Journal
 from dspark.data.files.json_lines import beside, read_json_lines, scan_json_lines, write_json_lines
 from dspark.errors import DataError
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dspark.data.answers.regenerate import journal_path
-from dspark.data.files.journal import Journal
+from dspark.data.files.atomic import Journal
 from dspark.data.prompts.self_prompting import (
     CUT_TOKENS,
     SelfPrompts,

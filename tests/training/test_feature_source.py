@@ -9,7 +9,7 @@ from dspark.data.features import writer
 from dspark.data.features.cache import FeatureCache
 from dspark.data.features.encoder import target_features
 from dspark.data.features.manifest import sample_key
-from dspark.data.features.rows import num_context_rows, teacher_rows
+from dspark.data.features.shards import num_context_rows, teacher_rows
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dspark.data.answers.replay import Replay
-from dspark.data.files.journal import Journal
+from dspark.data.files.atomic import Journal
 from dspark.data.files.json_lines import (
     Row,
     beside,

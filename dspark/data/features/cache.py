@@ -12,16 +12,19 @@ import torch
 
 from dspark.data.features.manifest import FORMAT, Manifest, read_manifest, sample_key
 from dspark.data.features.reference import ReferenceCache
-from dspark.data.features.rows import FeatureStore, StoredRows, num_context_rows, teacher_rows
 from dspark.data.features.shards import (
     RECORD_BYTES,
+    FeatureStore,
     Record,
+    StoredRows,
     backed,
     index_path,
+    num_context_rows,
     parse_records,
     read_sample,
     shard_path,
     split,
+    teacher_rows,
     writers_of,
 )
 from dspark.data.samples import Sample

@@ -15,8 +15,7 @@ from torch import Tensor
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.features.codec import Bytes, channel_scales, turning_basis
 from dspark.data.features.manifest import Coding, Learned, Manifest
-from dspark.data.features.rows import num_context_rows, teacher_rows
-from dspark.data.features.shards import join
+from dspark.data.features.shards import join, num_context_rows, teacher_rows
 from dspark.data.features.writer import Entry
 from dspark.data.samples import Sample
 from dspark.targets.target import Target

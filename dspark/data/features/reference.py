@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dspark.data.features.manifest import MANIFEST, read_manifest, sample_key
-from dspark.data.features.rows import StoredRows
+from dspark.data.features.shards import StoredRows
 from dspark.data.samples import Sample
 from dspark.errors import DataError
 

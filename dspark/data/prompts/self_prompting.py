@@ -17,7 +17,7 @@ from typing import Any
 
 from dspark.data.answers.regenerate import journal_path
 from dspark.data.answers.replay import repeats_gram
-from dspark.data.files.journal import Journal
+from dspark.data.files.atomic import Journal
 from dspark.data.files.json_lines import write_json_lines
 from dspark.data.prompts.dedup import digest, near_text, words_of
 from dspark.data.templates import render, special_ids

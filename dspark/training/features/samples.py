@@ -17,7 +17,7 @@ from dspark.data.features.build import (
 )
 from dspark.data.features.manifest import MANIFEST
 from dspark.data.features.reference import ReferenceCache
-from dspark.data.features.rows import FeatureStore
+from dspark.data.features.shards import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError

@@ -24,7 +24,7 @@ from dspark.data.features.manifest import (
     samples_fingerprint,
     target_fingerprint,
 )
-from dspark.data.features.rows import FeatureStore, StoredRows
+from dspark.data.features.shards import FeatureStore, StoredRows
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError, RecipeError
@@ -42,7 +42,7 @@ class FeatureSource(Protocol):
     def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features [T, F] of the taps, and states after the target's final norm [T, H].
 
-        T is the sum of the samples' lengths. Rows that training cannot use (`data.features.rows`)
+        T is the sum of the samples' lengths. Rows that training cannot use (`data.features.shards`)
         may be 0.
         """
         ...
