@@ -17,7 +17,7 @@ from dspark.data.features.cache import FeatureCache
 from dspark.data.features.encoder import spread, target_features
 from dspark.data.samples import Sample
 from dspark.targets.target import Target
-from dspark.training.features.samples import build_features
+from dspark.training.drafters.samples import build_features
 from dspark.training.recipe import DSparkRecipe, Recipe
 
 QWEN3_4B = (2560, 5)  # H, T

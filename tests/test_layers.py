@@ -199,7 +199,7 @@ def test_imports_point_down_and_heavy_packages_stay_home():
         ("training.loop", "from dspark import evaluation"),
         ("engine.model", "from dspark import load"),
         ("scheduling.prefix", "import torch"),
-        ("engine.engine", "if TYPE_CHECKING:\n    from dspark.data.tokenizer import END"),
+        ("engine.engine", "if TYPE_CHECKING:\n    from dspark.data.templates import END"),
         ("errors", "from dspark.request import Output"),
         ("unheard.of", "import json"),
     ],

@@ -1,4 +1,4 @@
-"""The user's cache directory, whose entries are whole or absent, and whether the hub can be reached.
+"""The cache directory of the user, whose entries are whole or absent, and whether there is a hub.
 
 `huggingface_hub` tries five times with growing pauses, for every file. Whoever is about to fetch
 asks here first, so that a machine without the hub waits once, and briefly.

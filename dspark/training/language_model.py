@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from dspark.data.conversations import Dialogue
 from dspark.data.corpus import Conversation, read_source
 from dspark.data.samples import conversation_samples
-from dspark.data.tokenizer import END, TEXT_END, train_tokenizer
+from dspark.data.templates import END, TEXT_END, train_tokenizer
 from dspark.errors import RecipeError
 from dspark.training.recipe import CorpusSettings, Source, TargetRecipe
 from dspark.training.settings import DTYPES

@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import GenerationConfig
 
-from dspark.data.tokenizer import END, MASK, TEXT_END, train_tokenizer
+from dspark.data.templates import END, MASK, TEXT_END, train_tokenizer
 from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark

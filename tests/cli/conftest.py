@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspark.cli.main import main
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target

@@ -1,6 +1,6 @@
 """A target that runs through its own cache, from the command line."""
 
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from tests.helpers.state_models import STATE_MODELS, new_model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat, 12 times. ",

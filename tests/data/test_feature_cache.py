@@ -18,7 +18,7 @@ import torch
 
 from dspark.data.features import build, writer
 from dspark.data.features.build import build_cache, mend, wanted_manifest
-from dspark.data.features.cache import FeatureCache, open_cache
+from dspark.data.features.cache import FeatureCache, ReferenceCache, open_cache
 from dspark.data.features.codec import Bfloat16Rows, CodedRows, channel_scales, turning_basis
 from dspark.data.features.encoder import by_length, spread, target_features
 from dspark.data.features.manifest import (
@@ -30,7 +30,6 @@ from dspark.data.features.manifest import (
     samples_fingerprint,
     target_fingerprint,
 )
-from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.shards import (
     RECORD_BYTES,
     index_path,
@@ -621,7 +620,7 @@ def range_samples(count):
 
 
 def write_reference(directory, samples, taps, width, rows_of):
-    """Byte by byte in the layout of `dspark.data.features.reference`."""
+    """Byte by byte in the layout of `dspark.data.features.cache`."""
     directory.mkdir()
     index, shards = b"", [b"", b""]
     for number, sample in enumerate(samples):

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from dspark.attention.packed import BlockLayout
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save
 from dspark.drafters.checkpoints.deepseek_v4 import from_json
 from tests.helpers.deepseek_v4 import DRAFT_FIELDS, SHAPE, TEXTS, VOCAB, tiny_drafter

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dspark.data.conversations import Prompt
-from dspark.data.tokenizer import START
+from dspark.data.templates import START
 from dspark.drafters.base import Proposal
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.model import Model

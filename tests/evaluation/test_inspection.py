@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.data.tokenizer import END
+from dspark.data.templates import END
 from dspark.engine.model import Model
 from dspark.evaluation.check.inspection import inspect
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from dspark.fitting.measure import Speeds
 from tests.helpers.targets import tiny_qwen3
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from dspark.drafters.checkpoints.checkpoint import save
 from dspark.drafters.checkpoints.deepseek_v4 import from_json
 from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS

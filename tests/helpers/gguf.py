@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from dspark.data.templates import CHAT_TEMPLATE, train_tokenizer
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 32
 TEXTS = ("how many apples are left", "a table for two")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dspark.data.tokenizer import train_tokenizer
+from dspark.data.templates import train_tokenizer
 from dspark.engine.requests.sequence import Piece
 from dspark.errors import RequestError
 from dspark.request import Output, Stats

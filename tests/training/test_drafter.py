@@ -13,7 +13,7 @@ from dspark.errors import CompatibilityError, DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.drafters.new_drafter import find_mask_token, load_frozen_target
 from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
-from dspark.training.features.samples import OnlineSamples, commonest_tokens
+from dspark.training.drafters.samples import OnlineSamples, commonest_tokens
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples

@@ -16,7 +16,7 @@ from dspark.targets.layerless import LayerlessTarget
 from dspark.targets.target import Target
 from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
-from dspark.training.features.samples import build_features, mend_features
+from dspark.training.drafters.samples import build_features, mend_features
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples
@@ -144,7 +144,7 @@ def forwards(monkeypatch):
         ran.extend(samples)
         return target_features(target, samples, taps)
 
-    monkeypatch.setattr("dspark.training.features.sources.target_features", watched)
+    monkeypatch.setattr("dspark.training.drafters.features.target_features", watched)
     return ran
 
 
@@ -241,7 +241,7 @@ def test_writers_of_several_ranks_share_a_cache(settings, tmp_path, monkeypatch,
     for rank in range(2):
         for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 2)):
             monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
-        monkeypatch.setattr("dspark.training.features.sources.barrier", lambda: None)
+        monkeypatch.setattr("dspark.training.drafters.features.barrier", lambda: None)
         sources.append(objective_of(hybrid).samples)
     samples = sources[0].stream.samples
     sources[0].source.features(samples[:10], (0, 2))

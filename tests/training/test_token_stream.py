@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dspark.data.tokenizer import TEXT_END, train_tokenizer
+from dspark.data.templates import TEXT_END, train_tokenizer
 from dspark.training.language_model import (
     LEARN,
     READ,

@@ -38,7 +38,7 @@ class Options(Recipe):
 
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
-    from dspark.training.features.samples import build_features, mend_features
+    from dspark.training.drafters.samples import build_features, mend_features
     from dspark.training.recipe import DrafterRecipe, load_recipe
 
     use_threads(options)

@@ -30,7 +30,7 @@ from dspark.training.drafters.new_drafter import (
     start_from_last_layers,
     with_plain_weights,
 )
-from dspark.training.features.samples import OnlineSamples
+from dspark.training.drafters.samples import OnlineSamples
 from dspark.training.losses.blocks import AnchorBlocks, block_loss, position_weights, sample_anchors
 from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
 from dspark.training.parallel import sum_numbers

@@ -274,7 +274,7 @@ def test_another_model_is_neither_read_nor_written_over(target, tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    from dspark.data.tokenizer import train_tokenizer
+    from dspark.data.templates import train_tokenizer
 
     root = tmp_path_factory.mktemp("gguf")
     tokenizer = train_tokenizer(["how many apples are left", "a table for two"] * 4, 300)

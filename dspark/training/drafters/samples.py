@@ -15,14 +15,14 @@ from dspark.data.features.build import (
     mend,
     wanted_manifest,
 )
+from dspark.data.features.cache import ReferenceCache
 from dspark.data.features.manifest import MANIFEST
-from dspark.data.features.reference import ReferenceCache
 from dspark.data.features.shards import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
-from dspark.training.features.sources import open_features, open_store, recipe_taps, sample_recipe
+from dspark.training.drafters.features import open_features, open_store, recipe_taps, sample_recipe
 from dspark.training.parallel import pick_device
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 from dspark.training.settings import EvaluationSettings
