@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dspark.cli.groups import TARGET_HELP, Common, Loading
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import TARGET_HELP, Command, Common, Loading, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 

@@ -14,8 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dspark.cli.groups import Loading, Sampling, Speculation
 from dspark.cli.inputs import load_model, measure_costs
-from dspark.cli.options import Command, Loading, Sampling, Speculation, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, printable
 from dspark.data.corpus import BOXED
 from dspark.errors import CheckpointError, CompatibilityError

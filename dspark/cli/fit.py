@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from dspark.cli.groups import Loading, Pair
 from dspark.cli.inputs import load_model
-from dspark.cli.options import Command, Loading, Pair, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
 from dspark.errors import UsageError
 

@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dspark.cli.groups import Batch, PairOrPlain, Prompts, Sampling, Speculation
 from dspark.cli.inputs import PromptText, load_pair, measure_costs, named_prompts, tell_schedule
-from dspark.cli.options import (
-    Batch,
-    Command,
-    PairOrPlain,
-    Prompts,
-    Sampling,
-    Speculation,
-    option,
-    pick,
-)
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier

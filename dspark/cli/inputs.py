@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dspark.cli.options import Common, Loading, Pair, Prompts, Speculation
+from dspark.cli.groups import Common, Loading, Pair, Prompts, Speculation
 from dspark.cli.screen import Screen
 from dspark.errors import DataError, UsageError, is_unicode
 from dspark.request import Request

@@ -6,8 +6,9 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dspark.cli.groups import PairOrPlain, Speculation
 from dspark.cli.inputs import load_pair, measure_costs, tell_schedule
-from dspark.cli.options import Command, PairOrPlain, Speculation, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Verifier

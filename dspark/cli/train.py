@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dspark.cli.groups import Recipe
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Command, Recipe, option
+from dspark.cli.options import Command, option
 from dspark.cli.screen import Screen
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from dspark.cli.groups import Recipe
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Command, Recipe, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.cli.options import Command, Common, option
+from dspark.cli.groups import Common
+from dspark.cli.options import Command, option
 from dspark.cli.screen import Screen
 from dspark.data.corpus import SourceFormat
 

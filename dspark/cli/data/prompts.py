@@ -7,8 +7,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dspark.cli.groups import Batch, Common, Loading
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Batch, Command, Common, Loading, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 

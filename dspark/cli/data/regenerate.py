@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dspark.cli.groups import PROMPTS_HELP, Batch, Loading, Pair, Sampling
 from dspark.cli.inputs import load_model
-from dspark.cli.options import PROMPTS_HELP, Batch, Command, Loading, Pair, Sampling, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 

@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.progress import Progress
 
+from dspark.cli.groups import PROMPTS_HELP, Pair, Sampling, Speculation
 from dspark.cli.inputs import load_pair
-from dspark.cli.options import (
-    PROMPTS_HELP,
-    Command,
-    Pair,
-    Sampling,
-    Speculation,
-    comma_list,
-    number,
-    option,
-    pick,
-)
+from dspark.cli.options import Command, comma_list, number, option, pick
 from dspark.cli.screen import Screen, table, without_nan
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams, Verifier

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dspark.cli.groups import Batch, Pair, Prompts, Sampling, Speculation
 from dspark.cli.inputs import PromptText, load_pair, named_prompts, prompts_of_file
-from dspark.cli.options import Batch, Command, Pair, Prompts, Sampling, Speculation, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams, Verifier

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.table import Table
 from rich.text import Text
 
+from dspark.cli.groups import PROMPTS_HELP, Batch, Pair, Sampling
 from dspark.cli.inputs import load_model, load_pair
-from dspark.cli.options import PROMPTS_HELP, Batch, Command, Pair, Sampling, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import CheckpointError, CompatibilityError, UsageError
 

@@ -11,22 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dspark.cli.groups import PROMPTS_HELP, Batch, Loading, Pair, Prompts, Sampling, Speculation
 from dspark.cli.inputs import load_model
 from dspark.cli.measure.report import rebuild
-from dspark.cli.options import (
-    PROMPTS_HELP,
-    Batch,
-    Command,
-    Loading,
-    Pair,
-    Prompts,
-    Sampling,
-    Speculation,
-    comma_list,
-    number,
-    option,
-    pick,
-)
+from dspark.cli.options import Command, comma_list, number, option, pick
 from dspark.cli.screen import Screen, table
 from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import CompatibilityError, DataError, UsageError

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dspark.cli.options import Command, Json, comma_list, integer, number, option
+from dspark.cli.groups import Json
+from dspark.cli.options import Command, comma_list, integer, number, option
 from dspark.cli.screen import Screen, table
 from dspark.errors import UsageError
 

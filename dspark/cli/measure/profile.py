@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark.cli.groups import Pair, Speculation
 from dspark.cli.inputs import load_pair
-from dspark.cli.options import Command, Pair, Speculation, option, pick
+from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
 
 EXAMPLE = """\

@@ -10,8 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from dspark.cli.groups import Common
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Command, Common
+from dspark.cli.options import Command
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.cli.options import Command, Json, option
+from dspark.cli.groups import Json
+from dspark.cli.options import Command, option
 from dspark.cli.screen import Screen
 
 EXAMPLE = """\
