@@ -15,7 +15,7 @@ from dspark.data.prompts.self_prompting import opening_of
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
-from dspark.fitting import stages
+from dspark.fitting import answers, stages
 from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
 from dspark.fitting.plan import (
@@ -157,9 +157,9 @@ class _Run:
         plan = Plan.of(self._stage("plan", self._planned)["plan"])
         attach_to = self.state.result("plan")["attach_to"]
         at = None if attach_to is None else Path(attach_to)
-        tasks: dict[str, Callable[[stages.Fit], dict[str, Any]]] = {
-            "prompts": stages.write_prompts,
-            "answers": stages.write_answers,
+        tasks: dict[str, Callable[[answers.Fit], dict[str, Any]]] = {
+            "prompts": answers.write_prompts,
+            "answers": answers.write_answers,
             "training": self._trained,
             "calibration": stages.calibrate_pair,
             "costs": stages.measure_costs,
@@ -171,7 +171,7 @@ class _Run:
         return self._report(plan, at)
 
     def _act(
-        self, act: Callable[[stages.Fit], dict[str, Any]], plan: Plan, attach_to: Path | None
+        self, act: Callable[[answers.Fit], dict[str, Any]], plan: Plan, attach_to: Path | None
     ) -> dict[str, Any]:
         return act(self._fit(plan, attach_to))
 
@@ -191,7 +191,7 @@ class _Run:
         plan = _plan(self.options, self._loaded(), self.state, self.watcher)
         return {"plan": plan.as_dict(), "attach_to": _attach_to(self.options)}
 
-    def _trained(self, fit: stages.Fit) -> dict[str, Any]:
+    def _trained(self, fit: answers.Fit) -> dict[str, Any]:
         try:
             return stages.train(fit, self.state.result("answers"))
         except TrainingError as error:  # its remedy is for `dspark train`
@@ -202,9 +202,9 @@ class _Run:
             self._model = self._load()
         return self._model
 
-    def _fit(self, plan: Plan, attach_to: Path | None) -> stages.Fit:
+    def _fit(self, plan: Plan, attach_to: Path | None) -> answers.Fit:
         options = self.options
-        return stages.Fit(
+        return answers.Fit(
             target_name=options.target,
             served_as=options.target if attach_to is not None else str(options.folder),
             folder=options.folder,
