@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dspark.attention.choice import PLAIN
 from dspark.errors import CheckpointError, UsageError
+from dspark.targets.build import Prepared
 from dspark.targets.families import Anatomy, dissect
 from dspark.targets.loading import (
     Source,
@@ -26,7 +26,6 @@ from dspark.targets.loading import (
     resolve_source,
 )
 from dspark.targets.parts import TargetOutput
-from dspark.targets.probe import CacheLayout
 from dspark.targets.target import Target
 
 # What comes before a text model's own names, in its module tree or in its checkpoint's.
@@ -81,12 +80,7 @@ def load_without_layers(
     stored = _read(found, _wanted(model, anatomy))
     _fill(anatomy, stored, place, None if isinstance(wanted, str) else wanted, found)
     return LayerlessTarget(
-        anatomy,
-        CacheLayout((), (), ()),
-        name=str(source),
-        eos_token_ids=frozenset(),
-        attention=PLAIN,
-        source=found,
+        Prepared(anatomy), name=str(source), eos_token_ids=frozenset(), source=found
     )
 
 

@@ -3,82 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dspark.attention.choice import PLAIN as PLAIN_ATTENTION
-from dspark.attention.choice import AttentionBackend, AttentionName, choose_attention
+from dspark.attention.choice import AttentionName
 from dspark.attention.paged_cache import PAGE_SIZE, CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.errors import UsageError
-from dspark.targets.families import Anatomy, StateNeededError, dissect, eos_token_ids
-from dspark.targets.fast.graphs import GraphSwitch, Replayer, choose_graphs
-from dspark.targets.fast.install import (
-    PLAIN_PATH,
-    FastPath,
-    compile_layers,
-    fuse_norms,
-    install_fast_path,
-)
-from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName, check_names
+from dspark.targets.build import Modes, Prepared, max_context, prepare
+from dspark.targets.families import eos_token_ids
+from dspark.targets.fast.graphs import GraphSwitch
+from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName
 from dspark.targets.forward import RaggedCall, apply_head, run_tapped
-from dspark.targets.invariant import apply_head_in_tiles, make_invariant, run_in_tiles, with_cache
+from dspark.targets.invariant import apply_head_in_tiles, run_in_tiles, with_cache
 from dspark.targets.loading import (
     Source,
-    is_quantised,
     load_model,
     load_tokenizer,
-    quiet,
     resolve_device,
     resolve_dtype,
     resolve_source,
 )
-from dspark.targets.own_cache import OwnCacheRunner, StateCache
+from dspark.targets.own_cache import StateCache
 from dspark.targets.parts import TargetOutput, TargetParts
-from dspark.targets.probe import CacheLayout, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Said by configurations that name no limit of their own.
-_NO_LIMIT = 1 << 20
-
-
-@dataclass(frozen=True)
-class Modes:
-    """How a target runs; see `Target.load`."""
-
-    attention: AttentionName
-    batch_invariant: bool
-    cuda_graphs: GraphSwitch
-    compile: bool
-    weights: WeightsName = "auto"
-    quantize: QuantizeName | None = None
-
-    @property
-    def asks_for_pages(self) -> bool:
-        """Whether a mode is asked for that models with a cache of their own do not have."""
-        packed = self.weights == "packed" or self.quantize is not None
-        return packed or self.batch_invariant or self.compile or self.cuda_graphs is True
-
-    def __post_init__(self) -> None:
-        check_names(self.weights, self.quantize)
-        packed = self.weights == "packed" or self.quantize is not None
-        if packed and (self.compile or self.batch_invariant):
-            other = "compile" if self.compile else "batch_invariant"
-            raise UsageError(
-                f"Packed weights and {other} exclude each other: {other} runs the model's own "
-                "modules; leave one of them out."
-            )
-        if self.compile and self.batch_invariant:
-            raise UsageError(
-                "compile and batch_invariant exclude each other: compiled layers may choose "
-                "their kernels by the number of rows; leave one of them out."
-            )
 
 
 class Target:
@@ -109,44 +62,38 @@ class Target:
 
     def __init__(
         self,
-        anatomy: Anatomy,
-        layout: CacheLayout,
+        prepared: Prepared,
         *,
         name: str,
         eos_token_ids: frozenset[int],
-        attention: AttentionBackend,
-        batch_invariant: bool = False,
-        compiled: bool = False,
-        replayer: Replayer | None = None,
-        fast: FastPath = PLAIN_PATH,
         tokenizer: Any = None,
         source: Source | None = None,
-        own: OwnCacheRunner | None = None,
     ) -> None:
         """Use `load` or `from_model`, which check the model."""
+        anatomy = prepared.anatomy
         self.name = name
         self.hidden_size: int = anatomy.embedding.embedding_dim
         self.num_layers = len(anatomy.layers)
         self.vocab_size: int = anatomy.head.out_features
-        self.max_context = _max_context(anatomy)
+        self.max_context = max_context(anatomy)
         self.dtype = anatomy.embedding.weight.dtype
         self.device = anatomy.embedding.weight.device
         self.eos_token_ids = eos_token_ids
-        self.attention_backend = attention.name
-        self._attend = attention.attend
-        self.batch_invariant = batch_invariant
-        self.compiled = compiled
-        self.weights = fast.name
-        self._replayer = replayer
-        self._fast = fast
-        self.weights_kind = fast.packer.kind
-        self._runner = fast.decoder or run_tapped
+        self.attention_backend = prepared.attention.name
+        self._attend = prepared.attention.attend
+        self.batch_invariant = prepared.batch_invariant
+        self.compiled = prepared.compiled
+        self._fast = prepared.fast
+        self.weights = self._fast.name
+        self.weights_kind = self._fast.packer.kind
+        self._replayer = prepared.replayer
+        self._runner = self._fast.decoder or run_tapped
         self._anatomy = anatomy
-        self._layout = layout
+        self._layout = prepared.layout
         self._tokenizer = tokenizer
         self._source = source
-        self._own = own
-        self.own_cache = own is not None
+        self._own = prepared.own
+        self.own_cache = prepared.own is not None
 
     @classmethod
     def load(
@@ -249,84 +196,9 @@ class Target:
         tokenizer: Any = None,
         source: Source | None = None,
     ) -> Target:
-        attention = getattr(model.config, "_attn_implementation", None)
-        try:
-            return cls._build_ragged(model, modes, name=name, tokenizer=tokenizer, source=source)
-        except StateNeededError:
-            if modes.asks_for_pages:
-                raise
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        anatomy = dissect(model, ragged=False)
-        model.eval().requires_grad_(False)
-        with quiet():
-            own = OwnCacheRunner(model, anatomy)
-        return cls(
-            anatomy,
-            CacheLayout((), (), ()),
-            name=name,
-            eos_token_ids=eos_token_ids(model, anatomy),
-            attention=PLAIN_ATTENTION,
-            tokenizer=tokenizer,
-            source=source,
-            own=own,
-        )
-
-    @classmethod
-    def _build_ragged(
-        cls,
-        model: Any,
-        modes: Modes,
-        *,
-        name: str,
-        tokenizer: Any = None,
-        source: Source | None = None,
-    ) -> Target:
-        anatomy = dissect(model)
-        if anatomy.embedding.weight.dtype == torch.float32:
-            torch.set_float32_matmul_precision("highest")  # no TF32
-        model.eval().requires_grad_(False)
-        with quiet():
-            layout = probe(model, anatomy)
-        fuse_norms(model)
-        weight = anatomy.embedding.weight
-        backend = choose_attention(
-            modes.attention,
-            layout.shapes,
-            dtype=weight.dtype,
-            device=weight.device,
-            batch_invariant=modes.batch_invariant,
-        )
-        if modes.batch_invariant:
-            make_invariant(model, anatomy, layout, backend.attend)
-        compiled = modes.compile and compile_layers(anatomy, layout)
-        fast = PLAIN_PATH
-        quantised = is_quantised(model.config)
-        if quantised and (modes.quantize is not None or modes.weights == "packed"):
-            raise UsageError(f"{name} is quantised already; leave weights and quantize out.")
-        if not (modes.compile or modes.batch_invariant or quantised):
-            fast = install_fast_path(anatomy, layout, modes.weights, modes.quantize)
-        replayer = choose_graphs(
-            modes.cuda_graphs,
-            anatomy,
-            layout,
-            backend,
-            _max_context(anatomy),
-            batch_invariant=modes.batch_invariant,
-        )
-        return cls(
-            anatomy,
-            layout,
-            name=name,
-            eos_token_ids=eos_token_ids(model, anatomy),
-            attention=backend,
-            batch_invariant=modes.batch_invariant,
-            compiled=compiled,
-            replayer=replayer,
-            fast=fast,
-            tokenizer=tokenizer,
-            source=source,
-        )
+        prepared = prepare(model, modes, name)
+        ends = eos_token_ids(model, prepared.anatomy)
+        return cls(prepared, name=name, eos_token_ids=ends, tokenizer=tokenizer, source=source)
 
     @property
     def cuda_graphs(self) -> bool:
@@ -453,7 +325,3 @@ class Target:
                     f"taps names layer {tap}, but must name layers from -1 (embeddings) to "
                     f"{self.num_layers - 1}."
                 )
-
-
-def _max_context(anatomy: Anatomy) -> int:
-    return getattr(anatomy.config, "max_position_embeddings", None) or _NO_LIMIT
