@@ -8,8 +8,8 @@ from dspark.evaluation.calibration import calibration_figures
 from dspark.evaluation.records import Drafted, Plan, Record, RunRecords, Settings, Spent, Turn
 from dspark.evaluation.report.figures import draw
 from dspark.evaluation.report.results import report_of
-from dspark.evaluation.report.selection import main_runs, run_labels, series
 from dspark.evaluation.report.write import write_report
+from dspark.evaluation.sweeps import main_runs, run_labels, series
 
 BLOCK = 4
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from dspark.evaluation.report.selection import Run, main_runs, run_labels, series
-from dspark.evaluation.sweeps import SWEEPS
+from dspark.evaluation.sweeps import SWEEPS, Run, main_runs, run_labels, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from dspark.evaluation.report.document import (
     three,
     with_interval,
 )
-from dspark.evaluation.report.selection import run_labels
+from dspark.evaluation.sweeps import run_labels
 
 CAPTIONS = {
     "accepted_length": "Accepted length per task (Table 1 of the paper), with 95 % intervals.",
