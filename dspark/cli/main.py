@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dspark import __version__
 from dspark.cli import convert, data, demo, fit, generate, serve, train
-from dspark.cli.measure import bench, calibrate, check, eval, plan, profile, prove, report
+from dspark.cli.measure import bench, calibrate, check, eval, plan, profile, prove
 from dspark.cli.options import read_options
 from dspark.cli.screen import Screen, showing_remarks, without_nan
 from dspark.errors import DSparkError, DSparkWarning, UsageError, is_unicode
@@ -59,11 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (
-        demo, fit, generate, serve, check, train, calibrate, profile, eval, report, bench, plan,
-        prove, data, convert,
+    for command in (
+        demo.COMMAND, fit.COMMAND, generate.COMMAND, serve.COMMAND, check.COMMAND, train.COMMAND,
+        calibrate.COMMAND, profile.COMMAND, eval.COMMAND, eval.REPORT, bench.COMMAND, plan.COMMAND,
+        prove.COMMAND, data.COMMAND, convert.COMMAND,
     ):  # fmt: skip
-        module.COMMAND.add_to(commands)
+        command.add_to(commands)
     return parser
 
 
