@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from dspark.sources.gguf_file import GgufFile
 from dspark.targets.layerless import load_without_layers
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
+from tests.helpers.entries import make_entry
 from tests.helpers.gguf import LAYERS, tiny_llama_with_tokenizer, write_gguf
 
 ROWS = [[4, 5, 6, 17, 250, 33, 34], [7, 8]]
@@ -218,22 +218,11 @@ def test_an_entry_survives_a_kill(twins):
         assert fresh is None
 
 
-def _make(place, started, turns):
-    from dspark.sources.cache import new_entry
-
-    started.wait()
-    with new_entry(Path(place)) as fresh:
-        if fresh is not None:
-            time.sleep(0.2)
-            (fresh / "file").write_text("x")
-            turns.put(1)
-
-
 def test_two_processes_make_one_entry(tmp_path):
     context = multiprocessing.get_context("spawn")
     started, turns = context.Event(), context.Queue()
     workers = [
-        context.Process(target=_make, args=(str(tmp_path / "entry"), started, turns))
+        context.Process(target=make_entry, args=(str(tmp_path / "entry"), started, turns))
         for _ in range(2)
     ]
     for worker in workers:

@@ -1,15 +1,12 @@
 """Scripts of this folder, and processes that know of each other."""
 
 import importlib.util
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import processes
 
 
 @pytest.fixture(scope="session")
@@ -27,24 +24,29 @@ def load_script():
 
 
 @pytest.fixture(scope="session")
-def run_two():
+def run_two(tmp_path_factory):
     """Runs a Python command in two processes, as torchrun would; they must end well."""
 
     def run(*arguments):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        both = [_start(rank, port, arguments) for rank in range(2)]
-        said = [process.communicate(timeout=240)[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+        folder = tmp_path_factory.mktemp("ranks")
+        both = [
+            processes.start(_place(rank, port), arguments, folder / f"{rank}.log")
+            for rank in range(2)
+        ]
+        for process in both:
+            process.join(240)
+        codes = [process.exitcode for process in both]
+        for process in both:
+            process.kill()
+        said = [(folder / f"{rank}.log").read_text() for rank in range(2)]
+        assert codes == [0, 0], "\n".join(said)
 
     return run
 
 
-def _start(rank, port, arguments):
+def _place(rank, port):
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    place |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | place, **pipes)
+    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

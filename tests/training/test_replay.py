@@ -94,7 +94,8 @@ def deviation(seen: dict, logged: dict) -> float:
 @pytest.mark.parametrize(
     ("algorithm", "steps"),
     [
-        ("dspark", 20),
+        ("dspark", 5),
+        pytest.param("dspark", 20, marks=pytest.mark.slow),
         ("dflash", 5),
         pytest.param("dflash", 20, marks=pytest.mark.slow),
         ("eagle3", 4),
