@@ -108,7 +108,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             context_positions_T: their positions.
             anchor_tokens_M: first input token of each block.
             positions_MK: position of the token before each draft: anchor + 0 .. K - 1.
-            layout: which context rows each block sees (`training.anchors.AnchorBlocks.layout`).
+            layout: which context rows each block sees (`AnchorBlocks.layout`).
 
         Returns:
             Hidden states [M, K, H], after the drafter's final norm, of the slots that predict the
