@@ -22,8 +22,8 @@ from dspark.errors import CheckpointError, CompatibilityError
 from dspark.request import Output, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from dspark.cli.decoding import Decoded, EngineOptions
-    from dspark.cli.decoding import Show as Told
+    from dspark.cli.measure.decoding import Decoded, EngineOptions
+    from dspark.cli.measure.decoding import Show as Told
     from dspark.engine.model import Model
     from dspark.engine.requests.sequence import Piece
 
@@ -118,7 +118,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         temperature=options.temperature,
         seed=options.seed or 0,
     )
-    from dspark.cli.decoding import EngineOptions, comparable, compare_report
+    from dspark.cli.measure.decoding import EngineOptions, comparable, compare_report
 
     engine_options = EngineOptions(batch_size=1, tree_nodes=options.tree_nodes)
     speculation = Speculation(no_profile=options.no_profile)
@@ -169,7 +169,7 @@ def _watch(
     screen: Screen,
 ) -> tuple[Decoded, Decoded]:
     """Decode plainly, then with DSpark, each shown as it goes."""
-    from dspark.cli.decoding import decode, warm_up
+    from dspark.cli.measure.decoding import decode, warm_up
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
     with screen.log.status("Warming up ..."):
@@ -192,7 +192,7 @@ def _decode_and_replay(
     screen: Screen,
 ) -> tuple[Decoded, Decoded]:
     """Decode plainly and with DSpark in turn, several times; the run of median time of each."""
-    from dspark.cli.decoding import decode, warm_up
+    from dspark.cli.measure.decoding import decode, warm_up
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
     with screen.log.status("Decoding plainly and with DSpark in turn ..."):
@@ -218,7 +218,7 @@ def _verdict(
         return Text("Sampled: the same distribution, but other draws, so the texts differ.\n")
     if identical:
         return Text("Identical, token by token.\n", "green")
-    from dspark.cli.decoding import differences
+    from dspark.cli.measure.decoding import differences
 
     target = model.target
     (difference,) = differences(target, [request], ours.outputs, plain.outputs)

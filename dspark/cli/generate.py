@@ -14,7 +14,7 @@ from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
 
 if TYPE_CHECKING:
-    from dspark.cli.decoding import Decoded, Difference, EngineOptions
+    from dspark.cli.measure.decoding import Decoded, Difference, EngineOptions
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
     from dspark.engine.requests.sequence import Piece
@@ -70,7 +70,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     _check_options(options)
     prompts = named_prompts(options)
     model = load_pair(options, screen)
-    from dspark.cli.decoding import run_report, warm_up
+    from dspark.cli.measure.decoding import run_report, warm_up
 
     engine_options = _engine_options(options, model)
     requests = _requests(model, prompts, params, options)
@@ -98,7 +98,7 @@ def _default_verifier(options: Options) -> Verifier:
 
 def _engine_options(options: Options, model: Model) -> EngineOptions:
     """Check what only makes sense with a drafter, or with one schedule."""
-    from dspark.cli.decoding import EngineOptions
+    from dspark.cli.measure.decoding import EngineOptions
     from dspark.engine.speculation.schedule import Schedule
 
     Schedule(options.schedule or "fixed", options.threshold)  # refuses what does not go together
@@ -152,7 +152,7 @@ def _decode_and_show(
     engine: Engine, requests: Sequence[Request], prompts: Sequence[PromptText], screen: Screen
 ) -> Decoded:
     """One prompt is streamed; of several, each is printed once those before it are."""
-    from dspark.cli.decoding import decode
+    from dspark.cli.measure.decoding import decode
 
     texts = [prompt.text for prompt in prompts]
     if len(requests) == 1:
@@ -188,7 +188,7 @@ def _compare(
     screen: Screen,
 ) -> dict[str, Any]:
     """Decode plainly, and set both beside each other."""
-    from dspark.cli.decoding import comparable, compare_report, decode, differences, warm_up
+    from dspark.cli.measure.decoding import comparable, compare_report, decode, differences, warm_up
 
     plain_engine = engine_options.plain_engine(model, requests)
     with screen.log.status("Decoding plainly ..."):

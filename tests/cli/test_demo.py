@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from dspark.cli import demo as replay_module
-from dspark.cli.decoding import Decoded, run_report
 from dspark.cli.demo import Side, replay
+from dspark.cli.measure.decoding import Decoded, run_report
 from dspark.engine.requests.sequence import Piece
 from dspark.errors import CheckpointError
 from dspark.request import Output, Stats

@@ -9,8 +9,8 @@ from rich.console import Console
 
 import dspark as package
 from dspark.cli import generate as command
-from dspark.cli.decoding import Difference, comparable, differences
 from dspark.cli.inputs import PromptText
+from dspark.cli.measure.decoding import Difference, comparable, differences
 from dspark.cli.screen import Screen
 from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.errors import UsageError
@@ -383,7 +383,7 @@ def test_where_outputs_depart_and_how_near_the_tie_is(pair):
 
 
 def test_a_difference_is_reported_and_not_hidden(dspark, pair, monkeypatch):
-    from dspark.cli import decoding
+    from dspark.cli.measure import decoding
 
     honest, calls = decoding.decode, []
 

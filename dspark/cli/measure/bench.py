@@ -124,7 +124,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     workload = _workload(options, model)
     ways = _contenders(options, model, screen)
     measured = _cover_costs(ways, max(options.concurrency), screen)
-    from dspark.cli.decoding import comparable
+    from dspark.cli.measure.decoding import comparable
     from dspark.evaluation.load.report import load_report, load_rows
 
     runs = _sweep(options, ways, workload, screen)
