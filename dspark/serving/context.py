@@ -18,7 +18,7 @@ from dspark.serving.metrics import Metrics
 from dspark.serving.openai.chat_template import ChatTemplate
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.grammar import Grammars
-from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.openai.output_parser import TokenTexts
 from dspark.serving.service import EngineService
 
 

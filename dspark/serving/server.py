@@ -35,7 +35,7 @@ from dspark.serving.openai import chat, completions, models, responses
 from dspark.serving.openai.chat_template import ChatTemplate
 from dspark.serving.openai.errors import Reply, add_handlers, error_body
 from dspark.serving.openai.grammar import Grammars
-from dspark.serving.openai.logprobs import TokenTexts
+from dspark.serving.openai.output_parser import TokenTexts
 from dspark.serving.service import EngineService
 
 SUMMARY = "OpenAI-compatible server with speculative decoding that changes no output."

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dspark.errors import RequestError
-from dspark.serving.openai.chat import Message
+from dspark.serving.openai.chat_fields import Message
 from dspark.serving.openai.chat_template import ChatTemplate
 from dspark.serving.openai.output_parser import AnswerParser, Content, Reasoning, ToolCall
 from dspark.sources.names import BUNDLED

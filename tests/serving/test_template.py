@@ -8,10 +8,10 @@ from dspark.data.templates import train_tokenizer
 from dspark.engine.requests.sequence import Piece
 from dspark.errors import RequestError
 from dspark.request import Output, Stats
-from dspark.serving.openai.chat import ChatWriter, Message
+from dspark.serving.openai.chat import ChatWriter
+from dspark.serving.openai.chat_fields import Message
 from dspark.serving.openai.chat_template import ChatTemplate, encode
-from dspark.serving.openai.logprobs import TokenTexts
-from dspark.serving.openai.output_parser import AnswerParser
+from dspark.serving.openai.output_parser import AnswerParser, TokenTexts
 
 # The parts of Qwen3's template that matter here.
 TEMPLATE = """

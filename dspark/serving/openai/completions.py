@@ -25,7 +25,7 @@ from dspark.serving.openai.fields import (
     warning,
     without_bad_words,
 )
-from dspark.serving.openai.logprobs import TokenTexts, text_logprobs
+from dspark.serving.openai.output_parser import TokenTexts, text_logprobs
 from dspark.serving.openai.streaming import Choice, CompletionFraming, Job, reply
 
 router = APIRouter(tags=["completions"])

@@ -13,7 +13,8 @@ from pydantic import Field
 
 import dspark
 from dspark.serving.context import Context, context_of
-from dspark.serving.openai.chat import ChatFields, Message, chat_template_of
+from dspark.serving.openai.chat import chat_template_of
+from dspark.serving.openai.chat_fields import ChatFields, Message
 from dspark.serving.openai.chat_template import encode
 from dspark.serving.openai.errors import ApiError, Reply
 from dspark.serving.openai.fields import Strict, TokenId

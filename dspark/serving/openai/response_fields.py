@@ -7,12 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dspark.serving.openai.chat import (
-    CalledFunction,
-    ChatFields,
-    EarlierCall,
-    Message,
-)
+from dspark.serving.openai.chat_fields import CalledFunction, ChatFields, EarlierCall, Message
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.fields import (
     MOST_NUMBER,

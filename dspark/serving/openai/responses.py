@@ -15,9 +15,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from dspark.serving.context import Context, context_of
-from dspark.serving.openai.chat import (
-    prepare_chat,
-)
+from dspark.serving.openai.chat import prepare_chat
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.response_fields import ResponseFields, TextOptions
 from dspark.serving.openai.streaming import Choice, reply, write_json
