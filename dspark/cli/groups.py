@@ -5,12 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    NoReturn,
-)
+from typing import Any, ClassVar, Literal, NoReturn
 
 from dspark.cli.options import integer, option, pick
 from dspark.engine.speculation.schedule import ScheduleName

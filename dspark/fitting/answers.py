@@ -14,21 +14,10 @@ from dspark.data.files.json_lines import read_json_lines, write_json_lines
 from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
 from dspark.data.samples import Sample, read_samples, usable
 from dspark.engine.model import Model
-from dspark.fitting.evaluation import (
-    fits,
-)
+from dspark.fitting.evaluation import fits
 from dspark.fitting.plan import FEWEST_ROWS, Plan
-from dspark.fitting.prompts import (
-    TRAIN,
-    Collected,
-    collect,
-    self_written,
-    split,
-)
-from dspark.fitting.recipe import (
-    FEWEST_SUPERVISED,
-    choose_vocabulary,
-)
+from dspark.fitting.prompts import TRAIN, Collected, collect, self_written, split
+from dspark.fitting.recipe import FEWEST_SUPERVISED, choose_vocabulary
 
 PROMPTS, ANSWERS = "prompts", "answers"
 CHUNKS = (0.25, 0.7, 1.0)

@@ -18,12 +18,7 @@ from dspark.errors import TrainingError, UsageError
 from dspark.fitting import answers, stages
 from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
-from dspark.fitting.plan import (
-    PROMPT_TOKENS,
-    Plan,
-    answer_limit,
-    make_plan,
-)
+from dspark.fitting.plan import PROMPT_TOKENS, Plan, answer_limit, make_plan
 from dspark.fitting.progress import STAGES, State, Watcher, budget_text
 from dspark.fitting.prompts import collect
 from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype

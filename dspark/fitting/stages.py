@@ -33,15 +33,8 @@ from dspark.fitting.evaluation import (
 )
 from dspark.fitting.measure import write_recipe
 from dspark.fitting.plan import FEWEST_HELD_OUT
-from dspark.fitting.prompts import (
-    CALIBRATION,
-    HELD_OUT,
-)
-from dspark.fitting.recipe import (
-    BLOCK_SIZE,
-    FEWEST_SUPERVISED,
-    recipe_of,
-)
+from dspark.fitting.prompts import CALIBRATION, HELD_OUT
+from dspark.fitting.recipe import BLOCK_SIZE, FEWEST_SUPERVISED, recipe_of
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate

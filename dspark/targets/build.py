@@ -25,10 +25,7 @@ from dspark.targets.fast.install import (
 )
 from dspark.targets.fast.packing import QuantizeName, WeightsName, check_names
 from dspark.targets.invariant import make_invariant
-from dspark.targets.loading import (
-    is_quantised,
-    quiet,
-)
+from dspark.targets.loading import is_quantised, quiet
 from dspark.targets.own_cache import OwnCacheRunner
 from dspark.targets.probe import CacheLayout, probe
 

@@ -17,11 +17,7 @@ from dspark.serving.context import Context, context_of
 from dspark.serving.openai.chat_fields import ChatFields, Message
 from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate
 from dspark.serving.openai.errors import ApiError
-from dspark.serving.openai.fields import (
-    mask_of,
-    warning,
-    without_bad_words,
-)
+from dspark.serving.openai.fields import mask_of, warning, without_bad_words
 from dspark.serving.openai.output_parser import (
     AnswerParser,
     Content,

@@ -11,13 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from dspark.errors import (
-    DSparkError,
-    QueueFullError,
-    RequestError,
-    UnavailableError,
-    UsageError,
-)
+from dspark.errors import DSparkError, QueueFullError, RequestError, UnavailableError, UsageError
 
 _logger = logging.getLogger(__name__)
 _TYPES = {

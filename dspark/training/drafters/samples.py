@@ -8,13 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark.data.features.build import (
-    BuildReport,
-    Estimate,
-    build_cache,
-    mend,
-    wanted_manifest,
-)
+from dspark.data.features.build import BuildReport, Estimate, build_cache, mend, wanted_manifest
 from dspark.data.features.cache import ReferenceCache
 from dspark.data.features.manifest import MANIFEST
 from dspark.data.features.shards import FeatureStore
