@@ -1,95 +1,18 @@
 // The page: one connection that says how the server stands, and runs with what they show.
 
 import { ApiError, ask, stream, useKey } from "./api.js";
-import {
-  describeAccepted,
-  describeBudget,
-  describeCost,
-  drawAccepted,
-  drawBudget,
-  drawCost,
-} from "./charts.js";
-import { $, count, eachFrame, element, number, visible } from "./dom.js";
+import { $, count, element, number } from "./dom.js";
 import { complain, drafterNow, fill, fillFrom, watchForm, wishes } from "./form.js";
-import { drawRound } from "./round.js";
-import { Side } from "./side.js";
+import { addRound, clearRounds, describe, draw, showCost, sides, watchRounds } from "./rounds.js";
 
 const LINK = "#run=";
 const VISITED = "dspark-visited";
 const FIRST_RUN_TOKENS = 64;
-const SLOW_MS = 500;
 const LONGEST_WAIT_S = 8;
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-const sides = { speculative: new Side("speculative"), plain: new Side("plain") };
-let rounds = [];
-let cursor = 0;
-let cost = null;
 let run = null; // { id, control } while one takes place
 
 // ---- what is shown -------------------------------------------------------------------------
-
-const draw = eachFrame(() => {
-  const shown = rounds[cursor];
-  drawRound(shown, rounds.length);
-  sides.speculative.mark(shown?.group);
-  $("cursor").max = Math.max(rounds.length - 1, 0);
-  $("cursor").value = cursor;
-  $("cursor").setAttribute("aria-valuetext", `Round ${cursor + 1} of ${rounds.length}`);
-  $("cursor").disabled = rounds.length < 2;
-  $("previous").disabled = cursor === 0;
-  $("next").disabled = cursor >= rounds.length - 1;
-  drawBudget(rounds, shown);
-  drawCost(cost, rounds, shown);
-  drawAccepted(rounds, shown);
-  const most = Math.max(sides.speculative.tokensPerS, sides.plain.tokensPerS);
-  for (const side of Object.values(sides)) side.showRate(most);
-});
-
-function move(to) {
-  cursor = Math.min(Math.max(to, 0), Math.max(rounds.length - 1, 0));
-  draw();
-}
-
-// Rounds are shown as they come, or two a second; a visitor who has gone back is left there.
-let follows = true;
-let paceTimer = 0;
-const isPaced = () => $("pace").value === "slow" || calm.matches;
-
-function keepPace() {
-  clearTimeout(paceTimer);
-  paceTimer = setTimeout(() => {
-    if (follows && cursor < rounds.length - 1 && isPaced()) {
-      move($("pace").value === "slow" ? cursor + 1 : rounds.length - 1);
-    }
-    keepPace();
-  }, SLOW_MS);
-}
-
-function addRound(round) {
-  round.group = sides.speculative.groups.at(-1);
-  rounds.push(round);
-  if (rounds.length === 1) keepPace();
-  if (follows && !isPaced()) cursor = rounds.length - 1;
-  draw();
-  if ($("table-box").open) addRow(round);
-}
-
-function addRow(round) {
-  const kept = round.drafts.filter((draft) => draft.accepted);
-  const tokens = [...kept, ...(round.next_token ? [round.next_token] : [])];
-  const ms = round.draft_ms + round.schedule_ms + round.verify_ms;
-  const cells = [
-    round.round + 1,
-    round.drafts.length,
-    round.drafts.filter((draft) => draft.sent).length,
-    kept.length,
-    tokens.map((token) => visible(token.text)).join(" "),
-    round.requests,
-    number(ms, 1),
-  ];
-  $("rows").append(element("tr", {}, ...cells.map((text) => element("td", { text: String(text) }))));
-}
 
 function say(text, state = "") {
   $("status").textContent = text;
@@ -98,21 +21,6 @@ function say(text, state = "") {
 
 function remark(text) {
   $("notes").append(element("li", { text }));
-}
-
-function describe() {
-  $("budget").setAttribute("aria-label", describeBudget(rounds));
-  $("cost").setAttribute("aria-label", describeCost(cost, rounds[cursor]));
-  $("accepted").setAttribute("aria-label", describeAccepted(rounds));
-}
-
-function showCost() {
-  cost = drafterNow()?.cost ?? null;
-  const drafts = (drafterNow()?.drafts ?? 0) > 0;
-  $("cost-hint").textContent =
-    cost || !drafts ? "" : "Nobody has measured this machine with this drafter yet: dspark profile does.";
-  draw();
-  describe();
 }
 
 // ---- a run ---------------------------------------------------------------------------------
@@ -126,9 +34,7 @@ const SAYS = {
 };
 
 function clear(wish) {
-  rounds = [];
-  follows = true;
-  $("rows").replaceChildren();
+  clearRounds();
   $("notes").replaceChildren();
   $("verdict").textContent = "";
   const drafts = (drafterNow()?.drafts ?? 0) > 0 && wish.schedule !== "off";
@@ -139,8 +45,6 @@ function clear(wish) {
   );
   sides.plain.clear("Plain decoding", drafts ? (wish.compare ? "Comes second." : "Not asked for.") : "");
   showCost();
-  move(0);
-  describe();
 }
 
 const handlers = {
@@ -360,35 +264,11 @@ $("key-form").addEventListener("submit", (event) => {
   useKey($("key").value);
   keyGiven();
 });
-$("previous").addEventListener("click", () => step(-1));
-$("next").addEventListener("click", () => step(1));
-$("cursor").addEventListener("input", () => {
-  follows = Number($("cursor").value) === rounds.length - 1;
-  move(Number($("cursor").value));
-  describe();
-});
-$("pace").addEventListener("change", () => {
-  follows = true;
-  if ($("pace").value === "live") move(rounds.length - 1);
-  else if (!run) move(0);
-  keepPace();
-});
 $("drafter").addEventListener("change", showCost);
-$("table-box").addEventListener("toggle", () => {
-  $("rows").replaceChildren();
-  if ($("table-box").open) rounds.forEach(addRow);
-});
-
-function step(by) {
-  move(cursor + by);
-  follows = cursor === rounds.length - 1;
-  describe();
-}
-
 $("origin").textContent = location.origin;
 watchForm(changeLoad);
+watchRounds(() => run !== null);
 clear({ schedule: "off", compare: false });
 sides.speculative.clear("With a drafter", "Its text appears here.");
 sides.plain.clear("Plain decoding", "The same prompt, without a drafter.");
-new ResizeObserver(draw).observe($("budget"));
 stayConnected();
