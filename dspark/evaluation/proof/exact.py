@@ -56,14 +56,18 @@ FORMS = {
 """How the target's and the drafter's distributions are held, in worlds with zeros."""
 
 
+_World = tuple[list[SmallPair], list[Walk]]
+"""The pairs of all requests, and a walk of them by each rule."""
+
+
 def exact_cases(seed: int = 0) -> Iterator[Case]:
     """Every rule, schedule, head and number of requests, and what else must be exact."""
     for requests, head in product((1, 2), MARKOV_KINDS):
         one_round = _worlds(requests, head, seed, SIZES[requests], rounds=1)
         two_rounds = _worlds(requests, head, seed, ((2, 2),), rounds=2)
-        for name, rule in product(SCHEDULES, RULES):
-            worlds, rounds = (two_rounds, 2) if name in REMEMBERING else (one_round, 1)
-            yield _of_schedule(rule, name, worlds, rounds)
+        for name in SCHEDULES:
+            walks, rounds = (two_rounds, 2) if name in REMEMBERING else (one_round, 1)
+            yield from _of_schedule(name, head, walks, rounds)
     for rule in RULES:
         yield from _processed(rule, seed)
     for rule, form in product(RULES, FORMS):
@@ -78,32 +82,35 @@ def exact_cases(seed: int = 0) -> Iterator[Case]:
 
 def _worlds(
     requests: int, head: MarkovKind, seed: int, sizes: Sequence[tuple[int, int]], rounds: int
-) -> list[list[SmallPair]]:
+) -> list[_World]:
     """Pairs of all requests, in several worlds: of all sizes, with confidences that tie or not."""
-    worlds = []
+    worlds = list[_World]()
     for (vocab_size, block_size), tied in product(sizes, (False, True)):
         horizon = rounds * (block_size + 1)
         pairs = [
             telling_pair(seed * 2 + r, vocab_size, block_size, head, horizon, tied=tied)
             for r in range(requests)
         ]
-        worlds.append(pairs)
+        walks = [Walk(pairs, Verifier.of(rule), schedules.fixed(0)) for rule in RULES]
+        worlds.append((pairs, walks))
     return worlds
 
 
 def _of_schedule(
-    rule: Rule, name: ScheduleName, worlds: Sequence[Sequence[SmallPair]], rounds: int
-) -> Case:
-    """One cell of the table: the worst of several worlds and settings of the schedule."""
-    distances, lengths = [], 0
-    for pairs in worlds:
-        first, *others = _settings(name, pairs)
-        one = Walk(pairs, Verifier.of(rule), first)
-        for walk in (one, *map(one.under, others)):
-            distances.append(Distance.of(walk.law(rounds), walk.targets()))
-            lengths = max(lengths, len(walk.lengths_seen))
-    head, requests = worlds[0][0].head, len(worlds[0])
-    return of_schedule(rule, name, head, requests, Distance.farthest(distances), lengths)
+    name: ScheduleName, head: MarkovKind, worlds: Sequence[_World], rounds: int
+) -> Iterator[Case]:
+    """A cell of the table per rule: the worst of several worlds and settings of the schedule."""
+    distances: dict[Rule, list[Distance]] = {rule: [] for rule in RULES}
+    lengths = dict.fromkeys(RULES, 0)
+    for pairs, walks in worlds:
+        for schedule in _settings(name, pairs):
+            first = walks[0].under(schedule)
+            for rule, walk in zip(RULES, (first, *map(first.by, walks[1:])), strict=True):
+                distances[rule].append(Distance.of(walk.law(rounds), walk.targets()))
+                lengths[rule] = max(lengths[rule], len(walk.lengths_seen))
+    for rule in RULES:
+        farthest, requests = Distance.farthest(distances[rule]), len(worlds[0][0])
+        yield of_schedule(rule, name, head, requests, farthest, lengths[rule])
 
 
 def _settings(name: ScheduleName, pairs: Sequence[SmallPair]) -> list[Schedule]:

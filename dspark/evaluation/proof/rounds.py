@@ -10,7 +10,7 @@ the target's distribution, of each request and of all of them jointly.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from itertools import product
 
@@ -187,12 +187,19 @@ class Walk:
     lengths_seen: set[tuple[int, ...]] = field(default_factory=set)
     _rounds: dict[tuple[int, Prefix], _Round] = field(default_factory=dict)
     _paths: dict[tuple[Prefix, ...], list[_Paths]] = field(default_factory=dict)
+    _chosen: dict[tuple[tuple[Prefix, ...], Memory], list[_Choice]] = field(default_factory=dict)
     _laws: dict[tuple[Hashable, ...], Tensor] = field(default_factory=dict)
 
     def under(self, schedule: Schedule) -> Walk:
         """The same under another schedule; what is independent of the schedule is computed once."""
         return Walk(
             self.requests, self.verifier, schedule, _rounds=self._rounds, _paths=self._paths
+        )
+
+    def by(self, other: Walk) -> Walk:
+        """The same by another walk's verifier; what that knows and what both share is kept."""
+        return replace(
+            self, verifier=other.verifier, lengths_seen=set(), _rounds=other._rounds, _laws={}
         )
 
     def law(self, rounds: int = 1) -> Tensor:
@@ -251,16 +258,18 @@ class Walk:
                 total[where] += share * self._law(after, remembered, rounds - 1)
         return total
 
-    def _choices(
-        self, prefixes: tuple[Prefix, ...], memory: Memory
-    ) -> Iterator[tuple[_Paths, tuple[int, ...]]]:
+    def _choices(self, prefixes: tuple[Prefix, ...], memory: Memory) -> list[_Choice]:
         """Every choice of a path per request, and its lengths."""
         if prefixes not in self._paths:
             self._paths[prefixes] = list(_Paths.of(self._round_of_each(prefixes)))
-        for paths in self._paths[prefixes]:
-            lengths = tuple(map(int, self.schedule.lengths(paths.view, memory)))
-            self.lengths_seen.add(lengths)
-            yield paths, lengths
+        if (prefixes, memory) not in self._chosen:
+            self._chosen[prefixes, memory] = [
+                (paths, tuple(map(int, self.schedule.lengths(paths.view, memory))))
+                for paths in self._paths[prefixes]
+            ]
+        choices = self._chosen[prefixes, memory]
+        self.lengths_seen.update(lengths for _, lengths in choices)
+        return choices
 
     def _round_of_each(self, prefixes: tuple[Prefix, ...]) -> list[_Round]:
         for r, prefix in enumerate(prefixes):
@@ -299,6 +308,10 @@ class _Paths:
                     np.stack([each.draft_probs_NK[n] for each, n in pairs]),
                 )
                 yield cls(choice, chance, view)
+
+
+_Choice = tuple[_Paths, tuple[int, ...]]
+"""A path per request, and the lengths that the schedule gives it."""
 
 
 @dataclass(frozen=True)
