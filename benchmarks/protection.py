@@ -27,7 +27,7 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.engine.model import Model
 from dspark.evaluation.check.check import PROMPTS
 from dspark.evaluation.check.live import render
-from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, closed_loops
+from dspark.evaluation.load.closed_loop import LoadRun, closed_loop, closed_loops, out_of_step
 from dspark.fitting.recipe import choose_taps
 from dspark.request import Request, SamplingParams
 from dspark.training.drafters.new_drafter import drafter_config
@@ -104,7 +104,7 @@ def measure(model: Model, pool: Sequence[Request], load: int, args: Any) -> dict
         first = repeat * args.requests
         pair = closed_loops(
             (plain, ours),
-            lambda i, first=first: pool[(first + i) % len(pool)],
+            out_of_step(lambda i, first=first: pool[(first + i) % len(pool)], load),
             users=load,
             count=max(args.requests, 2 * load),
             now=CLOCKS[args.clock],

@@ -10,7 +10,7 @@ from dspark.engine.model import Model
 from dspark.errors import DSparkWarning, UsageError
 from dspark.evaluation.load import report as load_report
 from dspark.evaluation.load import sweep as load_sweep
-from dspark.evaluation.load.closed_loop import Answer, LoadRun
+from dspark.evaluation.load.closed_loop import Answer, LoadRun, out_of_step
 from dspark.evaluation.load.report import at_floors, load_rows, over_best, over_mtp1
 from dspark.evaluation.load.sweep import Workload, contenders, cover_costs, is_mtp, sweep
 from dspark.request import Output, Request, SamplingParams, Stats
@@ -151,6 +151,16 @@ def test_a_workload_goes_round_with_other_seeds():
     assert work.request(0) == pool[0]
     assert len({(r.prompt_ids, r.params.seed) for r in requests}) == len(requests)
     assert (work.answers(1), work.answers(2), work.answers(8)) == (5, 5, 16)
+
+
+def test_users_out_of_step_begin_with_shorter_answers():
+    def supply(number):
+        return Request((number + 1,), SamplingParams(10, seed=number))
+
+    sent = [out_of_step(supply, 4)(number) for number in range(6)]
+    assert [request.params.max_new_tokens for request in sent] == [3, 5, 8, 10, 10, 10]
+    assert [request.prompt_ids for request in sent] == [(n + 1,) for n in range(6)]
+    assert out_of_step(supply, 1)(0) == supply(0)
 
 
 def test_off_has_no_drafter_and_mtp1_drafts_once(tiny, target):

@@ -11,6 +11,7 @@ slow moment of the machine falls on all of them alike.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -201,6 +202,24 @@ def closed_loops(
     while going := [loop for loop in loops if not loop.done]:
         min(going, key=lambda loop: loop.spent_s).step()
     return [loop.end() for loop in loops]
+
+
+def out_of_step(supply: Supply, users: int) -> Supply:
+    """The same requests, each user's first one shortened so that users end one after another.
+
+    Users who begin at once, with answers of one length, stay in step where each step commits one
+    token: prompts are then read together, and a run ends with the last token of all. Drafting
+    breaks the step, so it would pay for prompts whose answers the run does not see.
+    """
+
+    def shortened(number: int) -> Request:
+        request = supply(number)
+        if number >= users:
+            return request
+        tokens = math.ceil(request.params.max_new_tokens * (number + 1) / users)
+        return replace(request, params=replace(request.params, max_new_tokens=tokens))
+
+    return shortened
 
 
 def _since(clock: Clock, before: Clock) -> Clock:
