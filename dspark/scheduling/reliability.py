@@ -37,6 +37,16 @@ class Reliability:
     bin_predicted: tuple[float, ...]
     bin_observed: tuple[float, ...]
 
+    @property
+    def ece_by_chance(self) -> float:
+        """The calibration error that chance alone gives right predictions of so many rounds.
+
+        A bin's share wavers by its standard deviation; the mean of |x| is sqrt(2 / pi) of it.
+        """
+        counts, chances = np.array(self.bin_counts), np.array(self.bin_predicted)
+        wavers = np.sqrt(2 / np.pi * counts * chances * (1 - chances))
+        return float(wavers.sum() / max(self.count, 1))
+
 
 def reliability(predicted_N: npt.ArrayLike, stayed_N: npt.ArrayLike) -> Reliability:
     """Compare predicted survivals with outcomes.

@@ -37,7 +37,7 @@ def test_calibration_stands_beside_the_drafter_one_entry_for_each_use(
     sampled = calibrate(dspark, pair, drafter, prompts, "--temperature", 1, "--verifier", "token")
     assert (greedy.status, sampled.status) == (0, 0)
     for report in (greedy.json, sampled.json):
-        for name in ("temperatures", "ece_before", "ece_after", "auc"):
+        for name in ("temperatures", "ece_before", "ece_after", "ece_by_chance", "auc"):
             assert len(report[name]) == report["block_size"] == 4
         assert report["rounds"] >= 200
     known = Calibration.load(drafter / "calibration.json")

@@ -47,6 +47,21 @@ def test_every_figure_is_the_obvious_one(seed):
             assert got.bin_observed[b] == pytest.approx(sum(s for _, s in inside) / len(inside))
 
 
+@pytest.mark.parametrize("count", [500, 8000])
+def test_right_predictions_err_by_chance_and_wrong_ones_by_more(count):
+    generator = np.random.default_rng(3)
+    right, wrong, chance = [], [], []
+    for _ in range(40):
+        predicted = generator.beta(2, 3, count)
+        stayed = generator.random(count) < predicted
+        found = reliability(predicted, stayed)
+        right.append(found.ece)
+        chance.append(found.ece_by_chance)
+        wrong.append(reliability(np.minimum(1.2 * predicted, 1.0), stayed).ece)
+    assert np.mean(chance) == pytest.approx(np.mean(right), rel=0.06)
+    assert np.mean(wrong) > 1.2 * np.mean(chance)
+
+
 def test_predictions_that_are_right_and_wrong():
     sure = reliability([0.0, 1.0, 1.0], [False, True, True])
     assert (sure.ece, sure.auc, sure.brier) == (0.0, 1.0, 0.0)

@@ -98,6 +98,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "shifts": list(entry.scaling.shifts),
         "ece_before": [r.ece for r in entry.before],
         "ece_after": [r.ece for r in entry.after],
+        "ece_by_chance": [r.ece_by_chance for r in entry.after],
         "auc": [r.auc for r in entry.after],
         "brier_before": [r.brier for r in entry.before],
         "brier_after": [r.brier for r in entry.after],
@@ -146,7 +147,7 @@ def _out(options: Options, model: Model) -> Path:
 
 
 def _show(entry: CalibrationEntry, screen: Screen) -> None:
-    numbers = ("ECE before", "after", "AUC", "Brier before", "after")
+    numbers = ("ECE before", "after", "by chance", "AUC", "Brier before", "after")
     shown = table("position", "temperature", "shift", right=numbers)
     shifts = entry.scaling.shifts or (0.0,) * entry.block_size
     rows = zip(entry.scaling.temperatures, shifts, entry.before, entry.after, strict=True)
@@ -157,6 +158,7 @@ def _show(entry: CalibrationEntry, screen: Screen) -> None:
             f"{shift:+.1f}",
             f"{100 * before.ece:.1f} %",
             f"{100 * after.ece:.1f} %",
+            f"{100 * after.ece_by_chance:.1f} %",
             "-" if after.auc is None else f"{after.auc:.3f}",
             f"{before.brier:.3f}",
             f"{after.brier:.3f}",
