@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dspark.engine.engine import Engine
 from dspark.engine.requests.admission import Roster
+from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.request import Output, Request
+from dspark.scheduling.calibration import Rounds
+from dspark.scheduling.calibration_file import Calibration, calibrate
 from dspark.targets.target import Target
 
 
@@ -110,3 +114,29 @@ def test_a_drafter_of_another_shape_is_refused(tiny: Any, target: Target) -> Non
         engine.replace_drafter(tiny.make_drafter(target, block_size=4))
     with pytest.raises(UsageError, match="where one drafts"):
         Engine(target, None, max_length=tiny.max_context).replace_drafter(tiny.ngram(target))
+
+
+@pytest.mark.parametrize("nodes", [None, 6])
+def test_another_calibration_is_that_of_trees_too(
+    tiny: Any, target: Target, nodes: int | None
+) -> None:
+    """Survivals of all rounds are those of an engine that began with the later calibration."""
+    drafter = tiny.make_drafter(target)
+    rounds = np.random.default_rng(0).normal(size=(300, drafter.block_size))
+    kept, whole = np.arange(300) % 3, np.full(300, drafter.block_size)
+    entry = calibrate(Rounds.of(rounds, kept, whole), "block", "sampled")
+    requests = tiny.make_requests(tiny.make_prompts(2, 64), max_new_tokens=10, temperature=1.0)
+
+    def survivals(first: Calibration, then: Calibration) -> Any:
+        scheduler = Scheduler(Schedule("fixed"), "block", drafter.block_size, first)
+        engine = Engine(
+            target, drafter, schedule=scheduler, tree_nodes=nodes, max_length=tiny.max_context
+        )
+        scheduler.recalibrate(then)
+        records = list[Any]()
+        engine.watch(records.append)
+        engine.run(requests)
+        return [r.survival_RK.tolist() for r in records if r.survival_RK is not None]
+
+    none, fitted = Calibration(), Calibration((entry,))
+    assert survivals(none, fitted) == survivals(fitted, fitted) != survivals(none, none)

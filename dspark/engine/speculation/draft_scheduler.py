@@ -94,6 +94,7 @@ class Scheduler:
         self._switch = DraftSwitch(MARGIN)
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
+        self._of_trees: Scheduler | None = None  # beside this one
         self._budget: int | None = None
         self._round = self._next_look = 0
         self._coasts = False  # whether this round verifies whole blocks, without a new plan
@@ -113,7 +114,8 @@ class Scheduler:
         if self.of_trees:
             return self
         given = (self.schedule, self.verifier, nodes, self._calibration, costs or self.costs)
-        return Scheduler(*given, tree_depth=self.num_drafts)
+        self._of_trees = Scheduler(*given, tree_depth=self.num_drafts)
+        return self._of_trees
 
     @property
     def reads_confidences(self) -> bool:
@@ -327,9 +329,13 @@ class Scheduler:
     def recalibrate(self, calibration: Calibration) -> None:
         """Take other temperatures from the next round on; call it between rounds.
 
-        Lengths may depend on them, since they depend on finished rounds alone.
+        Lengths may depend on them, since they depend on finished rounds alone. The scheduler of
+        trees beside this one takes them as well.
         """
+        self._calibration = calibration
         self.acceptance.recalibrate(calibration)
+        if self._of_trees is not None:
+            self._of_trees.recalibrate(calibration)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""
