@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,32 +22,44 @@ from dspark.scheduling.cost_table import CostPoint, CostTable, PromptCost, StepE
 from dspark.targets.target import Target
 
 PROMPT_ROWS = (16, 64, 128, 256, 512)
-_WARM_UP, _VISITS = 4, 3
+_PROMPT_REPEATS = 6
 _BETWEEN = 3  # rounds between two prompts, so that each finds the caches as a server's would
-_PROMPT, _ANSWER = 64, 128
+_WARM_UP = 4
+_CONTEXTS = (48, 80, 112)  # where rounds begin, a visit each
+_ANSWER = 128
 _PATIENCE = 4  # steps for each round that is wanted: drafting may pause where drafts never stay
+_OUTLIER = 2.0  # what a stall counts as, in medians
+Now = Callable[[], float]
 
 
 def measure_steps(
-    target: Target, drafter: Drafter, costs: CostTable, *, rounds: int = 30
+    target: Target,
+    drafter: Drafter,
+    costs: CostTable,
+    *,
+    rounds: int = 30,
+    now: Now = time.perf_counter,
 ) -> CostTable:
     """The table as steps under load have it, with prompts and whole steps.
 
-    Rounds follow one another on contexts of 64 to 192 tokens, prompts are read between rounds,
-    and medians count, where the table has the fastest visits of points on short contexts: drafting
-    and verification are scaled to these, verification in a straight line between no draft and all.
+    Rounds follow one another on contexts of 48 to 200 tokens, prompts are read between rounds, and
+    means count, since steps add up to means; a stall counts as twice the median. The table itself
+    has the fastest visits of points on short contexts: drafting and verification are scaled to
+    these, verification in a straight line between no draft and all.
 
     Args:
         target: the model.
         drafter: bound to it.
         costs: their table on this machine, of whole blocks of the drafter.
         rounds: of each number of requests and each way of decoding.
+        now: the clock, in seconds. That of the processor leaves other work on the machine out, and
+            is right with one thread.
     """
     most = min(PROMPT_ROWS[-1], target.max_context // 2)
     sizes = sorted({min(rows, most) for rows in PROMPT_ROWS})
-    prompts = tuple(PromptCost(n, _prompt_ms(target, drafter, n)) for n in sizes)
+    prompts = _prompts(target, drafter, sizes, now)
     counts = sorted({point.requests for point in costs.points})
-    loads = {count: _under_load(target, drafter, costs, count, rounds) for count in counts}
+    loads = {count: _under_load(target, drafter, costs, count, rounds, now) for count in counts}
     return replace(
         costs,
         points=tuple(loads[point.requests].of(point) for point in costs.points),
@@ -56,31 +68,57 @@ def measure_steps(
     )
 
 
-def _prompt_ms(target: Target, drafter: Drafter, rows: int, repeats: int = 5) -> float:
-    """A step that reads a prompt and draws its first token, with nobody else there."""
-    engine = Engine(
-        target, drafter, max_requests=1, max_length=rows + 64, step_tokens=rows, prefix_reuse=True
+def _prompts(
+    target: Target, drafter: Drafter, sizes: Sequence[int], now: Now
+) -> tuple[PromptCost, ...]:
+    """Steps that read a prompt and draw its first token, with nobody else there.
+
+    Sizes and engines are visited in turn, so that a slow moment does not fall on one of them alone.
+    """
+    plain, drafting = (
+        Engine(target, each, max_requests=1, max_length=sizes[-1] + 64, step_tokens=sizes[-1])
+        for each in (None, drafter)
     )
-    spent = []
-    for number in range(repeats + 1):
-        engine.add(_request(target, rows, 64, number))
-        started = time.perf_counter()
-        engine.step()
-        spent.append(1e3 * (time.perf_counter() - started))
-        for _ in range(_BETWEEN):
-            engine.step()
-        for request in engine.roster.everyone:
-            engine.cancel(request.request_id)
-    return statistics.median(spent[1:])
+    spent: dict[tuple[Engine, int], list[float]] = {}
+    for number in range(_PROMPT_REPEATS + 1):
+        for rows in sizes:
+            for engine in (plain, drafting):
+                engine.add(_request(target, rows, 64, number))
+                started = now()
+                engine.step()
+                if number:  # the first visit warms up
+                    spent.setdefault((engine, rows), []).append(1e3 * (now() - started))
+                for _ in range(_BETWEEN):
+                    engine.step()
+                for request in engine.roster.everyone:
+                    engine.cancel(request.request_id)
+    return tuple(
+        PromptCost(rows, _mean(spent[drafting, rows]), _mean(spent[plain, rows])) for rows in sizes
+    )
+
+
+def _mean(times: Iterable[float]) -> float:
+    """The mean of some times, stalls cut; 0 of none."""
+    found = list(times)
+    if not found:
+        return 0.0
+    most = _OUTLIER * statistics.median(found)
+    return statistics.fmean(min(each, most) for each in found)
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Medians of steps without prompts, in milliseconds: of parts, and of what is left."""
+    """Milliseconds of a step without prompts: of parts, and of what is left."""
 
     draft_ms: float
     verify_ms: float
     rest_ms: float
+
+    @classmethod
+    def mean(cls, steps: Sequence[_Times]) -> _Times:
+        """The mean step."""
+        parts = zip(*((each.draft_ms, each.verify_ms, each.rest_ms) for each in steps), strict=True)
+        return cls(*map(_mean, parts)) if steps else cls(0.0, 0.0, 0.0)
 
     @property
     def whole_ms(self) -> float:
@@ -115,33 +153,28 @@ class _Load:
 
 
 def _under_load(
-    target: Target, drafter: Drafter, costs: CostTable, count: int, rounds: int
+    target: Target, drafter: Drafter, costs: CostTable, count: int, rounds: int, now: Now
 ) -> _Load:
     drafts = drafter.block_size
     # No confidence reaches 1: blocks are drafted, and nothing of them is verified.
-    schedules = (None, Schedule("threshold", 1.0), Schedule("fixed"), Schedule("lagged"))
-    visits: dict[Schedule | None, list[_Times]] = {schedule: [] for schedule in schedules}
-    for _ in range(_VISITS):  # in turn, so that a slow moment does not fall on one of them alone
-        for schedule, seen in visits.items():
-            if schedule is None:
-                seen.append(_times(target, None, None, count, rounds // _VISITS))
-                continue
-            scheduler = Scheduler(schedule, num_drafts=drafts, costs=costs)
-            seen.append(_times(target, drafter, scheduler, count, rounds // _VISITS))
-    plain, none, fixed, lagged = (_median(seen) for seen in visits.values())
+    names = (None, Schedule("threshold", 1.0), Schedule("fixed"), Schedule("lagged"))
+    schedulers = [
+        None if name is None else Scheduler(name, num_drafts=drafts, costs=costs) for name in names
+    ]
+    seen: list[list[_Times]] = [[] for _ in schedulers]
+    for context in _CONTEXTS:  # in turn, so that a slow moment does not fall on one of them alone
+        for scheduler, steps in zip(schedulers, seen, strict=True):
+            steps += _steps(
+                target, drafter, scheduler, (count, context, rounds // len(_CONTEXTS)), now
+            )
+    plain, none, fixed, lagged = map(_Times.mean, seen)
     curve = costs.verify_curve(count)
     return _Load(
         StepExtra(count, plain.whole_ms, fixed.rest_ms, max(lagged.rest_ms - fixed.rest_ms, 0.0)),
         drafts,
         _ratio(fixed.draft_ms, costs.draft_ms(count)),
-        none.verify_ms / float(curve[0]),
-        fixed.verify_ms / float(curve[min(count * drafts, len(curve) - 1)]),
-    )
-
-
-def _median(visits: Sequence[_Times]) -> _Times:
-    return _Times(
-        *(statistics.median(column) for column in zip(*map(astuple, visits), strict=True))
+        _ratio(none.verify_ms, float(curve[0])),
+        _ratio(fixed.verify_ms, float(curve[min(count * drafts, len(curve) - 1)])),
     )
 
 
@@ -149,40 +182,49 @@ def _ratio(spent_ms: float, table_ms: float) -> float:
     return spent_ms / table_ms if table_ms > 0 else 1.0
 
 
-def _times(
-    target: Target, drafter: Drafter | None, scheduler: Scheduler | None, count: int, rounds: int
-) -> _Times:
-    """Steps of so many requests, without those that read a prompt."""
-    length = min(target.max_context, _PROMPT + _ANSWER)
-    prompt = min(_PROMPT, length // 2)
+def _steps(
+    target: Target,
+    drafter: Drafter,
+    scheduler: Scheduler | None,
+    load: tuple[int, int, int],
+    now: Now,
+) -> list[_Times]:
+    """Steps without prompts of so many requests, from a context on, so many rounds.
+
+    Of a schedule that reads confidences those rounds count in which it does: it lets others go
+    undecided, and they cost as much as those of whole blocks.
+    """
+    count, prompt, rounds = load
+    length = min(target.max_context, prompt + _ANSWER)
+    prompt = min(prompt, length // 2)
     engine = Engine(
         target,
-        drafter,
+        None if scheduler is None else drafter,
         max_requests=count,
         max_length=length,
         step_tokens=count * prompt,
         prefix_reuse=False,
         schedule=scheduler,
     )
-    number, parts = 0, list[tuple[float, float, float]]()
+    number, steps, weighs = 0, list[_Times](), scheduler is not None and scheduler.schedule.protects
     for _ in range(_PATIENCE * (rounds + _WARM_UP)):
-        if len(parts) == rounds + _WARM_UP:
+        if len(steps) == rounds + _WARM_UP:
             break
         while len(engine.roster.everyone) < count:
             engine.add(_request(target, prompt, length - prompt, number := number + 1))
         reads = any(not request.ready for request in engine.roster.everyone)
-        before, started = replace(engine.clock), time.perf_counter()
+        before, wall, started = replace(engine.clock), time.perf_counter(), now()
         engine.step()
-        whole_ms = 1e3 * (time.perf_counter() - started)
-        draft_ms = engine.clock.draft_ms - before.draft_ms
-        verify_ms = engine.clock.verify_ms - before.verify_ms
-        # A step of `lagged` that drafts nothing, as its first one, says nothing of its decisions.
-        if not reads and (scheduler is None or draft_ms > 0):
-            parts.append((draft_ms, verify_ms, whole_ms - draft_ms - verify_ms))
+        spent_ms, wall_ms = 1e3 * (now() - started), 1e3 * (time.perf_counter() - wall)
+        share = spent_ms / wall_ms  # parts are timed by the wall's clock
+        draft_ms = share * (engine.clock.draft_ms - before.draft_ms)
+        verify_ms = share * (engine.clock.verify_ms - before.verify_ms)
+        asked = scheduler is None or (draft_ms > 0 and scheduler.reads_confidences >= weighs)
+        if not reads and asked:
+            steps.append(_Times(draft_ms, verify_ms, spent_ms - draft_ms - verify_ms))
     for request in engine.roster.everyone:
         engine.cancel(request.request_id)
-    warm = parts[_WARM_UP:] or parts or [(0.0, 0.0, 0.0)]
-    return _Times(*(statistics.median(column) for column in zip(*warm, strict=True)))
+    return steps[_WARM_UP:] or steps
 
 
 def _request(target: Target, prompt: int, answer: int, seed: int) -> Request:

@@ -83,11 +83,14 @@ class PromptCost:
 
     Attributes:
         rows: tokens of the prompt.
-        ms: milliseconds of the whole step, the first token's draw included.
+        ms: milliseconds of the whole step, the first token's draw included, with a drafter, which
+            takes the prompt's features.
+        plain_ms: the same of an engine without one; 0 where it is unknown, which takes `ms`.
     """
 
     rows: int
     ms: float
+    plain_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class StepExtra:
         plain_ms: a whole step of an engine without a drafter.
         rest_ms: of a step with a drafter, all that is neither drafting nor verification:
             admission, commits, text.
-        schedule_ms: what the schedule `lagged` adds to it: deciding, and learning from rounds.
+        schedule_ms: what the schedule `lagged` adds to it in rounds that it decides: deciding, and
+            learning from them.
     """
 
     requests: int

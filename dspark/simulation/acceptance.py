@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dspark.errors import DataError, UsageError
 from dspark.evaluation.metrics import RoundCounts
 from dspark.evaluation.records import SUFFIX, RunRecords, Turn, load_runs
 from dspark.scheduling.calibration import TemperatureScaling
+from dspark.scheduling.survival import confidence, survival
 from dspark.simulation.traffic import FloatArray, IntArray, Traffic, record_of
 
 _STREAMS, _ROUNDS = 512, 64
@@ -57,6 +59,11 @@ class Acceptance:
     lengths_S: IntArray
     survival_K: FloatArray
     source: str
+
+    @cached_property
+    def survival_TK(self) -> FloatArray:
+        """Chance of each draft of such a block to stay, as its confidences have it."""
+        return survival(confidence(self.logits_TK))
 
     @property
     def num_drafts(self) -> int:
@@ -213,8 +220,8 @@ def _stream(turn: Turn, unknown_K: FloatArray, scaling: TemperatureScaling | Non
     for row, logits in zip(logits_NK, turn.logits or (), strict=False):
         known = np.array(logits[: len(row)], dtype=np.float64)
         if scaling is not None and len(known):
-            confidence = np.clip(scaling.apply(known[None])[0], 1e-300, 1 - 1e-16)
-            known = np.log(confidence) - np.log1p(-confidence)
+            chance = np.clip(scaling.apply(known[None])[0], 1e-300, 1 - 1e-16)
+            known = np.log(chance) - np.log1p(-chance)
         row[: len(known)] = known
     return Stream(np.array(turn.kept[:count]), np.array(turn.verified[:count]), logits_NK)
 

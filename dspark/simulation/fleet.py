@@ -90,8 +90,9 @@ def open_loop(way: Way, arrivals: Arrivals, fleet: Fleet) -> Run:
     while sent < len(jobs) or clock.next_s < math.inf:
         if sent < len(jobs) and jobs[sent].sent_s <= clock.next_s:
             job = jobs[sent]
-            clock.send(route(servers, job), job)
             sent += 1
+            clock.until_s = jobs[sent].sent_s if sent < len(jobs) else math.inf
+            clock.send(route(servers, job), job)
             if sent == len(jobs):
                 in_window = sum(server.counts.tokens for server in servers)
         else:
@@ -113,6 +114,7 @@ def closed_loop(way: Way, arrivals: Arrivals, fleet: Fleet, users: int) -> Run:
     counted = arrivals.jobs()
     jobs, open_jobs = list[Job](), len(counted)
     clock, now_s = _Clock(servers), 0.0
+    clock.until_s = math.inf if len(servers) == 1 else -math.inf
 
     def send(count: int) -> None:
         for _ in range(count):
@@ -134,13 +136,18 @@ def closed_loop(way: Way, arrivals: Arrivals, fleet: Fleet, users: int) -> Run:
 
 
 class _Clock:
-    """When the running steps of some servers end."""
+    """When the running steps of some servers end.
+
+    Attributes:
+        until_s: before when no request comes.
+    """
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = servers
         self._numbers = {id(server): number for number, server in enumerate(servers)}
         self._ends: list[tuple[float, int]] = []
         self._idle = set(range(len(servers)))
+        self.until_s = -math.inf
 
     @property
     def next_s(self) -> float:
@@ -174,7 +181,7 @@ class _Clock:
         server = self._servers[number]
         if number in self._idle and server.has_work:
             self._idle.remove(number)
-            heapq.heappush(self._ends, (server.step(now_s), number))
+            heapq.heappush(self._ends, (server.step(now_s, self.until_s), number))
 
 
 def _check_cache(arrivals: Arrivals, fleet: Fleet) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from dspark.scheduling.cost_table import CostTable
+from dspark.scheduling.cost_table import CostTable, PromptCost
 from dspark.simulation.traffic import FloatArray
 
 
@@ -28,7 +29,8 @@ class Machine:
         self._num_drafts = num_drafts
         self._curves: dict[int, tuple[FloatArray, float]] = {}
         self._draft: dict[tuple[int, int], float] = {}
-        self._prompt_ms, self._row_ms = self._prompts()
+        plain = [replace(each, ms=each.plain_ms or each.ms) for each in costs.prompts]
+        self._prompt = {True: self._prompts(costs.prompts), False: self._prompts(plain)}
         self._plain = self._by_requests("plain_ms")
         self._rest = self._by_requests("rest_ms")
         self._schedule = self._by_requests("schedule_ms")
@@ -58,36 +60,36 @@ class Machine:
             self._draft[key] = self.costs.draft_ms(max(requests, self._fewest), way)
         return self._draft[key]
 
-    def rest_ms(self, requests: int, *, schedules: bool) -> float:
-        """What a step with a drafter takes beside both.
+    def rest_ms(self, requests: int) -> float:
+        """What a step with a drafter takes beside both."""
+        return self._rest[requests]
 
-        Args:
-            requests: R.
-            schedules: whether a schedule weighs costs and learns from rounds.
-        """
-        return self._rest[requests] + (self._schedule[requests] if schedules else 0.0)
+    def schedule_ms(self, requests: int) -> float:
+        """What a schedule takes that weighs costs in a round and learns from it."""
+        return self._schedule[requests]
 
-    def prompt_ms(self, rows: int, requests: int) -> float:
+    def prompt_ms(self, rows: int, requests: int, *, drafter: bool) -> float:
         """What reading so many rows of prompts adds to a step.
 
         Args:
             rows: of prompts.
             requests: that decode in the same step; with none, the step is whole.
+            drafter: whether they are read for a drafter too.
         """
         if not rows:
             return 0.0
-        known, ms = self._prompt_ms
+        known, ms, row_ms = self._prompt[drafter]
         over = max(rows - known[-1], 0.0)
-        whole_ms = float(np.interp(rows, known, ms) + self._row_ms * over)
+        whole_ms = float(np.interp(rows, known, ms) + row_ms * over)
         return max(whole_ms - self.plain_ms(1), 0.0) if requests else whole_ms
 
     @property
     def _fewest(self) -> int:
         return min(point.requests for point in self.costs.points)
 
-    def _prompts(self) -> tuple[tuple[FloatArray, FloatArray], float]:
+    def _prompts(self, prompts: Sequence[PromptCost]) -> tuple[FloatArray, FloatArray, float]:
         """Rows and milliseconds of prompts that are known, and what a row beyond them takes."""
-        found = sorted((prompt.rows, prompt.ms) for prompt in self.costs.prompts)
+        found = sorted((prompt.rows, prompt.ms) for prompt in prompts)
         if not found:
             most = max(self.costs.points, key=lambda point: point.tokens)
             curve = self.costs.verify_curve(most.requests)
@@ -95,11 +97,11 @@ class Machine:
             if not row_ms:  # a single probe says nothing of rows: no row is free
                 row_ms = float(curve[0]) / most.requests
             first_ms = self.costs.off_ms(self._fewest)
-            return (np.array([1.0]), np.array([first_ms])), row_ms
+            return np.array([1.0]), np.array([first_ms]), row_ms
         rows, ms = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
         if len(rows) == 1:
-            return (rows, ms), float(ms[0] / rows[0])
-        return (rows, ms), float(max(ms[-1] - ms[-2], 0.0) / (rows[-1] - rows[-2]))
+            return rows, ms, float(ms[0] / rows[0])
+        return rows, ms, float(max(ms[-1] - ms[-2], 0.0) / (rows[-1] - rows[-2]))
 
     def _by_requests(self, name: str) -> Sequence[float]:
         """A part of steps of 0, 1, ... requests; without requests as for one."""

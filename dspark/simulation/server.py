@@ -7,6 +7,7 @@ acceptance profile.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,16 +17,17 @@ import numpy as np
 
 from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.requests.sequence import ActiveRequest
-from dspark.engine.requests.step_plan import StepPlan, plan_step
-from dspark.engine.speculation.acceptance import Offer
-from dspark.engine.speculation.draft import Drafts, draft_limits
-from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.requests.step_plan import plan_step
 from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.scheduling.cost_table import CostTable
 from dspark.simulation.acceptance import Acceptance
+from dspark.simulation.decisions import Decisions
 from dspark.simulation.jobs import Job
 from dspark.simulation.machine import Machine
+
+
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,6 @@ class Limits:
     max_requests: int
     step_tokens: int = 512
     cache_tokens: int | None = None
-
-
-# Rounds that go by the last decision, where that verified whole blocks as the one before it did.
-STEADY_ROUNDS = 31
 
 
 @dataclass
@@ -123,14 +121,13 @@ class Server:
         self._machine = self.way.machine()
         acceptance = self.way.acceptance
         self._num_drafts = acceptance.num_drafts if acceptance else 0
-        self._scheduler = Scheduler(
-            self.way.schedule, num_drafts=self._num_drafts, costs=self.way.costs
-        )
+        self._decisions: Decisions | None = None
+        if acceptance is not None:
+            self._decisions = Decisions(self.way.schedule, self.way.costs, acceptance)
         self._admissions = 0
         self._ending: list[Job] = []
         self._run_T: list[int] = acceptance.run_T.tolist() if acceptance else []
-        self._depth = self._steady = 0  # drafts of each in the last decision, 0 if they differed
-        self._drawn = self._num_drafts
+        self._calm = False  # whether everybody has read their prompt, and there are pages enough
 
     def send(self, job: Job) -> None:
         """Queue a request."""
@@ -138,25 +135,26 @@ class Server:
         if acceptance is not None:
             stream = job.stream
             if stream is None:  # the same for the same request, whatever way, rate and replica
-                generator = np.random.default_rng((self.seed, job.request_id))
-                stream = int(generator.integers(len(acceptance.starts_S)))
+                stream = _any_of(len(acceptance.starts_S), self.seed, job.request_id)
             job.place = (int(acceptance.starts_S[stream]), int(acceptance.lengths_S[stream]))
         self.queue.append(job)
         self.in_flight += 1
-        self._steady = 0
 
     @property
     def has_work(self) -> bool:
         """Whether anybody waits or runs."""
         return bool(self.queue or self.running)
 
-    def step(self, now_s: float) -> float:
+    def step(self, now_s: float, until_s: float = -math.inf) -> float:
         """Play the step that begins now; when it ends.
 
-        Who ends in it is returned by `settle`.
+        Who ends in it is returned by `settle`. Steps that begin before `until_s`, before which no
+        request comes, may be played with it, as far as nobody ends in any but the last.
         """
-        if self._steady:
-            return self._repeat(now_s)
+        if self._calm and not self.queue:
+            end_s = self._repeat(now_s, until_s)
+            if end_s is not None:
+                return end_s
         self._admit()
         self._make_room()
         running = cast("list[ActiveRequest]", self.running)
@@ -164,11 +162,11 @@ class Server:
         ready = cast("list[Job]", plan.ready)
         opening = cast("list[Job]", plan.opening)
         prompt_rows = sum(job.unread for job in opening) + sum(c.count for c in plan.reading)
-        if self.way.acceptance is None:
+        if self._decisions is None:
             kept = [0] * len(ready)
             step_ms = self._plain_ms(len(ready), prompt_rows)
         else:
-            kept, step_ms = self._round(plan, prompt_rows)
+            kept, step_ms = self._round(self._decisions, ready, opening, prompt_rows)
         end_s = now_s + step_ms / 1e3
         self.counts.steps += 1
         self.counts.busy_s += step_ms / 1e3
@@ -178,6 +176,9 @@ class Server:
             job.first_s = end_s
         self._commit([*ready, *opening], [*kept, *(0,) * len(opening)], end_s)
         self.counts.rounds += len(ready)
+        if prompt_rows or not self._calm:
+            roomy = self.limits.cache_tokens is None
+            self._calm = roomy and all(job.ready for job in self.running)
         return end_s
 
     def settle(self) -> list[Job]:
@@ -186,77 +187,81 @@ class Server:
         self.in_flight -= len(ended)
         return ended
 
-    def _repeat(self, now_s: float) -> float:
-        """A round in which the last decision holds: whole blocks of the same depth.
+    def _repeat(self, now_s: float, until_s: float) -> float | None:
+        """Rounds that need no plan: plain ones, or whole blocks by a decision that holds.
 
-        What the scheduler would have learned from it is left out. It decides anew where a request
-        comes, and after some rounds.
+        Returns:
+            When the last of them ends; None if there is no such round.
         """
-        self._steady -= 1
-        requests, depth, machine = len(self.running), self._depth, self._machine
-        kept, run_T = list[int](), self._run_T
+        requests, machine, counts = len(self.running), self._machine, self.counts
+        depth, most = 0, min(job.left for job in self.running)
+        draft_ms, verify_ms, rest_ms = 0.0, machine.plain_ms(requests), 0.0
+        if self._decisions is not None:
+            depth, most = self._decisions.whole(requests)
+            if not most:
+                return None
+            draft_ms = machine.draft_ms(requests, depth)
+            verify_ms = machine.verify_ms(requests, requests * depth)
+            rest_ms = machine.rest_ms(requests)
+            rest_ms += self._decisions.held_weight * machine.schedule_ms(requests)
+        step_s = (draft_ms + verify_ms + rest_ms) / 1e3
+        steps, end_s = 0, now_s
+        while steps < most and not self._ending and (end_s < until_s or not steps):
+            steps, end_s = steps + 1, end_s + step_s
+            self._commit_whole(depth, end_s)
+        if self._decisions is not None:
+            self._decisions.skip(requests, steps)
+        counts.steps += steps
+        counts.rounds += requests * steps
+        counts.busy_s += steps * step_s
+        counts.draft_s += steps * draft_ms / 1e3
+        counts.verify_s += steps * verify_ms / 1e3
+        counts.verified += steps * requests * depth
+        return end_s
+
+    def _commit_whole(self, depth: int, end_s: float) -> None:
+        """Commit a round of whole blocks."""
+        run_T, kept = self._run_T, list[int]()
         for job in self.running:
             start, length = job.place
-            kept.append(min(run_T[start + (job.tokens - 1) % length], depth))
-        draft_ms = machine.draft_ms(requests, self._drawn)
-        verify_ms = machine.verify_ms(requests, requests * depth)
-        rest_ms = machine.rest_ms(requests, schedules=self.way.schedule.protects)
-        counts, step_s = self.counts, (draft_ms + verify_ms + rest_ms) / 1e3
-        counts.steps += 1
-        counts.rounds += requests
-        counts.busy_s += step_s
-        counts.draft_s += draft_ms / 1e3
-        counts.verify_s += verify_ms / 1e3
-        counts.verified += requests * depth
-        self._commit(list(self.running), kept, now_s + step_s)
-        return now_s + step_s
-
-    def _hold(self, depth: int) -> None:
-        """Let a decision to verify so many drafts of everyone hold, if the one before was alike."""
-        alone = not self.queue and self.limits.cache_tokens is None
-        self._steady = STEADY_ROUNDS if depth and depth == self._depth and alone else 0
-        self._depth = depth
+            kept.append(min(run_T[start + (job.tokens - 1) % length], depth) if depth else 0)
+        self._commit(list(self.running), kept, end_s)
 
     def _plain_ms(self, requests: int, prompt_rows: int) -> float:
         step_ms = self._machine.plain_ms(requests) if requests else 0.0
         if not prompt_rows:
             self.counts.verify_s += step_ms / 1e3
-        return step_ms + self._machine.prompt_ms(prompt_rows, requests)
+        return step_ms + self._machine.prompt_ms(prompt_rows, requests, drafter=False)
 
-    def _round(self, plan: StepPlan, prompt_rows: int) -> tuple[list[int], float]:
+    def _round(
+        self,
+        decisions: Decisions,
+        ready: Sequence[Job],
+        opening: Sequence[Job],
+        prompt_rows: int,
+    ) -> tuple[list[int], float]:
         """Drafts kept of each ready request, and the step's milliseconds."""
-        acceptance, scheduler, machine = self.way.acceptance, self._scheduler, self._machine
+        acceptance, machine, requests = self.way.acceptance, self._machine, len(ready)
         assert acceptance is not None
-        judged, requests = plan.judged, len(plan.ready)
-        limits = scheduler.limits(judged, draft_limits(judged, self._num_drafts))
-        drawn = max(limits, default=0)
-        lengths, kept, draft_ms = [0] * requests, [0] * requests, 0.0
-        if drawn > 0:
-            ready = cast("Sequence[Job]", plan.ready)
-            places_R = np.array([s + (job.tokens - 1) % n for job in ready for s, n in [job.place]])
-            reads = scheduler.reads_confidences
-            logits_RK = acceptance.logits_TK[places_R, :drawn] if reads else None
-            wanted = scheduler.lengths(judged, limits, Offer(requests, drawn, logits_RK))
-            lengths = [min(pair) for pair in zip(wanted, limits, strict=False)]
-            kept = np.minimum(acceptance.run_T[places_R], lengths).tolist()
-            draft_ms = machine.draft_ms(requests, scheduler.depth or self._num_drafts)
-        verified = sum(lengths)
+        places_R = np.array(
+            [s + (job.tokens - 1) % n for job in ready for s, n in [job.place]], dtype=np.int64
+        )
+        decision = decisions.decide(ready, opening, places_R)
+        kept: list[int] = np.minimum(acceptance.run_T[places_R], decision.lengths).tolist()
+        draft_ms = machine.draft_ms(requests, decision.depth) if decision.depth else 0.0
+        schedule_ms = decision.weighed * machine.schedule_ms(requests)
+        verified = sum(decision.lengths)
         verify_ms = machine.verify_ms(requests, verified) if requests else 0.0
         if requests and not prompt_rows:
             self.counts.verify_s += verify_ms / 1e3
         self.counts.draft_s += draft_ms / 1e3
         self.counts.verified += verified
-        whole_ms = verify_ms + machine.prompt_ms(prompt_rows, requests)
-        if judged:
-            joining = [0] * len(plan.opening)
-            spent = Spent(requests + verified + prompt_rows, draft_ms, 0.0, whole_ms)
-            tried = cast("Drafts", _Tried([*lengths, *joining], list(limits)))
-            scheduler.learn(judged, tried, [*kept, *joining], spent)
-        rest_ms = machine.rest_ms(requests, schedules=self.way.schedule.protects)
-        if not prompt_rows:
-            self._drawn = scheduler.depth or self._num_drafts
-            self._hold(drawn if verified == drawn * requests else 0)
-        return kept, draft_ms + whole_ms + (rest_ms if requests else 0.0)
+        whole_ms = verify_ms + machine.prompt_ms(prompt_rows, requests, drafter=True)
+        if decision.asked:
+            rows = requests + verified + prompt_rows
+            decisions.learn(kept, Spent(rows, draft_ms, schedule_ms, whole_ms))
+        rest_ms = machine.rest_ms(requests) if requests else 0.0
+        return kept, draft_ms + whole_ms + rest_ms + schedule_ms
 
     def _commit(self, jobs: Sequence[Job], kept: Sequence[int], end_s: float) -> None:
         """Commit each one's kept drafts and the token behind them."""
@@ -267,11 +272,11 @@ class Server:
             job.commit(gained)
             self.counts.tokens += gained
             if job.left <= 0:
-                self._steady *= len(self.running) > 1
                 job.end_s = end_s
                 self._ending.append(job)
                 self.running.remove(job)
-                self._scheduler.forget(job.request_id)
+                if self._decisions is not None:
+                    self._decisions.forget(job.request_id)
 
     def _admit(self) -> None:
         """Let requests run in their order, as far as there are places and pages."""
@@ -303,9 +308,10 @@ class Server:
         return pages * PAGE_SIZE <= self.limits.cache_tokens
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """What `Scheduler.learn` reads of `Drafts`."""
 
-    lengths: list[int]
-    proposed: list[int]
+def _any_of(count: int, seed: int, number: int) -> int:
+    """A number below `count` that hangs on both (splitmix64; Steele, Lea and Flood 2014)."""
+    mixed = (number + 1 + (seed << 32)) * 0x9E3779B97F4A7C15 & _WORD
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
+    return (mixed ^ mixed >> 31) % count

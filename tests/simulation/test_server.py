@@ -9,6 +9,7 @@ from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.scheduling.cost_table import CostTable
+from dspark.simulation import decisions
 from dspark.simulation.acceptance import synthetic
 from dspark.simulation.arrivals import Arrivals, Lengths, drawn_arrivals
 from dspark.simulation.fleet import Fleet, closed_loop, open_loop
@@ -160,8 +161,8 @@ def test_what_a_table_does_not_know_is_refused_or_guessed(costs):
         open_loop(Way("off", costs), requests, Fleet(Limits(1, cache_tokens=4)))
     bare = Machine(CostTable(costs.points, costs.machine), 4)
     assert bare.plain_ms(2) == pytest.approx(10.5)
-    assert bare.prompt_ms(9, 0) == pytest.approx(10.25 + 8 / 4)
-    assert bare.rest_ms(3, schedules=True) == 0
+    assert bare.prompt_ms(9, 0, drafter=True) == pytest.approx(10.25 + 8 / 4)
+    assert bare.rest_ms(3) == bare.schedule_ms(3) == 0
     assert Machine(costs, 4).verify_ms(8, 100) == pytest.approx(10 + 108 / 4)
 
 
@@ -183,11 +184,12 @@ def test_lagged_pays_for_drafts_only_where_they_are_worth_it(costs):
     assert speed("lagged", "lagged") > 0.95 * speed("off")
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3])
-def test_steady_rounds_change_hardly_a_figure(costs, monkeypatch, share):
-    """Where decisions hold, as against a scheduler that is asked in every round."""
-    way = Way("lagged", costs, synthetic([0.8, 0.6, 0.5, 0.4]), Schedule("lagged"))
-    requests = drawn_arrivals(60, Lengths(20, 0.5), Lengths(60, 0.5)).at_rate(share * 16)
+@pytest.mark.parametrize("name", ["lagged", "prefix"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_held_decisions_change_hardly_a_figure(costs, monkeypatch, share, name):
+    """As against a scheduler that is asked in every round."""
+    way = Way(name, costs, synthetic([0.8, 0.6, 0.5, 0.4]), Schedule(name))
+    requests = drawn_arrivals(120, Lengths(20, 0.5), Lengths(60, 0.5)).at_rate(share * 16)
     decided, runs = [], []
     limits = Scheduler.limits
 
@@ -196,15 +198,16 @@ def test_steady_rounds_change_hardly_a_figure(costs, monkeypatch, share):
         return limits(*given)
 
     monkeypatch.setattr(Scheduler, "limits", counted)
-    for rounds in (31, 0):
-        monkeypatch.setattr("dspark.simulation.server.STEADY_ROUNDS", rounds)
+    for whole, filled in ((decisions.WHOLE_ROUNDS, decisions.FILLED_ROUNDS), (0, 0)):
+        monkeypatch.setattr(decisions, "WHOLE_ROUNDS", whole)
+        monkeypatch.setattr(decisions, "FILLED_ROUNDS", filled)
         decided.append(0)
         runs.append(open_loop(way, requests, Fleet(Limits(8))))
     held, asked = (run.servers[0].counts for run in runs)
-    assert decided[0] < 0.4 * decided[1]
-    for name in ("tokens", "steps", "busy_s"):
-        assert getattr(held, name) == pytest.approx(getattr(asked, name), rel=0.02)
+    assert decided[0] < 0.5 * decided[1]
+    for figure in ("tokens", "steps", "busy_s"):
+        assert getattr(held, figure) == pytest.approx(getattr(asked, figure), rel=0.02)
     # A held round verifies whole blocks where the asked scheduler now and then cuts one.
-    assert held.verified == pytest.approx(asked.verified, rel=0.05)
-    ends = [np.array([job.end_s - job.sent_s for job in run.jobs]) for run in runs]
-    assert np.median(np.abs(ends[0] / ends[1] - 1)) < 0.01
+    assert held.verified == pytest.approx(asked.verified, rel=0.08)
+    spent = [np.mean([job.end_s - job.sent_s for job in run.jobs]) for run in runs]
+    assert spent[0] == pytest.approx(spent[1], rel=0.05)  # queues make more of a hundredth

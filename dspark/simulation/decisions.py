@@ -1,0 +1,173 @@
+"""Drafts of a simulated replica: the engine's own scheduler, asked in some rounds, held in others.
+
+Asking takes a thousand times as long as playing a round. Under one load decisions hardly differ
+from one round to the next, so most rounds go by the last one: blocks that were verified whole are,
+and a budget is spent anew on the drafts that this round's confidences name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from dspark.engine.requests.sequence import ActiveRequest
+from dspark.engine.speculation.acceptance import Offer
+from dspark.engine.speculation.draft import Drafts, draft_limits
+from dspark.engine.speculation.draft_scheduler import EVERY, Scheduler
+from dspark.engine.speculation.round_record import Spent
+from dspark.engine.speculation.schedule import Schedule
+from dspark.scheduling.cost_table import CostTable
+from dspark.simulation.acceptance import Acceptance
+from dspark.simulation.jobs import Job
+from dspark.simulation.traffic import FloatArray, IntArray
+
+# Rounds that go by a decision: to verify whole blocks, where those before were alike, and others.
+# Before so many have been decided, none does: a scheduler begins by trying things.
+WHOLE_ROUNDS, FILLED_ROUNDS, FIRST_ROUNDS = 15, 3, 64
+_ALIKE = 3
+
+
+@dataclass
+class Decision:
+    """What a round of a load does.
+
+    Attributes:
+        lengths: drafts of each request that are verified.
+        depth: drafts of each that are drafted; 0 for none.
+        asked: whether the scheduler decided it.
+        weighed: rounds of a schedule's own work that it takes; fewer where the engine's scheduler
+            goes by an earlier decision itself.
+    """
+
+    lengths: Sequence[int]
+    depth: int
+    asked: bool
+    weighed: float
+
+
+@dataclass
+class _Held:
+    """A decision that holds: budget per request; whole blocks, in so many rounds; rounds left."""
+
+    depth: int
+    budget: float
+    whole: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What `Scheduler.learn` reads of `Drafts`."""
+
+    lengths: list[int]
+    proposed: list[int]
+
+
+class Decisions:
+    """Decides how many drafts are verified, round by round.
+
+    Args:
+        schedule: of the drafts.
+        costs: for schedules that weigh them.
+        acceptance: of the drafter.
+    """
+
+    def __init__(self, schedule: Schedule, costs: CostTable, acceptance: Acceptance) -> None:
+        self._num_drafts = acceptance.num_drafts
+        self._scheduler = Scheduler(schedule, num_drafts=self._num_drafts, costs=costs)
+        self._acceptance, self._schedule = acceptance, schedule
+        self._held: dict[int, _Held] = {}
+        self._asked = 0
+        self._spent: tuple[Sequence[ActiveRequest], _Tried] | None = None
+
+    def whole(self, requests: int) -> tuple[int, int]:
+        """Drafts of each in rounds that verify whole blocks, and how many rounds go by that."""
+        held = self._held.get(requests.bit_length())
+        return (held.depth, held.left) if held is not None and held.whole >= _ALIKE else (0, 0)
+
+    def skip(self, requests: int, rounds: int) -> None:
+        """So many rounds of whole blocks have gone by."""
+        self._held[requests.bit_length()].left -= rounds
+
+    @property
+    def held_weight(self) -> float:
+        """Rounds of a schedule's work in one of whole blocks that holds (`Decision.weighed`)."""
+        if not self._schedule.weighs_costs:
+            return 0.0
+        return 1 / EVERY if self._schedule.name == "lagged" else 1.0
+
+    def decide(
+        self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray
+    ) -> Decision:
+        """What a round does.
+
+        Args:
+            ready: who drafts, R.
+            opening: who draws a first token in it.
+            places_R: where the drafts of each lie in the acceptance profile.
+        """
+        held = self._held.get(len(ready).bit_length())
+        if held is not None and held.left > 0:
+            held.left -= 1
+            if held.whole >= _ALIKE:
+                lengths = [held.depth] * len(ready)
+                return Decision(lengths, held.depth, asked=False, weighed=self.held_weight)
+            survival_RK = self._acceptance.survival_TK[places_R, : held.depth]
+            lengths = _filled(survival_RK, round(held.budget * len(ready)))
+            return Decision(lengths, held.depth, asked=False, weighed=1.0)
+        return self._ask(ready, opening, places_R)
+
+    def _ask(
+        self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray
+    ) -> Decision:
+        scheduler, count = self._scheduler, len(ready)
+        judged = cast("list[ActiveRequest]", [*ready, *opening])
+        limits = scheduler.limits(judged, draft_limits(judged, self._num_drafts))
+        drawn, lengths, reads = max(limits, default=0), [0] * count, False
+        if drawn > 0:
+            reads = scheduler.reads_confidences
+            logits_RK = self._acceptance.logits_TK[places_R, :drawn] if reads else None
+            wanted = scheduler.lengths(judged, limits, Offer(count, drawn, logits_RK))
+            lengths = [min(pair) for pair in zip(wanted, limits, strict=False)]
+        self._spent = judged, _Tried([*lengths, *(0,) * len(opening)], list(limits))
+        depth = (scheduler.depth or self._num_drafts) if drawn > 0 else 0
+        if count:
+            self._asked += 1
+            self._hold(lengths, drawn, depth)
+        return Decision(lengths, depth, asked=True, weighed=float(reads))
+
+    def _hold(self, lengths: Sequence[int], drawn: int, depth: int) -> None:
+        load, verified = len(lengths).bit_length(), sum(lengths)
+        before = self._held.get(load)
+        whole = int(drawn > 0 and verified == drawn * len(lengths))
+        if whole and before is not None and before.depth == depth:
+            whole += before.whole
+        left = 0
+        if whole >= _ALIKE:
+            left = WHOLE_ROUNDS
+        elif verified and self._asked > FIRST_ROUNDS and self._schedule.reads_confidences:
+            left = FILLED_ROUNDS
+        self._held[load] = _Held(depth, verified / len(lengths), whole, left)
+
+    def learn(self, kept: Sequence[int], spent: Spent) -> None:
+        """Tell the scheduler how a round went that it decided."""
+        assert self._spent is not None, "it was asked"
+        judged, tried = self._spent
+        joining = len(judged) - len(kept)
+        if judged:
+            self._scheduler.learn(judged, cast("Drafts", tried), [*kept, *(0,) * joining], spent)
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is known of a request that has ended."""
+        self._scheduler.forget(request_id)
+
+
+def _filled(survival_RK: FloatArray, budget: int) -> list[int]:
+    """Verification lengths that spend a budget on the likeliest drafts."""
+    requests, drafts = survival_RK.shape
+    best = np.argsort(-survival_RK, axis=None, kind="stable")[:budget]
+    found: list[int] = np.bincount(best // drafts, minlength=requests).tolist()
+    return found
