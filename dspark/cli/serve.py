@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dspark.cli.groups import PairOrPlain, Speculation
 from dspark.cli.inputs import load_pair, measure_costs, tell_schedule
-from dspark.cli.options import Command, option, pick
+from dspark.cli.options import Command, number, option, pick
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Verifier
@@ -143,6 +144,13 @@ class _Learning:
     learn_bytes: int = option(
         1 << 30, "samples on disk at most (default: 1 GiB)", metavar="N", least=1 << 20
     )
+    learn_share: float = option(
+        0.25,
+        "of one core's time that the trainer takes at most, above 0 and at most 1 (default: "
+        "{default})",
+        read=partial(number, above=True),
+        metavar="S",
+    )
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     if options.learn is None and options.learn_dir is not None:
         raise UsageError("--learn-dir says where learning keeps its files; give --learn as well.")
+    if options.learn_share > 1:
+        raise UsageError(f"--learn-share is {options.learn_share:g}, but must be at most 1.")
     from dspark.serving.middleware import start_logging
     from dspark.serving.server import Server, bind
 
@@ -195,7 +205,7 @@ def _service(options: Options, model: Model, screen: Screen) -> EngineService:
         return EngineService(_engine(options, model, screen))
     from dspark.serving.learning.learner import Learner, resume
 
-    directory = resume(model, options.learn_dir, options.learn)
+    directory = resume(model, options.learn_dir, options.learn, options.learn_share)
     engine = _engine(options, model, screen)
     learner = Learner(
         directory, engine, draft_top_k=model.draft_top_k, max_bytes=options.learn_bytes

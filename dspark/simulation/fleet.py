@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from dspark.errors import UsageError
 from dspark.simulation.arrivals import Arrivals
 from dspark.simulation.jobs import Job
-from dspark.simulation.server import Limits, Server, Way
+from dspark.simulation.server import Counts, Limits, Server, Way
 
 RouterName = Literal["least", "round-robin", "random"]
 
@@ -100,26 +100,44 @@ def open_loop(way: Way, arrivals: Arrivals, fleet: Fleet) -> Run:
     return Run(tuple(jobs), tuple(servers), jobs[-1].sent_s - jobs[0].sent_s, in_window)
 
 
-def closed_loop(way: Way, arrivals: Arrivals, fleet: Fleet, users: int) -> Run:
+def closed_loop(
+    way: Way,
+    arrivals: Arrivals,
+    fleet: Fleet,
+    users: int,
+    *,
+    count: int | None = None,
+    warm_up_tokens: int = 0,
+) -> Run:
     """So many users, each of whom sends the next request the moment its answer ends.
 
-    As `evaluation.load.closed_loop`: all users stay busy until every request of `arrivals` is
-    answered; that is the window, and further requests, which repeat them, do not count.
+    As `evaluation.load.closed_loop`: all users stay busy until the counted requests are answered;
+    that is the window, and further requests do not count.
+
+    Args:
+        way: how the replicas decode.
+        arrivals: the requests, which are sent in turn; those behind the last are the first again.
+        fleet: where they go.
+        users: that are always there.
+        count: requests that count, from the first on; None for all.
+        warm_up_tokens: of an answer to each of the last `users` requests, before the window.
 
     Raises:
         UsageError: as `open_loop`.
     """
     _check_cache(arrivals, fleet)
     servers, route = fleet.servers(way), fleet.route()
-    counted = arrivals.jobs()
-    jobs, open_jobs = list[Job](), len(counted)
+    pool = arrivals.jobs()
+    if warm_up_tokens:
+        _warm_up(servers, [pool[-1 - i % len(pool)] for i in range(users)], warm_up_tokens)
+    open_jobs = len(pool) if count is None else count
+    jobs, counted = list[Job](), open_jobs
     clock, now_s = _Clock(servers), 0.0
     clock.until_s = math.inf if len(servers) == 1 else -math.inf
 
-    def send(count: int) -> None:
-        for _ in range(count):
-            alike = counted[len(jobs) % len(counted)]
-            job = Job(len(jobs), alike.prompt_tokens, alike.answer_tokens, now_s, alike.stream)
+    def send(number: int) -> None:
+        for _ in range(number):
+            job = replace(pool[len(jobs) % len(pool)], request_id=len(jobs), sent_s=now_s)
             jobs.append(job)
             clock.queue(route(servers, job), job)
         clock.start(now_s)
@@ -128,11 +146,23 @@ def closed_loop(way: Way, arrivals: Arrivals, fleet: Fleet, users: int) -> Run:
     while open_jobs:
         now_s = clock.next_s
         ended = clock.turn(restart=False)
-        open_jobs -= sum(job.request_id < len(counted) for job in ended)
+        open_jobs -= sum(job.request_id < counted for job in ended)
         if open_jobs:
             send(len(ended))
     tokens = sum(server.counts.tokens for server in servers)
-    return Run(tuple(jobs[: len(counted)]), tuple(servers), now_s, tokens)
+    return Run(tuple(jobs[:counted]), tuple(servers), now_s, tokens)
+
+
+def _warm_up(servers: Sequence[Server], jobs: Sequence[Job], tokens: int) -> None:
+    """Have all answers of a few tokens, of which nothing counts."""
+    clock = _Clock(servers)
+    for i, job in enumerate(jobs):
+        few = replace(job, request_id=-1 - i, answer_tokens=min(job.answer_tokens, tokens))
+        clock.send(servers[i % len(servers)], few)
+    while clock.next_s < math.inf:
+        clock.turn()
+    for server in servers:
+        server.counts = Counts()
 
 
 class _Clock:

@@ -190,6 +190,25 @@ def test_a_calibration_is_refreshed_only_where_it_is_better_on_later_rounds() ->
     assert refreshed(Calibration(), [("token", "sampled", few)]) == (Calibration(), 0)
 
 
+@pytest.mark.parametrize(("share", "rest_s"), [(0.2, 4.0), (0.5, 1.0), (1.0, 0.0)])
+def test_a_trainer_takes_its_share_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rest_s: float
+) -> None:
+    """It rests after each second of work; one that is driven by calls does not."""
+    clock = {"worked": 0.0, "slept": 0.0}
+    monkeypatch.setattr(time, "process_time", lambda: clock["worked"])
+    monkeypatch.setattr(time, "monotonic", lambda: clock["worked"] + clock["slept"])
+    monkeypatch.setattr(time, "sleep", lambda s: clock.update(slept=clock["slept"] + s))
+    directory = LearningDirectory(tmp_path)
+    directory.write_plan(Plan("calibration", "t", "f", "d", "float32", 2, 64, share=share))
+    trainer, driven = Trainer(directory, os.getppid()), Trainer(directory)
+    for seconds in range(1, 4):
+        clock["worked"] += 1.0
+        driven.pulse()
+        trainer.pulse()
+        assert clock["slept"] == pytest.approx(rest_s * seconds)
+
+
 def test_the_trainers_process_calibrates_and_ends_with_its_server(tmp_path: Path) -> None:
     directory = LearningDirectory(tmp_path)
     directory.write_plan(Plan("calibration", "t", "f", "d", "float32", 2, 64))

@@ -30,6 +30,7 @@ VERSION = 1
 LearnMode = Literal["calibration", "drafter"]
 KINDS: tuple[TemperatureClass, ...] = ("greedy", "sampled")
 MOST_ROUND_FILES = 128
+DEFAULT_SHARE = 0.25
 _REMEDY = "give another --learn-dir, or delete this one"
 T = TypeVar("T", "Plan", "State")
 
@@ -52,6 +53,7 @@ class Plan:
         fresh_tokens: tokens of samples not trained on yet that begin another training.
         learning_rate: AdamW's, for all but the layers' matrices.
         matrix_learning_rate: Muon's, for these.
+        share: of one core's time that training may take.
     """
 
     mode: LearnMode
@@ -67,6 +69,7 @@ class Plan:
     fresh_tokens: int = 4096
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 2e-3
+    share: float = DEFAULT_SHARE
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,14 @@ from dspark.errors import DataError, DSparkError, UsageError
 from dspark.evaluation.identity import draft_fingerprint
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.collector import Harvest, TrafficCollector
-from dspark.serving.learning.directory import LearningDirectory, LearnMode, Outcome, Plan, State
+from dspark.serving.learning.directory import (
+    DEFAULT_SHARE,
+    LearningDirectory,
+    LearnMode,
+    Outcome,
+    Plan,
+    State,
+)
 from dspark.serving.learning.samples import SampleRing
 from dspark.serving.learning.training import check_learnable, write_drafter
 from dspark.sources.cache import cache_directory
@@ -75,13 +82,16 @@ class Progress:
     trainer_failures: int
 
 
-def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory:
+def resume(
+    model: Model, path: str | None, mode: LearnMode, share: float = DEFAULT_SHARE
+) -> LearningDirectory:
     """Have a pair serve with what it has learned before; at the first start, begin.
 
     Args:
         model: gets the drafter and calibration that are to serve.
         path: the directory; None for one in the user's cache that belongs to this very pair.
         mode: what is to be learned.
+        share: of one core's time that the trainer may take.
 
     Raises:
         UsageError: there is no drafter, or none of a kind that learns.
@@ -102,6 +112,7 @@ def resume(model: Model, path: str | None, mode: LearnMode) -> LearningDirectory
         max_length=model.target.max_context,
         learning_rate=usual_learning_rate(model.target.hidden_size),
         matrix_learning_rate=2 * usual_learning_rate(model.target.hidden_size),
+        share=share,
     )
     pair = f"{plan.target_fingerprint[:8]}-{plan.drafter_fingerprint[:8]}"
     place = cache_directory("learning") / pair if path is None else Path(path)
@@ -224,6 +235,12 @@ class Learner:
             while self._turns == seen and self._thread is not None and self._thread.is_alive():
                 time.sleep(0.01)
 
+    @property
+    def trainer_pid(self) -> int | None:
+        """Process id of the trainer; None where it does not run."""
+        running = self._trainer is not None and self._trainer.poll() is None
+        return self._trainer.pid if self._trainer is not None and running else None
+
     def progress(self) -> Progress:
         """How learning goes."""
         return Progress(
@@ -233,7 +250,7 @@ class Learner:
             dropped=self._dropped,
             bytes=self._bytes,
             swaps=self._swaps,
-            trainer_runs=self._trainer is not None and self._trainer.poll() is None,
+            trainer_runs=self.trainer_pid is not None,
             trainer_failures=self._failures,
         )
 

@@ -1,7 +1,8 @@
 """Trainer process of a learning server: `python -m dspark.serving.learning.trainer DIRECTORY`.
 
-It has the lowest priority and one thread, reads what the server has written, and says in state.json
-which drafter is to serve. It can be killed at any time: what it has not said, it does again.
+It has the lowest priority and one thread, of whose time it takes a share at most. It reads what the
+server has written, and says in state.json which drafter is to serve. It can be killed at any time:
+what it has not said, it does again.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Trainer:
         self._rounds_read = -FRESH_ROUND_FILES
         self._trained_on: set[bytes] = set()
         self._judged_on: set[bytes] = set()
+        self._worked_s = time.process_time()
 
     def run(self) -> None:
         """Go on until the server ends."""
@@ -71,9 +73,22 @@ class Trainer:
                 time.sleep(PAUSE_S)
 
     def pulse(self) -> None:
-        """End with the server."""
-        if self._parent is not None and os.getppid() != self._parent:
-            raise Orphaned
+        """End with the server, and rest after work, so that this takes its share of time alone.
+
+        A trainer that is driven by calls never rests.
+        """
+        if self._parent is None:
+            return
+        now_s = time.process_time()
+        rest_s = (now_s - self._worked_s) * (1 / self.plan.share - 1)
+        self._worked_s = now_s
+        until_s = time.monotonic() + rest_s
+        while os.getppid() == self._parent:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            time.sleep(min(left_s, PAUSE_S))
+        raise Orphaned
 
     def advance(self) -> bool:
         """Do one thing, and say so in state.json; whether there was any.
