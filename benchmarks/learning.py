@@ -5,15 +5,18 @@ traffic of another (`--after`) at temperature 0, with `--learn drafter`. Reporte
 length over the traffic, and that of three drafters on held-out prompts of the new domain: the one
 it began with, the one that was learned, and one trained on that domain beforehand for as many
 steps as the first. Every answer whose decoding saw a swap, and as many others, must be plain
-decoding's. While the server catches up with what it has gathered, the trainer is called in between;
-how much throughput it costs as a process is measured apart, `--throughput-s` seconds in all, by
-turns with learning and without.
+decoding's. While the server catches up with what it has gathered, the trainer is called in between.
+How much throughput it costs as a process is measured apart, `--throughput-s` seconds in all: two
+engines with the learned drafter serve by turns, one that goes on learning and one that does not,
+beside which the trainer's process is stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -41,7 +44,7 @@ from dspark.engine.engine import Engine
 from dspark.engine.loading import load, load_draft
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams, merge_stats
-from dspark.serving.learning.directory import LearningDirectory
+from dspark.serving.learning.directory import DEFAULT_SHARE, LearningDirectory
 from dspark.serving.learning.learner import Learner, resume
 from dspark.serving.learning.trainer import Trainer
 
@@ -92,6 +95,7 @@ class Serving:
         asked: of every request sent, by its number.
         outputs: of those that have ended.
         across: numbers of those that were running at a swap.
+        tokens: committed.
     """
 
     engine: Engine
@@ -101,6 +105,7 @@ class Serving:
     asked: dict[int, Request] = field(default_factory=dict)
     outputs: dict[int, Output] = field(default_factory=dict)
     across: set[int] = field(default_factory=set)
+    tokens: int = 0
     _orders: SimpleQueue[Callable[[Engine], None]] = field(default_factory=SimpleQueue)
 
     def start(self) -> None:
@@ -128,6 +133,7 @@ class Serving:
             self.asked[self.engine.add(request)] = request
         ended = []
         for event in self.engine.step():
+            self.tokens += len(event.pieces)
             if event.output is not None:
                 self.outputs[event.request_id] = event.output
                 ended.append(event.output)
@@ -219,40 +225,76 @@ def throughput(
     model: Model, before: Path, directory: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Tokens a second with the trainer's process beside the engine, and without learning."""
-    pair, speeds = load_draft(model.target, before), {True: list[float](), False: list[float]()}
-    found = resume(pair, str(directory), "drafter")
-    turns = 2 * args.repeats
-    for turn in range(turns):
-        learns = turn % 2 == 0
-        engine = opened(pair, args)
-        learner = Learner(found, engine) if learns else None
-        serving = Serving(engine, learner, domain_traffic(model, args, args.after), args.users)
-        serving.start()
-        warm = time.perf_counter() + 3 * learns  # the trainer's process starts
-        while time.perf_counter() < warm:
-            serving.step()
-        started, tokens = time.perf_counter(), 0
-        while time.perf_counter() < started + args.throughput_s / turns:
-            tokens += sum(len(output.token_ids) for output in serving.step())
-        speeds[learns].append(tokens / (time.perf_counter() - started))
-        if learner is not None:
-            learner.stop()
+    pair = load_draft(model.target, before)
+    found = resume(pair, str(directory), "drafter", args.share)
+    engine = opened(pair, args)
+    learner = Learner(found, engine)
+    traffic = domain_traffic(model, args, args.after)
+    learning = Serving(engine, learner, traffic, args.users)
+    plain = Serving(opened(pair, args), None, traffic, args.users)
+    learning.start()
+    warm = time.perf_counter() + args.warm_s  # the trainer's process loads and begins
+    while time.perf_counter() < warm:
+        learning.step()
+        plain.step()
+    pid, begun = learner.trainer_pid, learner.progress()
+    if pid is None:
+        raise SystemExit("The trainer does not run; its log says why.")
+    speeds = {True: list[float](), False: list[float]()}
+    shares = list[float]()
+    for turn in range(2 * max(round(args.throughput_s / args.turn_s / 2), 1)):
+        learns = turn % 4 in (0, 3)
+        os.kill(pid, signal.SIGCONT if learns else signal.SIGSTOP)
+        side = learning if learns else plain
+        started, tokens, worked = time.perf_counter(), side.tokens, cpu_s(pid)
+        while (spent := time.perf_counter() - started) < args.turn_s:
+            side.step()
+        speeds[learns].append((side.tokens - tokens) / spent)
+        shares += [(cpu_s(pid) - worked) / spent] if learns else []
         say(f"{'learning' if learns else 'not learning'}: {speeds[learns][-1]:.1f} tokens/s")
-    ratios = [1 - a / b for a, b in zip(speeds[True], speeds[False], strict=True)]
+    os.kill(pid, signal.SIGCONT)
+    ended = learner.progress()
+    learner.stop()
+    costs = [1 - a / b for a, b in zip(speeds[True], speeds[False], strict=True)]
+    cost = 1 - statistics.fmean(speeds[True]) / statistics.fmean(speeds[False])
     return {
         "learning": speeds[True],
         "not_learning": speeds[False],
-        "cost": statistics.median(ratios),
-        "costs": ratios,
-        "reached": statistics.median(ratios) <= COST,
+        "cost": cost,
+        "costs": costs,
+        "standard_error": statistics.stdev(costs) / len(costs) ** 0.5 if len(costs) > 1 else None,
+        "trainer_share": statistics.fmean(shares),
+        "steps": ended.state.steps - begun.state.steps,
+        "swaps": ended.swaps - begun.swaps,
+        "reached": cost <= COST,
     }
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of the processor that a process has taken (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(model: Model, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything in turn."""
-    domains = (args.before, args.after)
-    drafters = {domain: trained(model, args, domain, folder) for domain in domains}
-    say("both drafters are trained")
+    """Everything in turn, or what it costs alone where the folder has what was learned."""
+    found = dict[str, Any]()
+    first = folder / args.before / f"drafter-{args.seed}"
+    if not (folder / "learned").is_dir():
+        domains = (args.before, args.after)
+        drafters = {domain: trained(model, args, domain, folder) for domain in domains}
+        say("both drafters are trained")
+        found = recovery(model, drafters, folder, args)
+        first = drafters[args.before]
+    if args.throughput_s:
+        found["throughput"] = throughput(model, first, folder / "learned", args)
+    return found
+
+
+def recovery(
+    model: Model, drafters: dict[str, Path], folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """How far acceptance recovers, and whether outputs stay."""
     first, reference = drafters[args.before], drafters[args.after]
     serving, _, curve = drift(model, first, folder / "learned", args)
     params = SamplingParams(max_new_tokens=args.answer_tokens, seed=args.seed)
@@ -279,9 +321,6 @@ def measure(model: Model, args: argparse.Namespace, folder: Path) -> dict[str, A
         "rollbacks": state.rollbacks,
         "steps": state.steps,
         "identity": identity(model, serving, args.others),
-        "throughput": throughput(model, first, folder / "throughput", args)
-        if args.throughput_s
-        else None,
     }
 
 
@@ -307,14 +346,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts")
     parser.add_argument("--others", type=int, default=24, help="answers compared that saw no swap")
     parser.add_argument("--throughput-s", type=float, default=120.0, help="0 leaves it out")
-    parser.add_argument("--repeats", type=int, default=3, help="of each way")
+    parser.add_argument("--turn-s", type=float, default=5.0, help="of each turn")
+    parser.add_argument("--warm-s", type=float, default=10.0, help="before the first turn")
+    parser.add_argument("--share", type=float, default=DEFAULT_SHARE, help="of the trainer")
+    parser.add_argument(
+        "--folder", type=Path, help="keep everything here; throughput alone is measured again"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load(str(model_path(args.model)), "none", device="cpu", dtype="float32", offline=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(model, args, Path(folder))
+        found = measure(model, args, args.folder or Path(folder))
     found["minutes"] = (time.perf_counter() - started) / 60
+    del args.folder
     emit("learning", environment(model.target.dtype), {"settings": settings_of(args), **found})
 
 

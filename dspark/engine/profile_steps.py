@@ -163,10 +163,9 @@ def _under_load(
     ]
     seen: list[list[_Times]] = [[] for _ in schedulers]
     for context in _CONTEXTS:  # in turn, so that a slow moment does not fall on one of them alone
+        load = count, context, rounds // len(_CONTEXTS)
         for scheduler, steps in zip(schedulers, seen, strict=True):
-            steps += _steps(
-                target, drafter, scheduler, (count, context, rounds // len(_CONTEXTS)), now
-            )
+            steps.extend(_steps(target, drafter, scheduler, load, now))
     plain, none, fixed, lagged = map(_Times.mean, seen)
     curve = costs.verify_curve(count)
     return _Load(

@@ -99,9 +99,7 @@ class Decisions:
             return 0.0
         return 1 / EVERY if self._schedule.name == "lagged" else 1.0
 
-    def decide(
-        self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray
-    ) -> Decision:
+    def decide(self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray) -> Decision:
         """What a round does.
 
         Args:
@@ -120,9 +118,7 @@ class Decisions:
             return Decision(lengths, held.depth, asked=False, weighed=1.0)
         return self._ask(ready, opening, places_R)
 
-    def _ask(
-        self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray
-    ) -> Decision:
+    def _ask(self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray) -> Decision:
         scheduler, count = self._scheduler, len(ready)
         judged = cast("list[ActiveRequest]", [*ready, *opening])
         limits = scheduler.limits(judged, draft_limits(judged, self._num_drafts))

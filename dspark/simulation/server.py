@@ -26,7 +26,6 @@ from dspark.simulation.decisions import Decisions
 from dspark.simulation.jobs import Job
 from dspark.simulation.machine import Machine
 
-
 _WORD = (1 << 64) - 1
 
 
@@ -306,7 +305,6 @@ class Server:
             for job in (*self.running, *more)
         )
         return pages * PAGE_SIZE <= self.limits.cache_tokens
-
 
 
 def _any_of(count: int, seed: int, number: int) -> int:
