@@ -38,6 +38,7 @@ def measure_steps(
     costs: CostTable,
     *,
     rounds: int = 30,
+    tree_nodes: int | None = None,
     now: Now = time.perf_counter,
 ) -> CostTable:
     """The table as steps under load have it, with prompts and whole steps.
@@ -50,8 +51,9 @@ def measure_steps(
     Args:
         target: the model.
         drafter: bound to it.
-        costs: their table on this machine, of whole blocks of the drafter.
+        costs: their table on this machine, of whole blocks of the drafter, or of trees.
         rounds: of each number of requests and each way of decoding.
+        tree_nodes: of the table's trees; None for chains.
         now: the clock, in seconds. That of the processor leaves other work on the machine out, and
             is right with one thread.
     """
@@ -59,7 +61,10 @@ def measure_steps(
     sizes = sorted({min(rows, most) for rows in PROMPT_ROWS})
     prompts = _prompts(target, drafter, sizes, now)
     counts = sorted({point.requests for point in costs.points})
-    loads = {count: _under_load(target, drafter, costs, count, rounds, now) for count in counts}
+    whole = Scheduler(Schedule("fixed"), num_drafts=drafter.block_size)
+    whole = whole if tree_nodes is None else whole.for_trees(tree_nodes)
+    pair = target, drafter, whole
+    loads = {count: _under_load(pair, costs, count, rounds, now) for count in counts}
     return replace(
         costs,
         points=tuple(loads[point.requests].of(point) for point in costs.points),
@@ -153,14 +158,20 @@ class _Load:
 
 
 def _under_load(
-    target: Target, drafter: Drafter, costs: CostTable, count: int, rounds: int, now: Now
+    pair: tuple[Target, Drafter, Scheduler],
+    costs: CostTable,
+    count: int,
+    rounds: int,
+    now: Now,
 ) -> _Load:
-    drafts = drafter.block_size
+    target, drafter, whole = pair
+    drafts = whole.num_drafts
     # No confidence reaches 1: blocks are drafted, and nothing of them is verified.
-    names = (None, Schedule("threshold", 1.0), Schedule("fixed"), Schedule("lagged"))
-    schedulers = [
-        None if name is None else Scheduler(name, num_drafts=drafts, costs=costs) for name in names
-    ]
+    threshold, weighing = (
+        Scheduler(schedule, num_drafts=drafter.block_size, costs=costs)
+        for schedule in (Schedule("threshold", 1.0), Schedule("lagged"))
+    )
+    schedulers = (None, threshold, whole, weighing)
     seen: list[list[_Times]] = [[] for _ in schedulers]
     for context in _CONTEXTS:  # in turn, so that a slow moment does not fall on one of them alone
         load = count, context, rounds // len(_CONTEXTS)
@@ -204,6 +215,7 @@ def _steps(
         step_tokens=count * prompt,
         prefix_reuse=False,
         schedule=scheduler,
+        tree_nodes=scheduler.num_drafts if scheduler is not None and scheduler.of_trees else None,
     )
     number, steps, weighs = 0, list[_Times](), scheduler is not None and scheduler.schedule.protects
     for _ in range(_PATIENCE * (rounds + _WARM_UP)):

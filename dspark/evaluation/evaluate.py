@@ -23,7 +23,15 @@ from dspark.evaluation.identity import (
     environment,
     target_fingerprint,
 )
-from dspark.evaluation.records import Plan, Record, RunRecords, Settings, Spent, Turn
+from dspark.evaluation.records import (
+    Plan,
+    Record,
+    RunRecords,
+    Settings,
+    Spent,
+    TreeRound,
+    Turn,
+)
 from dspark.evaluation.tasks import Question, Task
 from dspark.request import Output, Request, SamplingParams
 from dspark.scheduling.calibration import temperature_class
@@ -41,6 +49,7 @@ class RoundLog:
             block.
         has_own: whether the drafter has confidences of its own, as far as known.
         committed: tokens so far.
+        trees: per round, empty ones where chains are drafted.
     """
 
     verified: list[int] = field(default_factory=list)
@@ -48,12 +57,14 @@ class RoundLog:
     logits: list[tuple[float, ...]] = field(default_factory=list)
     has_own: bool = True
     committed: int = 0
+    trees: list[TreeRound] = field(default_factory=list)
 
     def add(self, record: RoundRecord, row: int, num_drafts: int) -> None:
         """Record a round; the first one reads the prompt and has no drafts."""
         if self.committed:
             self.verified.append(record.lengths[row])
             self.kept.append(record.accepted[row])
+            self._add_tree(record, row)
             logits_RK = record.confidence_logits_RK
             logits_K = np.empty(0) if logits_RK is None else logits_RK[row]
             self.has_own &= not record.are_margins
@@ -61,6 +72,18 @@ class RoundLog:
             clipped = logits_K.clip(-_MOST_LOGIT, _MOST_LOGIT) if whole else []
             self.logits.append(tuple(round(float(x), 4) for x in clipped))
         self.committed += len(record.committed[row])
+
+    def _add_tree(self, record: RoundRecord, row: int) -> None:
+        """Record a round's tree: its drafts count as deep as they were tested."""
+        if record.parents is None or record.paths is None:
+            self.trees.append(TreeRound((), (), ()))
+            return
+        parents, path = record.parents[row][: record.lengths[row]], record.paths[row]
+        survival = [0.0] * len(parents)
+        if record.survival_RK is not None and row < len(record.survival_RK):
+            survival = record.survival_RK[row][: len(parents)].tolist()
+        self.trees.append(TreeRound(parents, tuple(round(x, 4) for x in survival), path))
+        self.verified[-1] = len(path) + ((path[-1] if path else -1) in parents)
 
     def turn(self, output: Output, room: int, *, plain: bool) -> Turn:
         """The finished answer."""
@@ -84,6 +107,7 @@ class RoundLog:
             logits=tuple(self.logits) if self.has_own and not plain else None,
             digest=hashlib.sha256(ids).hexdigest()[:12],
             text=output.text,
+            trees=tuple(self.trees) if any(each.parents for each in self.trees) else None,
         )
 
 
@@ -240,6 +264,7 @@ class Evaluator:
             schedule=None if plain else settings.schedule,  # type: ignore[arg-type]
             threshold=settings.threshold,
             block_size=None if plain else settings.block_size,
+            tree_nodes=None if plain else settings.tree_nodes,
             watch=watch,
             strict=True,
             max_length=max(map(self._longest, dialogues)),

@@ -37,6 +37,7 @@ class Settings:
         raw: texts without the chat template.
         turns: turns of a conversation at most; None for all.
         draft_top_k: as `Model`.
+        tree_nodes: nodes of draft trees; None for chains.
     """
 
     target: str
@@ -59,11 +60,15 @@ class Settings:
     raw: bool = False
     turns: int | None = None
     draft_top_k: int | None = None
+    tree_nodes: int | None = None
 
     @property
     def key(self) -> str:
         """Eight hex digits that identify the settings."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        known = asdict(self)
+        if self.tree_nodes is None:  # as in files that are older than trees
+            del known["tree_nodes"]
+        text = json.dumps(known, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
@@ -119,6 +124,21 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class TreeRound:
+    """A round in which a draft tree was verified.
+
+    Attributes:
+        parents: of each node, in the order of its growth; -1 for the anchor.
+        survival: the chance, as predicted, that it stays.
+        path: nodes that stayed.
+    """
+
+    parents: tuple[int, ...]
+    survival: tuple[float, ...]
+    path: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Turn:
     """One answer, round by round; prefill, which draws the first token, is not a round.
 
@@ -127,13 +147,15 @@ class Turn:
         room: largest number of tokens that the answer could have had.
         finish_reason: as in `Output`.
         drafted: proposed drafts.
-        verified, kept: per round: drafts sent to the target, and drafts kept.
+        verified, kept: per round: drafts sent to the target, and drafts kept; of trees how deep
+            they were tested.
         cut: whether the answer ended within the kept drafts of its last round, so that the outcome
             of the next draft is unknown.
         logits: per round the confidence logits of its drafts; None if the drafter has no
             confidences of its own.
         digest: hash of the tokens.
         text: the answer.
+        trees: of each round; None where chains were drafted.
     """
 
     tokens: int
@@ -146,6 +168,7 @@ class Turn:
     logits: tuple[tuple[float, ...], ...] | None
     digest: str
     text: str
+    trees: tuple[TreeRound, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -330,12 +353,15 @@ def _record(value: Mapping[str, Any]) -> Record:
 
 
 def _turn(value: Mapping[str, Any]) -> Turn:
-    logits = value["logits"]
+    logits, trees = value["logits"], value.get("trees")
     return Turn(
         **{
             **value,
             "verified": tuple(value["verified"]),
             "kept": tuple(value["kept"]),
             "logits": None if logits is None else tuple(map(tuple, logits)),
+            "trees": None
+            if trees is None
+            else tuple(TreeRound(**{n: tuple(v) for n, v in each.items()}) for each in trees),
         }
     )

@@ -22,6 +22,7 @@ from dspark.evaluation.records import SUFFIX, RunRecords, Turn, load_runs
 from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.survival import confidence, survival
 from dspark.simulation.traffic import FloatArray, IntArray, Traffic, record_of
+from dspark.simulation.trees import Trees, TreeStream, first_children, trees_behind
 
 _STREAMS, _ROUNDS = 512, 64
 _STEEPEST = 30.0  # a logit whose sigmoid is as good as 0 or 1
@@ -34,11 +35,13 @@ class Stream:
     Attributes:
         kept_N, verified_N: drafts that stayed, and that were verified.
         logits_NK: calibrated logits of the confidences of all K drafts.
+        trees: that were verified in place of blocks, kept as deep as `kept_N` says.
     """
 
     kept_N: IntArray
     verified_N: IntArray
     logits_NK: FloatArray
+    trees: TreeStream | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Acceptance:
         starts_S, lengths_S: where each of the S streams lies.
         survival_K: share of recorded rounds that keep at least k drafts.
         source: what it was made of.
+        trees: what becomes of trees; None where the record is of chains, which says nothing of
+            lower ranks.
     """
 
     run_T: IntArray
@@ -59,11 +64,25 @@ class Acceptance:
     lengths_S: IntArray
     survival_K: FloatArray
     source: str
+    trees: Trees | None = None
 
     @cached_property
     def survival_TK(self) -> FloatArray:
         """Chance of each draft of such a block to stay, as its confidences have it."""
         return survival(confidence(self.logits_TK))
+
+    def kept(self, places_R: IntArray, lengths_R: Sequence[int], *, trees: bool) -> list[int]:
+        """Drafts that stay of those verified, of blocks or trees whose first draft is a token.
+
+        Args:
+            places_R: numbers of these tokens.
+            lengths_R: drafts of each, or nodes, that are verified.
+            trees: whether they are nodes.
+        """
+        if trees and self.trees is not None:
+            return self.trees.kept(places_R, lengths_R)
+        found: list[int] = np.minimum(self.run_T[places_R], lengths_R).tolist()
+        return found
 
     @property
     def num_drafts(self) -> int:
@@ -93,12 +112,21 @@ class Acceptance:
             last_N = np.minimum(stream.verified_N, len(stays_K) - 1)
             lucky_N = generator.random(len(ends_N)) < stays_K[last_N]
             foreseen_T[ends_N - 1] = lucky_N & (stream.kept_N == stream.verified_N)
+            if stream.trees is not None:
+                foreseen_T &= stream.trees.first_T
             runs.append(_runs(foreseen_T, len(stays_K)))
             logits.append(_logits(stream))
         lengths_S = np.array([len(run) for run in runs])
         starts_S = np.cumsum(lengths_S) - lengths_S
+        trees = [stream.trees for stream in streams if stream.trees is not None]
         return cls(
-            np.concatenate(runs), np.concatenate(logits), starts_S, lengths_S, survival_K, source
+            np.concatenate(runs),
+            np.concatenate(logits),
+            starts_S,
+            lengths_S,
+            survival_K,
+            source,
+            Trees.of(trees, len(stays_K)) if trees else None,
         )
 
     def shortened(self, num_drafts: int) -> Acceptance:
@@ -108,6 +136,7 @@ class Acceptance:
             run_T=np.minimum(self.run_T, num_drafts),
             logits_TK=self.logits_TK[:, :num_drafts],
             survival_K=self.survival_K[:num_drafts],
+            trees=None,
         )
 
 
@@ -205,7 +234,10 @@ def of_records(run: RunRecords, seed: int = 0) -> Acceptance:
     scaling = None
     if drafter.temperatures is not None:
         scaling = TemperatureScaling(drafter.temperatures, drafter.shifts)
-    streams = [_stream(turn, unknown_K, scaling) for turn in turns]
+    streams = [
+        _stream(turn, unknown_K, scaling) if turn.trees is None else _tree_stream(turn, unknown_K)
+        for turn in turns
+    ]
     return Acceptance.of(streams, survival_K, f"{settings.drafter}, {len(turns)} answers", seed)
 
 
@@ -224,6 +256,24 @@ def _stream(turn: Turn, unknown_K: FloatArray, scaling: TemperatureScaling | Non
             known = np.log(chance) - np.log1p(-chance)
         row[: len(known)] = known
     return Stream(np.array(turn.kept[:count]), np.array(turn.verified[:count]), logits_NK)
+
+
+def _tree_stream(turn: Turn, unknown_K: FloatArray) -> Stream:
+    """An answer of trees. Chains beside them are the first children of each node.
+
+    Their confidences are the survivals that trees grow by, as far down as the trees have them.
+    """
+    assert turn.trees is not None
+    count = _rounds_of(turn)
+    rounds = turn.trees[:count]
+    logits_NK = np.tile(unknown_K, (count, 1))
+    for row, found in zip(logits_NK, rounds, strict=True):
+        chain = first_children(found.parents)[: len(row)]
+        survival = np.array([1.0, *(found.survival[node] for node in chain)])
+        chance = np.clip(survival[1:] / np.maximum(survival[:-1], 1e-9), 1e-6, 1 - 1e-6)
+        row[: len(chance)] = np.log(chance) - np.log1p(-chance)
+    kept, tested = np.array(turn.kept[:count]), np.array(turn.verified[:count])
+    return Stream(kept, tested, logits_NK, trees_behind(rounds, len(unknown_K)))
 
 
 def read_acceptance(source: str, seed: int = 0) -> Acceptance:

@@ -19,10 +19,12 @@ from dspark.engine.speculation.draft import Drafts, draft_limits
 from dspark.engine.speculation.draft_scheduler import EVERY, Scheduler
 from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
+from dspark.engine.speculation.trees.choice import TreeChoice
 from dspark.scheduling.cost_table import CostTable
 from dspark.simulation.acceptance import Acceptance
 from dspark.simulation.jobs import Job
 from dspark.simulation.traffic import FloatArray, IntArray
+from dspark.simulation.trees import Trees
 
 # Rounds that go by a decision: to verify whole blocks, where those before were alike, and others.
 # Before so many have been decided, none does: a scheduler begins by trying things.
@@ -40,12 +42,14 @@ class Decision:
         asked: whether the scheduler decided it.
         weighed: rounds of a schedule's own work that it takes; fewer where the engine's scheduler
             goes by an earlier decision itself.
+        tree: whether drafts are nodes of trees, and their depth that of their growth.
     """
 
     lengths: Sequence[int]
     depth: int
     asked: bool
     weighed: float
+    tree: bool = False
 
 
 @dataclass
@@ -56,6 +60,7 @@ class _Held:
     budget: float
     whole: int
     left: int
+    tree: bool
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,36 @@ class Decisions:
         schedule: of the drafts.
         costs: for schedules that weigh them.
         acceptance: of the drafter.
+        tree_costs: of rounds of trees, which are drafted too where the engine's choice is for them;
+            None for chains alone.
     """
 
-    def __init__(self, schedule: Schedule, costs: CostTable, acceptance: Acceptance) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: CostTable,
+        acceptance: Acceptance,
+        tree_costs: CostTable | None = None,
+    ) -> None:
         self._num_drafts = acceptance.num_drafts
         self._scheduler = Scheduler(schedule, num_drafts=self._num_drafts, costs=costs)
-        self._acceptance, self._schedule = acceptance, schedule
+        self._acceptance, self._schedule, self._deciding = acceptance, schedule, self._scheduler
         self._held: dict[int, _Held] = {}
         self._asked = 0
         self._spent: tuple[Sequence[ActiveRequest], _Tried] | None = None
+        self._trees: tuple[Scheduler, Trees] | None = None
+        self._choice = TreeChoice()
+        if tree_costs is not None:
+            assert acceptance.trees is not None, "a way of trees knows what they keep"
+            trees = acceptance.trees
+            self._trees = self._scheduler.for_trees(trees.nodes, tree_costs), trees
 
     def whole(self, requests: int) -> tuple[int, int]:
         """Drafts of each in rounds that verify whole blocks, and how many rounds go by that."""
         held = self._held.get(requests.bit_length())
-        return (held.depth, held.left) if held is not None and held.whole >= _ALIKE else (0, 0)
+        if held is None or held.tree or held.whole < _ALIKE:
+            return 0, 0
+        return held.depth, held.left
 
     def skip(self, requests: int, rounds: int) -> None:
         """So many rounds of whole blocks have gone by."""
@@ -108,57 +129,88 @@ class Decisions:
             places_R: where the drafts of each lie in the acceptance profile.
         """
         held = self._held.get(len(ready).bit_length())
-        if held is not None and held.left > 0:
-            held.left -= 1
-            if held.whole >= _ALIKE:
-                lengths = [held.depth] * len(ready)
-                return Decision(lengths, held.depth, asked=False, weighed=self.held_weight)
-            survival_RK = self._acceptance.survival_TK[places_R, : held.depth]
-            lengths = _filled(survival_RK, round(held.budget * len(ready)))
-            return Decision(lengths, held.depth, asked=False, weighed=1.0)
-        return self._ask(ready, opening, places_R)
+        if held is None or held.left <= 0:
+            return self._ask(ready, opening, places_R)
+        held.left -= 1
+        if held.whole >= _ALIKE:
+            lengths = [held.depth] * len(ready)
+            return Decision(lengths, held.depth, False, self.held_weight, held.tree)
+        survival_RK = self._survival(places_R, held.depth, tree=held.tree)
+        lengths = _filled(survival_RK, round(held.budget * len(ready)))
+        return Decision(lengths, held.depth, False, 1.0, held.tree)
+
+    def _survival(self, places_R: IntArray, drafts: int, *, tree: bool) -> FloatArray:
+        if tree and self._trees is not None:
+            return self._trees[1].survival_TM[places_R, :drafts]
+        return self._acceptance.survival_TK[places_R, :drafts]
 
     def _ask(self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray) -> Decision:
-        scheduler, count = self._scheduler, len(ready)
+        scheduler, count, most = self._scheduler, len(ready), self._num_drafts
         judged = cast("list[ActiveRequest]", [*ready, *opening])
-        limits = scheduler.limits(judged, draft_limits(judged, self._num_drafts))
+        tree = self._trees is not None and self._choice.decide("greedy", count)
+        if tree and self._trees is not None:
+            scheduler, most = self._trees[0], self._trees[1].nodes
+        useful = draft_limits(judged, self._num_drafts)
+        limits = scheduler.limits(
+            judged, [most if n > 0 else 0 for n in useful] if tree else useful
+        )
         drawn, lengths, reads = max(limits, default=0), [0] * count, False
         if drawn > 0:
             reads = scheduler.reads_confidences
-            logits_RK = self._acceptance.logits_TK[places_R, :drawn] if reads else None
-            wanted = scheduler.lengths(judged, limits, Offer(count, drawn, logits_RK))
+            logits_RK = survival_RK = None
+            if tree:
+                survival_RK = self._survival(places_R, drawn, tree=True)
+            elif reads:
+                logits_RK = self._acceptance.logits_TK[places_R, :drawn]
+            offer = Offer(count, drawn, logits_RK, survival_DK=survival_RK)
+            wanted = scheduler.lengths(judged, limits, offer)
             lengths = [min(pair) for pair in zip(wanted, limits, strict=False)]
+        self._deciding = scheduler
         self._spent = judged, _Tried([*lengths, *(0,) * len(opening)], list(limits))
-        depth = (scheduler.depth or self._num_drafts) if drawn > 0 else 0
+        depth = (scheduler.depth or most) if drawn > 0 else 0
         if count:
             self._asked += 1
-            self._hold(lengths, drawn, depth)
-        return Decision(lengths, depth, asked=True, weighed=float(reads))
+            self._hold(lengths, drawn, depth, tree=tree)
+        return Decision(lengths, depth, asked=True, weighed=float(reads), tree=tree)
 
-    def _hold(self, lengths: Sequence[int], drawn: int, depth: int) -> None:
+    def _hold(self, lengths: Sequence[int], drawn: int, depth: int, *, tree: bool) -> None:
         load, verified = len(lengths).bit_length(), sum(lengths)
         before = self._held.get(load)
+        alike = before is not None and before.tree == tree
         whole = int(drawn > 0 and verified == drawn * len(lengths))
-        if whole and before is not None and before.depth == depth:
+        if whole and before is not None and alike and before.depth == depth:
             whole += before.whole
         left = 0
         if whole >= _ALIKE:
             left = WHOLE_ROUNDS
         elif verified and self._asked > FIRST_ROUNDS and self._schedule.reads_confidences:
-            left = FILLED_ROUNDS
-        self._held[load] = _Held(depth, verified / len(lengths), whole, left)
+            # Nor does a look at the other of trees and chains.
+            left = FILLED_ROUNDS if alike else 0
+        self._held[load] = _Held(depth, verified / len(lengths), whole, left, tree)
 
     def learn(self, kept: Sequence[int], spent: Spent) -> None:
-        """Tell the scheduler how a round went that it decided."""
+        """Tell the scheduler how a round went that it decided, as `Speculator.learn` does."""
         assert self._spent is not None, "it was asked"
         judged, tried = self._spent
-        joining = len(judged) - len(kept)
-        if judged:
-            self._scheduler.learn(judged, cast("Drafts", tried), [*kept, *(0,) * joining], spent)
+        accepted = [*kept, *(0,) * (len(judged) - len(kept))]
+        if not judged:
+            return
+        drafts = cast("Drafts", tried)
+        self._deciding.learn(judged, drafts, accepted, spent)
+        if self._trees is None:
+            return
+        other = self._scheduler if self._deciding is self._trees[0] else self._trees[0]
+        if not spent.draft_ms:
+            other.learn_times(judged, drafts, accepted, spent)
+        if len(kept) == len(judged) == spent.rows - sum(tried.lengths):
+            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms
+            self._choice.learn("greedy", len(kept), len(kept) + sum(kept), ms)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended."""
         self._scheduler.forget(request_id)
+        if self._trees is not None:
+            self._trees[0].forget(request_id)
 
 
 def _filled(survival_RK: FloatArray, budget: int) -> list[int]:

@@ -40,6 +40,8 @@ class Way:
         schedule: of the drafts.
         depth: drafts of a block of which `costs` has the drafting time, where the blocks of
             `acceptance` are shorter; None where they are not.
+        tree_costs: of rounds of draft trees, in which the engine's choice drafts these; None for
+            chains alone. `acceptance` knows of trees then.
     """
 
     name: str
@@ -47,11 +49,18 @@ class Way:
     acceptance: Acceptance | None = None
     schedule: Schedule = field(default_factory=Schedule)
     depth: int | None = None
+    tree_costs: CostTable | None = None
 
     def machine(self) -> Machine:
         """What its steps take."""
         drafts = self.acceptance.num_drafts if self.acceptance else 0
         return Machine(self.costs, self.depth or drafts)
+
+    @property
+    def nodes(self) -> int:
+        """Of a draft tree at most; 0 for chains alone."""
+        trees = self.acceptance.trees if self.acceptance is not None else None
+        return trees.nodes if trees is not None and self.tree_costs is not None else 0
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,14 @@ class Server:
     def __post_init__(self) -> None:
         self._machine = self.way.machine()
         acceptance = self.way.acceptance
-        self._num_drafts = acceptance.num_drafts if acceptance else 0
+        self._most_drafts = max(acceptance.num_drafts if acceptance else 0, self.way.nodes)
         self._decisions: Decisions | None = None
         if acceptance is not None:
-            self._decisions = Decisions(self.way.schedule, self.way.costs, acceptance)
+            way = self.way
+            self._decisions = Decisions(way.schedule, way.costs, acceptance, way.tree_costs)
+        self._tree_machine = self._machine
+        if self.way.tree_costs is not None:
+            self._tree_machine = Machine(self.way.tree_costs, self.way.nodes)
         self._admissions = 0
         self._ending: list[Job] = []
         self._run_T: list[int] = acceptance.run_T.tolist() if acceptance else []
@@ -157,7 +170,7 @@ class Server:
         self._admit()
         self._make_room()
         running = cast("list[ActiveRequest]", self.running)
-        plan = plan_step(running, self.limits.step_tokens, self._num_drafts)
+        plan = plan_step(running, self.limits.step_tokens, self._most_drafts)
         ready = cast("list[Job]", plan.ready)
         opening = cast("list[Job]", plan.opening)
         prompt_rows = sum(job.unread for job in opening) + sum(c.count for c in plan.reading)
@@ -240,26 +253,27 @@ class Server:
         prompt_rows: int,
     ) -> tuple[list[int], float]:
         """Drafts kept of each ready request, and the step's milliseconds."""
-        acceptance, machine, requests = self.way.acceptance, self._machine, len(ready)
+        acceptance, requests = self.way.acceptance, len(ready)
         assert acceptance is not None
         places_R = np.array(
             [s + (job.tokens - 1) % n for job in ready for s, n in [job.place]], dtype=np.int64
         )
         decision = decisions.decide(ready, opening, places_R)
-        kept: list[int] = np.minimum(acceptance.run_T[places_R], decision.lengths).tolist()
+        machine = self._tree_machine if decision.tree else self._machine
+        kept = acceptance.kept(places_R, decision.lengths, trees=decision.tree)
         draft_ms = machine.draft_ms(requests, decision.depth) if decision.depth else 0.0
-        schedule_ms = decision.weighed * machine.schedule_ms(requests)
+        schedule_ms = decision.weighed * self._machine.schedule_ms(requests)
         verified = sum(decision.lengths)
         verify_ms = machine.verify_ms(requests, verified) if requests else 0.0
         if requests and not prompt_rows:
             self.counts.verify_s += verify_ms / 1e3
         self.counts.draft_s += draft_ms / 1e3
         self.counts.verified += verified
-        whole_ms = verify_ms + machine.prompt_ms(prompt_rows, requests, drafter=True)
+        whole_ms = verify_ms + self._machine.prompt_ms(prompt_rows, requests, drafter=True)
         if decision.asked:
             rows = requests + verified + prompt_rows
             decisions.learn(kept, Spent(rows, draft_ms, schedule_ms, whole_ms))
-        rest_ms = machine.rest_ms(requests) if requests else 0.0
+        rest_ms = self._machine.rest_ms(requests) if requests else 0.0
         return kept, draft_ms + whole_ms + rest_ms + schedule_ms
 
     def _commit(self, jobs: Sequence[Job], kept: Sequence[int], end_s: float) -> None:
@@ -299,7 +313,7 @@ class Server:
     def _fits(self, *more: Job) -> bool:
         if self.limits.cache_tokens is None:
             return True
-        ahead = 1 + self._num_drafts
+        ahead = 1 + self._most_drafts
         pages = sum(
             -(-(job.prompt_tokens + job.tokens + ahead) // PAGE_SIZE)
             for job in (*self.running, *more)

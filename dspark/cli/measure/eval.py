@@ -143,6 +143,7 @@ def _settings(options: Options, model: Model, name: str, draft: str | None) -> l
         schedule="off" if plain else options.schedule,
         threshold=None if plain else options.threshold,
         block_size=None if plain else options.block_size,
+        tree_nodes=None if plain else options.tree_nodes,
         batch_size=options.batch_size,
         thinking=options.thinking == "on",
         raw=options.raw,

@@ -89,6 +89,12 @@ class _Decoding:
     )
     threshold: float | None = pick(Speculation, "threshold")
     block_size: int | None = pick(Speculation, "block_size")
+    tree_nodes: int | None = pick(
+        Speculation,
+        "tree_nodes",
+        help="draft trees of so many nodes at most, and record which of them stay (default: "
+        "chains)",
+    )
     batch_size: int = pick(Batch, "batch_size", 16)
 
 

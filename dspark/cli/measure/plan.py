@@ -23,7 +23,11 @@ EXAMPLE = """\
   dspark eval ./target --draft ./drafter --tasks mt-bench --data eval/ --out evaluation
   dspark plan --cost costs.json --acceptance evaluation --rate 1,2,4,8 --ttft-ms 500 --out plan
   dspark plan --cost costs.json --acceptance .8,.66,.55,.46 --trace day.jsonl --replicas 4"""
-NAMES = ("off", "fixed", "fixed-N", "mtp1", "prefix", "lagged", "lookahead", "auto")
+NAMES = ("off", "fixed", "fixed-N", "mtp1", "prefix", "lagged", "lookahead", "auto", "trees")
+_NO_RANKS = (
+    "The acceptance profile says nothing of drafts below the first rank, so trees cannot be "
+    "planned; evaluate with dspark eval --tree-nodes N."
+)
 _SPREAD = 1.0
 _MOST = 1 << 20
 
@@ -144,10 +148,17 @@ class Options(_Requests, _Fleet, _Level, Json):
     mtp_acceptance: str | None = option(
         None, "the acceptance of its one draft, as --acceptance", metavar="F"
     )
+    tree_cost: Path | None = option(
+        None,
+        "the cost table of dspark profile --tree-nodes, for trees; --acceptance is then of dspark "
+        "eval --tree-nodes",
+        metavar="F",
+    )
     schedule: Any = option(
         None,
-        f"of {', '.join(NAMES)}, where fixed-N drafts N tokens (default: off, fixed, mtp1 where it "
-        "is known, lagged)",
+        f"of {', '.join(NAMES)}, where fixed-N drafts N tokens, and trees is lagged with trees or "
+        "chains, whichever are faster (default: off, fixed, mtp1 and trees where they are known, "
+        "lagged)",
         read=comma_list(_schedule, f"names among {', '.join(NAMES)}"),
         metavar="S,S",
     )
@@ -212,7 +223,8 @@ def _ways(options: Options, costs: CostTable, screen: Screen) -> list[Way]:
 
     acceptance = read_acceptance(options.acceptance, options.seed)
     knows_mtp = options.mtp_cost is not None and options.mtp_acceptance is not None
-    names = options.schedule or ("off", "fixed", *(("mtp1",) if knows_mtp else ()), "lagged")
+    mtp, trees = ("mtp1",) if knows_mtp else (), ("trees",) if options.tree_cost else ()
+    names = options.schedule or ("off", "fixed", *mtp, "lagged", *trees)
     if not costs.extras or not costs.prompts:
         screen.warn(
             "The cost table says nothing of prompts or of whole steps, so these are guessed from "
@@ -228,6 +240,13 @@ def _ways(options: Options, costs: CostTable, screen: Screen) -> list[Way]:
                 raise UsageError("mtp1 needs --mtp-cost and --mtp-acceptance.")
             single = read_acceptance(options.mtp_acceptance, options.seed).shortened(1)
             found.append(Way(name, CostTable.load(options.mtp_cost), single))
+        elif name == "trees":
+            if options.tree_cost is None:
+                raise UsageError("trees needs --tree-cost.")
+            if acceptance.trees is None:
+                raise UsageError(_NO_RANKS)
+            tree_costs = CostTable.load(options.tree_cost)
+            found.append(Way(name, costs, acceptance, Schedule("lagged"), tree_costs=tree_costs))
         elif count:
             if not 1 <= int(count) <= acceptance.num_drafts:
                 raise UsageError(f"{name} drafts {count} of {acceptance.num_drafts} tokens.")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark.cli.groups import Pair, Speculation
 from dspark.cli.inputs import load_pair
 from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
+from dspark.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.engine.model import Model
+    from dspark.engine.profile import Progress
+    from dspark.scheduling.cost_table import CostTable
 
 EXAMPLE = """\
   dspark profile bundled
@@ -23,6 +29,12 @@ class Options(Pair):
 
     max_requests: int = option(8, "requests at once (default: {default})", metavar="R", least=1)
     block_size: int | None = pick(Speculation, "block_size")
+    tree_nodes: int | None = pick(
+        Speculation,
+        "tree_nodes",
+        help="measure rounds of draft trees with so many nodes, for dspark plan --tree-cost; needs "
+        "--out",
+    )
     repeats: int = option(5, "rounds per point (default: {default})", metavar="N", least=1)
     whole_steps: bool = option(
         False, "measure prompts and whole steps too, for dspark plan (a few seconds more)"
@@ -36,20 +48,26 @@ class Options(Pair):
 
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
+    if options.tree_nodes is not None and options.out is None:
+        raise UsageError("--tree-nodes needs --out: the user's cache keeps tables of chains alone.")
     model = load_pair(options, screen)
     with screen.progress("rounds") as tell:
-        costs = model.profile(
-            max_requests=options.max_requests,
-            block_size=options.block_size,
-            repeats=options.repeats,
-            progress=tell,
-        )
+        if options.tree_nodes is None:
+            costs = model.profile(
+                max_requests=options.max_requests,
+                block_size=options.block_size,
+                repeats=options.repeats,
+                progress=tell,
+            )
+        else:
+            costs = _tree_costs(options, model, tell)
     if options.whole_steps:
         assert model.drafter is not None, "profile() refuses a model without one"
         from dspark.engine.profile_steps import measure_steps
 
         with screen.log.status("Measuring prompts and whole steps ..."):
-            costs = measure_steps(model.target, model.drafter, costs)
+            nodes = options.tree_nodes
+            costs = measure_steps(model.target, model.drafter, costs, tree_nodes=nodes)
     path = costs.save(options.out)
     shown = table("requests", "tokens", "verify ms", "draft ms")
     for point in costs.points:
@@ -67,6 +85,25 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "warnings": costs.warnings(),
         "out": str(path),
     }
+
+
+def _tree_costs(options: Options, model: Model, tell: Progress) -> CostTable:
+    """The table of rounds that draft trees."""
+    from dspark.engine.profile import measure_costs
+    from dspark.engine.speculation.trees.draft import check_trees
+
+    nodes = options.tree_nodes
+    assert nodes is not None
+    return measure_costs(
+        model.target,
+        check_trees(nodes, model.drafter, model.target, "fixed"),
+        replace(model.machine, drafter=f"{model.machine.drafter} trees of {nodes}"),
+        max_requests=options.max_requests,
+        block_size=options.block_size,
+        tree_nodes=nodes,
+        repeats=options.repeats,
+        progress=tell,
+    )
 
 
 COMMAND = Command(
