@@ -78,8 +78,8 @@ class Decisions:
         schedule: of the drafts.
         costs: for schedules that weigh them.
         acceptance: of the drafter.
-        tree_costs: of rounds of trees, which are drafted too where the engine's choice is for them;
-            None for chains alone.
+        tree_costs: of rounds of trees, drafted where the engine's choice is for them, or always by
+            a schedule that does not protect plain decoding; None for chains alone.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Decisions:
         self._asked = 0
         self._spent: tuple[Sequence[ActiveRequest], _Tried] | None = None
         self._trees: tuple[Scheduler, Trees] | None = None
-        self._choice = TreeChoice()
+        self._choice = TreeChoice() if schedule.protects else None
         if tree_costs is not None:
             assert acceptance.trees is not None, "a way of trees knows what they keep"
             trees = acceptance.trees
@@ -147,7 +147,9 @@ class Decisions:
     def _ask(self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray) -> Decision:
         scheduler, count, most = self._scheduler, len(ready), self._num_drafts
         judged = cast("list[ActiveRequest]", [*ready, *opening])
-        tree = self._trees is not None and self._choice.decide("greedy", count)
+        tree = self._trees is not None
+        if tree and self._choice is not None:
+            tree = self._choice.decide("greedy", count)
         if tree and self._trees is not None:
             scheduler, most = self._trees[0], self._trees[1].nodes
         useful = draft_limits(judged, self._num_drafts)
@@ -202,7 +204,7 @@ class Decisions:
         other = self._scheduler if self._deciding is self._trees[0] else self._trees[0]
         if not spent.draft_ms:
             other.learn_times(judged, drafts, accepted, spent)
-        if len(kept) == len(judged) == spent.rows - sum(tried.lengths):
+        if self._choice is not None and len(kept) == len(judged) == spent.rows - sum(tried.lengths):
             ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms
             self._choice.learn("greedy", len(kept), len(kept) + sum(kept), ms)
 

@@ -77,6 +77,8 @@ def test_a_trace_has_its_own_rate_and_a_bare_table_is_warned_of(dspark, cost, tm
         (("--acceptance", ".5,.6"), 2, "never rise"),
         (("--acceptance", "nowhere"), 1, "neither a file"),
         (("--acceptance", ".5", "--schedule", "mtp1"), 2, "--mtp-cost"),
+        (("--acceptance", ".5", "--schedule", "trees"), 2, "--tree-cost"),
+        (("--acceptance", ".5", "--tree-cost", "trees.json"), 2, "below the first rank"),
         (("--acceptance", ".5", "--schedule", "fixed-2"), 2, "drafts 2 of 1"),
         (("--acceptance", ".5", "--schedule", "greedy"), 2, "greedy"),
         (("--acceptance", ".5", "--batch-size", 9), 2, "--max-requests 9"),
