@@ -44,7 +44,7 @@ class Trees:
     @property
     def nodes(self) -> int:
         """Of a tree at most, M."""
-        return self.survival_TM.shape[1]
+        return int(self.survival_TM.shape[1])
 
     @classmethod
     def of(cls, streams: Sequence[TreeStream], num_drafts: int) -> Trees:

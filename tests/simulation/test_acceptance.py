@@ -7,7 +7,8 @@ import pytest
 
 from dspark.errors import DataError, UsageError
 from dspark.evaluation.records import Drafted, Plan, Record, RunRecords, Settings, Turn
-from dspark.simulation.acceptance import Acceptance, Stream, read_acceptance, synthetic
+from dspark.simulation.acceptance import Acceptance, Stream, synthetic
+from dspark.simulation.acceptance_source import read_acceptance
 from dspark.simulation.traffic import Traffic
 
 SURVIVAL = (0.8, 0.6, 0.5, 0.4)

@@ -12,7 +12,7 @@ from dspark.evaluation.evaluate import evaluate, settings_of
 from dspark.evaluation.records import RunRecords, TreeRound
 from dspark.evaluation.tasks import Question, Task
 from dspark.scheduling.cost_table import CostPoint, CostTable
-from dspark.simulation.acceptance import of_records
+from dspark.simulation.acceptance_source import of_records
 from dspark.simulation.arrivals import Arrivals
 from dspark.simulation.fleet import Fleet, closed_loop
 from dspark.simulation.server import Limits, Way

@@ -218,7 +218,7 @@ def _costs(options: Options, screen: Screen) -> CostTable:
 def _ways(options: Options, costs: CostTable, screen: Screen) -> list[Way]:
     from dspark.engine.speculation.schedule import Schedule
     from dspark.scheduling.cost_table import CostTable
-    from dspark.simulation.acceptance import read_acceptance
+    from dspark.simulation.acceptance_source import read_acceptance
     from dspark.simulation.server import Way
 
     acceptance = read_acceptance(options.acceptance, options.seed)

@@ -92,11 +92,14 @@ def _tree_costs(options: Options, model: Model, tell: Progress) -> CostTable:
     from dspark.engine.profile import measure_costs
     from dspark.engine.speculation.trees.draft import check_trees
 
-    nodes = options.tree_nodes
+    nodes, drafter = options.tree_nodes, model.drafter
     assert nodes is not None
+    if drafter is None:
+        raise UsageError("--tree-nodes needs a drafter; give one with --draft.")
+    check_trees(nodes, drafter, model.target, "fixed")
     return measure_costs(
         model.target,
-        check_trees(nodes, model.drafter, model.target, "fixed"),
+        drafter,
         replace(model.machine, drafter=f"{model.machine.drafter} trees of {nodes}"),
         max_requests=options.max_requests,
         block_size=options.block_size,
