@@ -26,6 +26,7 @@ _PROMPT_REPEATS = 6
 _BETWEEN = 3  # rounds between two prompts, so that each finds the caches as a server's would
 _WARM_UP = 4
 _CONTEXTS = (48, 80, 112)  # where rounds begin, a visit each
+_SPREAD = (-32, 16, -16, 0, 32)  # contexts of requests that run together differ
 _ANSWER = 128
 _PATIENCE = 4  # steps for each round that is wanted: drafting may pause where drafts never stay
 _OUTLIER = 2.0  # what a stall counts as, in medians
@@ -43,7 +44,7 @@ def measure_steps(
 ) -> CostTable:
     """The table as steps under load have it, with prompts and whole steps.
 
-    Rounds follow one another on contexts of 48 to 200 tokens, prompts are read between rounds, and
+    Rounds follow one another on contexts of 16 to 240 tokens, which differ between requests, prompts are read between rounds, and
     means count, since steps add up to means; a stall counts as twice the median. The table itself
     has the fastest visits of points on short contexts: drafting and verification are scaled to
     these, verification in a straight line between no draft and all.
@@ -88,7 +89,8 @@ def _prompts(
     for number in range(_PROMPT_REPEATS + 1):
         for rows in sizes:
             for engine in (plain, drafting):
-                engine.add(_request(target, rows, 64, number))
+                # None begins as another does: nothing of it is to be found in the prefix cache.
+                engine.add(_request(target, rows, 64, number * sizes[-1] + rows))
                 started = now()
                 engine.step()
                 if number:  # the first visit warms up
@@ -205,14 +207,14 @@ def _steps(
     undecided, and they cost as much as those of whole blocks.
     """
     count, prompt, rounds = load
-    length = min(target.max_context, prompt + _ANSWER)
+    length = min(target.max_context, prompt + _SPREAD[-1] + _ANSWER)
     prompt = min(prompt, length // 2)
     engine = Engine(
         target,
         None if scheduler is None else drafter,
         max_requests=count,
         max_length=length,
-        step_tokens=count * prompt,
+        step_tokens=count * length,
         prefix_reuse=False,
         schedule=scheduler,
         tree_nodes=scheduler.num_drafts if scheduler is not None and scheduler.of_trees else None,
@@ -222,7 +224,8 @@ def _steps(
         if len(steps) == rounds + _WARM_UP:
             break
         while len(engine.roster.everyone) < count:
-            engine.add(_request(target, prompt, length - prompt, number := number + 1))
+            own = prompt + _SPREAD[number % len(_SPREAD)] if prompt > _SPREAD[-1] else prompt
+            engine.add(_request(target, own, length - own, number := number + 1))
         reads = any(not request.ready for request in engine.roster.everyone)
         before, wall, started = replace(engine.clock), time.perf_counter(), now()
         engine.step()

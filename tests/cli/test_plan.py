@@ -111,3 +111,31 @@ def test_whole_steps_are_measured_and_planned_with(dspark, pair, tmp_path):
     planned = dspark("plan", "--cost", path, "--acceptance", ".7,.5", "--rate", 1, "--json", *QUICK)
     assert planned.status == 0, planned.err
     assert "--whole-steps" not in planned.err
+
+
+def test_trees_are_recorded_measured_and_planned_with(dspark, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.evaluation.report.write.can_draw", lambda: False)
+    prompts = tmp_path / "fruit.jsonl"
+    prompts.write_text('{"turns": ["how many apples"]}\n{"turns": ["a table for two"]}\n')
+    out, costs, trees = tmp_path / "out", tmp_path / "costs.json", tmp_path / "trees.json"
+    evaluated = dspark(
+        "eval", pair.attached, "--prompts", prompts, "--max-new-tokens", 20, "--threads", 1,
+        "--tree-nodes", 6, "--out", out, "--json",
+    )  # fmt: skip
+    assert evaluated.status == 0, evaluated.err
+    words = ("--max-requests", 2, "--repeats", 1, "--whole-steps", "--threads", 1, "--json")
+    for path, more in ((costs, ()), (trees, ("--tree-nodes", 6))):
+        made = dspark("profile", pair.attached, *words, "--out", path, *more)
+        assert made.status == 0, made.err
+    assert max(point.tokens for point in CostTable.load(trees).points) == 2 * 7
+    result = dspark(
+        "plan", "--cost", costs, "--acceptance", out, "--tree-cost", trees, "--rate", 1, "--json",
+        *QUICK,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = {row["schedule"]: row for row in result.json["rows"]}
+    assert list(rows) == ["off", "fixed", "lagged", "trees"]
+    assert rows["trees"]["verified_per_request"] > 1
+    refused = dspark("profile", pair.attached, *words, "--tree-nodes", 6)
+    assert refused.status == 2
+    assert "needs --out" in refused.err
