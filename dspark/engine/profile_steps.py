@@ -44,7 +44,7 @@ def measure_steps(
 ) -> CostTable:
     """The table as steps under load have it, with prompts and whole steps.
 
-    Rounds follow one another on contexts of 16 to 240 tokens, which differ between requests, prompts
+    Rounds follow one another on contexts of 16 to 240 tokens that differ between requests, prompts
     are read between rounds, and means count, since steps add up to means; a stall counts as twice
     the median. The table itself has the fastest visits of points on short contexts: drafting and
     verification are scaled to these, verification in a straight line between no draft and all.
