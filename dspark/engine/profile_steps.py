@@ -22,7 +22,7 @@ from dspark.scheduling.cost_table import CostPoint, CostTable, PromptCost, StepE
 from dspark.targets.target import Target
 
 PROMPT_ROWS = (16, 64, 128, 256, 512)
-_PROMPT_REPEATS = 6
+_PROMPT_ROWS, _MOST_PROMPTS = 1024, 6  # read of each size, rows and prompts at most
 _BETWEEN = 3  # rounds between two prompts, so that each finds the caches as a server's would
 _WARM_UP = 4
 _CONTEXTS = (48, 80, 112)  # where rounds begin, a visit each
@@ -86,8 +86,10 @@ def _prompts(
         for each in (None, drafter)
     )
     spent: dict[tuple[Engine, int], list[float]] = {}
-    for number in range(_PROMPT_REPEATS + 1):
+    for number in range(_MOST_PROMPTS + 1):
         for rows in sizes:
+            if number * rows > _PROMPT_ROWS:
+                continue
             for engine in (plain, drafting):
                 # None begins as another does: nothing of it is to be found in the prefix cache.
                 engine.add(_request(target, rows, 64, number * sizes[-1] + rows))
