@@ -66,11 +66,22 @@ def measure_steps(
     whole = whole if tree_nodes is None else whole.for_trees(tree_nodes)
     pair = target, drafter, whole
     loads = {count: _under_load(pair, costs, count, rounds, now) for count in counts}
+    found = {row.rows: row.plain_ms for row in prompts}
+    alone_ms = found[_rows_beside(sizes)] - loads[counts[0]].extra.plain_ms
+    extras = tuple(
+        replace(
+            loads[count].extra,
+            prompt_factor=max(_beside_ms(target, _rows_beside(sizes), count, now), 0.0) / alone_ms
+            if alone_ms > 0
+            else 1.0,
+        )
+        for count in counts
+    )
     return replace(
         costs,
         points=tuple(loads[point.requests].of(point) for point in costs.points),
         prompts=prompts,
-        extras=tuple(load.extra for load in loads.values()),
+        extras=extras,
     )
 
 
@@ -104,6 +115,40 @@ def _prompts(
     return tuple(
         PromptCost(rows, _mean(spent[drafting, rows]), _mean(spent[plain, rows])) for rows in sizes
     )
+
+
+def _rows_beside(sizes: Sequence[int]) -> int:
+    """Rows of the prompts that are read beside decoding requests."""
+    return sizes[min(1, len(sizes) - 1)]
+
+
+def _beside_ms(target: Target, rows: int, count: int, now: Now) -> float:
+    """What a prompt adds to a plain step of so many requests, whose attention it shares."""
+    length = min(target.max_context, 2 * rows + _ANSWER)
+    prompt = min(rows, length // 2)
+    engine = Engine(
+        target,
+        max_requests=count + 1,
+        max_length=length,
+        step_tokens=(count + 1) * length,
+        prefix_reuse=False,
+    )
+    for number in range(count):
+        engine.add(_request(target, prompt, length - prompt, number))
+    for _ in range(_WARM_UP):
+        engine.step()
+    without, beside = list[float](), list[float]()
+    for number in range(_WARM_UP + 1):
+        started = now()
+        engine.step()
+        between = now()
+        added = engine.add(_request(target, rows, 8, count + number))
+        engine.step()
+        if number:  # the first prompt warms up
+            without.append(1e3 * (between - started))
+            beside.append(1e3 * (now() - between))
+        engine.cancel(added)
+    return _mean(beside) - _mean(without)
 
 
 def _mean(times: Iterable[float]) -> float:

@@ -104,12 +104,15 @@ class StepExtra:
             admission, commits, text.
         schedule_ms: what the schedule `lagged` adds to it in rounds that it decides: deciding, and
             learning from them.
+        prompt_factor: what a prompt adds to a step of so many decoding requests, over what it takes
+            beyond a plain step of one where nobody decodes.
     """
 
     requests: int
     plain_ms: float
     rest_ms: float
     schedule_ms: float
+    prompt_factor: float = 1.0
 
 
 @dataclass(frozen=True)

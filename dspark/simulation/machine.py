@@ -34,6 +34,7 @@ class Machine:
         self._plain = self._by_requests("plain_ms")
         self._rest = self._by_requests("rest_ms")
         self._schedule = self._by_requests("schedule_ms")
+        self._beside = self._by_requests("prompt_factor")
 
     def plain_ms(self, requests: int) -> float:
         """A whole step of an engine without a drafter."""
@@ -81,7 +82,10 @@ class Machine:
         known, ms, row_ms = self._prompt[drafter]
         over = max(rows - known[-1], 0.0)
         whole_ms = float(np.interp(rows, known, ms) + row_ms * over)
-        return max(whole_ms - self.plain_ms(1), 0.0) if requests else whole_ms
+        if not requests:
+            return whole_ms
+        factor = self._beside[requests] if self.costs.extras else 1.0
+        return factor * max(whole_ms - self.plain_ms(1), 0.0)
 
     @property
     def _fewest(self) -> int:
