@@ -79,7 +79,7 @@ def _stream(streams: Streams, number: int, scaling: TemperatureScaling) -> Strea
 def measured(
     model: Model, workload: Workload, users: int, turn: int, now: Callable[[], float]
 ) -> dict[str, LoadRun]:
-    """A closed loop of each way, as `evaluation.load.sweep` has them, on this clock."""
+    """A closed loop of each way, users in step as the simulated ones are, on this clock."""
     ways = rotated(contenders(model, NAMES), turn)
     engines = [way.engine(workload.pool, users, "block") for way in ways]
     for engine in engines:

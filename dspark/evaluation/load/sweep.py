@@ -15,7 +15,7 @@ from dspark.engine.model import Model
 from dspark.engine.profile import Progress
 from dspark.engine.speculation.schedule import Schedule, ScheduleName
 from dspark.errors import CompatibilityError, DataError, DSparkWarning, UsageError
-from dspark.evaluation.load.closed_loop import LoadRun, closed_loops, warm_up
+from dspark.evaluation.load.closed_loop import LoadRun, closed_loops, out_of_step, warm_up
 from dspark.request import Request, Verifier
 
 ContenderName = Literal["off", "fixed", "mtp1", "prefix", "lagged", "lookahead"]
@@ -159,7 +159,8 @@ def run_in_turn(
     engines = [way.engine(room, users, verifier) for way in ways]
     for engine in engines:
         warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
-    return closed_loops(engines, workload.request, users=users, count=workload.answers(users))
+    supply = out_of_step(workload.request, users)
+    return closed_loops(engines, supply, users=users, count=workload.answers(users))
 
 
 def sweep(
