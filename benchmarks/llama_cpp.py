@@ -118,7 +118,12 @@ def run_speculative(
         command += ["-md", str(draft)]
     for last in [False] * (ATTEMPTS - 1) + [True]:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_S, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # the detailed log cuts characters in two
+            timeout=ANSWER_S,
+            check=False,
         )
         if done.returncode:
             why = " / ".join(done.stderr.strip().splitlines()[-2:])

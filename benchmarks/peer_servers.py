@@ -49,7 +49,6 @@ def ask(port: int, prompt_ids: Sequence[int], tokens: int) -> Heard:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "cache_prompt": False,
     }
     started = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
@@ -157,7 +156,7 @@ def _commands(
                 threads=args.threads,
                 context=args.max_length,
                 slots=slots,
-                draft=drafter,
+                draft=[*drafter, "--no-cache-prompt"],
             )
             found.append((f"{LLAMA} {name}{' draft' if drafter else ''}", command, port))
     return found

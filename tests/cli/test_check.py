@@ -3,10 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.cli.measure.check import closing
 from dspark.evaluation.check.findings import CheckReport, Finding, LiveRun
+from dspark.sources.gguf_file import write_gguf
 
 KEYS = {"ok", "expected_speedup", "findings"}
 QUICK = ("--max-new-tokens", 12, "--threads", 1)
@@ -180,6 +182,16 @@ def test_another_engine_is_asked_by_the_drafter_alone(dspark, pair):
     assert report["ok"] is (report["why_not"] == [])
     assert "llama.cpp" in report["engine"]
     assert report["loses"]
+
+
+def test_a_file_of_another_model_is_no_drafter_of_any_engine(dspark, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "target.gguf"
+    write_gguf(path, "llama", {}, {"token_embd.weight": torch.zeros(8, 32)}, "f16")
+    result = dspark("check", path, "--engine", "vllm")
+    assert result.status == 1
+    assert "a model of architecture llama, which is no drafter" in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_a_draft_beside_an_engine_is_wrong_usage(dspark, pair):

@@ -39,7 +39,7 @@ def test_attached_leaves_out_what_the_target_has(dspark, pair, tmp_path):
     left_out = set(tensors(pair.drafter)) - set(attached)
     assert left_out == {"embed_tokens.weight", "lm_head.weight"}
     assert same_tensors(attached, tensors(pair.attached / "dspark"))
-    words = ("--max-new-tokens", 8, "--prompt", "a table", "--json")
+    words = ("--max-new-tokens", 8, "--prompt", "a table", "--schedule", "fixed", "--json")
     one = dspark("generate", target, *words).json
     two = dspark("generate", pair.target, "--draft", pair.drafter, *words).json
     assert one["outputs"] == two["outputs"]
@@ -124,6 +124,25 @@ def test_a_gguf_file_drafts_like_its_source(dspark, pair, tmp_path):
     assert one["outputs"] == two["outputs"]
     words = ("convert", path, tmp_path / "back", "--to", "attached", "--target", pair.target)
     assert dspark(*words[:-2]).status == 1  # `back` is no target's directory
+
+
+def test_a_gguf_file_goes_to_no_target_of_other_tokens(dspark, pair, wide_pair, tmp_path):
+    pytest.importorskip("gguf")
+    path, out = tmp_path / "draft.gguf", tmp_path / "out.gguf"
+    words = ("convert", pair.drafter, path, "--to", "gguf", "--target", pair.target)
+    assert dspark(*words).status == 0
+    other = shutil.copytree(pair.target, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    one, two = list(vocab)[-2:]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for target, sentence in ((other, "another tokenizer"), (wide_pair.target, "hidden_size")):
+        result = dspark("convert", path, out, "--to", "gguf", "--target", target)
+        assert result.status == 1
+        assert sentence in result.err
+        assert result.err.count("\n") == 1
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(

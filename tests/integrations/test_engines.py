@@ -3,8 +3,9 @@
 import pytest
 
 from dspark.drafters.checkpoints.checkpoint import load_drafter
+from dspark.integrations import vllm
 from dspark.integrations.engines import verdict
-from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
+from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS, SMOLLM2
 from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_dspark, tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
@@ -60,3 +61,43 @@ def test_eagle3_has_its_own_method(target):
         assert any("P-EAGLE" in reason for reason in verdict(engine, at_once, "D").why_not)
     bundled = load_drafter(BUNDLED_DRAFTERS["bundled-eagle3"])
     assert "Qwen3's layer" in verdict("llama.cpp", bundled, "D").why_not[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "directory"),
+    [
+        ("bundled", BUNDLED / "dspark"),
+        (str(BUNDLED), BUNDLED / "dspark"),
+        ("smollm2", SMOLLM2),
+        ("owner/drafter", "owner/drafter"),
+    ],
+)
+def test_vllm_is_told_where_a_drafter_lies(target, source, directory):
+    [command] = verdict("vllm", made(target), source).commands
+    assert f'"model": "{directory}"' in command
+
+
+def test_vllm_is_given_no_gguf_file(target):
+    convert, serve = verdict("vllm", made(target), "d.gguf").commands
+    assert convert == "dspark convert d.gguf for_vllm --to speculators --target TARGET"
+    assert '"model": "for_vllm"' in serve
+
+
+@pytest.mark.parametrize(
+    ("engine", "meant", "other"),
+    [
+        ("vllm", "0.32.0+cpu", "0.34.1"),
+        ("sglang", "0.5.23", "0.5.24"),
+        ("llama.cpp", "11434.0.0", "12000.0.0"),
+    ],
+)
+def test_a_release_that_is_not_meant_is_named(target, monkeypatch, engine, meant, other):
+    drafter = made(target)
+    monkeypatch.setattr(vllm, "installed_version", lambda *_: meant)
+    known = verdict(engine, drafter, "D").notes
+    monkeypatch.setattr(vllm, "installed_version", lambda *_: None)
+    assert verdict(engine, drafter, "D").notes == known
+    monkeypatch.setattr(vllm, "installed_version", lambda *_: other)
+    *same, said = verdict(engine, drafter, "D").notes
+    assert tuple(same) == known
+    assert other in said

@@ -139,7 +139,7 @@ def _run_elsewhere(options: Options, engine: str, screen: Screen) -> dict[str, A
         for line in found.commands:
             screen.say(f"  {line}")
         for line in found.notes:
-            screen.say(f"{line}.")
+            screen.say(f"{line.removesuffix('.')}.")
     screen.say(f"There, {'; '.join(found.loses)}.")
     return {"ok": not found.why_not} | asdict(found)
 

