@@ -5,15 +5,22 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from dspark.drafters.checkpoints.checkpoint import save_attached
+import dspark
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.errors import CompatibilityError, UsageError
 from dspark.hf import Speculation
+from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS
 from dspark.targets.target import Target
-from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.drafters import tiny_backbone, tiny_dspark, tiny_eagle3
 from tests.helpers.laws import chi_squared
 from tests.helpers.targets import tiny_qwen3
 
+HEADS = ("vanilla", "gated", "rnn")
+BLOCKS = ("reduced", "dflash", "1 + n", "windows")
+CHAINS = ("eagle3", "llama", "p-eagle", "mtp")
+NO_HEADS = {"markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False}
 PROMPTS = ([3, 1, 4, 1, 5], [9], list(range(2, 40)))
 
 
@@ -24,8 +31,25 @@ def model():
 
 def drafter_for(model, kind="vanilla", **changes):
     target = Target.from_model(copy.deepcopy(model))
-    if kind == "eagle3":
-        return tiny_eagle3(target, taps=(0, 1), std=0.4)
+    width = target.hidden_size
+    if kind in CHAINS:
+        last = target.num_layers - 1
+        options = {
+            "eagle3": {"taps": (0, 1)},
+            "llama": {"taps": (0, 1), "backbone": tiny_backbone(width, 2, query_key_norms=False)},
+            "p-eagle": {"taps": (0, 1), "mask_token_id": 3},
+            "mtp": {"taps": (last,), "ttt_length": 1},
+        }[kind]
+        return tiny_eagle3(target, std=0.4, **options)
+    if kind in BLOCKS:
+        windows = tiny_backbone(width, 2, sliding_layers=(0,), sliding_window=6)
+        changes |= {
+            "reduced": {"known": range(0, 64, 3)},
+            "dflash": NO_HEADS,
+            "1 + n": NO_HEADS | {"sample_from_anchor": False},
+            "windows": {"backbone": windows},
+        }[kind]
+        kind = "vanilla"
     return tiny_dspark(target, taps=(-1, 1), std=0.4, markov_head_type=kind, **changes)
 
 
@@ -34,12 +58,9 @@ def answer(model, prompt, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "eagle3", "reduced"])
+@pytest.mark.parametrize("kind", [*HEADS, "eagle3", "reduced"])
 def test_greedy_answers_are_plain_ones(model, kind):
-    if kind == "reduced":
-        drafter = drafter_for(model, known=range(0, 64, 3))
-    else:
-        drafter = drafter_for(model, kind)
+    drafter = drafter_for(model, kind)
     speculation = Speculation(model, drafter)
     for prompt in PROMPTS:
         options = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.3}
@@ -51,26 +72,45 @@ def test_greedy_answers_are_plain_ones(model, kind):
         assert stats.rounds + stats.accepted == 16 - 1
 
 
-def test_drafts_are_those_of_the_engine(model, tmp_path):
-    """A drafter whose Markov head says what the target says after one token."""
-    drafter = drafter_for(model)
+@pytest.mark.parametrize("kind", [*HEADS, *BLOCKS, *CHAINS])
+def test_drafts_are_those_of_the_engine(model, tmp_path, kind):
     model.save_pretrained(tmp_path)
-    save_attached(drafter, tmp_path, dtype=None)
-    import dspark
-
+    save_attached(drafter_for(model, kind), tmp_path, dtype=None)
     ours = dspark.load(tmp_path, dtype="float32")
     speculation = Speculation(model, tmp_path / "dspark")
     for prompt in PROMPTS:
         request = dspark.Request(
-            tuple(prompt), dspark.SamplingParams(max_new_tokens=24, temperature=0.0)
+            tuple(prompt), dspark.SamplingParams(max_new_tokens=12, temperature=0.0)
         )
         [wanted] = ours.engine([request], schedule="fixed").run([request])
         found = answer(
-            model, prompt, custom_generate=speculation, max_new_tokens=24, do_sample=False
+            model, prompt, custom_generate=speculation, max_new_tokens=12, do_sample=False
         )
         assert found[0, len(prompt) :].tolist() == list(wanted.token_ids)
         assert speculation.stats.rounds == wanted.stats.rounds
         assert speculation.stats.accepted == wanted.stats.accepted
+
+
+@pytest.mark.parametrize("name", ["bundled", *BUNDLED_DRAFTERS])
+def test_a_drafter_that_ships_keeps_as_many_drafts_as_in_the_engine(bundled, name):
+    ours = dspark.load("bundled", name, dtype="float32", offline=True)
+    source = BUNDLED / "dspark" if name == "bundled" else BUNDLED_DRAFTERS[name]
+    prompt = ours.encode([{"role": "user", "content": "Tom has 7 apples and buys 5. How many?"}])
+    params = dspark.SamplingParams(max_new_tokens=24, temperature=0.0)
+    request = dspark.Request(tuple(prompt), params)
+    [wanted] = ours.engine([request], schedule="fixed").run([request])
+    speculation = Speculation(bundled, load_drafter(source).float())
+    found = answer(
+        bundled, list(prompt), custom_generate=speculation, max_new_tokens=24, do_sample=False
+    )
+    assert found[0, len(prompt) :].tolist() == list(wanted.token_ids)
+    assert speculation.stats.rounds == wanted.stats.rounds
+    assert speculation.stats.accepted == wanted.stats.accepted > 3
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
 
 
 def test_samples_follow_the_plain_law():
