@@ -3,8 +3,9 @@
 llama.cpp knows two architectures: `dflash` (DFlash, and DSpark with a vanilla Markov head) with
 Qwen3's layer, and `eagle3` with Llama's layer. Keys and tensor names are those that its loader
 reads (src/models/dflash.cpp, eagle3.cpp and src/llama-arch.cpp of build b11434): captured layers
-are counted as inputs of the next layer (`target_layers`, ours + 1), `d2t` holds token ids, and
-embedding and head are left out where they are the target's. What GGUF has no key for (the target's
+are counted as inputs of the next layer (`target_layers`, ours + 1), `d2t` holds token ids, rows of
+Eagle3's queries and keys are paired as llama.cpp rotates Llama's, and embedding and head are left
+out where they are the target's. What GGUF has no key for (the target's
 layers, an Eagle3 drafter's passes) is kept as JSON in `dspark.config`, which llama.cpp ignores.
 """
 
@@ -172,7 +173,21 @@ def _tensors(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, Tensor]:
         # llama.cpp's head always reads the Markov embedding: zeros where this one does not.
         missing = config.backbone.hidden_size + _rank(config) - weight.shape[1]
         state["confidence_head.proj.weight"] = torch.nn.functional.pad(weight, (0, missing))
+    if isinstance(drafter, Eagle3Drafter):
+        for name, heads in _rotated(config.backbone.num_heads, config.backbone.num_kv_heads):
+            halves = state[name].unflatten(0, (heads, 2, -1))
+            state[name] = halves.transpose(1, 2).flatten(0, 2).contiguous()
     return {gguf_name(name, config.backbone.num_layers): x for name, x in state.items()}
+
+
+def _rotated(num_heads: int, num_kv_heads: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Eagle3's projections that are rotated, and their heads.
+
+    llama.cpp rotates rows 2i and 2i + 1 of a head together (LLAMA_ROPE_TYPE_NORM), we i and
+    i + D/2.
+    """
+    prefix = "layers.0.self_attn"
+    return (f"{prefix}.q_proj.weight", num_heads), (f"{prefix}.k_proj.weight", num_kv_heads)
 
 
 def _rank(config: DSparkConfig | Eagle3Config) -> int:
@@ -367,6 +382,12 @@ def _state(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{file.path} has tensors that no supported drafter has: {', '.join(unknown[:5])}."
         )
     state = {ours[name]: file.tensor(name) for name in file.tensors}
+    if file.architecture == EAGLE3:
+        heads = config["num_attention_heads"], config["num_key_value_heads"]
+        for name, number in _rotated(*heads):
+            if name in state and state[name].shape[0] % (2 * number) == 0:
+                pairs = state[name].unflatten(0, (number, -1, 2))
+                state[name] = pairs.transpose(1, 2).flatten(0, 2).contiguous()
     if "d2t" in state:
         tokens, vocab = state["d2t"].long(), int(config["vocab_size"])
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:

@@ -155,9 +155,19 @@ def test_names_and_keys_are_those_that_llama_cpp_reads(target, tmp_path):
         "has_confidence_head": True,
     }
     assert file.get("tokenizer.ggml.mask_token_id") == 3
-    written(eagle3(target), path)
+    chain = eagle3(target)
+    written(chain, path)
     file = GgufFile.open(path)
     assert file.architecture == "eagle3"
+    # Its rotation pairs neighbours where ours pairs a head's halves.
+    half = chain.config.backbone.head_dim // 2
+    for kind in "qk":
+        ours = chain.state_dict()[f"layers.0.self_attn.{kind}_proj.weight"]
+        theirs = file.tensor(f"blk.0.attn_{kind}.weight")
+        for head in range(0, len(ours), 2 * half):
+            assert torch.equal(theirs[head : head + 2 * half : 2], ours[head : head + half])
+            wanted = ours[head + half : head + 2 * half]
+            assert torch.equal(theirs[head + 1 : head + 2 * half : 2], wanted)
     assert "blk.0.attn_norm_2.weight" in file.tensors
     assert file.get("eagle3.target_hidden_size") == WIDTH
 
