@@ -86,11 +86,12 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
             "On a GPU vLLM drafts by itself; with enable_adaptive_verification the plug-in "
             "calibrates its confidences"
         )
+    convert: tuple[str, ...] = ()
+    directory = _directory(source)
     if is_gguf(source):
         convert = (f"dspark convert {source} for_vllm --to speculators --target TARGET",)
-        commands = (*convert, _serve("dspark", "for_vllm", drafter.block_size))
-    else:
-        commands = (_serve("dspark", _directory(source), drafter.block_size),)
+        directory = "for_vllm"
+    commands = (*convert, _serve("dspark", directory, drafter.block_size))
     return Verdict("vLLM 0.32", (), commands, tuple(notes), loses)
 
 

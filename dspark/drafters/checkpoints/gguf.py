@@ -175,8 +175,9 @@ def _tensors(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, Tensor]:
         state["confidence_head.proj.weight"] = torch.nn.functional.pad(weight, (0, missing))
     if isinstance(drafter, Eagle3Drafter):
         for name, heads in _rotated(config.backbone.num_heads, config.backbone.num_kv_heads):
-            halves = state[name].unflatten(0, (heads, 2, -1))
-            state[name] = halves.transpose(1, 2).flatten(0, 2).contiguous()
+            width = state[name].shape[1]
+            halves = state[name].reshape(heads, 2, -1, width)
+            state[name] = halves.transpose(1, 2).reshape(-1, width)
     return {gguf_name(name, config.backbone.num_layers): x for name, x in state.items()}
 
 
@@ -385,9 +386,11 @@ def _state(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
     if file.architecture == EAGLE3:
         heads = config["num_attention_heads"], config["num_key_value_heads"]
         for name, number in _rotated(*heads):
-            if name in state and state[name].shape[0] % (2 * number) == 0:
-                pairs = state[name].unflatten(0, (number, -1, 2))
-                state[name] = pairs.transpose(1, 2).flatten(0, 2).contiguous()
+            shape = state[name].shape if name in state else ()
+            # What does not fit is refused where the tensors are loaded.
+            if len(shape) == 2 and number in range(1, shape[0]) and not shape[0] % (2 * number):
+                pairs = state[name].reshape(number, -1, 2, shape[1])
+                state[name] = pairs.transpose(1, 2).reshape(shape)
     if "d2t" in state:
         tokens, vocab = state["d2t"].long(), int(config["vocab_size"])
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
