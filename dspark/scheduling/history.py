@@ -155,13 +155,13 @@ class RequestHistory:
         typical_R = np.ones(num_requests, bool) if shared_R is None else np.asarray(shared_R, bool)
         self._learn_typical(survival_RK[typical_R])
 
-    def fade(self, tags: Sequence[Hashable]) -> None:
-        """A round in which these requests drafted nothing: what is known of failures fades.
+    def fade(self, tags: Sequence[Hashable], rounds: int = 1) -> None:
+        """Rounds in which these requests drafted nothing: what is known of failures fades.
 
         So a request whose drafts were given up is tried again.
         """
         rows_R = self._find(tags)
-        self._fade(rows_R[rows_R >= 0])
+        self._fade(rows_R[rows_R >= 0], rounds)
 
     def drop(self, tag: Hashable) -> None:
         """Forget a request that has ended; an unknown tag is no error."""
@@ -188,8 +188,8 @@ class RequestHistory:
         self._evidence_M3 = np.concatenate([self._evidence_M3, np.zeros((more, 3))])
         self._free.extend(range(size, size + more))
 
-    def _fade(self, rows_R: IntArray) -> None:
-        memory = self._memory
+    def _fade(self, rows_R: IntArray, rounds: int = 1) -> None:
+        memory = self._memory**rounds
         self._evidence_M3[rows_R] *= (memory, memory, memory**2)
 
     def _learn_typical(self, survival_RK: FloatArray) -> None:

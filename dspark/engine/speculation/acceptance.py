@@ -73,6 +73,7 @@ class Acceptance:
         self.survival_DK: FloatArray | None = None
         self._margins_DK: FloatArray | None = None
         self._factors_D1: FloatArray | None = None
+        self._undrafted = 0  # rounds without drafts that histories do not know of yet
 
     def recalibrate(self, calibration: Calibration | None) -> None:
         """Take the temperatures of a calibration from now on."""
@@ -84,13 +85,13 @@ class Acceptance:
 
     def earlier(self, requests: Sequence[ActiveRequest]) -> FloatArray:
         """What earlier rounds say of this one's survivals, [D, K]."""
-        tags = [request.request_id for request in requests]
+        tags = self._tags(requests)
         return self.history.earlier(tags, self.history.typical) * self._factors(requests)
 
     def _factors(self, requests: Sequence[ActiveRequest]) -> FloatArray:
         """What survivals of failing requests are lowered by, [D, 1]: the same all round."""
         if self._factors_D1 is None:
-            tags = [request.request_id for request in requests]
+            tags = self._tags(requests)
             self._factors_D1 = self.history.factors(tags)[:, None]
         return self._factors_D1
 
@@ -139,7 +140,7 @@ class Acceptance:
     ) -> None:
         """Take note of a finished round: which drafts stayed of those that were verified."""
         if self.survival_DK is None:  # nothing was drafted
-            self.history.fade([request.request_id for request in requests])
+            self._undrafted += 1
             return
         ready = requests[: len(self.survival_DK)]
         shared_D = [
@@ -148,14 +149,21 @@ class Acceptance:
         ]
         accepted_D = np.array(accepted[: len(ready)])
         lengths_D = np.array(drafts.lengths[: len(ready)])
-        tags = [request.request_id for request in ready]
-        self.history.update(tags, self.survival_DK, accepted_D, lengths_D, shared_D)
+        self.history.update(self._tags(ready), self.survival_DK, accepted_D, lengths_D, shared_D)
         if self._margins_DK is not None:
             whole_D = lengths_D == np.array(drafts.proposed[: len(ready)])
             rows = np.array(shared_D) & (whole_D | (self._verifier != "block"))
             self.logistic.update(
                 *observed(self._margins_DK[rows], accepted_D[rows], lengths_D[rows])
             )
+
+    def _tags(self, requests: Sequence[ActiveRequest]) -> list[int]:
+        """Names of requests in their history, which has faded over the rounds without drafts."""
+        tags = [request.request_id for request in requests]
+        if self._undrafted:
+            self.history.fade(tags, self._undrafted)
+            self._undrafted = 0
+        return tags
 
     def _entry(self, request: ActiveRequest) -> tuple[Verifier, TemperatureClass]:
         """The entry of the calibration that a request takes: its own verifier's if there is one."""

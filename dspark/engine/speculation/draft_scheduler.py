@@ -278,7 +278,9 @@ class Scheduler:
         Returns:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
-        self.learn_times(requests, drafts, accepted, spent)
+        # While drafting rests, one plain round is like another.
+        if not self._rests or self._round % EVERY == 0:
+            self.learn_times(requests, drafts, accepted, spent)
         if self.schedule.weighs_costs and not self._coasts:
             self.acceptance.learn(requests, drafts, accepted)
         return self.acceptance.survival_DK
