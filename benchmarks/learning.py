@@ -240,19 +240,10 @@ def throughput(
     pid, begun = learner.trainer_pid, learner.progress()
     if pid is None:
         raise SystemExit("The trainer does not run; its log says why.")
-    speeds = {True: list[float](), False: list[float]()}
-    shares = list[float]()
-    for turn in range(2 * max(round(args.throughput_s / args.turn_s / 2), 1)):
-        learns = turn % 4 in (0, 3)
-        os.kill(pid, signal.SIGCONT if learns else signal.SIGSTOP)
-        side = learning if learns else plain
-        started, tokens, worked = time.perf_counter(), side.tokens, cpu_s(pid)
-        while (spent := time.perf_counter() - started) < args.turn_s:
-            side.step()
-        speeds[learns].append((side.tokens - tokens) / spent)
-        shares += [(cpu_s(pid) - worked) / spent] if learns else []
-        say(f"{'learning' if learns else 'not learning'}: {speeds[learns][-1]:.1f} tokens/s")
-    os.kill(pid, signal.SIGCONT)
+    try:
+        speeds, shares = _by_turns(learning, plain, pid, args)
+    finally:
+        os.kill(pid, signal.SIGCONT)
     ended = learner.progress()
     learner.stop()
     costs = [1 - a / b for a, b in zip(speeds[True], speeds[False], strict=True)]
@@ -268,6 +259,29 @@ def throughput(
         "swaps": ended.swaps - begun.swaps,
         "reached": cost <= COST,
     }
+
+
+def _by_turns(
+    learning: Serving, plain: Serving, pid: int, args: argparse.Namespace
+) -> tuple[dict[bool, list[float]], list[float]]:
+    """Tokens a second of both sides, and the trainer's share of a core where it works.
+
+    What it owes in rests passes while it is stopped, so its share here is above the one asked for,
+    and so is what it costs.
+    """
+    speeds = {True: list[float](), False: list[float]()}
+    shares = list[float]()
+    for turn in range(2 * max(round(args.throughput_s / args.turn_s / 2), 1)):
+        learns = turn % 4 in (0, 3)
+        os.kill(pid, signal.SIGCONT if learns else signal.SIGSTOP)
+        side = learning if learns else plain
+        started, tokens, worked = time.perf_counter(), side.tokens, cpu_s(pid)
+        while (spent := time.perf_counter() - started) < args.turn_s:
+            side.step()
+        speeds[learns].append((side.tokens - tokens) / spent)
+        shares += [(cpu_s(pid) - worked) / spent] if learns else []
+        say(f"{'learning' if learns else 'not learning'}: {speeds[learns][-1]:.1f} tokens/s")
+    return speeds, shares
 
 
 def cpu_s(pid: int) -> float:

@@ -1,8 +1,8 @@
-"""`dspark plan` held against `dspark bench`: the same requests, simulated and measured.
+"""`dspark plan` held against the engine: the same requests, simulated and measured.
 
 The acceptance profile is measured first: one run that verifies whole blocks records what each
 prompt's rounds keep. Then cost tables, whole steps included, and closed loops of some users take
-turns, plainly and under each schedule, as `dspark bench` runs them; the simulation gets the same
+turns, plainly and under each schedule, all users beginning at once; the simulation gets the same
 prompts' and answers' lengths. With one thread times are those of the processor, which a busy
 machine changes less. Beside that, how long 10,000 requests take to simulate.
 """

@@ -29,6 +29,7 @@ _CONTEXTS = (48, 80, 112)  # where rounds begin, a visit each
 _SPREAD = (-32, 16, -16, 0, 32)  # contexts of requests that run together differ
 _ANSWER = 128
 _PATIENCE = 4  # steps for each round that is wanted: drafting may pause where drafts never stay
+_MOST_FACTOR = 4.0  # of a prompt beside other requests
 _OUTLIER = 2.0  # what a stall counts as, in medians
 Now = Callable[[], float]
 
@@ -71,9 +72,7 @@ def measure_steps(
     extras = tuple(
         replace(
             loads[count].extra,
-            prompt_factor=max(_beside_ms(target, _rows_beside(sizes), count, now), 0.0) / alone_ms
-            if alone_ms > 0
-            else 1.0,
+            prompt_factor=_factor(_beside_ms(target, _rows_beside(sizes), count, now), alone_ms),
         )
         for count in counts
     )
@@ -117,6 +116,14 @@ def _prompts(
     )
 
 
+def _factor(beside_ms: float, alone_ms: float) -> float:
+    """How many times as much a prompt takes beside other requests; 1 where neither is to be seen.
+
+    A difference of noise alone must not multiply the cost of long prompts.
+    """
+    return min(max(beside_ms / alone_ms, 1.0), _MOST_FACTOR) if alone_ms > 0 else 1.0
+
+
 def _rows_beside(sizes: Sequence[int]) -> int:
     """Rows of the prompts that are read beside decoding requests."""
     return sizes[min(1, len(sizes) - 1)]
@@ -141,12 +148,13 @@ def _beside_ms(target: Target, rows: int, count: int, now: Now) -> float:
     for number in range(_WARM_UP + 1):
         started = now()
         engine.step()
-        between = now()
+        ended = now()
         added = engine.add(_request(target, rows, 8, count + number))
+        begun = now()
         engine.step()
         if number:  # the first prompt warms up
-            without.append(1e3 * (between - started))
-            beside.append(1e3 * (now() - between))
+            without.append(1e3 * (ended - started))
+            beside.append(1e3 * (now() - begun))
         engine.cancel(added)
     return _mean(beside) - _mean(without)
 

@@ -5,9 +5,9 @@ against what plain decoding takes for the tokens that it committed, and the diff
 account. While the account is in the red nothing is drafted, and plain rounds pay a small share of
 their time into it until it affords another try; the share halves with every try that fails. So
 drafting loses that share of the time at most, whatever the drafter does, beside a few rounds at
-the beginning. A round drafts no deeper than the account could pay for if no draft stayed: where
-rows are dear, one whole block would cost several times the credit. Only finished rounds count: no
-output changes its distribution.
+the beginning. Where nothing else decides, chains are no deeper than the account could pay for if
+no draft stayed: where rows are dear, one whole block would cost several times the credit. Only
+finished rounds count: no output changes its distribution.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ def of_records(run: RunRecords, seed: int = 0) -> Acceptance:
         )
     records = list(run.records.values())
     turns = [turn for record in records for turn in record.turns if _rounds_of(turn)]
+    if any(turn.trees for turn in turns):  # an answer without room for a draft has none
+        turns = [turn for turn in turns if turn.trees is not None]
     if not turns:
         raise UsageError(f"{run.path} has no rounds yet; run dspark eval again.")
     survival_K = RoundCounts.of(records, num_drafts).survival()

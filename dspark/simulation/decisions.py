@@ -178,7 +178,8 @@ class Decisions:
     def _hold(self, lengths: Sequence[int], drawn: int, depth: int, *, tree: bool) -> None:
         load, verified = len(lengths).bit_length(), sum(lengths)
         before = self._held.get(load)
-        alike = before is not None and before.tree == tree
+        # A probe while drafting is off is no example of the rounds that follow.
+        alike = before is not None and before.tree == tree and before.depth > 0
         whole = int(drawn > 0 and verified == drawn * len(lengths))
         if whole and before is not None and alike and before.depth == depth:
             whole += before.whole

@@ -41,7 +41,8 @@ class Fleet:
         Raises:
             UsageError: more requests would run than the cost table covers.
         """
-        most = max(point.requests for point in way.costs.points)
+        tables = [way.costs] if way.tree_costs is None else [way.costs, way.tree_costs]
+        most = min(max(point.requests for point in costs.points) for costs in tables)
         if self.limits.max_requests > most:
             raise UsageError(
                 f"The cost table of {way.name} was measured for up to {most} requests, but "

@@ -75,7 +75,9 @@ def decode(schedule, machine, requests, *, rounds=240, useful=True, noise=0.1, s
                 request_id=i,
                 drafts=True,
                 ready=True,
-                request=SimpleNamespace(params=SamplingParams(8), mask=None, reproducible=False),
+                request=SimpleNamespace(
+                    params=SamplingParams(8), mask=None, reproducible=False, learn=True
+                ),
             )
             for i in ids
         ]
@@ -166,6 +168,24 @@ def test_finding_out_costs_a_few_rounds_at_most(machine, requests):
     options = {"useful": False, "rounds": 100}
     plain = best(machine, requests, **options)
     assert decode(made("auto"), machine, requests, **options) > 0.95 * plain
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_who_learns_sees_whole_blocks_where_tries_are_shallow(learns):
+    """A calibration of block verification learns from rounds alone that verify all drafts."""
+    schedule, shortest = made("auto"), []
+    schedule.learns = learns
+    lengths = schedule.lengths
+
+    def spy(requests, limits, offer):
+        found = lengths(requests, limits, offer)
+        shortest.append(min(found))
+        return found
+
+    schedule.lengths = spy
+    decode(schedule, Machine(20.0, 2.0, 0.1), 16, rounds=400)
+    assert np.mean(shortest) < 3
+    assert (NUM_DRAFTS in shortest) == learns
 
 
 def test_control_whole_blocks_as_tries_cost_more():

@@ -35,6 +35,21 @@ def test_a_request_without_a_history_counts_as_survival_1():
     assert len(history) == 0
 
 
+def test_rounds_that_are_counted_fade_as_rounds_one_by_one():
+    ways = []
+    for counted in (True, False):
+        history, generator = RequestHistory(5), np.random.default_rng(4)
+        play(history, "a", 12, generator, honesty=0.3)
+        if counted:
+            history.fade(["a"], 7)
+        else:
+            for _ in range(7):
+                history.fade(["a"])
+        ways.append(history.factors(["a"]).tolist())
+    assert ways[0] == pytest.approx(ways[1], rel=1e-12)
+    assert ways[0] < [1.0]
+
+
 def test_earlier_survivals_are_the_last_finished_rounds():
     history = RequestHistory(2)
     history.update(["a", "c"], [[0.9, 0.5], [0.3, 0.2]], [0, 0], [2, 0])

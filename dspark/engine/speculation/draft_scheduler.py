@@ -155,7 +155,8 @@ class Scheduler:
         foresight = self._weighs(len(ready))
         if foresight is None:
             deep = self._protection.depth(playing)
-            if deep is not None and deep < self.num_drafts and not self.of_trees:
+            whole = self.of_trees or self._shows
+            if deep is not None and deep < self.num_drafts and not whole:
                 self.depth = deep
             return [min(limit, self.depth or limit) for limit in most]
         if self._coasts_on(len(ready)):

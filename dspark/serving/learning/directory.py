@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -263,6 +263,8 @@ def _read(path: Path, kind: type[T]) -> T | None:
         return None
     record = read_json(path, VERSION, _REMEDY)
     del record["version"]
-    if set(record) != {field.name for field in fields(kind)}:
+    known = {field.name for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not needed <= set(record) <= known:
         raise DataError(f"{path} has the keys {sorted(record)}; {_REMEDY}.")
     return kind(**record)

@@ -312,12 +312,19 @@ def _reason_against(anatomy: Anatomy, layout: CacheLayout) -> str:
     return ""
 
 
+_TRIAL_IDS = ([3, 5, 7, 11, 13], [17], [19, 23, 29])
+TRIAL_STEPS = tuple(map(len, _TRIAL_IDS))
+
+
 def run_two_steps(anatomy: Anatomy, layout: CacheLayout, decoder: FlatDecoder | None) -> Tensor:
-    """Hidden states of a short prompt and of two more tokens, by the modules or a flat decoder."""
+    """Hidden states of a short prompt and of two steps behind it, by the modules or a flat decoder.
+
+    Their rows: `TRIAL_STEPS`.
+    """
     weight = anatomy.embedding.weight
     cache = PagedCache(layout.shapes, 1, dtype=weight.dtype, device=weight.device)
     table, start, found = BlockTable((0,)), 0, list[Tensor]()
-    for ids in ([3, 5, 7, 11, 13], [17], [19, 23, 29]):
+    for ids in _TRIAL_IDS:
         known = [token % anatomy.embedding.num_embeddings for token in ids]
         batch = RaggedBatch.build([(table, start, known)], weight.device)
         call = RaggedCall(batch, cache, layout.cache_layers, layout.writers)
