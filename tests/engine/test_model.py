@@ -85,12 +85,11 @@ def test_prompts_of_a_list_draw_with_seeds_of_their_own(model):
 
 
 def test_engine_options_act(model):
-    base = model.generate("the cat", verifier="coupled", temperature=1.0, **OPTIONS)
-    for options in ({"block_size": 2}, {"schedule": "off"}, {"threshold": 0.5}):
-        schedule = {"schedule": "threshold"} if "threshold" in options else {}
-        output = model.generate(
-            "the cat", verifier="coupled", temperature=1.0, **OPTIONS, **options, **schedule
-        )
+    given = {"verifier": "coupled", "temperature": 1.0, "schedule": "fixed", **OPTIONS}
+    base = model.generate("the cat", **given)
+    acting = ({"block_size": 2}, {"schedule": "off"}, {"schedule": "threshold", "threshold": 0.5})
+    for options in acting:
+        output = model.generate("the cat", **(given | options))
         assert output.token_ids == base.token_ids
         assert output.stats.verified < base.stats.verified
 

@@ -42,7 +42,7 @@ def test_greedy_tokens_are_plain_decodings(packed):
 
 
 def test_drafts_are_kept_as_with_plain_weights(packed):
-    options = {"max_new_tokens": NEW_TOKENS, "batch_size": 4}
+    options = {"max_new_tokens": NEW_TOKENS, "batch_size": 4, "schedule": "fixed"}
     unpacked = dspark.load("bundled", device="cpu", dtype="float32", weights="plain")
     accepted = [
         sum(output.stats.accepted for output in model.generate(PROMPTS, **options))
