@@ -113,6 +113,12 @@ def test_whole_steps_are_measured_and_planned_with(dspark, pair, tmp_path):
     assert "--whole-steps" not in planned.err
 
 
+def test_whole_steps_of_shorter_blocks_are_refused(dspark, pair):
+    result = dspark("profile", pair.attached, "--whole-steps", "--block-size", 1)
+    assert result.status == 2
+    assert "leave --block-size out" in result.err
+
+
 def test_trees_are_recorded_measured_and_planned_with(dspark, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("dspark.evaluation.report.write.can_draw", lambda: False)
     prompts = tmp_path / "fruit.jsonl"

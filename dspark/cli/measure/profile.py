@@ -50,6 +50,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     if options.tree_nodes is not None and options.out is None:
         raise UsageError("--tree-nodes needs --out: the user's cache keeps tables of chains alone.")
+    if options.whole_steps and options.block_size is not None:
+        raise UsageError("--whole-steps measures the drafter's own blocks; leave --block-size out.")
     model = load_pair(options, screen)
     with screen.progress("rounds") as tell:
         if options.tree_nodes is None:
