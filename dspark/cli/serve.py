@@ -144,10 +144,9 @@ class _Learning:
     learn_bytes: int = option(
         1 << 30, "samples on disk at most (default: 1 GiB)", metavar="N", least=1 << 20
     )
-    learn_share: float = option(
-        0.25,
-        "of one core's time that the trainer takes at most, above 0 and at most 1 (default: "
-        "{default})",
+    learn_share: float | None = option(
+        None,
+        "of one core's time that the trainer takes at most, above 0 and at most 1 (default: 0.25)",
         read=partial(number, above=True),
         metavar="S",
     )
@@ -171,7 +170,9 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError(f"--port is {options.port}, but must be from 0 to 65535.")
     if options.learn is None and options.learn_dir is not None:
         raise UsageError("--learn-dir says where learning keeps its files; give --learn as well.")
-    if options.learn_share > 1:
+    if options.learn is None and options.learn_share is not None:
+        raise UsageError("--learn-share says how much learning may take; give --learn as well.")
+    if options.learn_share is not None and options.learn_share > 1:
         raise UsageError(f"--learn-share is {options.learn_share:g}, but must be at most 1.")
     from dspark.serving.middleware import start_logging
     from dspark.serving.server import Server, bind
@@ -203,9 +204,11 @@ def _service(options: Options, model: Model, screen: Screen) -> EngineService:
 
     if options.learn is None:
         return EngineService(_engine(options, model, screen))
+    from dspark.serving.learning.directory import DEFAULT_SHARE
     from dspark.serving.learning.learner import Learner, resume
 
-    directory = resume(model, options.learn_dir, options.learn, options.learn_share)
+    share = options.learn_share or DEFAULT_SHARE
+    directory = resume(model, options.learn_dir, options.learn, share)
     engine = _engine(options, model, screen)
     learner = Learner(
         directory, engine, draft_top_k=model.draft_top_k, max_bytes=options.learn_bytes

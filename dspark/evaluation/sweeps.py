@@ -110,7 +110,7 @@ def main_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         settings = run["settings"]
         names = ("target", "drafter", "draft_weights", "temperature", "verifier", "top_p", "seed")
-        key = tuple(settings[name] for name in names)
+        key = (*(settings[name] for name in names), settings["tree_nodes"])
         if key not in best or _wholeness(run) > _wholeness(best[key]):
             best[key] = run
     return list(best.values())[:MOST_RUNS]
@@ -168,6 +168,7 @@ _NAMES = {
     "raw": "raw {}",
     "turns": "turns {}",
     "draft_top_k": "{} candidates",
+    "tree_nodes": "trees of {}",
     "seed": "seed {}",
     "target_weights": "target {}",
     "draft_weights": "weights {}",

@@ -132,7 +132,7 @@ class Protection:
         load = requests.bit_length()
         if load not in self._accounts:
             failing = any(account.pauses for account in self._accounts.values())
-            first = max(FIRST / (1 << load >> 1), TRY)
+            first = max(FIRST / max(requests, 1), TRY)
             self._accounts[load] = _Account(TRY if failing else first)
         return self._accounts[load]
 

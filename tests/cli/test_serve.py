@@ -82,6 +82,7 @@ def test_serves_until_it_is_told_to_stop(pair, tmp_path):
     ("words", "named"),
     [
         (["--learn-dir", "learned"], "give --learn as well"),
+        (["--learn-share", "0.5"], "give --learn as well"),
         (["--learn", "--learn-share", "1.5"], "--learn-share is 1.5"),
         (["--port", "70000"], "--port is 70000"),
         (["--max-requests", "0"], "--max-requests is 0"),

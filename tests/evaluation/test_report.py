@@ -154,6 +154,12 @@ def test_labels_name_what_differs():
     assert len(set(run_labels([runs[0], again]))) == 2
 
 
+def test_trees_and_chains_of_one_drafter_are_two_runs():
+    runs = report_of([make_run("a"), make_run("a", tree_nodes=16)])["runs"]
+    assert sorted(run_labels(runs)) == ["a", "a trees of 16"]
+    assert len(main_runs(runs)) == 2
+
+
 def test_runs_are_sorted_into_figures(report):
     runs = report["runs"]
     assert [(r["name"], r["settings"]["temperature"]) for r in main_runs(runs)] == [

@@ -172,21 +172,20 @@ def full_disk():
 
 
 STAGE_FUNCTIONS = {
-    "prompts": "write_prompts",
-    "answers": "write_answers",
-    "training": "train",
-    "calibration": "calibrate_pair",
-    "costs": "measure_costs",
-    "evaluation": "evaluate_pair",
-    "attach": "attach",
+    "prompts": (answers, "write_prompts"),
+    "answers": (answers, "write_answers"),
+    "training": (stages, "train"),
+    "calibration": (stages, "calibrate_pair"),
+    "costs": (stages, "measure_costs"),
+    "evaluation": (stages, "evaluate_pair"),
+    "attach": (stages, "attach"),
 }
 
 
 def test_a_full_disk_in_any_stage_is_one_sentence(target, tmp_path, fast, monkeypatch):
     """And with room again the run goes on."""
     wanted = wish(target, tmp_path)
-    for stage, name in STAGE_FUNCTIONS.items():
-        module = answers if hasattr(answers, name) else stages
+    for stage, (module, name) in STAGE_FUNCTIONS.items():
         act = getattr(module, name)
 
         def full(*given, act=act):

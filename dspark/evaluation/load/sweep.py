@@ -160,7 +160,10 @@ def run_in_turn(
     for engine in engines:
         warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
     supply = out_of_step(workload.request, users)
-    return closed_loops(engines, supply, users=users, count=workload.answers(users))
+    shortened = users if users > 1 else 0  # they come before the answers that count
+    count = workload.answers(users) + shortened
+    runs = closed_loops(engines, supply, users=users, count=count)
+    return [replace(run, answers=run.answers[shortened:]) for run in runs]
 
 
 def sweep(
