@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.serving.context import Settings
@@ -63,6 +65,18 @@ def chromium():
 def server(chromium, measured, kit):
     with kit.serve(measured, drafters={"dspark": measured}, schedule="lagged") as started:
         yield started
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A step takes 20 ms at least: a run lasts while the page is used, on any machine."""
+    step = Engine.step
+
+    def slowly(engine):
+        time.sleep(0.02)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slowly)
 
 
 class Visit:
@@ -423,6 +437,7 @@ def test_what_looks_like_markup_stays_text(server, visit):
     assert visitor.overflow == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_server_that_stops_shows_as_disconnected_and_one_that_returns_as_connected(
     measured, kit, visit
 ):
@@ -441,6 +456,7 @@ def test_a_server_that_stops_shows_as_disconnected_and_one_that_returns_as_conne
         assert "Done" in visitor.text("#status")
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_stop_ends_a_run(server, visit):
     visitor = visit().open(server).connected()
     visitor.ask(tokens=200, load=2, past_end=True)
@@ -451,6 +467,7 @@ def test_stop_ends_a_run(server, visit):
     server.wait_until(lambda _: server.server.app.state.context.engines.in_line == 0)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_the_load_slider_acts_while_a_run_goes_on(server, visit):
     visitor = visit().open(server).connected()
     visitor.ask(tokens=100, past_end=True)
@@ -493,6 +510,7 @@ def test_without_drafts_the_page_says_so(server, visit):
     assert visitor.page.locator("#schedule").is_disabled()
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("wish", ["setting", "select"])
 def test_rounds_come_two_a_second_where_that_is_wanted(server, visit, wish):
     """By who has asked the system for less motion, or the page for slow rounds."""
@@ -507,7 +525,7 @@ def test_rounds_come_two_a_second_where_that_is_wanted(server, visit, wish):
             .observe(document.getElementById("block"), { childList: true });
         }"""
     )
-    visitor.ask(tokens=200, load=1, past_end=True).ended()  # for over a second on any machine
+    visitor.ask(tokens=200, load=1, past_end=True).ended()  # for over a second
     times = page.evaluate("window.drawn")
     assert len(times) > 2
     # One frame may come late; half a second lies between any two that are on time.
