@@ -118,59 +118,54 @@ def best_budget(
         UsageError: survivals rise within a request, a step cost is not positive and finite, or
             the margin is negative.
     """
-    return survey_budgets(survival_RK, step_ms_N, limits_R, margin)[0]
-
-
-def survey_budgets(
-    survival_RK: npt.ArrayLike,
-    step_ms_N: npt.ArrayLike,
-    limits_R: npt.ArrayLike | None = None,
-    margin: float = 0.0,
-) -> tuple[int, float]:
-    """`best_budget`, and the highest throughput that any budget promises, by one ranking.
-
-    Args:
-        survival_RK: as there, and so are the others.
-        step_ms_N: as there.
-        limits_R: as there.
-        margin: as there.
-
-    Returns:
-        (budget, tokens per millisecond).
-
-    Raises:
-        NumericsError, UsageError: as there.
-    """
     _check_margin(margin)
-    return _ranked(survival_RK, limits_R).best(_checked_costs(step_ms_N), margin)
+    throughput_N = _ranked(survival_RK, limits_R).throughput(_checked_costs(step_ms_N))
+    best, full = int(throughput_N.argmax()), len(throughput_N) - 1
+    return best if throughput_N[best] > (1 + margin) * throughput_N[full] else full
 
 
 def survey_depths(
     survival_RK: npt.ArrayLike,
-    step_ms_DN: Mapping[int, npt.ArrayLike],
+    verify_ms_N: npt.ArrayLike,
+    draft_ms: Mapping[int, float],
     limits_R: npt.ArrayLike | None = None,
     margin: float = 0.0,
 ) -> dict[int, tuple[int, float]]:
-    """`survey_budgets` of blocks that are cut to some depths, by one ranking.
+    """`best_budget` of blocks that are cut to some depths, and what each promises, by one ranking.
 
     Args:
-        survival_RK: as there, of whole blocks, and so are the others.
-        step_ms_DN: per depth, milliseconds of steps that draft so deep.
+        survival_RK: as there, of whole blocks, and so are `limits_R` and `margin`.
+        verify_ms_N: [N + 1] milliseconds of the target's part of a step that verifies 0..N drafts.
+        draft_ms: per depth, milliseconds of drafting so deep.
         limits_R: as there.
         margin: as there.
 
     Returns:
-        Per depth (budget, tokens per millisecond).
+        Per depth (budget, tokens per millisecond of the best one).
 
     Raises:
         NumericsError, UsageError: as there.
     """
     _check_margin(margin)
-    ranked = _ranked(survival_RK, limits_R)
-    return {
-        depth: ranked.cut(depth).best(_checked_costs(step_ms_N), margin)
-        for depth, step_ms_N in step_ms_DN.items()
-    }
+    ranked, verify_ms = _ranked(survival_RK, limits_R), _checked_costs(verify_ms_N)
+    most = len(verify_ms) - 1
+    draft_ms_P1 = np.array(list(draft_ms.values()), np.float64)[:, None]
+    within_PD = ranked.positions_D < np.array(list(draft_ms))[:, None]
+    admitted_PN, gain_PN = np.zeros((2, len(draft_ms), len(ranked.survival_D) + 1))
+    gain_PN[:, 0] = ranked.num_requests
+    gain_PN[:, 1:] = np.where(within_PD, ranked.survival_D, 0.0)
+    admitted_PN[:, 1:] = within_PD
+    admitted_PN = admitted_PN.cumsum(axis=1).astype(np.int64)
+    step_ms_PN = verify_ms[np.minimum(admitted_PN, most)] + draft_ms_P1
+    per_ms_PN = np.where(admitted_PN <= most, gain_PN.cumsum(axis=1) / step_ms_PN, 0.0)
+    found = {}
+    for row, depth in enumerate(draft_ms):
+        best = int(per_ms_PN[row].argmax())
+        highest = float(per_ms_PN[row, best])
+        full = int(np.searchsorted(admitted_PN[row], most, side="right")) - 1
+        chosen = best if highest > (1 + margin) * per_ms_PN[row, full] else full
+        found[depth] = int(admitted_PN[row, chosen]), highest
+    return found
 
 
 def fill_budget(
@@ -291,22 +286,6 @@ class _Ranked:
     requests_D: IntArray
     survival_D: FloatArray
     positions_D: IntArray
-
-    def cut(self, depth: int) -> _Ranked:
-        """The same order without the drafts behind a depth."""
-        stay_D = self.positions_D < depth
-        if stay_D.all():
-            return self
-        requests_D, survival_D = self.requests_D[stay_D], self.survival_D[stay_D]
-        return _Ranked(self.num_requests, requests_D, survival_D, self.positions_D[stay_D])
-
-    def best(self, step_ms_N: FloatArray, margin: float) -> tuple[int, float]:
-        """The budget of the highest throughput, all where that is hardly less, and the highest."""
-        throughput_N = self.throughput(step_ms_N)
-        best = int(throughput_N.argmax())
-        most = float(throughput_N[best])
-        full = len(throughput_N) - 1
-        return best if most > (1 + margin) * throughput_N[full] else full, most
 
     def throughput(self, step_ms_N: FloatArray) -> FloatArray:
         """Tokens per millisecond with 0, 1, ... drafts, for as many as there are.

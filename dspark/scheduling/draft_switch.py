@@ -6,19 +6,23 @@ import math
 
 from dspark.errors import NumericsError, UsageError
 
-# What probes may lose of all time, and between two looks at what drafting promises while it is off.
-PROBE_SHARE, EVERY = 0.005, 8
+# What probes may lose of all time; rounds after drafting stops in which what it promises is looked
+# at still, and rounds between two looks from then on.
+PROBE_SHARE, LOOKS, EVERY = 0.005, 4, 32
+# The share of new requests from which on a round is asked about in any case.
+RENEWED = 0.25
 
 
 class DraftSwitch:
     """Decides per round whether to draft, so that off is never for ever.
 
     Ask it once a round with what earlier rounds promise. The mean of late promises counts: one
-    unlucky round of a single request is no reason to stop. While drafting does not gain, a probe
-    round drafts all the same, to see whether that has changed: at once, after `first_pause` rounds,
-    then after twice as many each time, up to `longest_pause`, and never before what the last one
-    lost (`lost`) is half a percent of the rounds since. The spacing knows nothing of this round's
-    tokens or of randomness, so every output stays exact.
+    unlucky round of a single request is no reason to stop. It is the mean of these requests alone:
+    as others come in their place, it gives way to what is promised now. While drafting does not
+    gain, a probe round drafts all the same, to see whether that has changed: at once, after
+    `first_pause` rounds, then after twice as many each time, up to `longest_pause`, and never
+    before what the last one lost (`lost`) is half a percent of the rounds since. The spacing knows
+    nothing of this round's tokens or of randomness, so every output stays exact.
 
     Attributes:
         probes: whether the round decided on last drafts as a probe.
@@ -57,15 +61,22 @@ class DraftSwitch:
         self._first, self._longest = first_pause, longest_pause
         self._gain: float | None = None
         self._pause = self._idle = self._load = 0
+        self._renewed = 0.0  # share of the requests that are new since the last decision
         self.probes = False
 
-    def rests(self, load: int) -> bool:
+    def rests(self, load: int, newcomers: int = 0) -> bool:
         """Whether a round of so many requests drafts nothing in any case, so that none need ask.
 
-        While drafting is off, what it promises changes slowly: it is looked at every few rounds, or
-        when the load changes.
+        While drafting is off, what it promises changes slowly: it is looked at every few rounds,
+        or when the load changes or a quarter of the requests have not been asked about.
+
+        Args:
+            load: requests of the round.
+            newcomers: how many of them were not in the last round that asked.
         """
-        off = EVERY <= self._idle < self._pause and self._idle % EVERY and load == self._load
+        self._renewed = min(self._renewed + newcomers / max(load, 1), 1.0)
+        known = load == self._load and self._renewed < RENEWED
+        off = LOOKS <= self._idle < self._pause and self._idle % EVERY and known
         self._load = load
         self._idle += bool(off)
         return bool(off)
@@ -86,7 +97,8 @@ class DraftSwitch:
         if math.isnan(gain):
             raise NumericsError("The gain of drafting is NaN; check the survivals and costs.")
         old = gain if self._gain is None else self._gain
-        self._gain = self._memory * old + (1 - self._memory) * gain
+        memory = self._memory * (1 - self._renewed)
+        self._gain, self._renewed = memory * old + (1 - memory) * gain, 0.0
         self.probes = False
         if (1 + self._margin) * self._gain >= 1:
             # What made it worth drafting may pass soon: pauses shrink step by step, too.

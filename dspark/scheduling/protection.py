@@ -3,18 +3,19 @@
 Neither calibration nor cost table nor confidences are needed: the time of a drafting round is set
 against what plain decoding takes for the tokens that it committed, and the difference goes to an
 account. While the account is in the red nothing is drafted, and plain rounds pay a small share of
-their time into it until it affords another try; the share halves with every try that fails. So
-drafting loses that share of the time at most, whatever the drafter does, beside a few rounds at
-the beginning. Where nothing else decides, chains are no deeper than the account could pay for if
-no draft stayed: where rows are dear, one whole block would cost several times the credit. Only
-finished rounds count: no output changes its distribution.
+their time into it until it affords another try; the share halves with every try that fails and
+bears out that drafting loses. So drafting loses that share of the time at most, whatever the
+drafter does, beside a few rounds at the beginning. Where nothing else decides, chains are no
+deeper than the account could pay for if no draft stayed: where rows are dear, one whole block
+would cost several times the credit. Only finished rounds count: no output changes its distribution.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
-from dspark.scheduling.step_times import FADE, Scales, StepTime
+from dspark.scheduling.step_times import FADE, OUTLIER, Scales, StepTime
 
 # Everything in plain rounds: what one request may lose at first (R together see R times as much in
 # a round, and lose an R-th), what a try may lose after a failure, and what gains are remembered.
@@ -25,8 +26,55 @@ SHARE, HALVINGS = 0.02, 4
 # one, at most. A look that costs nothing may be frequent.
 OFTEN, RARE = 4, 512
 MEMORY = 0.95
+# What evidence of gains remembers, and by how many standard errors its mean must lie below 0 before
+# a pause counts as a failure: a drafter that gains a little has bad luck now and then.
+EVIDENCE, DOUBT = 0.98, 1.0
 # After so many drafting rounds what is known of plain ones is old.
 OLD = 16
+
+
+# How much of a step's deviation from steps like it is the machine's pace, and steps of a kind that
+# their usual time remembers.
+PACE, USUAL = 0.1, 64.0
+# Steps are alike up to this part of a draft of each request.
+NEAR = 4
+
+
+class Pace:
+    """How fast the machine is of late, told from target steps of the same shape.
+
+    Clocks and neighbours make a machine faster and slower for all alike, within seconds. Plain and
+    drafting rounds are seldom seen side by side, so times are compared at one pace. It follows the
+    target's part alone, which the drafter has no hand in.
+
+    Attributes:
+        value: what a millisecond of the beginning takes now.
+    """
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._usual: dict[tuple[int, int], tuple[float, float]] = {}  # rounds, milliseconds
+
+    def even(self, seen: StepTime) -> StepTime:
+        """Take note of a finished round.
+
+        Returns:
+            The round as it would have been at the first pace; a target's part that took far
+            longer or shorter than usual is cut to a bound.
+        """
+        if not seen.requests or not math.isfinite(seen.total_ms) or not seen.verify_ms > 0:
+            return seen
+        verify_ms = seen.verify_ms / self.value
+        if not seen.prompt_rows:
+            shape = seen.requests, NEAR * seen.drafts // seen.requests
+            rounds, usual_ms = self._usual.get(shape, (0.0, verify_ms))
+            ratio = min(max(verify_ms / usual_ms, 1 / OUTLIER), OUTLIER)
+            drift = ratio**PACE
+            self.value *= drift
+            verify_ms = usual_ms * ratio / drift
+            rounds = min(rounds + 1, USUAL)
+            self._usual[shape] = rounds, usual_ms + (verify_ms - usual_ms) / rounds
+        return replace(seen, draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)
 
 
 class Protection:
@@ -67,7 +115,7 @@ class Protection:
         if account.credit < 0:
             if account.since_plain < OLD:
                 account.pauses = True
-                account.failures += 1
+                account.failures += account.loses
             else:  # the machine may have become slower for all alike: look before giving up
                 account.credit = TRY / 2
             return False
@@ -116,13 +164,14 @@ class Protection:
             account.since_plain, account.fresh = 0, account.since_plain > 0
             return None
         account.since_plain += 1
-        if not account.plain.tells(seen):
+        if not account.tells(seen):
             return None
         plain_ms, prompts_ms = account.plain.expected_ms(seen)
         worth_ms = plain_ms * seen.tokens / seen.requests + prompts_ms
         gain = (worth_ms - seen.total_ms) / plain_ms
         account.learn_cost((seen.total_ms - plain_ms - prompts_ms) / plain_ms, seen)
         account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
+        account.learn_gain(gain)
         account.credit = min(account.credit + gain, MOST)
         if account.credit >= MOST / 2:
             account.failures = 0
@@ -179,11 +228,13 @@ class _Account:
         credit: in plain rounds; drafting pauses below 0.
         gain: of a drafting round, in plain ones, by those of late.
         pauses: whether drafting does.
-        failures: pauses in a row.
+        failures: pauses in a row that were no bad luck.
         since_plain: drafting rounds since the last plain one.
         fresh: whether that one was played to refresh what is known, and nothing was drafted since.
         plain: what plain rounds take.
         draft_cost: what a draft of each request takes, in plain rounds.
+        alone: share of drafting rounds of late that no prompt was read in.
+        evidence: drafting rounds of late, and sums of their gains and of the squares of these.
     """
 
     credit: float
@@ -194,6 +245,34 @@ class _Account:
     fresh: bool = False
     plain: _PlainTimes = field(default_factory=_PlainTimes)
     draft_cost: float | None = None
+    evidence: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    alone: float = 0.5
+
+    def tells(self, seen: StepTime) -> bool:
+        """Whether what a drafting round gained is known.
+
+        What prompts take beside it is an estimate: where most rounds have none, those count alone.
+        """
+        alone = not seen.prompt_rows
+        self.alone += (1 - MEMORY) * (alone - self.alone)
+        return self.plain.tells(seen) and (alone or self.alone < 0.5)
+
+    def learn_gain(self, gain: float) -> None:
+        """Take note of what a drafting round gained."""
+        rounds, total, squares = self.evidence
+        self.evidence = (
+            EVIDENCE * rounds + 1,
+            EVIDENCE * total + gain,
+            EVIDENCE * squares + gain * gain,
+        )
+
+    @property
+    def loses(self) -> bool:
+        """Whether drafting rounds of late lost by more than chance."""
+        rounds, total, squares = self.evidence
+        mean = total / rounds
+        variance = (max(squares - rounds * mean * mean, 0.0) + 1.0) / rounds
+        return mean + DOUBT * math.sqrt(variance / rounds) < 0
 
     def learn_cost(self, rounds: float, seen: StepTime) -> None:
         """Take note of what a round's drafts took, in plain rounds."""

@@ -204,7 +204,7 @@ def test_auto_drafts_where_that_is_faster(requests):
 
 @pytest.mark.parametrize(("machine", "unasked"), [(FLAT, True), (LINEAR, False)])
 def test_whole_blocks_that_are_best_for_long_are_verified_unasked(machine, unasked):
-    """One user's rounds, beside which deciding weighs most; where rows are dear, each decides."""
+    """One user's rounds, beside which deciding weighs most; where rows are dear, most decide."""
     schedule, seen = made("lagged", machine.table()), []
     lengths = schedule.lengths
 
@@ -216,6 +216,5 @@ def test_whole_blocks_that_are_best_for_long_are_verified_unasked(machine, unask
     schedule.lengths = spy
     decode(schedule, machine, 1)
     blind = [found for reads, found in seen if not reads]
-    assert (len(blind) > len(seen) / 2) is unasked
+    assert len(blind) > len(seen) / 2 if unasked else len(blind) < len(seen) / 4
     assert all(found == [NUM_DRAFTS] for found in blind)
-    assert unasked or not blind

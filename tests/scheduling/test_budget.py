@@ -12,6 +12,7 @@ from dspark.scheduling.budget import (
     drafting_gain,
     fill_budget,
     prefix_lengths,
+    survey_depths,
     throughput,
     worth_drafting,
 )
@@ -85,6 +86,20 @@ def test_budget_and_filling_are_the_best_of_all_length_vectors(seed):
     assert got == pytest.approx(best, rel=1e-12)
     assert lengths.sum() == budget
     assert (lengths <= limits).all()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_depths_are_surveyed_as_blocks_of_each_alone(seed, margin):
+    survival, verify_ms, limits = a_case(seed)
+    draft_ms = {depth: 0.7 + 0.2 * depth for depth in range(1, survival.shape[1] + 1)}
+    found = survey_depths(survival, verify_ms, draft_ms, limits, margin)
+    for depth, spent_ms in draft_ms.items():
+        block, steps = survival[:, :depth], verify_ms + spent_ms
+        budget = best_budget(block, steps, limits, margin)
+        best = best_budget(block, steps, limits)
+        highest = throughput(block, fill_budget(block, best, limits), steps[best])
+        assert found[depth] == (budget, pytest.approx(highest, rel=1e-12))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark.scheduling.protection import FIRST, MOST, RARE, SHARE, TRY, Protection
+from dspark.scheduling.protection import FIRST, MOST, RARE, SHARE, TRY, Pace, Protection
 from dspark.scheduling.step_times import StepTime
 
 NUM_DRAFTS = 7
@@ -15,12 +15,24 @@ def plain_ms(requests, prompt_rows=0):
     return 20.0 + 2.0 * requests + 1.0 * prompt_rows
 
 
-def play(protection, accepted, *, count, requests=4, dearer=1.0, slower=None, noise=0.0, seed=0):
+def play(
+    protection,
+    accepted,
+    *,
+    count,
+    requests=4,
+    dearer=1.0,
+    slower=None,
+    noise=0.0,
+    seed=0,
+    pace=None,
+):
     """Rounds of drafts of which each request keeps `accepted(round, generator)`.
 
     Args:
         dearer: what a drafting round takes, in plain ones, with four rows of prompts now and then.
-        slower: factor of all times from a round on.
+        slower: factor of all times by the number of the round.
+        pace: evens the times that the protection is told.
 
     Returns:
         (ms of every round, its tokens, whether it drafted).
@@ -44,7 +56,7 @@ def play(protection, accepted, *, count, requests=4, dearer=1.0, slower=None, no
             (1 - share) * ms,
             now + sum(kept),
         )
-        protection.learn(seen)
+        protection.learn(pace.even(seen) if pace else seen)
         spent.append(ms)
         tokens.append(seen.tokens)
         drafted.append(drafts)
@@ -149,3 +161,66 @@ def test_the_same_times_make_the_same_decisions():
     first = play(Protection(), lambda n, _: n % 3, count=500, dearer=1.9)[2]
     again = play(Protection(), lambda n, _: n % 3, count=500, dearer=1.9)[2]
     assert (first == again).all()
+
+
+def restless(seed):
+    """Factors of a machine that becomes faster and slower by a fifth within seconds."""
+    generator, level, found = np.random.default_rng(seed), 0.0, []
+    for _ in range(3000):
+        level = 0.98 * level + generator.normal(0, 0.2 * (1 - 0.98**2) ** 0.5)
+        found.append(np.exp(level) * (6.0 if generator.random() < 0.01 else 1.0))
+    return found.__getitem__
+
+
+def test_a_restless_machine_keeps_no_good_drafter_from_drafting():
+    kept = lambda _, g: min(int(g.geometric(0.4)) - 1, NUM_DRAFTS)  # noqa: E731
+    shares = {True: [], False: []}
+    for seed in range(6):
+        for evened, found in shares.items():
+            options = {"dearer": 2.0, "slower": restless(seed), "noise": 0.1, "seed": seed}
+            pace = Pace() if evened else None
+            _, _, drafted = play(Protection(), kept, count=3000, requests=1, pace=pace, **options)
+            found.append(drafted.mean())
+    assert np.mean(shares[True]) > 0.8
+    assert np.mean(shares[False]) < np.mean(shares[True]) - 0.1  # the control: times as they come
+
+
+def test_the_pace_follows_the_machine_and_not_the_shape_of_a_step():
+    pace = Pace()
+    for number in range(200):
+        drafts = 7 * (number % 3 > 0)
+        factor = 1.0 if number < 100 else 1.6
+        step = StepTime(1, drafts, 0, drafts, factor * drafts, factor * (20.0 + 3 * drafts), 1)
+        seen = pace.even(step)
+        if number == 99:
+            assert pace.value == pytest.approx(1.0)
+            assert seen == step
+    assert pace.value == pytest.approx(1.6, rel=0.05)
+    assert seen.total_ms == pytest.approx(step.total_ms / 1.6, rel=0.06)
+
+
+def test_the_pace_takes_no_slow_drafter_for_a_slow_machine():
+    pace = Pace()
+    for draft_ms in (5.0, 500.0) * 20:
+        seen = pace.even(StepTime(1, 7, 0, 7, draft_ms, 30.0, 1))
+        assert (pace.value, seen.draft_ms) == (1.0, draft_ms)
+
+
+def test_a_single_stall_counts_for_little():
+    pace = Pace()
+    for verify_ms in (30.0,) * 20 + (3000.0,):
+        seen = pace.even(StepTime(1, 7, 0, 7, 5.0, verify_ms, 1))
+    assert seen.verify_ms < 2 * 30.0
+    assert pace.value < 1.1
+
+
+def test_prompts_beside_a_few_rounds_pay_for_no_useless_drafter():
+    """What prompts take is known badly; the rounds without them tell."""
+    protection, drafted = Protection(), []
+    for number in range(600):
+        now = protection.allows(1)
+        prompt_rows = 8 if number % 24 == 23 else 0
+        step_ms = 20.0 + 0.35 * now + 0.05 * prompt_rows
+        protection.learn(StepTime(1, 7 * now, prompt_rows, 7 * now, 2.0 * now, step_ms, 1))
+        drafted.append(now)
+    assert sum(drafted[200:]) < 0.15 * 400

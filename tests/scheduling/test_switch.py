@@ -97,3 +97,28 @@ def test_while_it_is_off_few_rounds_need_ask_and_probes_come_as_before():
     switch = DraftSwitch()
     rounds(switch, 0.5, 12)
     assert switch.rests(1) is switch.rests(2) is False  # another load may be worth drafting for
+
+
+def test_what_others_promised_does_not_count_for_those_who_come_in_their_place():
+    """With one user every new request is a clean slate; of eight, it is an eighth of one."""
+    for load, rounds_until_on in ((1, 1), (8, 4)):
+        switch = DraftSwitch()
+        rounds(switch, 0.5, 12)
+        while switch.rests(load):
+            pass
+        asked = 0
+        for newcomers in (1, *[0] * 20):
+            if switch.rests(load, newcomers):
+                continue
+            asked += 1
+            if switch.decide(1.3) and not switch.probes:
+                break
+        assert asked == rounds_until_on
+
+
+def test_a_few_of_many_newcomers_end_no_rest():
+    switch = DraftSwitch()
+    rounds(switch, 0.5, 100)
+    while not switch.rests(32):
+        switch.decide(0.5)
+    assert [switch.rests(32, newcomers) for newcomers in (3, 3, 1, 3)] == [True, True, True, False]

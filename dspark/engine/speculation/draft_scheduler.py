@@ -33,7 +33,7 @@ from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost_table import CostTable
 from dspark.scheduling.draft_switch import PROBE_SHARE, DraftSwitch
 from dspark.scheduling.lookahead import lookahead_lengths
-from dspark.scheduling.protection import OLD, RARE, Protection
+from dspark.scheduling.protection import OLD, RARE, Pace, Protection
 from dspark.scheduling.step_times import StepTime
 
 # Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
@@ -86,12 +86,13 @@ class Scheduler:
         if costs is not None:
             stops = schedule.name == "prefix" and verifier != "coupled"
             self._foresight = Foresight(costs, num_drafts, chains=not tree_depth, stops=stops)
-        self._protection = Protection()
+        self._pace, self._protection = Pace(), Protection()
         self._calibration = calibration
         self.acceptance = Acceptance(verifier, num_drafts, calibration, tree_depth)
         self.learns = self._shows = False
         self._learnable = 0
         self._switch = DraftSwitch(MARGIN)
+        self._known = set[int]()  # requests that were asked about
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
         self._of_trees: Scheduler | None = None  # beside this one
@@ -188,7 +189,7 @@ class Scheduler:
     ) -> Plan | None:
         """What the round is to do; None where drafting promises less than plain decoding."""
         requests = len(ready)
-        self._rests = self._switch.rests(playing)
+        self._rests = self._switch.rests(playing, self._newcomers(ready))
         if self._rests:
             return None
         foresight.kind = _kind(ready)
@@ -205,6 +206,11 @@ class Scheduler:
         if self._protection.refreshes and self._round >= self._next_look:
             plan, self._looks = foresight.longer(plan, requests, sum(most)), True
         return plan
+
+    def _newcomers(self, ready: Sequence[ActiveRequest]) -> int:
+        """How many have come since the last round that asked."""
+        before, self._known = self._known, {request.request_id for request in ready}
+        return len(self._known - before)
 
     def _none(self, most: Sequence[int]) -> list[int]:
         """Nothing is drafted in this round."""
@@ -305,7 +311,7 @@ class Scheduler:
             return
         ready = [request for request in requests if request.ready]
         verified = sum(drafts.lengths)
-        seen = StepTime(
+        took = StepTime(
             requests=len(ready),
             drafts=verified,
             prompt_rows=spent.rows - len(ready) - verified,
@@ -314,6 +320,7 @@ class Scheduler:
             verify_ms=spent.verify_ms,
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
+        seen = self._pace.even(took)
         gain = self._protection.learn(seen)
         if gain is not None and self._switch.probes:
             self._switch.lost(-gain)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import get_args
 
-import numpy as np
-
 from dspark.engine.speculation.round_record import FloatArray
 from dspark.scheduling.budget import IntArray, prefix_lengths, survey_depths, throughput
 from dspark.scheduling.calibration import TemperatureClass
@@ -22,9 +20,6 @@ from dspark.scheduling.step_times import StepTime, StepTimes
 MARGIN = 0.005
 # Depths of a block that are weighed against the whole one.
 _SHALLOW = (1, 2, 4)
-# Rounds of as many requests that go by between two looks at all depths; the budget is found anew in
-# each. A look at four depths takes a quarter of a millisecond.
-_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,6 @@ class Foresight:
         shallow = _SHALLOW if chains else ()
         self._depths = sorted({min(depth, num_drafts) for depth in (*shallow, num_drafts)})
         self.kind: TemperatureClass = "greedy"
-        self._last: tuple[TemperatureClass, int, int] | None = None  # kind, requests, depth
-        self._since = 0
 
     def times(self, kind: TemperatureClass) -> StepTimes:
         """Corrected costs of rounds of this kind."""
@@ -77,30 +70,22 @@ class Foresight:
             earlier_DK: survivals that earlier rounds showed of the D requests that draft.
             most_D: drafts of each that can be of use.
         """
-        requests, depths = len(most_D), self._depths
-        self._since += 1
-        if self._last is not None and self._since < _EVERY:
-            kind, count, depth = self._last
-            depths = [depth] if (kind, count) == (self.kind, requests) else depths
-        step_ms_DN = {
-            depth: self.step_ms(requests, int(np.minimum(most_D, depth).sum()), depth)
-            for depth in depths
-        }
+        requests, times = len(most_D), self._times[self.kind]
+        verify_ms_N = times.verify_ms(requests, int(most_D.sum()))
+        draft_ms = {depth: times.draft_ms(requests, depth) for depth in self._depths}
         whole = bool((most_D >= self._num_drafts).all())
-        found = survey_depths(earlier_DK, step_ms_DN, None if whole else most_D, MARGIN)
-        off_ms = self._times[self.kind].off_ms(requests)
+        limits_D = None if whole else most_D
+        found = survey_depths(earlier_DK, verify_ms_N, draft_ms, limits_D, MARGIN)
+        off_ms = times.off_ms(requests)
         plans = []
         for depth, (budget, most_per_ms) in found.items():
             per_ms = most_per_ms
             if self._stops:
-                per_ms = _first_stop(earlier_DK[:, :depth], step_ms_DN[depth], most_D)
+                step_ms_N = verify_ms_N + draft_ms[depth]
+                per_ms = _first_stop(earlier_DK[:, :depth], step_ms_N, most_D)
             plans.append(Plan(depth, budget, per_ms * off_ms / requests))
         plan = max(plans, key=lambda plan: plan.gain)
-        if plan.gain <= (1 + MARGIN) * plans[-1].gain:
-            plan = plans[-1]
-        if len(depths) > 1:
-            self._last, self._since = (self.kind, requests, plan.depth), 0
-        return plan
+        return plan if plan.gain > (1 + MARGIN) * plans[-1].gain else plans[-1]
 
     def probe(self, plan: Plan, requests: int) -> Plan:
         """One draft each: as cheap a look as teaches anything of costs and of drafts."""
