@@ -32,6 +32,26 @@ from dspark.errors import CheckpointError, CompatibilityError
 ARCHITECTURE, V41_ARCHITECTURE = "DeepseekV4DSparkModel", "DSparkV41DraftModel"
 _MARK, _V41, _QUANTIZATION = "dspark_block_size", "deepseek_v41", "quantization_config"
 _USUAL_STAGES = 3
+# Fields of the layers that have the same name here and there.
+_INTEGERS = (
+    "hidden_size",
+    "head_dim",
+    "sliding_window",
+    "q_lora_rank",
+    "o_lora_rank",
+    "o_groups",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+)
+_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "swiglu_limit", "hc_eps")
+# Fields that may have one value only.
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+    "attention_bias": False,
+}
 
 # Names within a stage, ours for theirs.
 _PARTS: dict[str, str] = {
@@ -102,64 +122,24 @@ def from_json(data: Mapping[str, Any], where: str) -> DeepseekV4Config:
         CheckpointError: a field is missing or has a value of the wrong kind.
         CompatibilityError: an option that is not supported.
     """
-    carried = _is_v41(data)
+    v41 = _is_v41(data)
     data = _flat(data)
     read = Reader(data, where)
-    for name, value in (
-        ("hidden_act", "silu"),
-        ("scoring_func", "sqrtsoftplus"),
-        ("norm_topk_prob", True),
-        ("n_shared_experts", 1),
-        ("attention_bias", False),
-    ):
+    for name, value in _ONLY.items():
         read.only(name, value)
-    layers = read.integer("num_hidden_layers")
-    taps = tuple(tap - carried for tap in read.integers("dspark_target_layer_ids"))
-    experts, chosen = ("n_routed_experts", "num_experts_per_tok")
-    own = (
-        ("dspark_n_routed_experts", "dspark_num_experts_per_tok") if carried else (experts, chosen)
-    )
-    stages, rank = _stages(read, layers), read.integer("dspark_markov_rank", minimum=0)
+    taps = tuple(tap - v41 for tap in read.integers("dspark_target_layer_ids"))
+    rank = read.integer("dspark_markov_rank", minimum=0)
     confidence = read.boolean("enable_confidence_head", default=True)
     mask = data.get("dspark_noise_token_id")
     if mask is not None:
         mask = read.integer("dspark_noise_token_id", minimum=0)
-    head_dim = read.integer("head_dim")
-    ratios = {"partial_rotary_factor": 64 / 512} | data  # transformers' name and default
-    backbone = DeepseekV4Layers(
-        hidden_size=read.integer("hidden_size"),
-        intermediate_size=read.integer("moe_intermediate_size"),
-        num_layers=stages,
-        num_heads=read.integer("num_attention_heads"),
-        num_kv_heads=read.integer("num_key_value_heads", default=1),
-        head_dim=head_dim,
-        num_taps=len(taps),
-        rms_norm_eps=read.number("rms_norm_eps"),
-        rope_theta=_theta(data, read),
-        sliding_layers=tuple(range(stages)),
-        sliding_window=read.integer("sliding_window"),
-        q_lora_rank=read.integer("q_lora_rank"),
-        o_lora_rank=read.integer("o_lora_rank"),
-        o_groups=read.integer("o_groups"),
-        rope_head_dim=read.integer(
-            "qk_rope_head_dim", default=round(head_dim * (ratios["partial_rotary_factor"] or 0.125))
-        ),
-        num_experts=read.integer(own[0] if data.get(own[0]) else experts),
-        experts_per_token=read.integer(own[1] if data.get(own[1]) else chosen),
-        routed_scaling_factor=read.number("routed_scaling_factor"),
-        swiglu_limit=read.number("swiglu_limit"),
-        hc_mult=read.integer("hc_mult"),
-        hc_sinkhorn_iters=read.integer("hc_sinkhorn_iters"),
-        hc_eps=read.number("hc_eps"),
-        carried_mix=carried,
-    )
     return DeepseekV4Config(
-        backbone=backbone,
+        backbone=_layers(read, taps=len(taps), v41=v41),
         vocab_size=read.integer("vocab_size"),
         block_size=read.integer(_MARK),
         mask_token_id=mask,
         target_layer_ids=taps,
-        num_target_layers=layers,
+        num_target_layers=read.integer("num_hidden_layers"),
         markov_rank=rank,
         markov_head_type=str(data.get("markov_head_type", "vanilla")),
         confidence_head=confidence,
@@ -169,6 +149,33 @@ def from_json(data: Mapping[str, Any], where: str) -> DeepseekV4Config:
         draft_vocab_size=data.get("draft_vocab_size") and read.integer("draft_vocab_size"),
         max_position_embeddings=read.integer("max_position_embeddings", default=1048576),
         extra=data,
+    )
+
+
+def _layers(read: Reader, *, taps: int, v41: bool) -> DeepseekV4Layers:
+    """The stages; V4.1's may have other experts than the target's layers."""
+    stages = _stages(read)
+
+    def experts(name: str) -> int:
+        own = f"dspark_{name}"
+        return read.integer(own if v41 and read.data.get(own) else name)
+
+    # Transformers writes a share of the head in place of qk_rope_head_dim.
+    rope_head_dim = read.integer("head_dim") * (read.data.get("partial_rotary_factor") or 64 / 512)
+    return DeepseekV4Layers(
+        **{name: read.integer(name) for name in _INTEGERS},
+        **{name: read.number(name) for name in _NUMBERS},
+        intermediate_size=read.integer("moe_intermediate_size"),
+        num_layers=stages,
+        num_heads=read.integer("num_attention_heads"),
+        num_kv_heads=read.integer("num_key_value_heads", default=1),
+        num_taps=taps,
+        rope_theta=_theta(read),
+        sliding_layers=tuple(range(stages)),
+        rope_head_dim=read.integer("qk_rope_head_dim", default=round(rope_head_dim)),
+        num_experts=experts("n_routed_experts"),
+        experts_per_token=experts("num_experts_per_tok"),
+        carried_mix=v41,
     )
 
 
@@ -187,6 +194,7 @@ def to_json(config: DeepseekV4Config, dtype: str) -> dict[str, Any]:
     return (
         dict(config.extra)
         | unusual
+        | {name: getattr(layers, name) for name in (*_INTEGERS, *_NUMBERS)}
         | {
             "architectures": [V41_ARCHITECTURE if carried else ARCHITECTURE],
             "dtype": dtype,
@@ -195,11 +203,6 @@ def to_json(config: DeepseekV4Config, dtype: str) -> dict[str, Any]:
             "dspark_noise_token_id": config.mask_token_id,
             "dspark_target_layer_ids": [tap + carried for tap in config.target_layer_ids],
             "enable_confidence_head": config.confidence_head,
-            "hc_eps": layers.hc_eps,
-            "hc_mult": layers.hc_mult,
-            "hc_sinkhorn_iters": layers.hc_sinkhorn_iters,
-            "head_dim": layers.head_dim,
-            "hidden_size": layers.hidden_size,
             "max_position_embeddings": config.max_position_embeddings,
             "model_type": _V41 if carried else "deepseek_v4",
             "moe_intermediate_size": layers.intermediate_size,
@@ -209,15 +212,8 @@ def to_json(config: DeepseekV4Config, dtype: str) -> dict[str, Any]:
             f"{own}num_experts_per_tok": layers.experts_per_token,
             "num_hidden_layers": config.num_target_layers,
             "num_key_value_heads": 1,
-            "o_groups": layers.o_groups,
-            "o_lora_rank": layers.o_lora_rank,
-            "q_lora_rank": layers.q_lora_rank,
             "qk_rope_head_dim": layers.rope_head_dim,
-            "rms_norm_eps": layers.rms_norm_eps,
             "rope_theta": layers.rope_theta,
-            "routed_scaling_factor": layers.routed_scaling_factor,
-            "sliding_window": layers.sliding_window,
-            "swiglu_limit": layers.swiglu_limit,
             "vocab_size": config.vocab_size,
         }
     )
@@ -255,18 +251,19 @@ def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     return flat | (dict(text) if isinstance(text, Mapping) else {})
 
 
-def _stages(read: Reader, layers: int) -> int:
+def _stages(read: Reader) -> int:
     """`num_nextn_predict_layers` counts other modules; the ratios have one for every stage."""
     ratios = read.data.get("compress_ratios")
+    layers = read.integer("num_hidden_layers")
     beyond = len(ratios) - layers if isinstance(ratios, list) else 0
     return read.integer(STAGES, default=beyond if beyond > 0 else _USUAL_STAGES)
 
 
-def _theta(data: Mapping[str, Any], read: Reader) -> float:
+def _theta(read: Reader) -> float:
     """The base of layers without compression."""
-    ropes = data.get("rope_parameters")
+    ropes = read.data.get("rope_parameters")
     main = ropes.get("main") if isinstance(ropes, Mapping) else None
-    if "rope_theta" not in data and isinstance(main, Mapping):
+    if "rope_theta" not in read.data and isinstance(main, Mapping):
         return Reader(main, f"rope_parameters.main of {read.where}").number("rope_theta")
     return read.number("rope_theta")
 
