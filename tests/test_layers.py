@@ -34,7 +34,7 @@ HEAVY = {
         "sources.gguf",  # which becomes a checkpoint by it
         "targets",
         "drafters.checkpoints",
-        "drafters.deepseek_v4",  # whose layers are transformers' own
+        "drafters.deepseek_v4_layers",  # which are transformers' own
         "data",
         "hf",
         "training.language_model",  # builds the bundled target from scratch: a Qwen3 model

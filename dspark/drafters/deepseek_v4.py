@@ -5,19 +5,15 @@ and a low-rank output, routed experts. Only what its attention reads is given to
 the stage's own `kv_proj` makes of the projected features of the last `sliding_window` context
 tokens, which are keys and values in one, and the whole block. The streams are collapsed by a head
 of their own; the output head reads the result after the final norm, the confidence head before it.
-
-DeepSeek-V4.1 has no such head: each sublayer collapses the streams with the mix that the sublayer
-before it computed, the first takes stream 0, and what is left over collapses the last ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.blocks import BlockContext
@@ -26,90 +22,22 @@ from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.backbone import BlockForward, ParallelBackbone
 from dspark.drafters.base import DraftBatch, DrafterKind
-from dspark.drafters.config import BackboneConfig, DSparkConfig
+from dspark.drafters.config import DSparkConfig
+from dspark.drafters.deepseek_v4_layers import (
+    DeepseekV4Layers,
+    carried_stage,
+    collapsed,
+    is_fp32,
+    new_hyper_head,
+    new_stages,
+    turned,
+)
 from dspark.drafters.dspark import MASK_EMBEDDING, DecodePlan, DSparkDrafter
-from dspark.drafters.heads import at_least_fp32
 from dspark.drafters.layers import Pack, norm
-from dspark.errors import CheckpointError, CompatibilityError
+from dspark.errors import CheckpointError
 
 STAGES = "n_mtp_layers"
 """The field of a config.json that counts the stages, where it is there."""
-_ATTENTION = "dspark_draft_block"
-# Stored and computed in fp32, as in the published files.
-_FP32 = ("_hc.", "hc_head.", "sinks", "e_score_correction_bias")
-
-
-@dataclass(frozen=True)
-class DeepseekV4Layers(BackboneConfig):
-    """A backbone of DeepSeek-V4 layers; the defaults are V4-Flash's.
-
-    Attributes:
-        q_lora_rank: width of the query's low-rank projection.
-        o_lora_rank: width per group of the output's.
-        o_groups: groups of heads that are projected each by itself.
-        rope_head_dim: last dimensions of a head that turn with the position, in neighbouring pairs.
-        num_experts: routed experts; one more is shared by all tokens.
-        experts_per_token: routed experts of a token.
-        routed_scaling_factor: factor on the routed experts' normalised weights.
-        swiglu_limit: bound of what the experts' gates and products read.
-        hc_mult: streams of the residual.
-        hc_sinkhorn_iters: rounds in which a mix of streams is made doubly stochastic.
-        hc_eps: added to what they divide by.
-        carried_mix: whether a sublayer collapses with the mix of the one before (V4.1).
-    """
-
-    q_lora_rank: int = 1024
-    o_lora_rank: int = 1024
-    o_groups: int = 8
-    rope_head_dim: int = 64
-    num_experts: int = 256
-    experts_per_token: int = 6
-    routed_scaling_factor: float = 1.5
-    swiglu_limit: float = 10.0
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    carried_mix: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse parts that do not fit each other.
-
-        Raises:
-            CompatibilityError: naming the field and its value.
-        """
-        super().__post_init__()
-        if self.num_kv_heads != 1 or len(self.sliding_layers) != self.num_layers:
-            raise CompatibilityError(
-                f"DeepSeek-V4's layers have 1 key head and a window in every layer, but "
-                f"num_kv_heads is {self.num_kv_heads} and sliding_layers "
-                f"{list(self.sliding_layers)}."
-            )
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise CompatibilityError(
-                f"experts_per_token is {self.experts_per_token}, but there are {self.num_experts} "
-                "experts."
-            )
-        if self.num_heads % self.o_groups:
-            raise CompatibilityError(
-                f"o_groups is {self.o_groups}, but must divide the {self.num_heads} heads."
-            )
-        if self.rope_head_dim % 2 or not 0 < self.rope_head_dim <= self.head_dim:
-            raise CompatibilityError(
-                f"rope_head_dim is {self.rope_head_dim}, but must be even and at most head_dim "
-                f"({self.head_dim})."
-            )
-
-    @property
-    def reach(self) -> int:
-        """Context rows that a block sees."""
-        assert self.sliding_window is not None, "every layer has a window"
-        return self.sliding_window
-
-    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [.., rope_head_dim / 2] of positions [..], fp32."""
-        pairs = torch.arange(0, self.rope_head_dim, 2, device=positions.device).float()
-        angle = positions.unsqueeze(-1).float() / self.rope_theta ** (pairs / self.rope_head_dim)
-        return angle.cos(), angle.sin()
 
 
 @dataclass(frozen=True)
@@ -149,18 +77,11 @@ class DeepseekV4Backbone(ParallelBackbone):
 
     def __init__(self, config: DeepseekV4Layers) -> None:
         super().__init__(config)
-        self.hc_head: nn.Module | None = None
-        if not config.carried_mix:
-            self.hc_head = _modules().DeepseekV4HyperHead(_stage_config(config))
-            _reset(self.hc_head)
+        self.hc_head = None if config.carried_mix else new_hyper_head(config)
 
     def new_layers(self) -> Iterable[nn.Module]:
         """Transformers' decoder layers."""
-        config = _stage_config(self.backbone_config)
-        for number in range(self.backbone_config.num_layers):
-            layer = _modules().DeepseekV4DecoderLayer(config, number)
-            _reset(layer)
-            yield layer
+        return new_stages(self.backbone_config)
 
     def decoding(self, like: Tensor, pack: Pack | None) -> BlockForward:  # noqa: ARG002
         """A copy in the dtype and on the device of `like`; its weights are not packed."""
@@ -183,7 +104,7 @@ class DeepseekV4Backbone(ParallelBackbone):
         for layer in self.layers:
             attention: Any = layer.self_attn
             row_TD = attention.kv_norm(attention.kv_proj(main_TH))
-            found.append(_modules().apply_rotary_pos_emb(row_TD.unsqueeze(1), *cosine_sine))
+            found.append(turned(row_TD.unsqueeze(1), *cosine_sine))
         return found
 
     def run_stages(self, x_BKH: Tensor, seen: _Seen) -> Tensor:
@@ -199,12 +120,12 @@ class DeepseekV4Backbone(ParallelBackbone):
         if self.hc_head is not None:
             for layer in self.layers:
                 streams = layer(streams, **reads)
-            collapsed: Tensor = self.hc_head(streams)
-            return collapsed
+            states_BKH: Tensor = self.hc_head(streams)
+            return states_BKH
         mix: Tensor | None = None
         for layer in self.layers:
-            streams, mix = _carried(layer, streams, mix, reads)
-        return _collapsed(streams, mix)
+            streams, mix = carried_stage(layer, streams, mix, reads)
+        return collapsed(streams, mix)
 
     def run_blocks(
         self,
@@ -285,118 +206,6 @@ class DeepseekV4Drafter(DSparkDrafter, DeepseekV4Backbone):
 
     def _block_hidden(self, plan: DecodePlan, context: PagedCache, batch: DraftBatch) -> Tensor:
         return super()._block_hidden(plan, context, replace(batch, depth=None))
-
-
-def is_fp32(name: str) -> bool:
-    """Whether the published files store a tensor of this name in fp32."""
-    return any(part in name for part in _FP32)
-
-
-def _carried(
-    layer: Any, streams: Tensor, mix: Tensor | None, reads: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """A V4.1 layer: streams [B, K, S, H] and the mix [B, K, S] that the next sublayer uses."""
-    for connection, before, sublayer in (
-        (layer.attn_hc, layer.input_layernorm, lambda x: layer.self_attn(x, **reads)[0]),
-        (layer.ffn_hc, layer.post_attention_layernorm, layer.mlp),
-    ):
-        post, comb, _ = connection(streams)
-        out = sublayer(before(_collapsed(streams, mix)))
-        mix = _mix(connection, streams)
-        spread = post.to(streams.dtype).unsqueeze(-1) * out.unsqueeze(-2)
-        streams = spread + comb.to(streams.dtype).mT @ streams
-    return streams, mix
-
-
-def _mix(connection: Any, streams: Tensor) -> Tensor:
-    """How a hyper-connection weighs the streams before it collapses them, fp32."""
-    count = connection.hc_mult
-    read = connection.input_norm(at_least_fp32(streams.flatten(-2)))
-    weights = F.linear(read, at_least_fp32(connection.fn[:count]))
-    mix: Tensor = torch.sigmoid(weights * connection.scale[0] + connection.base[:count])
-    return mix + float(connection.hc_eps)
-
-
-def _collapsed(streams: Tensor, mix: Tensor | None) -> Tensor:
-    """Streams [B, K, S, H] as one; stream 0 before there is a mix."""
-    if mix is None:
-        return streams[..., 0, :]
-    return (mix.unsqueeze(-1) * streams).sum(-2).to(streams.dtype)
-
-
-def _attend(
-    module: Any,
-    query_BAKD: Tensor,
-    key_B1KD: Tensor,
-    value_B1KD: Tensor,  # noqa: ARG001 - keys are values
-    mask_B11P: Tensor,
-    *,
-    scaling: float,
-    s_aux: Tensor,
-    context: Sequence[Tensor],
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a stage: context and block, in both directions, with a sink per head.
-
-    The one key head is read once for all query heads.
-    """
-    rows_BPD = torch.cat((context[module.layer_idx], key_B1KD[:, 0]), 1)
-    shape = query_BAKD.shape
-    query_BND = query_BAKD.reshape(shape[0], -1, shape[-1])
-    scores = at_least_fp32(query_BND @ rows_BPD.mT).view(*shape[:-1], -1) * scaling + mask_B11P
-    sinks = s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
-    mixed_BND = weights.to(rows_BPD).view(*query_BND.shape[:-1], -1) @ rows_BPD
-    return mixed_BND.view(shape).transpose(1, 2), None
-
-
-def _modules() -> Any:
-    """Transformers' DeepSeek-V4; here, since no other drafter needs it."""
-    from transformers.models.deepseek_v4 import modeling_deepseek_v4
-
-    return modeling_deepseek_v4
-
-
-def _stage_config(config: DeepseekV4Layers) -> Any:
-    from transformers import AttentionInterface
-    from transformers.models.deepseek_v4 import DeepseekV4Config as Stages
-
-    AttentionInterface.register(_ATTENTION, _attend)
-    return Stages(
-        hidden_size=config.hidden_size,
-        moe_intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        head_dim=config.head_dim,
-        q_lora_rank=config.q_lora_rank,
-        o_lora_rank=config.o_lora_rank,
-        o_groups=config.o_groups,
-        partial_rotary_factor=config.rope_head_dim / config.head_dim,
-        rope_theta=config.rope_theta,
-        layer_types=["sliding_attention"] * config.num_layers,
-        mlp_layer_types=["moe"] * config.num_layers,
-        sliding_window=config.reach,
-        n_routed_experts=config.num_experts,
-        num_experts_per_tok=config.experts_per_token,
-        routed_scaling_factor=config.routed_scaling_factor,
-        swiglu_limit=config.swiglu_limit,
-        hc_mult=config.hc_mult,
-        hc_sinkhorn_iters=config.hc_sinkhorn_iters,
-        hc_eps=config.hc_eps,
-        rms_norm_eps=config.rms_norm_eps,
-        attn_implementation=_ATTENTION,
-        experts_implementation="eager",
-    )
-
-
-@torch.no_grad()
-def _reset(module: nn.Module) -> None:
-    """Fill the vectors that transformers leaves to a model's initialisation."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("scale"):
-            parameter.fill_(1.0)
-        elif name.endswith(("base", "sinks")):
-            parameter.zero_()
 
 
 def _build(config: DeepseekV4Config, names: Set[str], where: str) -> DeepseekV4Drafter:

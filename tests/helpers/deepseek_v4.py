@@ -17,7 +17,8 @@ from dspark.data.templates import train_tokenizer
 from dspark.drafters.checkpoints.checkpoint import save
 from dspark.drafters.checkpoints.deepseek_v4 import from_json
 from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS
-from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter, DeepseekV4Layers
+from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter
+from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
 from tests.helpers.state_models import STATE_MODELS, new_model
 from tests.helpers.targets import lent_parts
 

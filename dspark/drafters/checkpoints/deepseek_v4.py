@@ -21,12 +21,8 @@ from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.block_scales import BLOCK, dequantised, to_fp4, to_fp8
 from dspark.drafters.checkpoints.fields import Reader
 from dspark.drafters.checkpoints.files import INSIDE as PREFIX
-from dspark.drafters.deepseek_v4 import (
-    STAGES,
-    DeepseekV4Config,
-    DeepseekV4Drafter,
-    DeepseekV4Layers,
-)
+from dspark.drafters.deepseek_v4 import STAGES, DeepseekV4Config, DeepseekV4Drafter
+from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
 from dspark.errors import CheckpointError, CompatibilityError
 
 ARCHITECTURE, V41_ARCHITECTURE = "DeepseekV4DSparkModel", "DSparkV41DraftModel"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
-from dspark.drafters.deepseek_v4 import DeepseekV4Layers
+from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
 from dspark.errors import CheckpointError, CompatibilityError
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -25,7 +25,7 @@ from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, RESIDUAL
 from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES
 from dspark.drafters.config import BackboneConfig, DSparkConfig
-from dspark.drafters.deepseek_v4 import DeepseekV4Layers
+from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from dspark.errors import CheckpointError, CompatibilityError

@@ -16,7 +16,8 @@ from dspark.drafters.backbone import ParallelBackbone
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
-from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Layers
+from dspark.drafters.deepseek_v4 import DeepseekV4Config
+from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
 from dspark.drafters.eagle3 import Eagle3Config
 from dspark.errors import CompatibilityError
 from dspark.targets.layerless import load_without_layers

@@ -19,7 +19,8 @@ from dspark.drafters.checkpoints.checkpoint import (
 from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS, read_weights
 from dspark.drafters.checkpoints.registry import is_drafter
 from dspark.drafters.checkpoints.target_tables import TargetTables
-from dspark.drafters.deepseek_v4 import DeepseekV4Drafter, is_fp32
+from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
+from dspark.drafters.deepseek_v4_layers import is_fp32
 from dspark.errors import CheckpointError, CompatibilityError
 from tests.helpers.deepseek_v4 import STAGES, tiny_config, tiny_drafter, tiny_layers
 from tests.helpers.targets import lent_parts
