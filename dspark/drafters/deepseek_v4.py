@@ -3,8 +3,8 @@
 A stage is transformers' decoder layer as it is: hyper-connections, multi-query attention with sinks
 and a low-rank output, routed experts. Only what its attention reads is given to it: the rows that
 the stage's own `kv_proj` makes of the projected features of the last `sliding_window` context
-tokens, which are keys and values in one, and the whole block. The streams are collapsed by a head
-of their own; the output head reads the result after the final norm, the confidence head before it.
+tokens, which are keys and values in one, and the whole block. The output head reads the collapsed
+streams after the final norm, the confidence head before it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dspark.drafters.deepseek_v4_layers import (
     is_fp32,
     new_hyper_head,
     new_stages,
-    turned,
+    rotated,
 )
 from dspark.drafters.dspark import MASK_EMBEDDING, DecodePlan, DSparkDrafter
 from dspark.drafters.layers import Pack, norm
 from dspark.errors import CheckpointError
 
 STAGES = "n_mtp_layers"
-"""The field of a config.json that counts the stages, where it is there."""
+"""Optional field of a config.json: the number of stages."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class DeepseekV4Backbone(ParallelBackbone):
         """Per stage the rows [T, 1, D] that the features give, keys and values in one."""
         config = self.backbone_config
         main_TH = norm(self.fc(features_TF), self.hidden_norm.weight, config)
-        cosine_sine = config.turn(positions_T)
+        cosine_sine = config.rotation(positions_T)
         found = []
         for layer in self.layers:
             attention: Any = layer.self_attn
             row_TD = attention.kv_norm(attention.kv_proj(main_TH))
-            found.append(turned(row_TD.unsqueeze(1), *cosine_sine))
+            found.append(rotated(row_TD.unsqueeze(1), *cosine_sine))
         return found
 
     def run_stages(self, x_BKH: Tensor, seen: _Seen) -> Tensor:
@@ -112,7 +112,7 @@ class DeepseekV4Backbone(ParallelBackbone):
         config = self.backbone_config
         streams = x_BKH.unsqueeze(2).expand(-1, -1, config.hc_mult, -1).contiguous()
         reads = {
-            "position_embeddings": {"main": config.turn(seen.positions_BK)},
+            "position_embeddings": {"main": config.rotation(seen.positions_BK)},
             "position_ids": seen.positions_BK,
             "attention_mask": seen.mask_B11P,
             "context": seen.rows,
@@ -170,7 +170,7 @@ class _Decoding:
         device, config = x_RKH.device, self.backbone.backbone_config
         spans = list(zip(blocks.tables, blocks.begins(config.reach), blocks.lengths, strict=True))
         widest = max(end - begin for _, begin, end in spans)
-        # Behind a request's context its first row stands in, hidden by the mask.
+        # Shorter contexts are padded with their first row, which the mask hides.
         rows = [
             [*table.rows(begin, end), *[*table.rows(0, 1)] * (widest - end + begin)]
             for table, begin, end in spans

@@ -1,7 +1,9 @@
 """DeepSeek-V4's decoder layers, which are transformers' own, as stages of a drafter.
 
-DeepSeek-V4.1 has no such head: each sublayer collapses the streams with the mix that the sublayer
-before it computed, the first takes stream 0, and what is left over collapses the last ones.
+The residual has several streams. In V4 each sublayer collapses them with a mix that it computes
+itself, and a head collapses those that the last stage leaves. In V4.1 each sublayer collapses them
+with the mix that the sublayer before it computed: the first takes stream 0, and the last mix takes
+the head's place.
 """
 
 from __future__ import annotations
@@ -29,17 +31,18 @@ class DeepseekV4Layers(BackboneConfig):
 
     Attributes:
         q_lora_rank: width of the query's low-rank projection.
-        o_lora_rank: width per group of the output's.
-        o_groups: groups of heads that are projected each by itself.
-        rope_head_dim: last dimensions of a head that turn with the position, in neighbouring pairs.
+        o_lora_rank: width per group of the output's low-rank projection.
+        o_groups: groups of heads, each with an output projection of its own.
+        rope_head_dim: last dimensions of a head that rotate with the position, in neighbouring
+            pairs.
         num_experts: routed experts; one more is shared by all tokens.
         experts_per_token: routed experts of a token.
         routed_scaling_factor: factor on the routed experts' normalised weights.
-        swiglu_limit: bound of what the experts' gates and products read.
-        hc_mult: streams of the residual.
-        hc_sinkhorn_iters: rounds in which a mix of streams is made doubly stochastic.
-        hc_eps: added to what they divide by.
-        carried_mix: whether a sublayer collapses with the mix of the one before (V4.1).
+        swiglu_limit: bound of the experts' gate and up projections before their product.
+        hc_mult: residual streams.
+        hc_sinkhorn_iters: Sinkhorn iterations that make a mix of streams doubly stochastic.
+        hc_eps: added to the divisors of these iterations.
+        carried_mix: whether a sublayer collapses the streams with the mix of the one before (V4.1).
     """
 
     q_lora_rank: int = 1024
@@ -89,7 +92,7 @@ class DeepseekV4Layers(BackboneConfig):
         assert self.sliding_window is not None, "every layer has a window"
         return self.sliding_window
 
-    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [.., rope_head_dim / 2] of positions [..], fp32."""
         pairs = torch.arange(0, self.rope_head_dim, 2, device=positions.device).float()
         angle = positions.unsqueeze(-1).float() / self.rope_theta ** (pairs / self.rope_head_dim)
@@ -117,8 +120,8 @@ def new_hyper_head(config: DeepseekV4Layers) -> nn.Module:
     return head
 
 
-def turned(rows_T1D: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rows [T, 1, D] whose last dimensions are turned by their positions."""
+def rotated(rows_T1D: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rows [T, 1, D], their last dimensions rotated by their positions."""
     rows: Tensor = _modules().apply_rotary_pos_emb(rows_T1D, cosine, sine)
     return rows
 
@@ -126,7 +129,7 @@ def turned(rows_T1D: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def carried_stage(
     layer: Any, streams: Tensor, mix: Tensor | None, reads: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """A V4.1 layer: streams [B, K, S, H] and the mix [B, K, S] that the next sublayer uses."""
+    """Run a V4.1 layer; streams [B, K, S, H] and the mix [B, K, S] for the next sublayer."""
     for connection, before, sublayer in (
         (layer.attn_hc, layer.input_layernorm, lambda x: layer.self_attn(x, **reads)[0]),
         (layer.ffn_hc, layer.post_attention_layernorm, layer.mlp),
@@ -140,14 +143,14 @@ def carried_stage(
 
 
 def collapsed(streams: Tensor, mix: Tensor | None) -> Tensor:
-    """Streams [B, K, S, H] as one; stream 0 before there is a mix."""
+    """Streams [B, K, S, H] collapsed into one by a mix; stream 0 where there is none yet."""
     if mix is None:
         return streams[..., 0, :]
     return (mix.unsqueeze(-1) * streams).sum(-2).to(streams.dtype)
 
 
 def _mix(connection: Any, streams: Tensor) -> Tensor:
-    """How a hyper-connection weighs the streams before it collapses them, fp32."""
+    """A hyper-connection's weights of the streams, by which they are collapsed, fp32."""
     count = connection.hc_mult
     read = connection.input_norm(at_least_fp32(streams.flatten(-2)))
     weights = F.linear(read, at_least_fp32(connection.fn[:count]))
@@ -182,7 +185,7 @@ def _attend(
 
 
 def _modules() -> Any:
-    """Transformers' DeepSeek-V4; here, since no other drafter needs it."""
+    """Transformers' DeepSeek-V4 module, imported late since no other drafter needs it."""
     from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
     return modeling_deepseek_v4
@@ -222,7 +225,7 @@ def _stage_config(config: DeepseekV4Layers) -> Any:
 
 @torch.no_grad()
 def _reset(module: nn.Module) -> None:
-    """Fill the vectors that transformers leaves to a model's initialisation."""
+    """Fill the vectors that transformers initialises with the whole model only."""
     for name, parameter in module.named_parameters():
         if name.endswith("scale"):
             parameter.fill_(1.0)
