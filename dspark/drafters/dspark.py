@@ -9,14 +9,11 @@ With `markov_rank` 0 and no confidence head it is the authors' DFlash baseline.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.attention.blocks import BlockContext
@@ -26,13 +23,18 @@ from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.backbone import BlockForward, ParallelBackbone
 from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Proposal
 from dspark.drafters.config import DSparkConfig
-from dspark.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.drafters.heads import (
+    ConfidenceHead,
+    MarkovHead,
+    build_markov_head,
+    confidence_of,
+    converted,
+    with_packed_bias,
+)
 from dspark.drafters.lattice import Lattice, build_lattice, check_head
-from dspark.drafters.layers import Pack, packed
 from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CheckpointError, CompatibilityError
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 MASK_EMBEDDING = "mask_embedding.weight"
 
 
@@ -159,7 +161,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             detach_inputs: let gradients reach the confidence head only.
         """
         hidden = hidden_NH.detach() if detach_inputs else hidden_NH
-        return _confidence(
+        return confidence_of(
             self.confidence_head,
             self.markov_head,
             hidden,
@@ -213,7 +215,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         if plan.confidence_head is None or not batch.confidences:
             return Proposal()
         previous_RK = torch.stack(tokens[:-1], dim=1)
-        return Proposal(_confidence(plan.confidence_head, head, hidden_RKH, previous_RK))
+        return Proposal(confidence_of(plan.confidence_head, head, hidden_RKH, previous_RK))
 
     def check_lattice(self) -> None:
         """Refuse a head whose state is not the last token alone (`drafters.lattice`)."""
@@ -229,7 +231,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         """
         plan = self._decode_plan()
         hidden_KRH = self._slots_hidden(plan, context, batch).transpose(0, 1).contiguous()
-        confidence = partial(_confidence, plan.confidence_head, plan.markov_head)
+        confidence = partial(confidence_of, plan.confidence_head, plan.markov_head)
         return build_lattice(
             plan.borrowed.logits_by_rows(self.head_states(hidden_KRH)),
             hidden_KRH,
@@ -302,25 +304,6 @@ class _Slots:
         return columns_RC if self.known_V is None else self.known_V[columns_RC]
 
 
-def _confidence(
-    head: ConfidenceHead | None,
-    markov: MarkovHead | None,
-    hidden: Tensor,
-    previous: Tensor,
-    *,
-    embedded: Tensor | None = None,
-    detach: bool = False,
-) -> Tensor | None:
-    if head is None:
-        return None
-    if head.with_markov and markov is not None and embedded is None:
-        embedded = F.embedding(previous, markov.markov_w1.weight)
-    if embedded is not None and detach:
-        embedded = embedded.detach()
-    logits: Tensor = head(hidden, embedded)
-    return logits
-
-
 # What decoding computes once
 
 
@@ -364,33 +347,16 @@ class DecodePlan:
                 weights out as the target's are.
         """
         like, pack = borrowed.embedding_VH, borrowed.pack
-        markov_head = _like(markov_head, like)
+        markov_head = converted(markov_head, like)
         if pack is not None and markov_head is not None:
-            markov_head = _with_packed_bias(markov_head, pack)
+            markov_head = with_packed_bias(markov_head, pack)
         return cls(
             backbone=backbone.decoding(like, pack),
             borrowed=borrowed.packed(),
             markov_head=markov_head,
-            confidence_head=_like(confidence_head, like),
+            confidence_head=converted(confidence_head, like),
             mask_1KH=masks.to(like).unsqueeze(0),
         )
-
-
-def _with_packed_bias(head: MarkovHead, pack: Pack) -> MarkovHead:
-    """The same head, whose product with its second table is packed; it shares all parameters."""
-    head = copy.copy(head)
-    # In the place of the method: a module's own attributes come first.
-    vars(head)["bias"] = packed(pack, head.markov_w2.weight)
-    return head
-
-
-def _like(module: ModuleT | None, like: Tensor) -> ModuleT | None:
-    """The module itself where it has the dtype and device of `like`, else a copy that has."""
-    if module is None or all(
-        p.dtype == like.dtype and p.device == like.device for p in module.parameters()
-    ):
-        return module
-    return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
 
 
 def _build(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:

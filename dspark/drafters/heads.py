@@ -8,14 +8,17 @@ forced, for training. Letters: M blocks, K slots, r rank, H width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import copy
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.drafters.layers import Pack, packed
 from dspark.errors import CompatibilityError
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 MarkovKind = Literal["vanilla", "gated", "rnn"]
 MARKOV_KINDS: tuple[MarkovKind, ...] = get_args(MarkovKind)
 
@@ -169,3 +172,49 @@ def build_markov_head(
             f"markov_head_type is {kind!r}, but only {', '.join(MARKOV_KINDS)} are known."
         )
     return heads[kind](vocab_size, rank, hidden_size, draft_vocab_size)
+
+
+def confidence_of(
+    head: ConfidenceHead | None,
+    markov: MarkovHead | None,
+    hidden: Tensor,
+    previous: Tensor,
+    *,
+    embedded: Tensor | None = None,
+    detach: bool = False,
+) -> Tensor | None:
+    """Confidence logits [..] of drafts, at least fp32, or None without a confidence head.
+
+    Args:
+        head: the confidence head, if any.
+        markov: whose embeddings of previous tokens the confidence head may read.
+        hidden: hidden states [.., H] of the drafts' slots.
+        previous: the token [..] before each draft.
+        embedded: their Markov embeddings [.., r], where they have been looked up already.
+        detach: keep gradients from these embeddings.
+    """
+    if head is None:
+        return None
+    if head.with_markov and markov is not None and embedded is None:
+        embedded = F.embedding(previous, markov.markov_w1.weight)
+    if embedded is not None and detach:
+        embedded = embedded.detach()
+    logits: Tensor = head(hidden, embedded)
+    return logits
+
+
+def with_packed_bias(head: MarkovHead, pack: Pack) -> MarkovHead:
+    """A copy that shares all parameters, with the second table laid out for the CPU's kernels."""
+    head = copy.copy(head)
+    # An attribute of the instance, which hides the class's method.
+    vars(head)["bias"] = packed(pack, head.markov_w2.weight)
+    return head
+
+
+def converted(module: ModuleT | None, like: Tensor) -> ModuleT | None:
+    """The module if it has the dtype and device of `like`, else a copy that has."""
+    if module is None or all(
+        p.dtype == like.dtype and p.device == like.device for p in module.parameters()
+    ):
+        return module
+    return copy.deepcopy(module).to(device=like.device, dtype=like.dtype)
