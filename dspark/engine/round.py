@@ -18,7 +18,7 @@ from torch import Tensor
 from dspark.attention.paged_cache import PagedCache
 from dspark.attention.ragged_batch import Part, RaggedBatch
 from dspark.attention.trees import with_trees
-from dspark.engine.requests.prompt_scores import score_prompts, scored_rows, with_rows
+from dspark.engine.requests.logprobs import score_prompts, scored_rows, with_rows
 from dspark.engine.requests.sequence import ActiveRequest, Piece
 from dspark.engine.requests.step_plan import StepPlan
 from dspark.engine.speculation.draft import Drafts

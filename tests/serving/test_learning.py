@@ -31,7 +31,6 @@ from dspark.scheduling.survival import confidence
 from dspark.serving.context import Settings
 from dspark.serving.learning import learner as learners
 from dspark.serving.learning import trainer as trainers
-from dspark.serving.learning.calibrating import refreshed
 from dspark.serving.learning.collector import Harvest, TrafficCollector
 from dspark.serving.learning.directory import (
     MOST_ROUND_FILES,
@@ -43,7 +42,7 @@ from dspark.serving.learning.directory import (
 )
 from dspark.serving.learning.learner import Learner, resume
 from dspark.serving.learning.samples import SEGMENTS, SampleRing
-from dspark.serving.learning.trainer import Trainer
+from dspark.serving.learning.trainer import Trainer, refreshed
 from dspark.serving.server import Server
 
 TEXTS = ("What does `tar` do?", "Tom has 3 apples.", "Hi, a table for two.", "List files.")

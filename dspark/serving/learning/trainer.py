@@ -12,14 +12,18 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dspark.data.files.atomic import only_run
 from dspark.errors import DataError, DSparkError, TrainingError
-from dspark.scheduling.calibration_file import FILE_NAME, Calibration
-from dspark.serving.learning.calibrating import MOST_ROUNDS, refreshed
+from dspark.request import Verifier
+from dspark.scheduling.calibration import Rounds, TemperatureClass, assess
+from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.serving.learning.directory import LearningDirectory, read_rounds
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ GAIN = 1.01
 PAUSE_S = 1.0
 FRESH_ROUND_FILES = 2
 FRESH_HELD_OUT = 8
+MOST_ROUNDS = 4096
+FEWEST_ROUNDS = 400
 _logger = logging.getLogger(__name__)
 
 
@@ -210,6 +216,47 @@ class Trainer:
     def _say(self, **changes: int | float) -> None:
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]
         self.directory.write_state(self.state)
+
+
+def refreshed(
+    known: Calibration, recorded: Iterable[tuple[Verifier, TemperatureClass, Rounds]]
+) -> tuple[Calibration, int]:
+    """A calibration whose entries are fitted anew where that is better.
+
+    Each is fitted to the older half of its rounds, and put to use where it has a lower mean
+    calibration error on the newer half than what is in use.
+
+    Args:
+        known: what is in use.
+        recorded: rounds of each verifier and temperature class, in their order.
+
+    Returns:
+        The calibration, and the number of rounds of the entries that have changed: 0 for none.
+    """
+    changed = 0
+    for verifier, kind, rounds in recorded:
+        if verifier == "block":
+            rounds = _whole(rounds)  # noqa: PLW2901
+        if len(rounds.accepted_N) < FEWEST_ROUNDS:
+            continue
+        older, newer = rounds.halves()
+        try:
+            entry = calibrate(older, verifier, kind, newer)
+        except DataError:  # a position was hardly ever observed
+            continue
+        at_work = next((each for each in known.entries if each.key == entry.key), None)
+        before = entry.before if at_work is None else assess(newer, verifier, at_work.scaling)
+        errors = [np.mean([each.ece for each in found]) for found in (before, entry.after)]
+        if errors[1] < errors[0]:
+            known = known.with_entry(entry)
+            changed += len(rounds.accepted_N)
+    return known, changed
+
+
+def _whole(rounds: Rounds) -> Rounds:
+    """Rounds in which every draft was verified: those of which the block rule tells anything."""
+    rows = np.flatnonzero(rounds.verified_N == rounds.logits_NK.shape[1])
+    return Rounds(rounds.logits_NK[rows], rounds.accepted_N[rows], rounds.verified_N[rows])
 
 
 def main(path: str) -> None:
