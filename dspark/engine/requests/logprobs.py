@@ -1,7 +1,4 @@
-"""Log-probabilities of tokens: of those that a round commits, and of prompts.
-
-A committed token's come from the very row that emitted it.
-"""
+"""Log-probabilities of committed tokens and of prompts, each from the row that predicts it."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def emitted_logprobs(
     committed: Sequence[Sequence[int]],
     wanted: Sequence[int | None],
 ) -> tuple[tuple[Logprob, ...] | None, ...]:
-    """What the model thought of each committed token.
+    """Log-probabilities of each committed token and of the most likely ones beside it.
 
     Raw log-softmax, at least in fp32, before any processor (docs/losslessness.md): row k of a
     request emitted its committed token k, whether as a draft that stayed or as the token after.
@@ -70,7 +67,7 @@ def with_rows(
     count: int,
     device: torch.device,
 ) -> Tensor | Literal["all"] | None:
-    """The rows to verify, and behind them those of prompts."""
+    """The rows to verify, followed by those that predict prompt tokens."""
     if not scored:
         return judged
     more = torch.tensor([row for _, rows in scored for row in rows], device=device)
@@ -82,7 +79,7 @@ def with_rows(
 
 
 def score_prompts(logits_NV: Tensor, scored: Sequence[tuple[ActiveRequest, range]]) -> None:
-    """Note the log-probabilities of prompt tokens; their rows are the last of the logits."""
+    """Add log-probabilities of prompt tokens to their requests; their rows come last."""
     begin = len(logits_NV) - sum(len(rows) for _, rows in scored)
     for request, rows in scored:
         count, first = request.request.prompt_logprobs, len(request.prompt_logprobs) + 1
@@ -94,7 +91,7 @@ def score_prompts(logits_NV: Tensor, scored: Sequence[tuple[ActiveRequest, range
 
 
 def logprobs_of(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[Logprob, ...]:
-    """What the model thought of one token per row, and of the `count` most likely ones."""
+    """Log-probabilities of one token per row and of the `count` most likely ones."""
     logprobs_MV = torch.log_softmax(at_least_fp32(logits_MV), dim=1)
     tokens_M1 = torch.tensor(tokens, dtype=torch.int64, device=logits_MV.device)[:, None]
     own = logprobs_MV.gather(1, tokens_M1).squeeze(1).tolist()
@@ -105,7 +102,7 @@ def logprobs_of(logits_MV: Tensor, tokens: Sequence[int], count: int) -> tuple[L
 
 
 def _tops(logprobs_MV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The most likely tokens of each row; ties to the lowest ids, those ruled out left away."""
+    """The most likely tokens of each row: ties to the lowest ids, impossible tokens left out."""
     count = min(count, logprobs_MV.shape[1])
     values_MK, ids_MK = _likeliest(logprobs_MV, count)
     return [

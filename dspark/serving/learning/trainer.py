@@ -1,8 +1,8 @@
 """Trainer process of a learning server: `python -m dspark.serving.learning.trainer DIRECTORY`.
 
-It has the lowest priority and one thread, of whose time it takes a share at most. It reads what the
-server has written, and says in state.json which drafter is to serve. It can be killed at any time:
-what it has not said, it does again.
+It runs at the lowest priority on one thread, for at most a given share of that thread's time. It
+reads what the server has written and records in state.json which drafter is to serve. It can be
+killed at any time: work that is not recorded yet is done again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from dspark.serving.learning.training import DrafterTraining
 
 GAIN = 1.01
-"""What a drafter must have over the one that serves, times its accepted length, to replace it."""
+"""A drafter replaces the one that serves at this multiple of its accepted length."""
 PAUSE_S = 1.0
 FRESH_ROUND_FILES = 2
 FRESH_HELD_OUT = 8
-MOST_ROUNDS = 4096
-FEWEST_ROUNDS = 400
+MOST_ROUNDS, FEWEST_ROUNDS = 4096, 400  # that a calibration is refreshed from
 _logger = logging.getLogger(__name__)
 
 
@@ -221,14 +220,14 @@ class Trainer:
 def refreshed(
     known: Calibration, recorded: Iterable[tuple[Verifier, TemperatureClass, Rounds]]
 ) -> tuple[Calibration, int]:
-    """A calibration whose entries are fitted anew where that is better.
+    """The calibration in use, its entries replaced by newly fitted ones where these are better.
 
-    Each is fitted to the older half of its rounds, and put to use where it has a lower mean
-    calibration error on the newer half than what is in use.
+    An entry is fitted to the older half of its rounds, and replaces the one in use where its mean
+    calibration error on the newer half is lower.
 
     Args:
-        known: what is in use.
-        recorded: rounds of each verifier and temperature class, in their order.
+        known: the calibration in use.
+        recorded: rounds of each verifier and temperature class, in the order they were recorded.
 
     Returns:
         The calibration, and the number of rounds of the entries that have changed: 0 for none.
@@ -254,7 +253,7 @@ def refreshed(
 
 
 def _whole(rounds: Rounds) -> Rounds:
-    """Rounds in which every draft was verified: those of which the block rule tells anything."""
+    """Rounds in which every draft was verified, which alone inform the block rule's calibration."""
     rows = np.flatnonzero(rounds.verified_N == rounds.logits_NK.shape[1])
     return Rounds(rounds.logits_NK[rows], rounds.accepted_N[rows], rounds.verified_N[rows])
 
