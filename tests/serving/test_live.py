@@ -14,10 +14,10 @@ from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.serving.context import Settings
+from dspark.serving.engine_thread import EngineLock
 from dspark.serving.live import routes as live_module
 from dspark.serving.live.engines import Choice
 from dspark.serving.live.routes import EXAMPLES
-from dspark.serving.service import EngineLock
 
 PROMPT = EXAMPLES["chat"][0]
 RUN = "/v1/dspark/live"
@@ -402,7 +402,7 @@ def test_a_page_that_only_looks_costs_the_engine_nothing(shown):
         shown.chat(max_tokens=8)
         names = [next(events)[0] for _ in range(2)]
         assert set(names) == {"state"}
-        assert not shown.service._heard
+        assert not shown.service._thread.heard
         assert not engines_of(shown).listeners
     finally:
         events.close()
