@@ -20,6 +20,18 @@ from dspark.drafters.config import BackboneConfig
 from dspark.drafters.heads import at_least_fp32
 from dspark.errors import CompatibilityError
 
+# Fields of the layers that have the same name in a config.json and in transformers.
+SAME_INTEGERS = (
+    "hidden_size",
+    "head_dim",
+    "sliding_window",
+    "q_lora_rank",
+    "o_lora_rank",
+    "o_groups",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+)
+SAME_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "swiglu_limit", "hc_eps")
 _ATTENTION = "dspark_draft_block"
 # Stored and computed in fp32, as in the published files.
 _FP32 = ("_hc.", "hc_head.", "sinks", "e_score_correction_bias")
@@ -197,27 +209,16 @@ def _stage_config(config: DeepseekV4Layers) -> Any:
 
     AttentionInterface.register(_ATTENTION, _attend)
     return Stages(
-        hidden_size=config.hidden_size,
+        **{name: getattr(config, name) for name in (*SAME_INTEGERS, *SAME_NUMBERS)},
         moe_intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        head_dim=config.head_dim,
-        q_lora_rank=config.q_lora_rank,
-        o_lora_rank=config.o_lora_rank,
-        o_groups=config.o_groups,
         partial_rotary_factor=config.rope_head_dim / config.head_dim,
         rope_theta=config.rope_theta,
         layer_types=["sliding_attention"] * config.num_layers,
         mlp_layer_types=["moe"] * config.num_layers,
-        sliding_window=config.reach,
         n_routed_experts=config.num_experts,
         num_experts_per_tok=config.experts_per_token,
-        routed_scaling_factor=config.routed_scaling_factor,
-        swiglu_limit=config.swiglu_limit,
-        hc_mult=config.hc_mult,
-        hc_sinkhorn_iters=config.hc_sinkhorn_iters,
-        hc_eps=config.hc_eps,
-        rms_norm_eps=config.rms_norm_eps,
         attn_implementation=_ATTENTION,
         experts_implementation="eager",
     )

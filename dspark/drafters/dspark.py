@@ -141,7 +141,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
         return hidden.view(blocks, slots, hidden.shape[-1])[:, unused:]
 
     def head_states(self, hidden: Tensor) -> Tensor:
-        """What the head reads of hidden states [.., H], which all else reads as they are."""
+        """Hidden states [.., H] as the output head reads them; other heads read them unchanged."""
         return hidden
 
     def confidence_logits(
@@ -194,8 +194,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """One pass over the slots, then `num_drafts` draws from left to right.
 
-        Slots behind `batch.depth` are left out: they could be seen, but acceptance hardly knows of
-        them (docs/LOG.md), and drafting for many requests costs what its rows cost.
+        Slots behind `batch.depth` are left out. Earlier slots could attend to them, but acceptance
+        hardly falls without them (docs/LOG.md), and drafting costs as much as its rows.
         """
         plan = self._decode_plan()
         hidden_RKH = self._slots_hidden(plan, context, batch)
@@ -257,26 +257,30 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     def _decode_plan(self) -> DecodePlan:
         if self._plan is None:
+            like, pack = self.borrowed.embedding_VH, self.borrowed.pack
             # Even in inference mode these are plain tensors: some are the parameters themselves.
             with torch.inference_mode(False), torch.no_grad():
-                self._plan = DecodePlan.build(
-                    self,
-                    self.markov_head,
-                    self.confidence_head,
-                    masks=self._mask_slots(self.config.block_size - 1),
-                    borrowed=self.borrowed,
+                markov_head = converted(self.markov_head, like)
+                if pack is not None and markov_head is not None:
+                    markov_head = with_packed_bias(markov_head, pack)
+                self._plan = DecodePlan(
+                    backbone=self.decoding(like, pack),
+                    borrowed=self.borrowed.packed(),
+                    markov_head=markov_head,
+                    confidence_head=converted(self.confidence_head, like),
+                    mask_1KH=self._mask_slots(self.config.block_size - 1).to(like).unsqueeze(0),
                 )
         return self._plan
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """The base logits [K, R, C] of a block and what they are of.
+    """The base logits of a block, with the tokens that their columns stand for.
 
     Attributes:
-        base_KRC: of all that the drafter knows, or of the candidates of every slot.
-        columns_KRC: the columns of the candidates, ascending; None without.
-        known_V: the tokens of the columns, where they are not the vocabulary.
+        base_KRC: logits of all tokens that the drafter knows, or of each slot's candidates.
+        columns_KRC: the columns of the candidates, ascending; None for all tokens.
+        known_V: the tokens that the drafter knows, where they are not the whole vocabulary.
     """
 
     base_KRC: Tensor
@@ -291,13 +295,13 @@ class _Slots:
         return cls(base_KRV.gather(-1, columns_KRC), columns_KRC, known_V)
 
     def logits(self, step: int, head: MarkovHead, feature_Rr: Tensor) -> Tensor:
-        """Logits [R, C] of a slot's draft; its base logits are used up."""
+        """Logits [R, C] of a slot's draft, computed in place of its base logits."""
         if self.columns_KRC is None:
             return self.base_KRC[step].add_(head.bias(feature_Rr))
         return self.base_KRC[step].add_(head.bias_of(feature_Rr, self.columns_KRC[step]))
 
     def tokens(self, step: int) -> Tensor | None:
-        """The tokens of these columns, [C] or [R, C]; None where they are the vocabulary."""
+        """Tokens [C] or [R, C] of a slot's logits; None where they are the vocabulary."""
         if self.columns_KRC is None:
             return self.known_V
         columns_RC = self.columns_KRC[step]
@@ -309,14 +313,14 @@ class _Slots:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A drafter made ready for decoding: fused weights, heads in the right dtype.
+    """A drafter made ready for decoding, in the dtype and on the device of the target's embedding.
 
     Attributes:
-        backbone: its weights are copies, packed where the target's are.
+        backbone: copies of its weights, fused, and packed where the target's are.
         borrowed: embedding and head; a head of the drafter's own is packed likewise.
         markov_head: the drafter's own module, or a copy: in another dtype, on another device, or
             with its second table packed.
-        confidence_head: likewise.
+        confidence_head: the drafter's own module, or a copy in another dtype or on another device.
         mask_1KH: input embeddings of the slots after the anchor, [1, block_size - 1, H].
     """
 
@@ -325,38 +329,6 @@ class DecodePlan:
     markov_head: MarkovHead | None
     confidence_head: ConfidenceHead | None
     mask_1KH: Tensor
-
-    @classmethod
-    def build(
-        cls,
-        backbone: ParallelBackbone,
-        markov_head: MarkovHead | None,
-        confidence_head: ConfidenceHead | None,
-        *,
-        masks: Tensor,
-        borrowed: Borrowed,
-    ) -> DecodePlan:
-        """Make the plan.
-
-        Args:
-            backbone: whose weights are fused.
-            markov_head: the drafter's head, if any.
-            confidence_head: likewise.
-            masks: input embeddings [block_size - 1, H] of the slots after the anchor.
-            borrowed: its embedding gives dtype and device of everything, and its `pack` lays
-                weights out as the target's are.
-        """
-        like, pack = borrowed.embedding_VH, borrowed.pack
-        markov_head = converted(markov_head, like)
-        if pack is not None and markov_head is not None:
-            markov_head = with_packed_bias(markov_head, pack)
-        return cls(
-            backbone=backbone.decoding(like, pack),
-            borrowed=borrowed.packed(),
-            markov_head=markov_head,
-            confidence_head=converted(confidence_head, like),
-            mask_1KH=masks.to(like).unsqueeze(0),
-        )
 
 
 def _build(config: DSparkConfig, names: Set[str], where: str) -> DSparkDrafter:

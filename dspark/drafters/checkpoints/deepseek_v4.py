@@ -22,24 +22,12 @@ from dspark.drafters.checkpoints.block_scales import BLOCK, dequantised, to_fp4,
 from dspark.drafters.checkpoints.fields import Reader
 from dspark.drafters.checkpoints.files import INSIDE as PREFIX
 from dspark.drafters.deepseek_v4 import STAGES, DeepseekV4Config, DeepseekV4Drafter
-from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
+from dspark.drafters.deepseek_v4_layers import SAME_INTEGERS, SAME_NUMBERS, DeepseekV4Layers
 from dspark.errors import CheckpointError, CompatibilityError
 
 ARCHITECTURE, V41_ARCHITECTURE = "DeepseekV4DSparkModel", "DSparkV41DraftModel"
 _MARK, _V41, _QUANTIZATION = "dspark_block_size", "deepseek_v41", "quantization_config"
 _USUAL_STAGES = 3
-# Fields of the layers that have the same name here and there.
-_INTEGERS = (
-    "hidden_size",
-    "head_dim",
-    "sliding_window",
-    "q_lora_rank",
-    "o_lora_rank",
-    "o_groups",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-)
-_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "swiglu_limit", "hc_eps")
 # Fields that may have one value only.
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
@@ -159,8 +147,8 @@ def _layers(read: Reader, *, taps: int, v41: bool) -> DeepseekV4Layers:
     # Transformers writes a share of the head in place of qk_rope_head_dim.
     rope_head_dim = read.integer("head_dim") * (read.data.get("partial_rotary_factor") or 64 / 512)
     return DeepseekV4Layers(
-        **{name: read.integer(name) for name in _INTEGERS},
-        **{name: read.number(name) for name in _NUMBERS},
+        **{name: read.integer(name) for name in SAME_INTEGERS},
+        **{name: read.number(name) for name in SAME_NUMBERS},
         intermediate_size=read.integer("moe_intermediate_size"),
         num_layers=stages,
         num_heads=read.integer("num_attention_heads"),
@@ -190,7 +178,7 @@ def to_json(config: DeepseekV4Config, dtype: str) -> dict[str, Any]:
     return (
         dict(config.extra)
         | unusual
-        | {name: getattr(layers, name) for name in (*_INTEGERS, *_NUMBERS)}
+        | {name: getattr(layers, name) for name in (*SAME_INTEGERS, *SAME_NUMBERS)}
         | {
             "architectures": [V41_ARCHITECTURE if carried else ARCHITECTURE],
             "dtype": dtype,
