@@ -36,6 +36,7 @@ from dspark.training.checkpoints import (
 )
 from dspark.training.optim import MasterOptimiser
 from dspark.training.parallel import (
+    World,
     barrier,
     gather,
     reduce_after_this_part,
@@ -73,21 +74,6 @@ class Objective(Protocol):
 
 Measure = Callable[[], Mapping[str, float]]
 """Measures the module; the best one has the highest `real_accepted_length`."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run.
-
-    Attributes:
-        rank: of this process.
-        ranks: number of processes.
-        sharded: whether they share masters, gradients and optimiser, or only the data.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    sharded: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,21 @@ from dspark.errors import RecipeError
 
 _BUCKET_NUMBERS = 1 << 24  # of one message: 64 MiB in fp32
 _PATIENCE = timedelta(hours=1)  # the first rank may read data that the others wait for
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this process.
+        ranks: number of processes.
+        sharded: whether they share masters, gradients and optimiser, or only the data.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    sharded: bool = False
 
 
 def start_parallel(device: str) -> tuple[int, int]:

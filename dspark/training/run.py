@@ -34,9 +34,9 @@ from dspark.training.drafters.objectives import (
     requests_of,
 )
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
-from dspark.training.loop import DataOrder, Evaluation, Training, TrainingResult, World
+from dspark.training.loop import DataOrder, Evaluation, Training, TrainingResult
 from dspark.training.losses.chunked import suitable_rows
-from dspark.training.parallel import barrier, pick_device, start_parallel, wants_sharding
+from dspark.training.parallel import World, barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.progress import Pace
 from dspark.training.recipe import (
     BlockRecipe,

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dspark.training.loop import DataOrder, Training, World
+from dspark.training.loop import DataOrder, Training
+from dspark.training.parallel import World
 from dspark.training.settings import OptimiserSettings, RunSettings
 
 STEPS = 3

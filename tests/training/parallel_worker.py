@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dspark.errors import DSparkError
-from dspark.training.loop import DataOrder, Evaluation, Training, World
-from dspark.training.parallel import start_parallel
+from dspark.training.loop import DataOrder, Evaluation, Training
+from dspark.training.parallel import World, start_parallel
 from dspark.training.settings import OptimiserSettings, RunSettings
 
 ROWS, LENGTH, STEPS = 8, 6, 12

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dspark.training.language_model import prepare_tokenizer
-from dspark.training.loop import World
+from dspark.training.parallel import World
 from dspark.training.recipe import load_recipe
 from tests.helpers.samples import write_samples
 from tests.helpers.targets import tiny_llama

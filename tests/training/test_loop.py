@@ -15,8 +15,9 @@ from torch import nn
 
 from dspark.errors import CheckpointError, RecipeError, TrainingError
 from dspark.training.checkpoints import path_of, saved_steps
-from dspark.training.loop import DataOrder, Evaluation, Training, World
+from dspark.training.loop import DataOrder, Evaluation, Training
 from dspark.training.optim import MasterOptimiser, learning_rate_factor
+from dspark.training.parallel import World
 from dspark.training.settings import OptimiserSettings, RunSettings
 
 QUIET = Console(quiet=True)

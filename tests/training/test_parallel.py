@@ -8,8 +8,7 @@ import torch
 
 from dspark.errors import RecipeError
 from dspark.training.checkpoints import saved_steps
-from dspark.training.loop import World
-from dspark.training.parallel import wants_sharding
+from dspark.training.parallel import World, wants_sharding
 
 
 @pytest.fixture(scope="module")
