@@ -41,7 +41,7 @@ class Plan:
         seconds: by stage.
         shape: of the drafter.
         answers: prompts answered for training.
-        calibration, heldout: prompts for calibration and evaluation.
+        calibration, heldout: prompts for calibration and for evaluation.
         answer_tokens: token limit of an answer.
         evaluation_tokens: token limit of an answer in the evaluation.
         rows, anchors, steps: of the training; anchors per row at most.
@@ -131,13 +131,8 @@ def make_plan(
     costs = max(COSTS_SHARE * budget_s, LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s)
     calibration = CALIBRATION_SHARE * budget_s
     rest = budget_s * (1 - SLACK_SHARE) - spent_s - evaluation - costs - calibration
-    heldout = _clamp(work.held_out_in(evaluation), FEWEST_HELD_OUT, MOST_HELD_OUT)
-    calibrated = _clamp(max(heldout, ROUNDS * 2 // answer_tokens), FEWEST_HELD_OUT, MOST_CALIBRATED)
     generation = rest * _generation_share(speeds)
-    pairs = (generation - (heldout + calibrated) * work.prompt_s) / work.pair_s
-    answers = max(int(pairs), FEWEST_ROWS)
-    if available is not None:
-        answers, heldout, calibrated = _of_available(available, answers, heldout, calibrated)
+    answers, heldout, calibrated = _prompt_counts(work, generation, evaluation, available)
     prompts_s = (answers + heldout + calibrated) * work.prompt_s
     answers_s = answers * work.answer_s
     training = rest - prompts_s - answers_s
@@ -256,10 +251,20 @@ def _generation_share(speeds: Speeds) -> float:
     return min(max(share, GENERATION_SHARE[0]), GENERATION_SHARE[1])
 
 
-def _of_available(
-    available: int, answers: int, heldout: int, calibrated: int
+def _prompt_counts(
+    work: _Work, generation_s: float, evaluation_s: float, available: int | None
 ) -> tuple[int, int, int]:
-    """Prompt numbers limited to the available ones; a tenth each for calibration and evaluation."""
+    """Prompts to train with, to hold out and to calibrate with, as many as the times allow.
+
+    Of a limited number of prompts at most a tenth each is held out and calibrated with.
+    """
+    heldout = _clamp(work.held_out_in(evaluation_s), FEWEST_HELD_OUT, MOST_HELD_OUT)
+    rounds = max(heldout, ROUNDS * 2 // work.answer_tokens)
+    calibrated = _clamp(rounds, FEWEST_HELD_OUT, MOST_CALIBRATED)
+    pairs = (generation_s - (heldout + calibrated) * work.prompt_s) / work.pair_s
+    answers = max(int(pairs), FEWEST_ROWS)
+    if available is None:
+        return answers, heldout, calibrated
     least = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
     if available < least:
         raise UsageError(
