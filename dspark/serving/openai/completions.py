@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dspark.engine.requests.sequence import Piece
 from dspark.params import MOST_SAMPLES, sample_seed
-from dspark.request import Logprob, Output, Request
+from dspark.request import Logprob, Output, Request, SamplingParams
 from dspark.serving.context import Context, context_of
 from dspark.serving.openai.chat_template import encode
 from dspark.serving.openai.errors import ApiError
@@ -87,9 +87,7 @@ class CompletionFields(SharedFields):
     def prompts(self) -> list[str | list[int]]:
         """Each prompt by itself."""
         given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if isinstance(given[0], int):
+        if isinstance(given, str) or isinstance(given[0], int):
             return [given]
         return [each for each in given if not isinstance(each, int)]
 
@@ -115,20 +113,7 @@ async def completions(
         ],
         sum(map(len, prompts)),
     )
-    requests = tuple(
-        [
-            Request(
-                ids,
-                params.with_seed(sample_seed(params.seed, i * params.n)),
-                without_bad_words(fields, await mask_of(fields, context), context),
-                fields.timeout(context),
-                reproducible=fields.seed is not None,
-                prompt_logprobs=logprobs if fields.echo else None,
-                learn=fields.learns(context) and not scores_only,
-            )
-            for i, ids in enumerate(encoded)
-        ]
-    )
+    requests = [await _request(fields, params, i, ids, context) for i, ids in enumerate(encoded)]
     echoed = [
         _text_of(prompt, ids, context) if fields.echo else ""
         for prompt, ids in zip(prompts, encoded, strict=True)
@@ -138,7 +123,7 @@ async def completions(
         facts["prompts"] = prompts
     name, kind = f"cmpl-{http.state.request_id}", "text_completion"
     job = Job(
-        requests=requests,
+        requests=tuple(requests),
         writers=tuple(
             TextWriter(
                 i,
@@ -157,6 +142,25 @@ async def completions(
         scores_only=scores_only,
     )
     return await reply(job, context, http.receive)
+
+
+async def _request(
+    fields: CompletionFields,
+    params: SamplingParams,
+    index: int,
+    prompt_ids: tuple[int, ...],
+    context: Context,
+) -> Request:
+    """The request of one of several prompts."""
+    return Request(
+        prompt_ids,
+        params.with_seed(sample_seed(params.seed, index * params.n)),
+        without_bad_words(fields, await mask_of(fields, context), context),
+        fields.timeout(context),
+        reproducible=fields.seed is not None,
+        prompt_logprobs=params.logprobs if fields.echo else None,
+        learn=fields.learns(context) and fields.max_tokens != 0,
+    )
 
 
 def _encode(prompt: str | list[int], context: Context) -> tuple[int, ...]:

@@ -99,44 +99,64 @@ ResponseFormat = Annotated[
 ]
 
 
-class SharedFields(Strict):
-    """What chat and text completions both take.
+class CommonFields(Strict):
+    """What chat and text completions and responses all take.
 
     Attributes:
         model: the served model's name, or nothing.
-        max_tokens: new tokens at most; the server's default where nothing is said.
-        temperature: 0, the default, takes the best token.
-        top_p, top_k, min_p: filters; 1, 0 and 0 are off. The last two are not of OpenAI.
+        temperature: 0, the default, takes the most likely token.
+        top_p, top_k, min_p: filters; 1, 0 and 0 are off. OpenAI has only the first.
+        seed: names the randomness, and has the request verified by `coupled`; without one it is
+            drawn.
+        stream: server-sent events.
+        store: true lets a server that learns (`dspark serve --learn`) learn from a completion;
+            nothing else is stored.
+        metadata, user, service_tier, safety_identifier, prompt_cache_key,
+            prompt_cache_retention: without effect.
+    """
+
+    model: str | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_NUMBER)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_NUMBER - 1, le=MOST_NUMBER)] | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class SharedFields(CommonFields):
+    """What chat and text completions both take.
+
+    Attributes:
+        max_tokens: new tokens at most; by default the server's limit.
         repetition_penalty: 1 is off (not of OpenAI).
         presence_penalty, frequency_penalty: 0 is off.
         logit_bias: token id, as a string, -> number added to its logit.
         stop: strings that end the answer.
-        stop_token_ids: token ids that do (not of OpenAI).
+        stop_token_ids: token ids that end the answer (not of OpenAI).
         ignore_eos: go on at the model's own end tokens (not of OpenAI).
         min_tokens: tokens before an end token or a stop string may end the answer (not of OpenAI).
         bad_words: words that the answer must not have, as the tokens that the tokenizer makes of
             them at the beginning of a text and after a space (not of OpenAI).
         truncate_prompt_tokens: keep so many tokens of the prompt, its last ones; -1 for as many as
             fit (not of OpenAI).
-        seed: names the randomness, and has the request verified by `coupled`; without one it is
-            drawn.
         n: answers.
         timeout_s: seconds after which the answer ends as it is (not of OpenAI).
-        stream, stream_options: server-sent events, and whether they end with the usage.
+        stream_options: whether a stream ends with the usage.
         response_format: what the answer must look like.
-        store: true lets a server that learns (`dspark serve --learn`) learn from this request;
-            nothing else is stored.
-        user, metadata, service_tier, safety_identifier, prompt_cache_key,
-            prompt_cache_retention, prediction: without effect.
-        skip_special_tokens, include_stop_str_in_output, use_beam_search: what is done anyway.
+        prediction: without effect.
+        skip_special_tokens, include_stop_str_in_output, use_beam_search: accepted with the only
+            value that is supported.
     """
 
-    model: str | None = None
     max_tokens: Count | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_NUMBER)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
@@ -147,19 +167,10 @@ class SharedFields(Strict):
     min_tokens: Annotated[int, Field(ge=0, le=MOST_NUMBER)] | None = None
     bad_words: Annotated[list[str], Field(max_length=MOST_BAD_WORDS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_NUMBER)] | None = None
-    seed: Annotated[int, Field(ge=-MOST_NUMBER - 1, le=MOST_NUMBER)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
     timeout_s: Annotated[Number, Field(gt=0)] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     prediction: dict[str, Any] | None = None
     skip_special_tokens: Literal[True] | None = None
     include_stop_str_in_output: Literal[False] | None = None

@@ -10,12 +10,11 @@ from pydantic import Field
 from dspark.serving.openai.chat_fields import CalledFunction, ChatFields, EarlierCall, Message
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.fields import (
-    MOST_NUMBER,
+    CommonFields,
     Count,
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
-    Number,
     Strict,
     TextFormat,
 )
@@ -123,37 +122,28 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = None
 
 
-class ResponseFields(Strict):
+class ResponseFields(CommonFields):
     """The body of a response.
 
     Attributes:
         input: a user's text, or the items of the conversation.
         instructions: a system message in front.
-        model, temperature, top_p, stream, parallel_tool_calls, tool_choice: as in chats; a named
-            function is `{"type": "function", "name": NAME}`.
-        seed, top_k, min_p: as in chats (not of OpenAI).
+        parallel_tool_calls, tool_choice: as in chats; a named function is
+            `{"type": "function", "name": NAME}`.
         max_output_tokens: new tokens at most.
         tools: functions.
         text: format and verbosity of the text.
         reasoning: effort, where the template knows it.
         include: `message.output_text.logprobs` reports log-probabilities; others have no effect.
-        top_logprobs: those of so many likely tokens.
-        truncation: disabled: a conversation that does not fit is refused.
-        previous_response_id, conversation, prompt, background: nothing, since nothing is stored.
-        store, metadata, user, service_tier, safety_identifier, prompt_cache_key,
-            prompt_cache_retention, stream_options, max_tool_calls: without effect.
+        top_logprobs: log-probabilities of so many likely tokens.
+        truncation: `disabled`; a conversation that does not fit is refused.
+        previous_response_id, conversation, prompt, background: refused, since nothing is stored.
+        store, stream_options, max_tool_calls: without effect.
     """
 
     input: str | list[InputItem]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_NUMBER)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-MOST_NUMBER - 1, le=MOST_NUMBER)] | None = None
-    stream: bool | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -166,13 +156,6 @@ class ResponseFields(Strict):
     conversation: None = None
     prompt: None = None
     background: Literal[False] | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     stream_options: dict[str, Any] | None = None
     max_tool_calls: int | None = None
 
@@ -187,7 +170,7 @@ class ResponseFields(Strict):
         return names
 
     def as_chat(self) -> ChatFields:
-        """The chat that it is.
+        """The same request as a chat.
 
         Raises:
             ApiError: the conversation has no message.
@@ -195,11 +178,8 @@ class ResponseFields(Strict):
         messages = _messages(self.input, self.instructions)
         if not messages:
             raise ApiError(422, "input is empty; give a text or a message.", param="input")
-        shared = (
-            "model", "temperature", "top_p", "top_k", "min_p", "seed", "stream",
-            "parallel_tool_calls", "metadata", "user", "service_tier",
-            "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "top_logprobs",
-        )  # fmt: skip
+        # Here `store` asks to keep the response for fetching it later, not to learn from it.
+        shared = {*CommonFields.model_fields, "parallel_tool_calls", "top_logprobs"} - {"store"}
         logprobs = self.top_logprobs is not None or _LOGPROBS in (self.include or ())
         return ChatFields(
             messages=messages,
