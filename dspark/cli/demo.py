@@ -132,8 +132,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         request = Request(model.encode([{"role": "user", "content": prompt}]), params)
         screen.out.rule(domain, align="left")
         screen.out.print(Text(prompt, "italic"))
-        both = _watch if shown.repeats == 1 else _decode_and_replay
-        plain, ours = both(model, engine_options, request, prompt, shown.repeats, screen)
+        plain, ours = _race(model, engine_options, request, prompt, shown.repeats, screen)
         domains[domain] = compare_report([ours], [plain], comparable=must_agree)
         screen.out.print(_verdict(model, request, plain, ours, domains[domain]["identical"]))
         plain_runs.append(plain)
@@ -145,7 +144,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
 
 def _load(options: Options, screen: Screen) -> tuple[str, Model]:
-    """The model asked for, or the bundled one where nobody asked and the real one is not here."""
+    """The model asked for; by default SmolLM2, or the bundled model where that is unavailable."""
     for name in (options.model,) if options.model else tuple(SHOWS):
         threads = SHOWS[name].threads if options.threads is None else options.threads
         try:
@@ -160,30 +159,7 @@ def _load(options: Options, screen: Screen) -> tuple[str, Model]:
     raise AssertionError("the bundled model is loaded or refused")
 
 
-def _watch(
-    model: Model,
-    options: EngineOptions,
-    request: Request,
-    prompt: str,
-    repeats: int,  # noqa: ARG001
-    screen: Screen,
-) -> tuple[Decoded, Decoded]:
-    """Decode plainly, then with DSpark, each shown as it goes."""
-    from dspark.cli.measure.decoding import decode, warm_up
-
-    engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
-    with screen.log.status("Warming up ..."):
-        for engine in engines:
-            warm_up(engine, request)
-    with Watched(("plain", "DSpark"), screen.out) as watched:
-        plain, ours = (
-            decode(engine, [request], [prompt], live=True, show=watched.show(side))
-            for side, engine in enumerate(engines)
-        )
-    return plain, ours
-
-
-def _decode_and_replay(
+def _race(
     model: Model,
     options: EngineOptions,
     request: Request,
@@ -191,13 +167,24 @@ def _decode_and_replay(
     repeats: int,
     screen: Screen,
 ) -> tuple[Decoded, Decoded]:
-    """Decode plainly and with DSpark in turn, several times; the run of median time of each."""
+    """Decode plainly and with DSpark; each run is shown as it goes if there is one of each.
+
+    Otherwise they take turns, and those of median time are replayed and returned.
+    """
     from dspark.cli.measure.decoding import decode, warm_up
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
-    with screen.log.status("Decoding plainly and with DSpark in turn ..."):
+    with screen.log.status("Warming up ..."):
         for engine in engines:
             warm_up(engine, request)
+    if repeats == 1:
+        with Watched(("plain", "DSpark"), screen.out) as watched:
+            plain, ours = (
+                decode(engine, [request], [prompt], live=True, show=watched.show(side))
+                for side, engine in enumerate(engines)
+            )
+        return plain, ours
+    with screen.log.status("Decoding plainly and with DSpark in turn ..."):
         pairs = [
             tuple(decode(engine, [request], [prompt], live=True) for engine in engines)
             for _ in range(repeats)
