@@ -160,15 +160,8 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
             embedded_Nr: their Markov embeddings, where they have been looked up already.
             detach_inputs: let gradients reach the confidence head only.
         """
-        hidden = hidden_NH.detach() if detach_inputs else hidden_NH
-        return confidence_of(
-            self.confidence_head,
-            self.markov_head,
-            hidden,
-            previous_N,
-            embedded=embedded_Nr,
-            detach=detach_inputs,
-        )
+        heads = self.confidence_head, self.markov_head
+        return confidence_of(*heads, hidden_NH, previous_N, embedded_Nr, detach=detach_inputs)
 
     def _mask_slots(self, count: int) -> Tensor:
         if self.mask_embedding is not None:

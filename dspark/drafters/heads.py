@@ -179,8 +179,8 @@ def confidence_of(
     markov: MarkovHead | None,
     hidden: Tensor,
     previous: Tensor,
-    *,
     embedded: Tensor | None = None,
+    *,
     detach: bool = False,
 ) -> Tensor | None:
     """Confidence logits [..] of drafts, at least fp32, or None without a confidence head.
@@ -191,14 +191,14 @@ def confidence_of(
         hidden: hidden states [.., H] of the drafts' slots.
         previous: the token [..] before each draft.
         embedded: their Markov embeddings [.., r], where they have been looked up already.
-        detach: keep gradients from these embeddings.
+        detach: let gradients reach the confidence head only.
     """
     if head is None:
         return None
     if head.with_markov and markov is not None and embedded is None:
         embedded = F.embedding(previous, markov.markov_w1.weight)
-    if embedded is not None and detach:
-        embedded = embedded.detach()
+    if detach:
+        hidden, embedded = hidden.detach(), None if embedded is None else embedded.detach()
     logits: Tensor = head(hidden, embedded)
     return logits
 

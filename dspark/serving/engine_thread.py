@@ -1,7 +1,7 @@
 """EngineThread: the thread that owns an engine.
 
-It takes orders between steps and hands what a step brought to the event loop in one call. So a step
-never waits for a client, and whatever is ordered has happened before the next step begins.
+It carries out orders between steps and hands the results of a step to the event loop in one call.
+So a step never waits for a client, and an order is carried out before the next step begins.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Job:
-    """An answer that the engine is at: whose it is, who waits for it, and its last output."""
+    """An answer in progress: its owner, the stream that waits for it, and when it last grew."""
 
     owner: Owner
     output_stream: OutputStream
@@ -42,10 +42,10 @@ class _Job:
 
 
 class EngineLock:
-    """Lets engines of one target step one at a time, in the order in which they came.
+    """Lets engines of one target step one at a time, first come, first served.
 
     A target captures features with hooks on its modules, so no two of its forwards may run at
-    once. A plain lock would do, but may be taken again and again by whoever has just held it.
+    once. A plain lock is not fair: the thread that has just released it may take it again at once.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class EngineLock:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Wait for a turn, and hold it."""
+        """Wait for a turn, and keep it until the context ends."""
         with self._changed:
             number = self._given
             self._given += 1
@@ -75,7 +75,7 @@ class EngineThread:
     Args:
         engine: has nothing to do yet.
         engine_lock: held for each step.
-        collector: collects the requests that may be learned from, if anyone does.
+        collector: collects the requests that may be learned from, if any.
         deliver: called on the event loop with the updates of a step, and with the step while
             someone listens to rounds.
         finish: called on the event loop once the thread ends, with the streams that are still open
@@ -122,11 +122,11 @@ class EngineThread:
         self._thread.start()
 
     def order(self, act: Callable[[Engine], None]) -> None:
-        """Have something done to the engine between two steps."""
+        """Run something in the thread between two steps."""
         self._orders.put(partial(act, self._engine))
 
     def call(self, act: Callable[[Engine], _T], result: asyncio.Future[_T]) -> None:
-        """Have something done to the engine between two steps, whose result is awaited."""
+        """Run something in the thread between two steps, and resolve `result` with its value."""
 
         def order() -> None:
             try:
@@ -169,7 +169,7 @@ class EngineThread:
         self.call(admit, admitted)
 
     def cancel(self, output_stream: OutputStream) -> None:
-        """End the answers of a submission that are still open."""
+        """End the open answers of a submission."""
         self._orders.put(partial(self._cancel, output_stream))
 
     def hear(self, wanted: bool) -> None:
@@ -182,7 +182,7 @@ class EngineThread:
         self._orders.put(order)
 
     def stop(self, deadline: float) -> None:
-        """End once the engine has no more work, or at `deadline` (`time.monotonic`)."""
+        """End the thread once the engine has no work, or at `deadline` (`time.monotonic`)."""
 
         def order() -> None:
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
@@ -194,7 +194,7 @@ class EngineThread:
         self._thread.join()
 
     def take_rest(self) -> None:
-        """Do what is ordered now; for the event loop, once the thread has ended."""
+        """Carry out the orders that are queued; for the event loop, once the thread has ended."""
         with contextlib.suppress(Empty):
             while True:
                 self._orders.get_nowait()()
@@ -212,7 +212,7 @@ class EngineThread:
         self._end_all()
 
     def _take_orders(self) -> bool:
-        """Do what was ordered, waiting for it where there is nothing else to do; False to end."""
+        """Carry out orders, waiting for one if the engine has no work; False ends the thread."""
         idle = not self._engine.has_work and self._deadline is None
         if idle:
             self._orders.get()()
@@ -267,7 +267,7 @@ class EngineThread:
         self.snapshot = Snapshot.of(self._engine, self._record, self.snapshot.step_ms)
 
     def _end_all(self) -> None:
-        """End what is left, here and in orders that were never taken, and say so."""
+        """End all answers in progress, refuse the orders that are left, and tell the loop."""
         if self.fault is None:
             for number in self._jobs:
                 self._engine.cancel(number)
@@ -281,7 +281,7 @@ class EngineThread:
         self._tell(partial(self._finish, tuple(streams.values()), error))
 
     def _tell(self, act: Callable[[], None]) -> None:
-        """Have the loop do something; a loop that is gone has nobody who waits."""
+        """Call something on the event loop; once that is closed, nobody waits for it."""
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(act)

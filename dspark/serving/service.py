@@ -24,10 +24,10 @@ _T = TypeVar("_T")
 
 
 class EngineService:
-    """Owns an engine that nobody else touches from `start` on.
+    """Serves an engine that nothing else touches from `start` on.
 
     Args:
-        engine: has nothing to do yet. It may be watched by the service alone.
+        engine: has no requests yet; only the service may `watch` it.
         engine_lock: shared by the services whose engines share a target; its own by default.
         learner: learns from the requests that allow it, if any.
 
@@ -46,12 +46,9 @@ class EngineService:
         self.engine = engine
         self.learner = learner
         self.engine_lock = engine_lock or EngineLock()
+        collector = None if learner is None else learner.collector
         self._thread = EngineThread(
-            engine,
-            self.engine_lock,
-            None if learner is None else learner.collector,
-            self._deliver,
-            self._finish,
+            engine, self.engine_lock, collector, self._deliver, self._finish
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -99,7 +96,7 @@ class EngineService:
             self.learner = None
 
     def order(self, act: Callable[[Engine], None]) -> None:
-        """Have something done to the engine, in its thread and between two steps."""
+        """Run something in the engine's thread, between two steps, without waiting for it."""
         self._thread.order(act)
 
     async def submit(
