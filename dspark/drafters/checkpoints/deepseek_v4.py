@@ -144,11 +144,12 @@ def _layers(read: Reader, *, taps: int, v41: bool) -> DeepseekV4Layers:
         own = f"dspark_{name}"
         return read.integer(own if v41 and read.data.get(own) else name)
 
+    same: dict[str, Any] = {name: read.integer(name) for name in SAME_INTEGERS}
+    same |= {name: read.number(name) for name in SAME_NUMBERS}
     # Transformers writes a share of the head in place of qk_rope_head_dim.
     rope_head_dim = read.integer("head_dim") * (read.data.get("partial_rotary_factor") or 64 / 512)
     return DeepseekV4Layers(
-        **{name: read.integer(name) for name in SAME_INTEGERS},
-        **{name: read.number(name) for name in SAME_NUMBERS},
+        **same,
         intermediate_size=read.integer("moe_intermediate_size"),
         num_layers=stages,
         num_heads=read.integer("num_attention_heads"),
