@@ -39,7 +39,7 @@ MASK_EMBEDDING = "mask_embedding.weight"
 
 
 class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
-    """A drafter as a module; its state dict is the published one without embedding and head.
+    """A DSpark drafter; its state dict is the published one without embedding and head.
 
     Attributes:
         draft_top_k: candidates of each slot; None for every token that the drafter knows.
@@ -70,7 +70,7 @@ class DSparkDrafter(TargetBound[DSparkConfig], ParallelBackbone):
 
     @property
     def block_size(self) -> int:
-        """K: most tokens of a round; the backbone always runs all slots of a block."""
+        """K, the most drafts of a round."""
         return self.config.num_drafts
 
     @property

@@ -1,9 +1,9 @@
-"""The sequential stage: what the tokens already drawn say about the next one.
+"""Markov and confidence heads: the sequential stage of a DSpark drafter (docs/method.md, 2).
 
-Every Markov head turns the previous token, and maybe the block's hidden state, into a small
-feature u of width r, and adds u W2^T to the backbone's logits (eqs. 4-6). It has two
-forms that must agree: `step`, with the state passed explicitly, for drafting, and `block`, teacher
-forced, for training. Letters: M blocks, K slots, r rank, H width, V vocabulary.
+Every Markov head turns the previous token, and maybe the slot's hidden state, into a feature u of
+width r, and adds u W2^T to the backbone's logits (eqs. 4-6). It has two forms that must agree:
+`step`, with the state passed explicitly, for drafting, and `block`, teacher forced, for training.
+Letters: M blocks, K slots, r rank, H width, V vocabulary.
 """
 
 from __future__ import annotations

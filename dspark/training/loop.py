@@ -54,7 +54,7 @@ class Objective(Protocol):
 
     Attributes:
         module: its parameters are updated by the optimiser.
-        tokens_seen: sequence tokens that this rank's steps have read so far.
+        tokens_seen: sequence tokens that this rank has read so far.
     """
 
     module: nn.Module
@@ -131,16 +131,16 @@ class Training:
     """A run: an objective, its optimiser and their progress.
 
     Args:
-        objective: what is trained.
+        objective: module and loss to train.
         run: length and checkpoints of the run.
-        settings: of the optimiser.
+        settings: the optimiser's settings.
         data: size and naming of the data.
         world: the processes that share the run.
 
     Attributes:
-        steps: of the whole run.
+        steps: optimiser steps of the whole run.
         position: progress of the run.
-        optimiser: of the objective's parameters.
+        optimiser: updates the objective's parameters.
     """
 
     def __init__(
@@ -275,13 +275,13 @@ class Training:
         return means, losses
 
     def shown(self) -> AbstractContextManager[None]:
-        """Context in which the module has the weights to evaluate and export; for all ranks."""
+        """Context in which the module has the weights to evaluate or export; for all ranks."""
         if self.world.sharded or self.optimiser.averages is not None:
             return showing(self.objective.module, self.optimiser.shown())
         return nullcontext()
 
     def _advance(self, signals: StopSignals, evaluation: Evaluation | None) -> bool:
-        """One step and its measurement; returns whether any rank is to stop."""
+        """Take a step and measure where that is due; returns whether any rank is to stop."""
         metrics, stopping = self._take_step(self.position.step, signals)
         self.position = replace(self.position, step=self.position.step + 1, metrics=metrics)
         if evaluation is not None and self._is_due(self.position.step, evaluation.every):
@@ -289,7 +289,7 @@ class Training:
         return stopping
 
     def _take_step(self, step: int, signals: StopSignals) -> tuple[dict[str, float], bool]:
-        """One optimiser step; its metrics, and whether any rank is to stop."""
+        """Take an optimiser step; returns its metrics, and whether any rank is to stop."""
         ranks = self.world.ranks
         means, losses = self.gradients(step)
         sums = sum_numbers({**means, "stopping": float(signals.received is not None)})
@@ -353,7 +353,7 @@ class Training:
             if not math.isfinite(loss)
         ]
         found = "; ".join(each for of_rank in gather(bad) for each in of_rank)
-        return f"Step {step} gave a loss that is no number, in {found}; {self._remedy()}"
+        return f"Step {step} gave a loss that is not finite, in {found}; {self._remedy()}"
 
     def _remedy(self) -> str:
         saved = saved_steps(self.output)

@@ -27,9 +27,10 @@ class World:
     """The processes of a run.
 
     Attributes:
-        rank: of this process.
+        rank: number of this process, from 0.
         ranks: number of processes.
-        sharded: whether they share masters, gradients and optimiser, or only the data.
+        sharded: whether master weights, gradients and optimiser state are sharded over the
+            processes, besides the data.
     """
 
     rank: int = 0

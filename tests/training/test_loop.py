@@ -121,7 +121,7 @@ def test_a_nan_loss_stops_names_its_data_and_keeps_the_last_checkpoint(tmp_path)
     with pytest.raises(TrainingError) as caught:
         run(Toy(fail_at=7), settings(tmp_path, accumulate=2))
     assert str(caught.value) == (
-        "Step 7 gave a loss that is no number, in rank 0, part 0 (sample 14): nan; rank 0, part 1 "
+        "Step 7 gave a loss that is not finite, in rank 0, part 0 (sample 14): nan; rank 0, part 1 "
         f"(sample 15): nan; the checkpoint before it is {path_of(tmp_path / 'run', 5)}: lower the "
         "learning rate, or leave these data out, and go on from there with --resume."
     )

@@ -122,7 +122,8 @@ def test_sharded_averages_are_measured_and_exported_whole(alone, together):
 def test_a_nan_of_one_rank_stops_all_and_is_named(together, parallel):
     for rank in range(2):
         error = json.loads((together / f"errors_{rank}.json").read_text())[f"{parallel} nan"]
-        assert "Step 5 gave a loss that is no number, in rank 1, part 3 (part 3 of 4): nan" in error
+        where = "in rank 1, part 3 (part 3 of 4): nan"
+        assert f"Step 5 gave a loss that is not finite, {where}" in error
         assert "rank 0" not in error
     assert saved_steps(together / f"{parallel} nan") == [4]
 

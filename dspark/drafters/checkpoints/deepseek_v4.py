@@ -86,12 +86,12 @@ _EIGHT_BITS = re.compile(r"attn\.w\w+\.weight|ffn\.shared_experts\.w\d\.weight|m
 
 
 def holds_drafter(data: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a target with a draft module inside, or of one by itself."""
+    """Whether a config.json describes a target with a draft module, or a draft module alone."""
     return _MARK in _flat(data)
 
 
 def architecture(data: Mapping[str, Any]) -> str:
-    """The drafter's architecture, of such a config.json."""
+    """The architecture of the drafter that such a config.json describes."""
     return V41_ARCHITECTURE if _is_v41(data) else ARCHITECTURE
 
 
@@ -137,7 +137,7 @@ def from_json(data: Mapping[str, Any], where: str) -> DeepseekV4Config:
 
 
 def _layers(read: Reader, *, taps: int, v41: bool) -> DeepseekV4Layers:
-    """The stages; V4.1's may have other experts than the target's layers."""
+    """Read the stages; V4.1's may have other numbers of experts than the target's layers."""
     stages = _stages(read)
 
     def experts(name: str) -> int:
@@ -245,7 +245,7 @@ def _stages(read: Reader) -> int:
 
 
 def _theta(read: Reader) -> float:
-    """The base of layers without compression."""
+    """RoPE's base in layers without compressed attention."""
     ropes = read.data.get("rope_parameters")
     main = ropes.get("main") if isinstance(ropes, Mapping) else None
     if "rope_theta" not in read.data and isinstance(main, Mapping):
@@ -286,7 +286,7 @@ def unpack(data: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> 
 
 
 def _stacked(prefix: str, parts: Mapping[tuple[int, str], Tensor], where: str) -> dict[str, Tensor]:
-    """The experts of a stage as two tensors; gate and product side by side."""
+    """The experts of a stage as two tensors, with gate and up projections side by side."""
     count = 1 + max(expert for expert, _ in parts)
     for wanted in ((expert, part) for expert in range(count) for part in "123"):
         if wanted not in parts:

@@ -44,7 +44,7 @@ class Orphaned(BaseException):
 
 
 class Trainer:
-    """Does what there is to do, one thing at a time.
+    """Calibrates and trains, one piece of work at a time.
 
     Args:
         directory: of the server.
@@ -66,7 +66,7 @@ class Trainer:
         self._worked_s = time.process_time()
 
     def run(self) -> None:
-        """Go on until the server ends."""
+        """Work until the server ends."""
         while True:
             self.pulse()
             try:
@@ -78,9 +78,12 @@ class Trainer:
                 time.sleep(PAUSE_S)
 
     def pulse(self) -> None:
-        """End with the server, and rest after work, so that this takes its share of time alone.
+        """Rest after work so as to keep to the share of time; ends once the server has ended.
 
         A trainer that is driven by calls never rests.
+
+        Raises:
+            Orphaned: the server has ended.
         """
         if self._parent is None:
             return
@@ -96,7 +99,7 @@ class Trainer:
         raise Orphaned
 
     def advance(self) -> bool:
-        """Do one thing, and say so in state.json; whether there was any.
+        """Do one piece of work and record it in state.json; returns whether there was any.
 
         Raises:
             DataError: what is to be read is damaged, or has just been dropped.
@@ -125,7 +128,7 @@ class Trainer:
         return True
 
     def look_back(self) -> bool:
-        """Go back to the drafter before, where it does better on new held-out samples."""
+        """Roll back to the previous drafter if it does better on new held-out samples."""
         state, held_out = self.state, set(self._samples(self.directory.held_out))
         if state.previous < 0 or len(held_out - self._judged_on) < FRESH_HELD_OUT:
             return False
@@ -146,7 +149,7 @@ class Trainer:
         return True
 
     def train(self) -> bool:
-        """Train a candidate, and have it serve where it does better on held-out samples."""
+        """Train a candidate, and let it serve if it does better on held-out samples."""
         samples, held_out = map(self._samples, (self.directory.train, self.directory.held_out))
         fresh = set(samples) - self._trained_on
         tokens = sum(samples[key] for key in fresh)
@@ -180,7 +183,7 @@ class Trainer:
         return True
 
     def _put(self, candidate: DSparkDrafter, number: int) -> None:
-        """Write a drafter with its predecessor's calibration, and drop those that no one needs."""
+        """Write a drafter with its predecessor's calibration, and delete obsolete drafters."""
         from dspark.serving.learning.training import write_drafter
 
         generation = self.state.generation

@@ -123,7 +123,7 @@ class DrafterTraining:
 
         Raises:
             DataError: there are too few samples, or one has just been dropped.
-            TrainingError: the loss is no number.
+            TrainingError: the loss is not finite.
         """
         parts = self._target.parts()
         lent = (parts.embedding_VH, parts.head_VH, parts.head_bias_V)

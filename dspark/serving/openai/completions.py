@@ -45,10 +45,11 @@ class CompletionFields(SharedFields):
         prompt: a text, token ids, or several of one kind; answer j to prompt i has the index
             i n + j.
         logprobs: report log-probabilities, with those of so many most likely tokens.
-        best_of: as many as `n`, which is what happens.
-        echo: put the prompt in front of each answer, with `logprobs` its own log-probabilities too.
-        max_tokens: with echo also 0, which scores the prompt and generates nothing.
-        suffix: none: the model writes on, it does not fill in.
+        best_of: accepted if it equals `n`.
+        echo: put the prompt in front of each answer; with `logprobs`, report the prompt's
+            log-probabilities too.
+        max_tokens: with `echo` also 0, which scores the prompt and generates nothing.
+        suffix: accepted if empty; the model continues a text and fills no gap.
     """
 
     prompt: Prompt
@@ -59,7 +60,7 @@ class CompletionFields(SharedFields):
     suffix: Literal[""] | None = None
 
     def check(self) -> None:
-        """Refuse what is not supported, and too much at once.
+        """Refuse unsupported combinations, and too many answers at once.
 
         Raises:
             ApiError: 400.

@@ -105,7 +105,7 @@ class ResponseJsonSchema(Strict):
 
 
 class TextOptions(Strict):
-    """What the text of a response looks like."""
+    """Format and verbosity of a response's text."""
 
     format: (
         Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")]
