@@ -10,11 +10,12 @@ import time
 
 import pytest
 
-import dspark.data.answers.server_backend as server_module
+import dspark.data.answers.chat_server as server_module
+from dspark.data.answers.chat_server import ChatServer, served_model, server_url
 from dspark.data.answers.regenerate import journal_path, regenerate
 from dspark.data.answers.replay import AnswerFilters
 from dspark.data.answers.sampling import Sampling
-from dspark.data.answers.server_backend import ChatServer, ServerResponder, served_model, server_url
+from dspark.data.answers.server_backend import ServerResponder
 from dspark.errors import DataError, UsageError
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]

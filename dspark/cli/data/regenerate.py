@@ -206,13 +206,9 @@ def _by_engine(options: Options, screen: Screen) -> Responder:
 
 
 def _by_servers(options: Options, screen: Screen) -> Responder:
+    from dspark.data.answers.chat_server import ChatServer, served_model, server_url
     from dspark.data.answers.sampling import template_options
-    from dspark.data.answers.server_backend import (
-        ChatServer,
-        ServerResponder,
-        served_model,
-        server_url,
-    )
+    from dspark.data.answers.server_backend import ServerResponder
 
     sampling = _sampling(options, options.target, screen)
     sampling.params(options.max_new_tokens, options.seed or 0)  # refuses values out of range
