@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -159,59 +159,52 @@ def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[
     return [f"messages.{name}" for name in sorted(given) if not template.mentions(name)]
 
 
+@dataclass
 class ChatWriter:
-    """One answer in the shapes of chat completions.
+    """One answer in the format of chat completions.
 
-    Args:
+    Attributes:
         index: its number.
         parser: reads the model's markup.
         texts: of single tokens.
         logprobs: whether log-probabilities are reported.
-        echoed: text to stand in front of the answer's.
+        echoed: text to put in front of the answer.
     """
 
-    def __init__(
-        self,
-        index: int,
-        parser: AnswerParser,
-        texts: TokenTexts,
-        *,
-        logprobs: bool,
-        echoed: str = "",
-    ) -> None:
-        self._echoed = echoed
-        self._index = index
-        self._parser = parser
-        self._texts = texts
-        self._logprobs = logprobs
-        self._streamed = 0
-        self._calls = 0
-        self._begun = False
+    index: int
+    parser: AnswerParser
+    texts: TokenTexts
+    _: KW_ONLY
+    logprobs: bool
+    echoed: str = ""
+    _streamed: int = field(default=0, init=False)
+    _calls: int = field(default=0, init=False)
+    _begun: bool = field(default=False, init=False)
 
     def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
         self._streamed += len(text)
-        choices = self._deltas(self._parser.feed(text))
+        choices = self._deltas(self.parser.feed(text))
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
-        if self._logprobs and found:
+        if self.logprobs and found:
             if not choices:
                 choices = [self._choice({"content": ""})]
-            choices[0]["logprobs"] = chat_logprobs(found, self._texts)
+            choices[0]["logprobs"] = chat_logprobs(found, self.texts)
         return self._with_role(choices)
 
     def stream_end(self, output: Output) -> list[Choice]:
         """The last text, and why it ended."""
-        rest = self._parser.feed(output.text[self._streamed :]) + self._parser.finish()
+        rest = self.parser.feed(output.text[self._streamed :]) + self.parser.finish()
         end = self._choice({}, self._reason(output, rest))
         return self._with_role([*self._deltas(rest), end])
 
     def full(self, output: Output) -> Choice:
         """The answer at once."""
-        parts = self._parser.feed(output.text) + self._parser.finish()
+        parts = self.parser.feed(output.text) + self.parser.finish()
         calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
         said = [part.text for part in parts if isinstance(part, Content)]
-        content = "".join([self._echoed, *said])
+        content = "".join([self.echoed, *said])
         reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
         message: dict[str, Any] = {
             "role": "assistant",
@@ -223,10 +216,10 @@ class ChatWriter:
         if calls:
             message["tool_calls"] = calls
         shown = None
-        if self._logprobs and output.logprobs is not None:
-            shown = chat_logprobs(output.logprobs, self._texts)
+        if self.logprobs and output.logprobs is not None:
+            shown = chat_logprobs(output.logprobs, self.texts)
         return {
-            "index": self._index,
+            "index": self.index,
             "message": message,
             "logprobs": shown,
             "finish_reason": self._reason(output, parts),
@@ -252,12 +245,12 @@ class ChatWriter:
     def _with_role(self, choices: list[Choice]) -> list[Choice]:
         if choices and not self._begun:
             self._begun = True
-            first = {"role": "assistant", "content": self._echoed}
+            first = {"role": "assistant", "content": self.echoed}
             choices = [self._choice(first), *choices]
         return choices
 
     def _choice(self, delta: dict[str, Any], reason: str | None = None) -> Choice:
-        return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
 def _call(part: ToolCall) -> dict[str, Any]:

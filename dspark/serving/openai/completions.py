@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -183,38 +184,31 @@ def _text_of(prompt: str | list[int], ids: tuple[int, ...], context: Context) ->
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
+@dataclass
 class TextWriter:
-    """One answer in the shapes of text completions.
+    """One answer in the format of text completions.
 
-    Args:
+    Attributes:
         index: its number.
         texts: of single tokens.
         logprobs: whether log-probabilities are reported.
-        echoed: the text of the prompt, to stand in front.
-        prompt_ids: its tokens, whose log-probabilities are reported too.
+        echoed: the prompt's text, if it is put in front of the answer.
+        prompt_ids: the prompt's tokens, if their log-probabilities are reported too.
     """
 
-    def __init__(
-        self,
-        index: int,
-        texts: TokenTexts,
-        *,
-        logprobs: bool,
-        echoed: str = "",
-        prompt_ids: tuple[int, ...] = (),
-    ) -> None:
-        self._echoed = echoed
-        self._prompt_ids = prompt_ids
-        self._index = index
-        self._texts = texts
-        self._logprobs = logprobs
-        self._streamed = 0
+    index: int
+    texts: TokenTexts
+    _: KW_ONLY
+    logprobs: bool
+    echoed: str = ""
+    prompt_ids: tuple[int, ...] = ()
+    _streamed: int = field(default=0, init=False)
 
     def stream_delta(self, pieces: Sequence[Piece]) -> list[Choice]:
         """What new tokens add to a stream."""
         text = "".join(piece.text for piece in pieces)
         found = [piece.logprob for piece in pieces if piece.logprob is not None]
-        if not text and not (self._logprobs and found):
+        if not text and not (self.logprobs and found):
             return []
         choice = self._choice(self._take_echo() + text, found, self._streamed)
         self._streamed += len(text)
@@ -228,19 +222,19 @@ class TextWriter:
     def full(self, output: Output) -> Choice:
         """The answer at once."""
         found: list[Logprob | None] = list(output.logprobs or ())
-        if self._prompt_ids and output.prompt_logprobs is not None:
+        if self.prompt_ids and output.prompt_logprobs is not None:
             found = [None, *output.prompt_logprobs, *found]
-        return self._choice(self._echoed + output.text, found, 0, output.finish_reason)
+        return self._choice(self.echoed + output.text, found, 0, output.finish_reason)
 
     def _take_echo(self) -> str:
-        echoed, self._echoed = self._echoed, ""
+        echoed, self.echoed = self.echoed, ""
         return echoed
 
     def _choice(
         self, text: str, found: Sequence[Logprob | None], offset: int, reason: str | None = None
     ) -> Choice:
         shown = None
-        if self._logprobs and found:
-            first_id = self._prompt_ids[0] if self._prompt_ids else -1
-            shown = text_logprobs(found, self._texts, offset, first_id)
-        return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": reason}
+        if self.logprobs and found:
+            first_id = self.prompt_ids[0] if self.prompt_ids else -1
+            shown = text_logprobs(found, self.texts, offset, first_id)
+        return {"index": self.index, "text": text, "logprobs": shown, "finish_reason": reason}
