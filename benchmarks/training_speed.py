@@ -23,8 +23,9 @@ import torch
 
 from benchmarks.common import DTYPES, add_machine_options, emit, environment, say
 from dspark.training.drafters import objectives as drafter_training
-from dspark.training.drafters.new_drafter import load_frozen_target, start_from
+from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import DrafterObjective
+from dspark.training.drafters.warm_start import start_from
 from dspark.training.optim import MasterOptimiser
 from dspark.training.recipe import BlockRecipe, load_recipe
 

@@ -11,7 +11,7 @@ from typing import Any
 from dspark.drafters.config import evenly_spaced_taps
 from dspark.errors import CompatibilityError, UsageError
 from dspark.targets.target import Target
-from dspark.training.drafters.new_drafter import has_copyable_layers
+from dspark.training.drafters.warm_start import has_copyable_layers
 from dspark.training.optim import usual_learning_rate
 
 BLOCK_SIZE = 7

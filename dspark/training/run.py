@@ -21,7 +21,7 @@ from dspark.errors import RecipeError, first_line
 from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
 from dspark.training.checkpoints import BEST
-from dspark.training.drafters.new_drafter import load_frozen_target, start_from
+from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import (
     Decode,
     DrafterObjective,
@@ -33,6 +33,7 @@ from dspark.training.drafters.objectives import (
     put_best,
     requests_of,
 )
+from dspark.training.drafters.warm_start import start_from
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
 from dspark.training.loop import DataOrder, Evaluation, Training, TrainingResult
 from dspark.training.losses.chunked import suitable_rows

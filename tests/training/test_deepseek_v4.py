@@ -10,11 +10,8 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
-from dspark.training.drafters.new_drafter import (
-    drafter_config,
-    start_from,
-    start_from_last_layers,
-)
+from dspark.training.drafters.new_drafter import drafter_config
+from dspark.training.drafters.warm_start import start_from, start_from_last_layers
 from dspark.training.run import run_recipe
 from dspark.training.settings import DSparkSettings
 from tests.helpers.deepseek_v4 import SHAPE

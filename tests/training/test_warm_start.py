@@ -8,7 +8,8 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.layers import RMSNorm
 from dspark.errors import CompatibilityError
 from dspark.targets.target import Target
-from dspark.training.drafters.new_drafter import drafter_config, start_from_last_layers
+from dspark.training.drafters.new_drafter import drafter_config
+from dspark.training.drafters.warm_start import start_from_last_layers
 from dspark.training.settings import DSparkSettings
 
 SIZES = {

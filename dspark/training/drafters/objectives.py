@@ -24,13 +24,9 @@ from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.errors import CompatibilityError
 from dspark.request import Request, SamplingParams, Stats
 from dspark.targets.target import Target
-from dspark.training.drafters.new_drafter import (
-    drafter_config,
-    eagle3_config,
-    start_from_last_layers,
-    with_plain_weights,
-)
+from dspark.training.drafters.new_drafter import drafter_config, eagle3_config, with_plain_weights
 from dspark.training.drafters.samples import OnlineSamples
+from dspark.training.drafters.warm_start import start_from_last_layers
 from dspark.training.losses.blocks import AnchorBlocks, block_loss, position_weights, sample_anchors
 from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
 from dspark.training.parallel import sum_numbers
