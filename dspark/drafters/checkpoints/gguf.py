@@ -6,8 +6,8 @@ reads (src/models/dflash.cpp, eagle3.cpp and src/llama-arch.cpp of build b11434)
 are counted as inputs of the next layer (`target_layers`, ours + 1), `d2t` holds token ids, rows of
 Eagle3's queries and keys are paired as llama.cpp rotates Llama's, and embedding and head are left
 out where they are the target's. What GGUF has no key for (the target's layers, an Eagle3 drafter's
-passes) is kept as JSON in `dspark.config`; `dspark.version` numbers the order of our rows. Other
-programs neither write nor read the two.
+passes) is kept as JSON in `dspark.config`, and `dspark.format_version` tells later files of ours
+from earlier ones; llama.cpp ignores both.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from dspark.sources.gguf_file import Field, GgufFile
 DFLASH, EAGLE3 = "dflash", "eagle3"
 ARCHITECTURES = (DFLASH, EAGLE3)
 TOKENS, MASK = "tokenizer.ggml.tokens", "tokenizer.ggml.mask_token_id"
-OWN_CONFIG, OWN_VERSION = "dspark.config", "dspark.version"
-_PAIRED = 1  # from this `dspark.version` on, rows of Eagle3's queries and keys are paired
+OWN_CONFIG, FORMAT_VERSION = "dspark.config", "dspark.format_version"
+_PAIRED = 1  # from this `dspark.format_version` on, rows of Eagle3's queries and keys are paired
 MOST_SLOTS = 512  # llama.cpp decodes a block in one micro-batch
 _EAGLE3_TAPS = 3
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -137,7 +137,7 @@ def to_gguf(
     fields["general.name"] = Field.of("dspark drafter")
     if isinstance(drafter, DSparkDrafter):
         fields[MASK] = Field.of(drafter.config.mask_token_id)
-    fields |= {OWN_CONFIG: Field.of(json.dumps(dict(config))), OWN_VERSION: Field.of(_PAIRED)}
+    fields |= {OWN_CONFIG: Field.of(json.dumps(dict(config))), FORMAT_VERSION: Field.of(_PAIRED)}
     return architecture, fields, _tensors(drafter)
 
 
@@ -307,7 +307,7 @@ def from_gguf(file: GgufFile) -> GgufDrafter:
 def _refuse_unpaired(file: GgufFile) -> None:
     """Refuse an Eagle3 file of ours from before rows were paired; other programs always pair."""
     ours = OWN_CONFIG in file.fields
-    if file.architecture == EAGLE3 and ours and file.get(OWN_VERSION, 0) < _PAIRED:
+    if file.architecture == EAGLE3 and ours and file.get(FORMAT_VERSION, 0) < _PAIRED:
         raise CompatibilityError(
             f"{file.path} was written by an earlier version of dspark, which did not pair the rows "
             "of queries and keys as llama.cpp rotates them; write it again from the drafter's "

@@ -263,13 +263,13 @@ def test_a_file_of_another_writer_needs_no_key_of_ours(target, tmp_path):
 def test_an_eagle3_file_from_before_rows_were_paired_is_refused_and_written_over(target, tmp_path):
     drafter, path = eagle3(target), tmp_path / "out.gguf"
     load_drafter(changed(path, drafter))
-    changed(path, drafter, {"dspark.version": None})
+    changed(path, drafter, {"dspark.format_version": None})
     with pytest.raises(CompatibilityError, match=r"an earlier version of dspark.*: dspark convert"):
         load_drafter(path)
     assert written(drafter, path).config.backbone == drafter.config.backbone
     # Other writers' files have neither key; a DFlash file has no paired rows.
-    load_drafter(changed(path, drafter, {"dspark.version": None, "dspark.config": None}))
-    load_drafter(changed(path, dspark(target), {"dspark.version": None}))
+    load_drafter(changed(path, drafter, {"dspark.format_version": None, "dspark.config": None}))
+    load_drafter(changed(path, dspark(target), {"dspark.format_version": None}))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
