@@ -55,7 +55,7 @@ class RequestHistory:
                 f"Typical survivals have the shape {typical.shape}, but {num_drafts} drafts need "
                 f"{(num_drafts,)}; take those of this block size."
             )
-        self._memory, self._doubt = memory, doubt
+        self._doubt = doubt
         self._typical_K: FloatArray = typical
         self._typical_weight = PRIOR_ROUNDS if typical_K is not None else 0.0
         self._rows: dict[Hashable, int] = {}
@@ -63,6 +63,9 @@ class RequestHistory:
         self._survival_MK = np.ones((0, num_drafts))
         # Realised and predicted acceptance, and the variance of the latter.
         self._evidence_M3 = np.zeros((0, 3))
+        self._fading_3 = np.array([memory, memory, memory**2])
+        self._places_K = np.arange(num_drafts)
+        self._moments_K2 = np.stack([np.ones(num_drafts), 2.0 * self._places_K + 1], axis=1)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -136,24 +139,26 @@ class RequestHistory:
                 f"A round of {len(tags)} requests has {num_requests} rows of survivals, "
                 f"{len(accepted_R)} accepted and {len(verified_R)} verified counts; give one each."
             )
-        possible = (accepted_R >= 0) & (accepted_R <= verified_R) & (verified_R <= num_drafts)
-        if not possible.all():
-            bad = int(np.argmin(possible))
-            raise UsageError(
-                f"Request {bad} of a round has {accepted_R[bad]} accepted of {verified_R[bad]} "
-                f"verified of {num_drafts} drafts, which cannot be; give finished rounds."
-            )
+        counts = zip(accepted_R.tolist(), verified_R.tolist(), strict=True)
+        for request, (accepted, verified) in enumerate(counts):
+            if not 0 <= accepted <= verified <= num_drafts:
+                raise UsageError(
+                    f"Request {request} of a round has {accepted} accepted of {verified} verified "
+                    f"of {num_drafts} drafts, which cannot be; give finished rounds."
+                )
         rows_R = self._find_or_make(tags)
         self._survival_MK[rows_R] = survival_RK
-        places_K = np.arange(num_drafts)
-        tried_RK = np.where(places_K < verified_R[:, None], survival_RK, 0.0)
-        mean_R = tried_RK.sum(axis=1)
-        # E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
-        variance_R = np.maximum(tried_RK @ (2.0 * places_K + 1) - mean_R**2, 0.0)
-        self._fade(rows_R)
-        self._evidence_M3[rows_R] += np.stack([accepted_R, mean_R, variance_R], axis=1)
-        typical_R = np.ones(num_requests, bool) if shared_R is None else np.asarray(shared_R, bool)
-        self._learn_typical(survival_RK[typical_R])
+        tried_RK = survival_RK * (self._places_K < verified_R[:, None])
+        # Of each: survivals, and E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
+        evidence_R3 = np.empty((num_requests, 3))
+        evidence_R3[:, 0] = accepted_R
+        evidence_R3[:, 1:] = tried_RK @ self._moments_K2
+        evidence_R3[:, 2] -= evidence_R3[:, 1] ** 2
+        np.maximum(evidence_R3, 0.0, out=evidence_R3)
+        self._evidence_M3[rows_R] = self._fading_3 * self._evidence_M3[rows_R] + evidence_R3
+        if shared_R is not None and not np.all(shared_R):
+            survival_RK = survival_RK[np.asarray(shared_R, bool)]
+        self._learn_typical(survival_RK)
 
     def fade(self, tags: Sequence[Hashable], rounds: int = 1) -> None:
         """Rounds in which these requests drafted nothing: what is known of failures fades.
@@ -189,8 +194,7 @@ class RequestHistory:
         self._free.extend(range(size, size + more))
 
     def _fade(self, rows_R: IntArray, rounds: int = 1) -> None:
-        memory = self._memory**rounds
-        self._evidence_M3[rows_R] *= (memory, memory, memory**2)
+        self._evidence_M3[rows_R] *= self._fading_3**rounds
 
     def _learn_typical(self, survival_RK: FloatArray) -> None:
         count = len(survival_RK)

@@ -106,7 +106,7 @@ class StepTimes:
         shape = self._shapes.get(requests.bit_length())
         if shape is None:
             return smooth
-        shaped = smooth * shape.factors(np.arange(len(curve)) / requests)
+        shaped = smooth * shape.factors(len(curve), requests)
         found: FloatArray = np.maximum.accumulate(np.clip(shaped, LEAST * curve, MOST * curve))
         return found
 
@@ -133,7 +133,7 @@ class StepTimes:
             place, load = seen.drafts / seen.requests, seen.requests.bit_length()
             shape = self._shapes.setdefault(load, _Shape(self._num_drafts + 1))
             smooth_ms, prompts_ms = self._verify.expected_ms(parts, 2)
-            expected_ms = smooth_ms * float(shape.factors(np.array([place]))[0]) + prompts_ms
+            expected_ms = smooth_ms * shape.factor(place) + prompts_ms
             spent_ms = min(max(seen.verify_ms, expected_ms / OUTLIER), expected_ms * OUTLIER)
             self._verify.learn(parts, spent_ms)
             self._curves.clear()
@@ -190,11 +190,20 @@ class _Shape:
         self._rounds = [NODE_ROUNDS] * count
         self._sum = [NODE_ROUNDS] * count
 
-    def factors(self, places_N: FloatArray) -> FloatArray:
-        """Factors at these drafts per request."""
+    def factors(self, count: int, requests: int) -> FloatArray:
+        """Factors of 0, 1, ... drafts of so many requests together, [count]."""
         factors = [total / rounds for total, rounds in zip(self._sum, self._rounds, strict=True)]
-        found: FloatArray = np.interp(places_N, self._nodes, factors)
+        if requests == 1 and count <= len(factors):
+            return np.array(factors[:count])
+        found: FloatArray = np.interp(np.arange(count) / requests, self._nodes, factors)
         return found
+
+    def factor(self, place: float) -> float:
+        """Factor at these drafts per request, which may lie between two nodes."""
+        low = min(int(place), len(self._nodes) - 1)
+        high = min(low + 1, len(self._nodes) - 1)
+        first, second = (self._sum[node] / self._rounds[node] for node in (low, high))
+        return first + min(place - low, 1.0) * (second - first)
 
     def learn(self, place: float, factor: float) -> None:
         """A round of so many drafts per request took so many times what was expected."""

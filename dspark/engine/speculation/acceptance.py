@@ -126,13 +126,14 @@ class Acceptance:
             requests: whose; one may be named repeatedly.
             logits_DK: of the drafter's own confidences.
         """
-        confidence_DK = confidence(logits_DK)
-        rows_of = dict[tuple[Verifier, TemperatureClass], list[int]]()
+        rows_of = dict[TemperatureScaling | None, list[int]]()
         for row, request in enumerate(requests):
-            rows_of.setdefault(self._entry(request), []).append(row)
-        for entry, rows in rows_of.items():
-            if entry in self._scalings:
-                confidence_DK[rows] = self._scalings[entry].apply(logits_DK[rows])
+            rows_of.setdefault(self._scalings.get(self._entry(request)), []).append(row)
+        if len(rows_of) == 1:
+            return _confidence(logits_DK, *rows_of)
+        confidence_DK = np.empty(logits_DK.shape)
+        for scaling, rows in rows_of.items():
+            confidence_DK[rows] = _confidence(logits_DK[rows], scaling)
         return confidence_DK
 
     def learn(
@@ -171,6 +172,10 @@ class Acceptance:
         if request.request.reproducible and ("coupled", kind) in self._scalings:
             return "coupled", kind
         return self._verifier, kind
+
+
+def _confidence(logits_DK: FloatArray, scaling: TemperatureScaling | None) -> FloatArray:
+    return confidence(logits_DK) if scaling is None else scaling.apply(logits_DK)
 
 
 def _scalings(

@@ -253,10 +253,12 @@ class Scheduler:
     def _weighed(
         self, ready: Sequence[ActiveRequest], limits_D: IntArray, foresight: Foresight
     ) -> IntArray:
-        survival_DK = self.acceptance.weighed(ready)
         if self.schedule.name == "lagged" and self.verifier != "coupled":
             assert self._budget is not None, "limits() has set it"
-            return fill_budget(survival_DK, self._budget, limits_D)
+            if len(ready) == 1:  # which gets all of it
+                return np.minimum(limits_D, self._budget)
+            return fill_budget(self.acceptance.weighed(ready), self._budget, limits_D)
+        survival_DK = self.acceptance.weighed(ready)
         depth = self.depth or self.num_drafts
         step_ms_N = foresight.step_ms(len(ready), int(limits_D.sum()), depth)
         if self.verifier == "coupled":  # and there only may this round's own survivals be searched
