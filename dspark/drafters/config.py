@@ -42,6 +42,8 @@ class BackboneConfig:
             drafter may have.
         norm_before_residual: the residual of an Eagle3 layer is the hidden state after its norm,
             not before.
+        input_projection: an Eagle3 layer is that of models' own MTP modules: see
+            `drafters.eagle3`.
         softmax_scale: factor on query-key products; None for D ** -0.5.
         value_from_key: values are the key projection, before the key's norm and rotary embedding.
         value_norm: values are normed per head, without a weight.
@@ -68,6 +70,7 @@ class BackboneConfig:
     attention_bias: bool = False
     query_key_norms: bool = True
     norm_before_residual: bool = False
+    input_projection: bool = False
     softmax_scale: float | None = None
     value_from_key: bool = False
     value_norm: bool = False
@@ -175,10 +178,11 @@ class DSparkConfig:
         """
         check_taps(self.target_layer_ids, self.num_target_layers, self.backbone)
         check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
-        if not self.backbone.query_key_norms or self.backbone.norm_before_residual:
+        layer = self.backbone
+        if not layer.query_key_norms or layer.norm_before_residual or layer.input_projection:
             raise CompatibilityError(
-                "The DSpark drafter has query_key_norms false or norm_before_residual true, which "
-                "are for Eagle3; use Qwen3's or Gemma4's layers."
+                "The DSpark drafter has query_key_norms false, or norm_before_residual or "
+                "input_projection true, which are for Eagle3; use Qwen3's or Gemma4's layers."
             )
         mask = self.mask_token_id
         if mask is not None and not 0 <= mask < self.vocab_size:

@@ -15,6 +15,11 @@ output of the step before and the embedding of the token just drawn.
 With one pass and the last layer as the only tap it is MTP-1, the production baseline: one extra
 token per round, two tokens verified.
 
+With an `input_projection` it is the layer of models' own MTP modules (Qwen3-Next's, and so the
+speculators library's `mtp`): h is the one captured layer as it is; its norm and the token's, side
+by side, are projected to width H, and a whole decoder layer reads that projection, which is also
+its residual. What the final norm gives is both what the head reads and the next step's h.
+
 With a `mask_token_id` it is P-EAGLE of one layer, read from files and not trained here: all rows of
 a round in one pass, those behind the first made of a learned feature (`mask_hidden`) and the mask
 token's embedding in place of what is not known yet.
@@ -23,7 +28,7 @@ token's embedding in place of what is not known yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -107,6 +112,13 @@ class Eagle3Config:
                 f"mask_token_id is {self.mask_token_id}, but must be a token of the vocabulary (0 "
                 f"to {self.vocab_size - 1})."
             )
+        if backbone.input_projection and (
+            backbone.num_taps > 1 or backbone.norm_before_residual or self.mask_token_id is not None
+        ):
+            raise CompatibilityError(
+                f"input_projection is true, so target_layer_ids ({list(self.target_layer_ids)}) "
+                "must be one layer, norm_before_residual false, and mask_token_id absent."
+            )
         if self.ttt_length < 1 or backbone.head_dim % 2:
             raise CompatibilityError(
                 f"ttt_length is {self.ttt_length} and head_dim {backbone.head_dim}, but they "
@@ -122,8 +134,11 @@ class Eagle3Layer(Layer):
     """Holds the layer."""
 
     def __init__(self, config: BackboneConfig) -> None:
-        super().__init__(config, input_width=2 * config.hidden_size)
-        self.hidden_norm = RMSNorm(config.hidden_size)
+        width, projected = config.hidden_size, config.input_projection
+        super().__init__(config, input_width=width if projected else 2 * width)
+        self.hidden_norm = RMSNorm(width)
+        self.token_norm = RMSNorm(width) if projected else None
+        self.input_proj = nn.Linear(2 * width, width, bias=False) if projected else None
 
 
 class Eagle3Backbone(nn.Module):
@@ -132,9 +147,17 @@ class Eagle3Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.backbone_config = config
-        self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
+        self.fc: nn.Linear | None = None
+        if not config.input_projection:
+            width = config.hidden_size
+            self.fc = nn.Linear(config.num_taps * width, width, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = RMSNorm(config.hidden_size)
+
+
+def final_states(hidden: Tensor, norm_H: Tensor, config: BackboneConfig) -> Tensor:
+    """Hidden states [.., H] that a pass gave as the head reads them."""
+    return hidden if config.input_projection else norm(hidden, norm_H, config)
 
 
 @dataclass(frozen=True)
@@ -145,8 +168,10 @@ class Eagle3Weights:
     """
 
     config: BackboneConfig
-    fc: Tensor | Product
+    fc: Tensor | Product | None  # None where the one captured layer is read as it is
     hidden_norm_H: Tensor
+    token_norm_H: Tensor | None  # None where the layer's input norm is the token's
+    input_proj: Tensor | Product | None
     layer: LayerWeights
     norm_H: Tensor
 
@@ -157,29 +182,28 @@ class Eagle3Weights:
         assert isinstance(layer, Eagle3Layer)
         return cls(
             config=config,
-            fc=backbone.fc.weight,
+            fc=None if backbone.fc is None else backbone.fc.weight,
             hidden_norm_H=layer.hidden_norm.weight,
+            token_norm_H=None if layer.token_norm is None else layer.token_norm.weight,
+            input_proj=None if layer.input_proj is None else layer.input_proj.weight,
             layer=LayerWeights.of(layer, config),
             norm_H=backbone.norm.weight,
         )
 
     def like(self, other: Tensor) -> Eagle3Weights:
         """The same in dtype and on the device of `other`."""
-        return replace(
-            self,
-            fc=self.fc.to(other) if isinstance(self.fc, Tensor) else self.fc,
-            hidden_norm_H=self.hidden_norm_H.to(other),
-            layer=self.layer.like(other),
-            norm_H=self.norm_H.to(other),
-        )
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: x.to(other) for n, x in named.items() if isinstance(x, Tensor)}
+        return replace(self, layer=self.layer.like(other), **moved)
 
     def packed(self, pack: Pack) -> Eagle3Weights:
         """The same with its projections packed, for decoding."""
-        return replace(self, fc=packed(pack, self.fc), layer=self.layer.packed(pack, looks=True))
+        fc, proj = (None if x is None else packed(pack, x) for x in (self.fc, self.input_proj))
+        return replace(self, fc=fc, input_proj=proj, layer=self.layer.packed(pack, looks=True))
 
     def project(self, features: Tensor) -> Tensor:
         """The first hidden states [.., H] of captured features [.., F]."""
-        return project(features, self.fc)
+        return features if self.fc is None else project(features, self.fc)
 
     def key_value(
         self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor
@@ -191,7 +215,7 @@ class Eagle3Weights:
             hidden: hidden states [.., H] of the rows.
             rotary_rows: `layers.rotary` of their positions.
         """
-        return self.layer.key_value(self._input(embedded, hidden), rotary_rows.unbind(-3))
+        return self.layer.key_value(self._input(embedded, hidden)[0], rotary_rows.unbind(-3))
 
     def step(self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix) -> Tensor:
         """One pass through the layer.
@@ -203,23 +227,27 @@ class Eagle3Weights:
             mix: attends.
 
         Returns:
-            The next hidden states [.., H], before the final norm.
+            The next hidden states [.., H], which `final_states` makes ready for the head.
         """
-        read = self._input(embedded, hidden)
-        # The input's second half is the normed hidden state.
-        residual = read[..., embedded.shape[-1] :] if self.config.norm_before_residual else hidden
-        return self.layer.finish(residual, mix(*self.layer.heads(read, rotary_rows.unbind(-3))))
+        read, residual = self._input(embedded, hidden)
+        mixed = mix(*self.layer.heads(read, rotary_rows.unbind(-3)))
+        after = self.layer.finish(residual, mixed)
+        return after if self.input_proj is None else norm(after, self.norm_H, self.config)
 
     def final(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., H] as the head reads them."""
-        return norm(hidden, self.norm_H, self.config)
+        return final_states(hidden, self.norm_H, self.config)
 
-    def _input(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        normed = (
-            norm(embedded, self.layer.input_norm_H, self.config),
-            norm(hidden, self.hidden_norm_H, self.config),
-        )
-        return torch.cat(normed, dim=-1)
+    def _input(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention reads, and the residual [.., H]."""
+        config, own_norm_H = self.config, self.layer.input_norm_H
+        token_norm_H = own_norm_H if self.token_norm_H is None else self.token_norm_H
+        normed = norm(hidden, self.hidden_norm_H, config)
+        both = torch.cat((norm(embedded, token_norm_H, config), normed), dim=-1)
+        if self.input_proj is None:
+            return both, normed if config.norm_before_residual else hidden
+        projected = project(both, self.input_proj)
+        return norm(projected, own_norm_H, config), projected
 
 
 @dataclass(frozen=True)

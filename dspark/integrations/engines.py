@@ -15,6 +15,7 @@ from dspark.drafters.checkpoints.eagle import beyond_sglang
 from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
+from dspark.drafters.checkpoints.published import PROJECTED_LAYER
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
@@ -54,7 +55,10 @@ def _vllm(drafter: AnyDrafter, source: str) -> Verdict:
         _PAYS,
     )
     if isinstance(drafter, Eagle3Drafter):
-        why_not = ("Gemma4's layer",) if is_gemma4(drafter.config.backbone) else ()
+        backbone = drafter.config.backbone
+        why_not = ("Gemma4's layer",) if is_gemma4(backbone) else ()
+        if backbone.input_projection:
+            why_not = (*why_not, f"{PROJECTED_LAYER} in a file by itself")
         return Verdict(
             "vLLM 0.32",
             why_not,

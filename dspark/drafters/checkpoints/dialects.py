@@ -32,7 +32,6 @@ ELSEWHERE: Mapping[str, str] = {
     "DFlash2DraftModel": "it has a path selector and convolutions over the slots",
     "speculators dflash2": "it has a path selector and convolutions over the slots",
     "speculators xpress": "its slots are refined by several passes",
-    "speculators mtp": "its layer reads a projection of token and state, not both side by side",
     "K3DSparkModel": "its layers have multi-head latent attention (MLA)",
     "Qwen3OmniDSparkModel": "its target reads images and sound",
 }

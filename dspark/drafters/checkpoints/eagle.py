@@ -18,6 +18,7 @@ from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.fields import Reader, is_gemma4
 from dspark.drafters.checkpoints.published import (
     LLAMA_EAGLE3,
+    PROJECTED_LAYER,
     RESIDUAL,
     dspark_to_json,
     eagle3_from_json,
@@ -101,6 +102,7 @@ def beyond_sglang(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
         wrong |= {
             "Qwen3's layer in Eagle3": backbone.query_key_norms,
             "norm_before_residual true": backbone.norm_before_residual,
+            PROJECTED_LAYER: backbone.input_projection,
             "attention_bias true": backbone.attention_bias,
             "all drafts in one pass (P-EAGLE)": drafter.config.mask_token_id is not None,
         }

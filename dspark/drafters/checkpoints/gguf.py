@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.checkpoints.fields import is_gemma4
-from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, RESIDUAL
+from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, PROJECTED_LAYER, RESIDUAL
 from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.deepseek_v4_layers import DeepseekV4Layers
@@ -241,6 +241,7 @@ def _beyond_eagle3(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, bool]:
     config, taps = drafter.config, len(drafter.config.target_layer_ids)
     return {
         "all drafts in one pass (P-EAGLE)": config.mask_token_id is not None,
+        PROJECTED_LAYER: config.backbone.input_projection,
         "Qwen3's layer (norms of queries and keys)": config.backbone.query_key_norms,
         f"{taps} captured layers (only {_EAGLE3_TAPS})": taps != _EAGLE3_TAPS,
     }

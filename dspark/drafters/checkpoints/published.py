@@ -33,7 +33,8 @@ from dspark.errors import CheckpointError, CompatibilityError
 DSPARK, GEMMA4_DSPARK = "Qwen3DSparkModel", "Gemma4DSparkModel"
 EAGLE3, GEMMA4_EAGLE3 = "Qwen3Eagle3Model", "Gemma4Eagle3Model"
 LLAMA_EAGLE3 = "LlamaForCausalLMEagle3"  # the EAGLE authors' (`checkpoints.eagle`)
-RESIDUAL = "norm_before_residual"
+RESIDUAL, PROJECTED = "norm_before_residual", "input_projection"
+PROJECTED_LAYER = "the layer of MTP modules (input_projection)"
 
 # Every field that acts here beside the layers'; all others are kept in `DSparkConfig.extra`.
 _DSPARK_FIELDS = frozenset({
@@ -48,7 +49,7 @@ _DSPARK_FIELDS = frozenset({
 _EAGLE3_FIELDS = frozenset({
     "architectures", "draft_num_hidden_layers", "max_position_embeddings", "vocab_size",
     "draft_vocab_size", "target_layer_ids", "num_target_layers", "ttt_length",
-    "step_loss_decay", RESIDUAL, "mask_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
+    "step_loss_decay", RESIDUAL, PROJECTED, "mask_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
 })  # fmt: skip
 
 
@@ -194,10 +195,11 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     else:
         normed = data.get("model_type") != "llama"
         backbone = qwen3_layers_from_json(data, where, len(taps), query_key_norms=normed)
-    residual, masked = read.boolean(RESIDUAL, default=False), data.get("mask_token_id") is not None
+    flags = {name: read.boolean(name, default=False) for name in (RESIDUAL, PROJECTED)}
+    masked = data.get("mask_token_id") is not None
     fields = _EAGLE3_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return Eagle3Config(
-        backbone=replace(backbone, norm_before_residual=residual),
+        backbone=replace(backbone, **flags),
         vocab_size=vocab,
         target_layer_ids=tuple(taps),
         num_target_layers=read.integer("num_target_layers"),
@@ -231,8 +233,9 @@ def eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         "ttt_length": config.ttt_length,
         "vocab_size": config.vocab_size,
     }
-    if config.backbone.norm_before_residual:
-        data[RESIDUAL] = True
+    for name in (RESIDUAL, PROJECTED):
+        if getattr(config.backbone, name):
+            data[name] = True
     if config.mask_token_id is not None:
         data["mask_token_id"] = config.mask_token_id
     if config.draft_vocab_size is not None:
@@ -255,6 +258,7 @@ def refuse_beyond_published(config: DSparkConfig | Eagle3Config) -> None:
     else:
         known = ""
         beyond[f"{RESIDUAL} true"] = config.backbone.norm_before_residual
+        beyond[PROJECTED_LAYER] = config.backbone.input_projection
         beyond["Llama's layer"] = not config.backbone.query_key_norms
         beyond["all drafts in one pass (P-EAGLE)"] = config.mask_token_id is not None
     found = [name for name, there in beyond.items() if there]

@@ -4,7 +4,9 @@ The drafter's own fields stand at the top of config.json, those of its layers in
 `transformer_layer_config`; captured layers are counted from 1, and the slots' layout is explicit.
 Tensor names are the published ones. Eagle3's captured layers have a name of their own, and variants
 of its layer are flags, all false for the published layer; its positions start at 1, which is the
-same: the rotary embedding sees differences only.
+same: the rotary embedding sees differences only. The configuration of an mtp's layer is its
+target's own, whose last layer is what it reads, and its file has names of its own and neither
+embedding nor head.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.eagle import AUX_LAYERS, FLAGS, llama_shapes
 from dspark.drafters.checkpoints.fields import QWEN3_FIELDS, Reader, is_gemma4
 from dspark.drafters.checkpoints.published import (
+    PROJECTED,
     RESIDUAL,
     dspark_from_json,
     dspark_to_json,
@@ -31,7 +36,7 @@ from dspark.errors import CheckpointError, CompatibilityError
 
 logger = logging.getLogger(__name__)
 
-DSPARK, DFLASH, EAGLE3, PEAGLE = "dspark", "dflash", "eagle3", "peagle"
+DSPARK, DFLASH, EAGLE3, PEAGLE, MTP = "dspark", "dflash", "eagle3", "peagle", "mtp"
 TARGET_NAME, TARGET_ARCHITECTURES = "target_model_name_or_path", "target_architectures"
 
 # What a nested configuration may leave out: Qwen3's own defaults.
@@ -47,6 +52,13 @@ _NESTED = {
     "attention_dropout", "initializer_range", "max_position_embeddings", "sliding_window",
     "use_cache", "use_sliding_window", "vocab_size",
 }  # fmt: skip
+# Beginnings of mtp's names, each with the usual one.
+_MTP_NAMES = {
+    "mtp_layers.0.final_layernorm.": "norm.",
+    "mtp_layers.0.hidden_layernorm.": "layers.0.hidden_norm.",
+    "mtp_layers.0.token_layernorm.": "layers.0.token_norm.",
+    "mtp_layers.0.": "layers.0.",
+}
 _NO_HEADS = {"enable_confidence_head": False, "markov_rank": 0}
 
 
@@ -212,6 +224,17 @@ def _speculative_tokens(data: Mapping[str, Any]) -> Any:
         return None
 
 
+def _passes(data: Mapping[str, Any], where: str) -> Any:
+    """Drafts of a round, of a drafter whose configuration says so nowhere else."""
+    tokens = _speculative_tokens(data)
+    if tokens is None:
+        raise CheckpointError(
+            f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
+            "how many drafts a round has."
+        )
+    return tokens
+
+
 def _verifier_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Name and architectures of the target, as extra fields."""
     try:
@@ -263,12 +286,7 @@ def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
         Reader(layers, f"transformer_layer_config of {where}").only("model_type", "qwen3")
     if data.get("target_hidden_size") is not None:
         read.only("target_hidden_size", layers.get("hidden_size"))
-    taps, tokens = _captured(read, AUX_LAYERS), _speculative_tokens(data)
-    if tokens is None:
-        raise CheckpointError(
-            f"{where} has no speculative_tokens in speculators_config.proposal_methods, which say "
-            "how many drafts a round has."
-        )
+    taps, tokens = _captured(read, AUX_LAYERS), _passes(data, where)
     own = ["num_target_layers", "step_loss_decay", "draft_vocab_size", RESIDUAL]
     if data["speculators_model_type"] == PEAGLE:
         read.integer("mask_token_id", minimum=0)
@@ -285,12 +303,86 @@ def _eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     return eagle3_from_json(flat, where)
 
 
-def _eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
+def _mtp_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
+    """Read a configuration of `speculators_model_type` mtp; args and errors as `_eagle3_from_json`.
+
+    Of the layers that its target's configuration describes the drafter has the first's kind.
+    """
+    layers, read = _layers(data, where), Reader(data, where)
+    nested = Reader(layers, f"transformer_layer_config of {where}")
+    nested.only("model_type", "qwen3")
+    read.only("num_nextn_predict_layers", 1)
+    count, kinds = nested.integer("num_hidden_layers"), layers.get("layer_types")
+    flat: dict[str, Any] = {
+        **_LAYER_DEFAULTS,
+        **layers,
+        "layer_types": kinds[:1] if isinstance(kinds, list) else kinds,
+        "num_hidden_layers": 1,
+        "num_target_layers": count,
+        "target_layer_ids": [count - 1],
+        "ttt_length": _passes(data, where),
+        PROJECTED: True,
+        **_verifier_fields(data),
+    }
+    return eagle3_from_json(flat, where)
+
+
+def _write_eagle3(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     """The configuration of a drafter whose weights are stored as `dtype`.
 
     Raises:
-        CompatibilityError: the drafter's layer is Gemma4's.
+        CompatibilityError: the drafter's layer is Gemma4's, or that of MTP modules with what the
+            library's mtp takes from its target.
     """
+    if drafter.config.backbone.input_projection:
+        return _mtp_to_json(drafter, dtype)
+    return _eagle3_to_json(drafter.config, dtype)
+
+
+def _mtp_to_json(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
+    config = drafter.config
+    _refuse_gemma4(config.backbone)
+    own = drafter.own_embedding_VH is not None or drafter.own_head_VH is not None
+    wrong = {
+        f"target_layer_ids {list(config.target_layer_ids)} (not the target's last)": (
+            config.target_layer_ids != (config.num_target_layers - 1,)
+        ),
+        "Llama's layer": not config.backbone.query_key_norms,
+        "an embedding or head of its own": own or config.draft_vocab_size is not None,
+    }
+    if found := [name for name, there in wrong.items() if there]:
+        raise CompatibilityError(
+            f"The drafter has {' and '.join(found)}, for which the library's mtp has no place; "
+            "save it attached to its target."
+        )
+    flat = eagle3_to_json(config, dtype)
+    name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
+    nested = _nested_fields(flat, config.extra)
+    nested["layer_types"] = nested["layer_types"] * config.num_target_layers
+    return {
+        "architectures": ["MTPSpeculator"],
+        "dtype": dtype,
+        "num_nextn_predict_layers": 1,
+        "speculators_config": _proposal_fields(MTP, config.ttt_length, name, architectures),
+        "speculators_model_type": MTP,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": nested | {"num_hidden_layers": config.num_target_layers},
+    }
+
+
+def _pack(data: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file: of an mtp in its own names, without embedding and head."""
+    if data["speculators_model_type"] != MTP:
+        return dict(state)
+    found = {}
+    for name, tensor in state.items():
+        begin = next(((a, b) for a, b in _MTP_NAMES.items() if name.startswith(b)), None)
+        if begin is not None:
+            found[begin[0] + name.removeprefix(begin[1])] = tensor
+    return found
+
+
+def _eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     _refuse_gemma4(config.backbone)
     flat = eagle3_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
@@ -326,9 +418,9 @@ LAYOUT = Layout(
         "speculators dflash": _dspark_from_json,
         "speculators eagle3": _eagle3_from_json,
         "speculators peagle": _eagle3_from_json,
+        "speculators mtp": _mtp_from_json,
     },
-    writers={
-        DSparkDrafter: _write_dspark,
-        Eagle3Drafter: lambda drafter, dtype: _eagle3_to_json(drafter.config, dtype),
-    },
+    writers={DSparkDrafter: _write_dspark, Eagle3Drafter: _write_eagle3},
+    renamed=_MTP_NAMES,
+    pack=_pack,
 )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dspark.data.samples import SampleBatch
-from dspark.drafters.eagle3 import Eagle3Drafter, Eagle3Weights
+from dspark.drafters.eagle3 import Eagle3Drafter, Eagle3Weights, final_states
 from dspark.drafters.layers import rotary
 from dspark.training.losses.chain_attention import chain_attention
 from dspark.training.losses.chunked import LossInputs, SupervisedRows, chunked_loss, suitable_rows
@@ -108,7 +108,7 @@ class ChainRows:
 
 
 def ttt_passes(drafter: Eagle3Drafter, features_TF: Tensor, chains: ChainRows) -> Tensor:
-    """Hidden states [P, T, H] of every pass, before the final norm.
+    """Hidden states [P, T, H] of every pass, which `final_states` makes ready for the head.
 
     Args:
         drafter: bound.
@@ -116,7 +116,7 @@ def ttt_passes(drafter: Eagle3Drafter, features_TF: Tensor, chains: ChainRows) -
         chains: what the passes read, on the features' device.
     """
     weights = Eagle3Weights.of(drafter)
-    config, dtype = weights.config, drafter.fc.weight.dtype
+    config, dtype = weights.config, drafter.norm.weight.dtype
     hidden_TH = weights.project(features_TF.to(dtype))
     keys, values, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
 
@@ -167,15 +167,12 @@ def ttt_loss(
     counts_P = chains.counts_P if total_counts_P is None else total_counts_P
     decays_P = decay ** torch.arange(passes, device=device, dtype=dtype)
     pass_N = slots_N // length
-    normed_NH = torch.rms_norm(
-        hidden_PTH.flatten(0, 1)[slots_N],
-        (hidden_PTH.shape[-1],),
-        drafter.norm.weight,
-        drafter.config.backbone.rms_norm_eps,
+    states_NH = final_states(
+        hidden_PTH.flatten(0, 1)[slots_N], drafter.norm.weight, drafter.config.backbone
     )
     inputs = LossInputs(
         head=drafter,
-        hidden_NH=normed_NH,
+        hidden_NH=states_NH,
         feature_Nr=None,
         bias_Vr=None,
         teacher_UH=teacher_TH[chains.rows.teacher_U],

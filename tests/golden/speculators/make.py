@@ -2,7 +2,9 @@
 
 `python make.py [FOLDER]` in an environment with speculators 0.9.0. Weights and inputs are random
 with fixed seeds; `forward.safetensors` of each holds the inputs (features of every token, tokens,
-anchors) and what the library's training forward makes of them (logits, confidence logits).
+anchors) and what the library's training forward makes of them (logits, confidence logits). That of
+mtp runs each pass over the whole context anew; `chains` are what its layer gives as engines run it,
+each draft a row behind the first pass's rows.
 """
 
 import os
@@ -11,17 +13,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.dflash import core as dflash
 from speculators.models.dflash.core import DFlashDraftModel
 from speculators.models.dspark import core as dspark
 from speculators.models.dspark.core import DSparkDraftModel
 from speculators.models.eagle3 import core as eagle3
 from speculators.models.eagle3.core import Eagle3DraftModel
+from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.core import MTPDraftModel
 from speculators.models.peagle import core as peagle
 from speculators.models.peagle.core import PEagleDraftModel
+from speculators.proposals.greedy import GreedyTokenProposalConfig
 from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.masking_utils import create_causal_mask
 
-VOCAB, WIDTH, LENGTH, BLOCK, TAPS, PASSES = 48, 32, 20, 4, [1, 3], 3
+VOCAB, WIDTH, LENGTH, BLOCK, LAYERS, TAPS, PASSES = 48, 32, 20, 4, 4, [1, 3], 3
 KNOWN = [0, 2, 3, 5, 8, 13, 21, 22, 23, 30, 34, 40]
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -63,13 +70,14 @@ CASES = {
         {"known": KNOWN, "norm_before_residual": True},
     ),
     "peagle": (PEagleDraftModel, LlamaConfig, {}, {"known": KNOWN}),
+    "mtp": (MTPDraftModel, Qwen3Config, {"num_hidden_layers": LAYERS}, {}),
 }
 
 
 def write_target(folder: Path) -> None:
     """The verifier: four layers, its embedding and head not tied."""
     torch.manual_seed(1)
-    config = Qwen3Config(**(SHAPE | {"num_hidden_layers": 4, "intermediate_size": 8}))
+    config = Qwen3Config(**(SHAPE | {"num_hidden_layers": LAYERS, "intermediate_size": 8}))
     config.tie_word_embeddings = False
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
@@ -89,8 +97,9 @@ def made(name: str):
         maps["d2t"] = tokens - torch.arange(len(known))
         maps["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, tokens, True)
     torch.manual_seed(2)
-    model = kind.from_training_args(
-        config_class(**(SHAPE | layer)),
+    layers = config_class(**(SHAPE | layer))
+    model = new_mtp(layers) if kind is MTPDraftModel else kind.from_training_args(
+        layers,
         draft_vocab_size=len(known or range(VOCAB)),
         block_size=BLOCK,
         verifier_name_or_path="target",
@@ -111,6 +120,20 @@ def made(name: str):
                 mean, std = (1.0, 0.2) if "norm" in part else (0.0, 0.25)
                 weight.normal_(mean, std, generator=generator)
     return model.eval()
+
+
+def new_mtp(layers) -> MTPDraftModel:
+    """Without the weights that the library looks for in a verifier, which this one has not."""
+    how = SpeculatorsConfig(
+        algorithm="mtp",
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=PASSES)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained("target"),
+    )
+    layers._attn_implementation = "eager"
+    model = MTPDraftModel(MTPSpeculatorConfig(transformer_layer_config=layers, speculators_config=how))
+    model.load_verifier_weights()
+    return model
 
 
 def caught_metrics(module, found):
@@ -148,6 +171,11 @@ def forward(name: str, model) -> dict[str, torch.Tensor]:
     }
     saved = {"features": features[0], "tokens": tokens[0]}
     heads, anchors = [], []
+    if name == "mtp":
+        saved["features"] = states[0]
+        logits, _, _ = model(tokens, states)
+        chains = [chain(model, states[:, :length], tokens) for length in range(1, LENGTH - PASSES)]
+        return saved | {"logits": torch.cat(logits), "chains": torch.stack(chains, dim=1)}
     if "eagle" in name:
         shifted = {key: value[:, :-1] for key, value in given.items()}
         if name == "peagle":
@@ -182,6 +210,27 @@ def at_once(model, features, tokens, given):
     there = torch.zeros(PASSES, LENGTH - 1, dtype=torch.uint8)
     logits[rows], there[rows] = found["logits"][0], 1
     return {"logits": logits, "there": there}
+
+
+def chain(model, states, tokens):
+    """Logits of the drafts behind a context, each a further row of mtp's own layer."""
+    config, length, logits = model.config.transformer_layer_config, states.shape[1], []
+    for _ in range(PASSES):
+        places = torch.arange(states.shape[1])[None]
+        mask = create_causal_mask(
+            config=config, inputs_embeds=states, attention_mask=None, past_key_values=None
+        )
+        given = model.mtp_layers[0](
+            hidden_states=states,
+            token_embeddings=model.embed_tokens(tokens[:, 1 : states.shape[1] + 1]),
+            attention_mask=mask,
+            position_ids=places,
+            position_embeddings=model.rotary_emb(states, places),
+        )
+        assert given.shape[1] == length + len(logits)
+        logits.append(model.lm_head(given[0, -1]))
+        states = torch.cat((states, given[:, -1:]), dim=1)
+    return torch.stack(logits)
 
 
 def main(folder: str) -> None:
