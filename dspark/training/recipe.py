@@ -15,6 +15,7 @@ from dspark.errors import RecipeError
 from dspark.training.settings import (
     BlockSettings,
     ChainLossSettings,
+    ChainSettings,
     DFlashLossSettings,
     DrafterRunSettings,
     DSparkLossSettings,
@@ -23,7 +24,6 @@ from dspark.training.settings import (
     Eagle3Settings,
     EvaluationSettings,
     FeatureSettings,
-    NewDrafterSettings,
     OptimiserSettings,
     Settings,
     TargetRunSettings,
@@ -184,7 +184,7 @@ class MTPRecipe(ChainDrafterRecipe):
     """MTP-1: Eagle3's layer on the target's last layer, for one extra token."""
 
     algorithm: Literal["mtp"]
-    drafter: NewDrafterSettings = NewDrafterSettings()
+    drafter: ChainSettings = ChainSettings()
     loss: ChainLossSettings = ChainLossSettings()
     samples: SampleSettings
 

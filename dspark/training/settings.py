@@ -91,7 +91,17 @@ class DSparkSettings(BlockSettings):
     confidence_head_with_markov: bool = True
 
 
-class Eagle3Settings(TapSettings):
+class ChainSettings(NewDrafterSettings):
+    """A drafter that runs once per token."""
+
+    input_projection: bool = Field(
+        False,
+        description="the layer of models' own MTP modules: a whole one over a projection of token "
+        "and state, which reads a single captured layer",
+    )
+
+
+class Eagle3Settings(TapSettings, ChainSettings):
     """An Eagle3 drafter."""
 
     ttt_length: int = Field(7, ge=1, description="passes of the training-time test: most drafts")

@@ -183,6 +183,9 @@ def make_eagle3_layer(make_eagle3, make_parts):
         own = {"query_key_norms": not kind.startswith("llama")}
         own |= {"norm_before_residual": kind.endswith("normed")}
         parts = make_parts()
+        if kind == "mtp":
+            own |= {"input_projection": True, "num_taps": 1}
+            changes |= {"target_layer_ids": (5,)}
         if kind.startswith("gemma4"):
             own |= GEMMA4_PARTS | {"rotary_fraction": 0.5, "head_dim": 8}
             own |= {"value_from_key": "k_eq_v" in kind}

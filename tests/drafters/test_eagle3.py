@@ -62,10 +62,14 @@ def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
 
     def row(token, hidden, position):
         embedded = borrowed.embedding_VH[token] * (4.0 if gemma4 else 1.0)
+        own = "token_norm" if kind == "mtp" else "input_layernorm"
         x = torch.cat((
-            rms(embedded, layer["input_layernorm.weight"]),
+            rms(embedded, layer[f"{own}.weight"]),
             rms(hidden, layer["hidden_norm.weight"]),
         ))  # fmt: skip
+        if kind == "mtp":
+            hidden = linear(x, "input_proj")
+            x = rms(hidden, layer["input_layernorm.weight"])
         names = "qkk" if kind == "gemma4 k_eq_v" else "qkv"
         query, key, value = (
             linear(x, f"self_attn.{n}_proj").view(-1, backbone.head_dim) for n in names
@@ -91,26 +95,29 @@ def chain_by_hand(drafter, features, tokens, anchor, drafts, kind="qwen3"):
         hidden = hidden + attended
         x = rms(hidden, layer["post_attention_layernorm.weight"])
         x = sigmoid_gate(linear(x, "mlp.gate_proj")) * linear(x, "mlp.up_proj")
-        return hidden + linear(x, "mlp.down_proj")
+        hidden = hidden + linear(x, "mlp.down_proj")
+        return rms(hidden, state["norm.weight"]) if kind == "mtp" else hidden
 
     following = [*tokens[1:], anchor]
     for i, token in enumerate(following):
-        hidden = row(token, state["fc.weight"] @ features[i], i)
+        first = features[i] if kind == "mtp" else state["fc.weight"] @ features[i]
+        hidden = row(token, first, i)
     logits = []
     for k, draft in enumerate(drafts):
-        row_of_logits = borrowed.head_VH @ rms(hidden, state["norm.weight"])
+        read = hidden if kind == "mtp" else rms(hidden, state["norm.weight"])
+        row_of_logits = borrowed.head_VH @ read
         logits.append(1.5 * torch.tanh(row_of_logits / 1.5) if gemma4 else row_of_logits)
         hidden = row(draft, hidden, len(features) + k)
     return torch.stack(logits)
 
 
-KINDS = ("qwen3", "qwen3 normed", "llama", "llama normed", "gemma4", "gemma4 k_eq_v")
+KINDS = ("qwen3", "qwen3 normed", "llama", "llama normed", "gemma4", "gemma4 k_eq_v", "mtp")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafting_equals_one_row_at_a_time_by_hand(make_eagle3_layer, draft, kind):
     drafter = make_eagle3_layer(kind)
-    features, tokens, anchors = inputs(*LENGTHS)
+    features, tokens, anchors = inputs(*LENGTHS, width=16 * len(drafter.taps))
     draw, proposal = draft(drafter, features, anchors, tokens=tokens)
     assert (proposal.confidence_logits_RK, proposal.lengths) == (None, None)
     for r in range(3):

@@ -25,7 +25,7 @@ from dspark.engine.engine import Engine
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import Output, Request, SamplingParams
 from dspark.targets.target import Target
-from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.drafters import tiny_backbone, tiny_dspark, tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
 
 MAX_CONTEXT = 96
@@ -62,11 +62,19 @@ def make_drafter(
 
 
 def make_eagle3(
-    target: Target, *, mtp: bool = False, passes: int = 5, seed: int = 1, std: float = 0.3
+    target: Target,
+    *,
+    mtp: bool = False,
+    projected: bool = False,
+    passes: int = 5,
+    seed: int = 1,
+    std: float = 0.3,
 ) -> Eagle3Drafter:
-    """A random Eagle3 drafter, or MTP-1, bound to the target."""
-    taps = (target.num_layers - 1,) if mtp else (-1, 0)
-    return tiny_eagle3(target, taps=taps, seed=seed, std=std, ttt_length=1 if mtp else passes)
+    """A random Eagle3 drafter, MTP-1, or one of MTP modules' layer, bound to the target."""
+    taps = (target.num_layers - 1,) if mtp or projected else (-1, 0)
+    backbone = tiny_backbone(target.hidden_size, len(taps), input_projection=projected)
+    passes = 1 if mtp else passes
+    return tiny_eagle3(target, taps=taps, seed=seed, std=std, backbone=backbone, ttt_length=passes)
 
 
 @dataclass

@@ -45,12 +45,15 @@ def drafter_of(name, target, tiny):
         return tiny.TargetDrafter(target, spoil=5)
     if name == "wrong":
         return tiny.TargetDrafter(target, factor=-1.0)
-    if name in ("eagle3", "mtp"):
-        return tiny.make_eagle3(target, mtp=name == "mtp")
+    if name in ("eagle3", "mtp", "projected"):
+        return tiny.make_eagle3(target, mtp=name == "mtp", projected=name == "projected")
     return tiny.make_drafter(target, head=name)
 
 
-NAMES = ("vanilla", "gated", "rnn", "eagle3", "mtp", "ngram", "right", "often right", "wrong")
+NAMES = (
+    "vanilla", "gated", "rnn", "eagle3", "mtp", "projected", "ngram", "right", "often right",
+    "wrong",
+)  # fmt: skip
 
 
 def test_plain_decoding_equals_transformers(tiny, prompts):

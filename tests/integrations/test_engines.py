@@ -7,7 +7,7 @@ from dspark.integrations import vllm
 from dspark.integrations.engines import verdict
 from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS, SMOLLM2
 from dspark.targets.target import Target
-from tests.helpers.drafters import tiny_dspark, tiny_eagle3
+from tests.helpers.drafters import tiny_backbone, tiny_dspark, tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
 
 
@@ -59,6 +59,12 @@ def test_eagle3_has_its_own_method(target):
     assert '"parallel_drafting": true' in verdict("vllm", at_once, "D").commands[-1]
     for engine in ("sglang", "llama.cpp"):
         assert any("P-EAGLE" in reason for reason in verdict(engine, at_once, "D").why_not)
+    layer = tiny_backbone(target.hidden_size, 1, input_projection=True)
+    projected = tiny_eagle3(target, taps=(target.num_layers - 1,), backbone=layer)
+    for engine in ("vllm", "sglang", "llama.cpp"):
+        found = verdict(engine, projected, "D")
+        assert any("input_projection" in reason for reason in found.why_not)
+        assert found.commands == ()
     bundled = load_drafter(BUNDLED_DRAFTERS["bundled-eagle3"])
     assert "Qwen3's layer" in verdict("llama.cpp", bundled, "D").why_not[0]
 

@@ -40,7 +40,7 @@ RECIPES = {  # algorithm, drafter, loss
     "eagle3": ("eagle3", CHAIN, ""),
     "eagle3 of few tokens": ("eagle3", f"{CHAIN}, draft_vocab_size: 24", "tv: 0.5"),
     "mtp": ("mtp", "", ""),
-    "mtp, other losses": ("mtp", "", "soft_ce: 0, lk: 1"),
+    "mtp of a projection, other losses": ("mtp", "input_projection: true", "soft_ce: 0, lk: 1"),
 }
 
 

@@ -47,6 +47,8 @@ OTHERS = {  # what the published layout has no place for: written attached, to t
         "dspark", ["drafter.sample_from_anchor=false", "drafter.draft_vocab_size=24"]
     ),
     "eagle3 reduced": ("eagle3", ["drafter.draft_vocab_size=24"]),
+    "mtp of a projection": ("eagle3", ["drafter={ttt_length: 3, target_layer_ids: [3], "
+                                      "input_projection: true}"]),
     "mtp reduced": ("mtp", ["drafter.draft_vocab_size=24"]),
 }  # fmt: skip
 

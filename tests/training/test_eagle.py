@@ -30,7 +30,7 @@ def packed(ids, mask):
     return SampleBatch.of([Sample(tuple(i.tolist()), tuple(m.tolist())) for i, m in rows])
 
 
-def made_up(dtype=torch.float64, softcap=None, known=None):
+def made_up(dtype=torch.float64, softcap=None, known=None, projected=False):
     """A drafter, two packed sequences, and their features and teacher states."""
     generator = torch.Generator().manual_seed(3)
 
@@ -38,9 +38,10 @@ def made_up(dtype=torch.float64, softcap=None, known=None):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     parts = lent_parts(randn(VOCAB, WIDTH), randn(VOCAB, WIDTH), logit_softcap=softcap)
-    backbone = BackboneConfig(WIDTH, 12, 1, 4, 2, 6, 2)
+    taps = (1,) if projected else (0, 1)
+    backbone = BackboneConfig(WIDTH, 12, 1, 4, 2, 6, len(taps), input_projection=projected)
     config = Eagle3Config(
-        backbone, VOCAB, (0, 1), 2, ttt_length=PASSES, draft_vocab_size=known and len(known)
+        backbone, VOCAB, taps, 2, ttt_length=PASSES, draft_vocab_size=known and len(known)
     )
     drafter = Eagle3Drafter.from_target(
         parts, config, generator=generator, init_std=0.4, draft_tokens=known and torch.tensor(known)
@@ -50,7 +51,8 @@ def made_up(dtype=torch.float64, softcap=None, known=None):
     mask[0][4:] = True
     mask[1][1:3] = mask[1][7:9] = True
     batch = packed(ids, mask)
-    return drafter.to(dtype), batch, randn(sum(LENGTHS), 2 * WIDTH), randn(sum(LENGTHS), WIDTH)
+    features = randn(sum(LENGTHS), len(taps) * WIDTH)
+    return drafter.to(dtype), batch, features, randn(sum(LENGTHS), WIDTH)
 
 
 def one_by_one(batch, *rows):
@@ -92,6 +94,8 @@ def dense_passes(drafter, features, ids, passes):
 
 
 def normed(drafter, hidden):
+    if drafter.config.backbone.input_projection:
+        return hidden
     mean = hidden.pow(2).mean(-1, keepdim=True) + drafter.config.backbone.rms_norm_eps
     return hidden / mean.sqrt() * drafter.norm.weight
 
@@ -140,14 +144,19 @@ def gradients(loss, drafter):
 
 @pytest.mark.parametrize("supervision", ["predicted", "reference"])
 @pytest.mark.parametrize(
-    ("chunk_rows", "softcap", "known"),
-    [(1024, None, None), (7, None, None), (7, 3.0, None), (7, 3.0, (0, 2, 3, 7, 8, 12))],
+    ("chunk_rows", "softcap", "known", "projected"),
+    [
+        (1024, None, None, False),
+        (7, None, None, False),
+        (7, 3.0, None, True),
+        (7, 3.0, (0, 2, 3, 7, 8, 12), False),
+    ],
 )
 def test_loss_and_gradients_equal_the_plain_form(
-    supervision, chunk_rows, softcap, known, monkeypatch
+    supervision, chunk_rows, softcap, known, projected, monkeypatch
 ):
     monkeypatch.setattr(room, "_TILE_ROWS", 4)
-    drafter, batch, features, teacher = made_up(softcap=softcap, known=known)
+    drafter, batch, features, teacher = made_up(softcap=softcap, known=known, projected=projected)
     chains = ChainRows.build(batch, PASSES, supervision)
     hidden = ttt_passes(drafter, features, chains)
     report = ttt_loss(drafter, hidden, teacher, chains, decay=0.7, chunk_rows=chunk_rows)

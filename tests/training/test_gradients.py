@@ -66,7 +66,7 @@ def together(folder, worker, run_two):
 NAMES = (
     "vanilla", "gated", "rnn", "vanilla, other losses", "rnn of few tokens, 1 + n",
     "without confidence", "dflash", "dflash of few tokens", "eagle3", "eagle3 of few tokens",
-    "mtp", "mtp, other losses", "language model",
+    "mtp", "mtp of a projection, other losses", "language model",
 )  # fmt: skip
 
 

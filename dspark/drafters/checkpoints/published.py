@@ -49,7 +49,8 @@ _DSPARK_FIELDS = frozenset({
 _EAGLE3_FIELDS = frozenset({
     "architectures", "draft_num_hidden_layers", "max_position_embeddings", "vocab_size",
     "draft_vocab_size", "target_layer_ids", "num_target_layers", "ttt_length",
-    "step_loss_decay", RESIDUAL, PROJECTED, "mask_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
+    "step_loss_decay", RESIDUAL, PROJECTED, "mask_token_id", "tie_word_embeddings", "dtype",
+    "torch_dtype",
 })  # fmt: skip
 
 
@@ -195,11 +196,11 @@ def eagle3_from_json(data: Mapping[str, Any], where: str) -> Eagle3Config:
     else:
         normed = data.get("model_type") != "llama"
         backbone = qwen3_layers_from_json(data, where, len(taps), query_key_norms=normed)
-    flags = {name: read.boolean(name, default=False) for name in (RESIDUAL, PROJECTED)}
+    residual, projected = (read.boolean(name, default=False) for name in (RESIDUAL, PROJECTED))
     masked = data.get("mask_token_id") is not None
     fields = _EAGLE3_FIELDS | (GEMMA4_FIELDS if gemma4 else QWEN3_FIELDS)
     return Eagle3Config(
-        backbone=replace(backbone, **flags),
+        backbone=replace(backbone, norm_before_residual=residual, input_projection=projected),
         vocab_size=vocab,
         target_layer_ids=tuple(taps),
         num_target_layers=read.integer("num_target_layers"),

@@ -96,14 +96,15 @@ def eagle3_config(target: Target, recipe: ChainRecipe) -> Eagle3Config:
         own = recipe.drafter
         taps = own.taps(target.num_layers)
         passes, decay = own.ttt_length, recipe.loss.step_loss_decay
+    backbone = backbone_shapes(
+        target,
+        num_layers=1,
+        num_taps=len(taps),
+        intermediate_size=recipe.drafter.intermediate_size,
+        layers=recipe.drafter.layers,
+    )
     return Eagle3Config(
-        backbone=backbone_shapes(
-            target,
-            num_layers=1,
-            num_taps=len(taps),
-            intermediate_size=recipe.drafter.intermediate_size,
-            layers=recipe.drafter.layers,
-        ),
+        backbone=replace(backbone, input_projection=recipe.drafter.input_projection),
         vocab_size=target.vocab_size,
         target_layer_ids=taps,
         num_target_layers=target.num_layers,

@@ -198,7 +198,7 @@ def test_tables_may_be_missing_and_mixed_dtypes_widen(copy, golden_parts):
         ({"architectures": ["Qwen3EagleModel"]}, CompatibilityError, "Qwen3EagleModel.*not supp"),
         ({"architectures": ["Gemma4DSparkModel"]}, CheckpointError, "rope_parameters None"),
         ({"architectures": ["Qwen3ForCausalLM"]}, CompatibilityError, "Qwen3ForCausalLM.*no draf"),
-        ({"speculators_model_type": "mtp"}, CompatibilityError, "speculators mtp.*not supp"),
+        ({"speculators_model_type": "xpress"}, CompatibilityError, "speculators xpress.*not s"),
         ({"speculators_model_type": "dspark"}, CheckpointError, "transformer_layer_config None"),
         ({"architectures": ...}, CheckpointError, "names no architecture"),
         ({"rope_parameters": ...}, CheckpointError, "rope_theta None"),

@@ -86,7 +86,7 @@ def test_architectures_that_are_not_built_are_refused_by_name(architecture, word
     assert "Qwen3DSparkModel" in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", ["dflash2", "mtp", "xpress"])
+@pytest.mark.parametrize("kind", ["dflash2", "xpress"])
 def test_other_kinds_of_speculators_are_refused_with_a_reason(kind):
     data = {"speculators_model_type": kind, "transformer_layer_config": LAYERS}
     with pytest.raises(CompatibilityError, match=f"speculators {kind}, which is not supported: it"):

@@ -98,19 +98,23 @@ def made(name: str):
         maps["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, tokens, True)
     torch.manual_seed(2)
     layers = config_class(**(SHAPE | layer))
-    model = new_mtp(layers) if kind is MTPDraftModel else kind.from_training_args(
-        layers,
-        draft_vocab_size=len(known or range(VOCAB)),
-        block_size=BLOCK,
-        verifier_name_or_path="target",
-        target_layer_ids=TAPS,
-        mask_token_id=VOCAB - 1,
-        markov_rank=6,
-        ttt_steps=PASSES,
-        num_depths=PASSES,
-        draft_attn_impl="eager" if "eagle" in name else "sdpa",
-        **({"norm_before_residual": False} | own),
-        **maps,
+    model = (
+        new_mtp(layers)
+        if kind is MTPDraftModel
+        else kind.from_training_args(
+            layers,
+            draft_vocab_size=len(known or range(VOCAB)),
+            block_size=BLOCK,
+            verifier_name_or_path="target",
+            target_layer_ids=TAPS,
+            mask_token_id=VOCAB - 1,
+            markov_rank=6,
+            ttt_steps=PASSES,
+            num_depths=PASSES,
+            draft_attn_impl="eager" if "eagle" in name else "sdpa",
+            **({"norm_before_residual": False} | own),
+            **maps,
+        )
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -131,7 +135,9 @@ def new_mtp(layers) -> MTPDraftModel:
         verifier=VerifierConfig.from_pretrained("target"),
     )
     layers._attn_implementation = "eager"
-    model = MTPDraftModel(MTPSpeculatorConfig(transformer_layer_config=layers, speculators_config=how))
+    model = MTPDraftModel(
+        MTPSpeculatorConfig(transformer_layer_config=layers, speculators_config=how)
+    )
     model.load_verifier_weights()
     return model
 
