@@ -116,12 +116,10 @@ class RaggedBatch:
         """The largest number of tokens that a request has once the batch is written."""
         return max((segment.end for segment in self.segments), default=0)
 
-    def shifted_rows_T(self, by: int) -> Tensor:
-        """The pool row `by` positions behind each token's own, int64 [T]."""
-        rows: list[int] = []
-        for segment in self.segments:
-            rows += segment.table.rows(segment.start + by, segment.end + by)
-        return torch.tensor(rows, dtype=torch.int64, device=self.rows_T.device)
+    def shifted(self, by: int) -> RaggedBatch:
+        """As many rows of each request, `by` positions behind these; all token ids are 0."""
+        parts = [(own.table, own.start + by, (0,) * own.length) for own in self.segments]
+        return RaggedBatch.build(parts, self.rows_T.device)
 
 
 def hand_over(

@@ -1,11 +1,12 @@
-"""The Eagle3 drafter: one layer, run once per draft token (Li et al. 2025; docs/method.md, 2.4).
+"""The Eagle3 drafter: a layer, run once per draft token (Li et al. 2025; docs/method.md, 2.4).
 
 A row of the layer is made of two parts: the hidden state h of a token (projected features, or what
 the layer gave a step before) and the embedding of the token after it. Both are normed and laid side
 by side as the input of the attention, so that the q, k and v projections read 2 H numbers; the
 residual is h itself, before its norm (or, with `norm_before_residual`, after). What comes out is
 the next step's h, and, normed, what the head reads. Module names are the published state dict's
-keys; all else of the layer is `layers.Layer`, of whatever family.
+keys; all else of the layer is `layers.Layer`, of whatever family. Drafters of the speculators
+library may have plain layers behind it, which run with it.
 
 Context row i holds the feature of token i and the embedding of token i + 1, and is turned to
 position i; it is stored at position i + 1 (`Drafter.reads_next_token`). The last row's output
@@ -20,8 +21,8 @@ speculators library's `mtp`): h is the one captured layer as it is; its norm and
 by side, are projected to width H, and a whole decoder layer reads that projection, which is also
 its residual. What the final norm gives is both what the head reads and the next step's h.
 
-With a `mask_token_id` it is P-EAGLE of one layer, read from files and not trained here: all rows of
-a round in one pass, those behind the first made of a learned feature (`mask_hidden`) and the mask
+With a `mask_token_id` it is P-EAGLE, read from files and not trained here: all rows of a round in
+one pass, those behind the first made of a learned feature (`mask_hidden`) and the mask
 token's embedding in place of what is not known yet.
 """
 
@@ -53,8 +54,6 @@ from dspark.drafters.layers import (
 from dspark.drafters.target_bound import Borrowed, TargetBound
 from dspark.errors import CompatibilityError
 
-# Cache layers: the layer's keys and values, and the projected features as keys of width H.
-_ATTENTION, _FEATURES = 0, 1
 # Rows stand one position behind their token's.
 _SHIFT = 1
 
@@ -64,7 +63,8 @@ class Eagle3Config:
     """What an Eagle3 drafter is.
 
     Attributes:
-        backbone: shapes of the single layer; its `num_taps` is the number of `target_layer_ids`.
+        backbone: shapes of the layer, and of plain ones behind it; its `num_taps` is the number of
+            `target_layer_ids`.
         vocab_size: V, the target's.
         target_layer_ids: captured layers, strictly increasing; -1 is the embedding output.
         num_target_layers: decoder layers of the target it was made for.
@@ -103,10 +103,6 @@ class Eagle3Config:
                 f"The Eagle3 drafter's layer has a sliding_window of {backbone.sliding_window}, "
                 "which is not supported yet; use a drafter with full attention."
             )
-        if backbone.num_layers != 1:
-            raise CompatibilityError(
-                f"num_hidden_layers is {backbone.num_layers}, but an Eagle3 drafter has 1 layer."
-            )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise CompatibilityError(
                 f"mask_token_id is {self.mask_token_id}, but must be a token of the vocabulary (0 "
@@ -126,12 +122,12 @@ class Eagle3Config:
             )
 
 
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
+Mix = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query [.., A, D], key [.., G, D], value [.., G, D]) -> mixed values [.., A, D]."""
 
 
 class Eagle3Layer(Layer):
-    """Holds the layer."""
+    """Holds the layer that reads token and state."""
 
     def __init__(self, config: BackboneConfig) -> None:
         width, projected = config.hidden_size, config.input_projection
@@ -151,7 +147,8 @@ class Eagle3Backbone(nn.Module):
         if not config.input_projection:
             width = config.hidden_size
             self.fc = nn.Linear(config.num_taps * width, width, bias=False)
-        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        plain = [Layer(config) for _ in range(1, config.num_layers)]
+        self.layers = nn.ModuleList([Eagle3Layer(config), *plain])
         self.norm = RMSNorm(config.hidden_size)
 
 
@@ -172,7 +169,7 @@ class Eagle3Weights:
     hidden_norm_H: Tensor
     token_norm_H: Tensor | None  # None where the layer's input norm is the token's
     input_proj: Tensor | Product | None
-    layer: LayerWeights
+    layers: tuple[LayerWeights, ...]
     norm_H: Tensor
 
     @classmethod
@@ -180,13 +177,14 @@ class Eagle3Weights:
         """The weights of a backbone; gradients flow back to its parameters."""
         config, layer = backbone.backbone_config, backbone.layers[0]
         assert isinstance(layer, Eagle3Layer)
+        layers = [own for own in backbone.layers if isinstance(own, Layer)]
         return cls(
             config=config,
             fc=None if backbone.fc is None else backbone.fc.weight,
             hidden_norm_H=layer.hidden_norm.weight,
             token_norm_H=None if layer.token_norm is None else layer.token_norm.weight,
             input_proj=None if layer.input_proj is None else layer.input_proj.weight,
-            layer=LayerWeights.of(layer, config),
+            layers=tuple(LayerWeights.of(own, config) for own in layers),
             norm_H=backbone.norm.weight,
         )
 
@@ -194,31 +192,35 @@ class Eagle3Weights:
         """The same in dtype and on the device of `other`."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: x.to(other) for n, x in named.items() if isinstance(x, Tensor)}
-        return replace(self, layer=self.layer.like(other), **moved)
+        return replace(self, layers=tuple(own.like(other) for own in self.layers), **moved)
 
     def packed(self, pack: Pack) -> Eagle3Weights:
         """The same with its projections packed, for decoding."""
         fc, proj = (None if x is None else packed(pack, x) for x in (self.fc, self.input_proj))
-        return replace(self, fc=fc, input_proj=proj, layer=self.layer.packed(pack, looks=True))
+        *before, last = self.layers
+        layers = (*(own.packed(pack) for own in before), last.packed(pack, looks=True))
+        return replace(self, fc=fc, input_proj=proj, layers=layers)
 
     def project(self, features: Tensor) -> Tensor:
         """The first hidden states [.., H] of captured features [.., F]."""
         return features if self.fc is None else project(features, self.fc)
 
     def key_value(
-        self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor
+        self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [.., G, D] of rows that are only looked at.
+        """The last layer's keys and values [.., G, D] of rows that are only looked at.
 
         Args:
             embedded: embeddings [.., H] of the tokens after the rows' own.
             hidden: hidden states [.., H] of the rows.
             rotary_rows: `layers.rotary` of their positions.
+            mix: attends, in the layers before.
         """
-        return self.layer.key_value(self._input(embedded, hidden)[0], rotary_rows.unbind(-3))
+        read, _ = self._to_the_last(embedded, hidden, rotary_rows, mix)
+        return self.layers[-1].key_value(read, rotary_rows.unbind(-3))
 
     def step(self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix) -> Tensor:
-        """One pass through the layer.
+        """One pass through the layers.
 
         Args:
             embedded: embeddings [.., H] of the tokens after the rows' own.
@@ -229,18 +231,31 @@ class Eagle3Weights:
         Returns:
             The next hidden states [.., H], which `final_states` makes ready for the head.
         """
-        read, residual = self._input(embedded, hidden)
-        mixed = mix(*self.layer.heads(read, rotary_rows.unbind(-3)))
-        after = self.layer.finish(residual, mixed)
+        read, residual = self._to_the_last(embedded, hidden, rotary_rows, mix)
+        last = self.layers[-1]
+        mixed = mix(len(self.layers) - 1, *last.heads(read, rotary_rows.unbind(-3)))
+        after = last.finish(residual, mixed)
         return after if self.input_proj is None else norm(after, self.norm_H, self.config)
 
     def final(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., H] as the head reads them."""
         return final_states(hidden, self.norm_H, self.config)
 
+    def _to_the_last(
+        self, embedded: Tensor, hidden: Tensor, rotary_rows: Tensor, mix: Mix
+    ) -> tuple[Tensor, Tensor]:
+        """What the last layer's attention reads, and its residual [.., H]."""
+        read, residual = self._input(embedded, hidden)
+        for i, following in enumerate(self.layers[1:]):
+            layer = self.layers[i]
+            mixed = mix(i, *layer.heads(read, rotary_rows.unbind(-3)))
+            residual = layer.finish(residual, mixed)
+            read = norm(residual, following.input_norm_H, self.config)
+        return read, residual
+
     def _input(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention reads, and the residual [.., H]."""
-        config, own_norm_H = self.config, self.layer.input_norm_H
+        """What the first layer's attention reads, and its residual [.., H]."""
+        config, own_norm_H = self.config, self.layers[0].input_norm_H
         token_norm_H = own_norm_H if self.token_norm_H is None else self.token_norm_H
         normed = norm(hidden, self.hidden_norm_H, config)
         both = torch.cat((norm(embedded, token_norm_H, config), normed), dim=-1)
@@ -288,12 +303,15 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
 
     @property
     def context_shapes(self) -> tuple[CacheShape, ...]:
-        """The layer's keys and values, and a row's projected features, which start its drafts."""
+        """The layers' keys and values, and a row's projected features, which start its drafts."""
         backbone = self.config.backbone
-        return (
-            CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim),
-            CacheShape(1, backbone.hidden_size, 0),
-        )
+        own = CacheShape(backbone.num_kv_heads, backbone.head_dim, backbone.head_dim)
+        return (*[own] * backbone.num_layers, CacheShape(1, backbone.hidden_size, 0))
+
+    @property
+    def _features(self) -> int:
+        """The cache layer of the projected features, which are keys of width H."""
+        return self.config.backbone.num_layers
 
     @property
     def reads_next_token(self) -> bool:
@@ -318,13 +336,13 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         plan = self._decode_plan()
         hidden_TH = plan.weights.project(features_TF)
         rotary_rows = plan.rotary.upto(batch.longest)[batch.positions_T]
+        rows = batch.shifted(_SHIFT)
         key_TGD, value_TGD = plan.weights.key_value(
-            self.borrowed.embed(next_tokens_T), hidden_TH, rotary_rows
+            self.borrowed.embed(next_tokens_T), hidden_TH, rotary_rows, self._mix(context, rows)
         )
-        rows_T = batch.shifted_rows_T(_SHIFT)
-        context.write(_ATTENTION, rows_T, key_TGD, value_TGD)
+        context.write(self._features - 1, rows.rows_T, key_TGD, value_TGD)
         hidden_T1H = hidden_TH.unsqueeze(1)
-        context.write(_FEATURES, rows_T, hidden_T1H, hidden_T1H[..., :0])
+        context.write(self._features, rows.rows_T, hidden_T1H, hidden_T1H[..., :0])
 
     @torch.no_grad()
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
@@ -340,7 +358,7 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         for step in range(batch.num_drafts):
             rows = self._rows(batch, step, 1)
             if hidden_RH is None:
-                hidden_RH = context.read(_FEATURES, rows.rows_T)[0].squeeze(1)
+                hidden_RH = context.read(self._features, rows.rows_T)[0].squeeze(1)
             hidden_RH = self._pass(context, rows, self.borrowed.embed(tokens_R), hidden_RH)
             logits = plan.borrowed.logits_by_rows(plan.weights.final(hidden_RH))
             tokens_R = draw(step, logits, self.draft_tokens)
@@ -355,7 +373,7 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         masks_RK = batch.anchors_R.new_full((requests, count), self.config.mask_token_id or 0)
         masks_RK[:, 0] = batch.anchors_R
         hidden_RKH = mask_1H.expand(requests, count, -1).clone()
-        hidden_RKH[:, 0] = context.read(_FEATURES, rows.rows_T[::count])[0].squeeze(1)
+        hidden_RKH[:, 0] = context.read(self._features, rows.rows_T[::count])[0].squeeze(1)
         embedded_TH = self.borrowed.embed(masks_RK.flatten())
         hidden_TH = self._pass(context, rows, embedded_TH, hidden_RKH.flatten(0, 1))
         states = plan.weights.final(hidden_TH).view(requests, count, -1)
@@ -376,14 +394,19 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         self, context: PagedCache, rows: RaggedBatch, embedded_TH: Tensor, hidden_TH: Tensor
     ) -> Tensor:
         """The next hidden states [T, H] of rows, whose keys and values are written."""
-        plan, scale = self._decode_plan(), self.config.backbone.attention_scale
-
-        def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            context.write(_ATTENTION, rows.rows_T, key, value)
-            return ragged_attention(query, context, _ATTENTION, rows, scale=scale, first=_SHIFT)
-
+        plan = self._decode_plan()
         rotary_rows = plan.rotary.upto(rows.longest)[rows.positions_T - _SHIFT]
-        return plan.weights.step(embedded_TH, hidden_TH, rotary_rows, mix)
+        return plan.weights.step(embedded_TH, hidden_TH, rotary_rows, self._mix(context, rows))
+
+    def _mix(self, context: PagedCache, rows: RaggedBatch) -> Mix:
+        """Attention of rows over their requests' cached ones, and over their own."""
+        scale = self.config.backbone.attention_scale
+
+        def mix(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            context.write(layer, rows.rows_T, key, value)
+            return ragged_attention(query, context, layer, rows, scale=scale, first=_SHIFT)
+
+        return mix
 
     def _decode_plan(self) -> _DecodePlan:
         if self._plan is None:

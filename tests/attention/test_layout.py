@@ -17,7 +17,7 @@ def test_build_flattens_requests_in_order():
     assert batch.input_ids_T.dtype == torch.int64
     assert [segment.end for segment in batch.segments] == [3, 9, 5]
     assert batch.longest == 9
-    assert batch.shifted_rows_T(1).tolist() == [29, 30, 31, 5, 20, 21]
+    assert batch.shifted(1).rows_T.tolist() == [29, 30, 31, 5, 20, 21]
 
 
 def test_build_without_requests_is_empty():

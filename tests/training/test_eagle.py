@@ -78,7 +78,7 @@ def dense_passes(drafter, features, ids, passes):
     for t in range(passes):
         shifted = torch.cat([ids[:, t + 1 :], torch.zeros(len(ids), t + 1, dtype=ids.dtype)], 1)
 
-        def mix(query, key, value, t=t):
+        def mix(_, query, key, value, t=t):
             keys.append(key.repeat_interleave(repeat, 2))
             values.append(value.repeat_interleave(repeat, 2))
             scores = torch.einsum("bqad,bkad->baqk", query, torch.cat(keys, 1))

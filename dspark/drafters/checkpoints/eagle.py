@@ -103,6 +103,7 @@ def beyond_sglang(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
             "Qwen3's layer in Eagle3": backbone.query_key_norms,
             "norm_before_residual true": backbone.norm_before_residual,
             PROJECTED_LAYER: backbone.input_projection,
+            f"{backbone.num_layers} layers": backbone.num_layers > 1,
             "attention_bias true": backbone.attention_bias,
             "all drafts in one pass (P-EAGLE)": drafter.config.mask_token_id is not None,
         }

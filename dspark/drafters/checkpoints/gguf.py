@@ -242,6 +242,7 @@ def _beyond_eagle3(drafter: DSparkDrafter | Eagle3Drafter) -> dict[str, bool]:
     return {
         "all drafts in one pass (P-EAGLE)": config.mask_token_id is not None,
         PROJECTED_LAYER: config.backbone.input_projection,
+        f"{config.backbone.num_layers} layers": config.backbone.num_layers > 1,
         "Qwen3's layer (norms of queries and keys)": config.backbone.query_key_norms,
         f"{taps} captured layers (only {_EAGLE3_TAPS})": taps != _EAGLE3_TAPS,
     }

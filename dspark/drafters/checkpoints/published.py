@@ -261,6 +261,7 @@ def refuse_beyond_published(config: DSparkConfig | Eagle3Config) -> None:
         beyond[f"{RESIDUAL} true"] = config.backbone.norm_before_residual
         beyond[PROJECTED_LAYER] = config.backbone.input_projection
         beyond["Llama's layer"] = not config.backbone.query_key_norms
+        beyond[f"{config.backbone.num_layers} layers"] = config.backbone.num_layers > 1
         beyond["all drafts in one pass (P-EAGLE)"] = config.mask_token_id is not None
     found = [name for name, there in beyond.items() if there]
     if found:

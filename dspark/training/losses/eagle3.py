@@ -118,10 +118,12 @@ def ttt_passes(drafter: Eagle3Drafter, features_TF: Tensor, chains: ChainRows) -
     weights = Eagle3Weights.of(drafter)
     config, dtype = weights.config, drafter.norm.weight.dtype
     hidden_TH = weights.project(features_TF.to(dtype))
-    keys, values, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
+    outputs = list[Tensor]()
+    past = [(list[Tensor](), list[Tensor]()) for _ in weights.layers]
 
-    def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        keys, values = past[layer]
         keys.append(key)
         values.append(value)
         mixed = chain_attention(

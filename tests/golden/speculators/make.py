@@ -70,6 +70,8 @@ CASES = {
         {"known": KNOWN, "norm_before_residual": True},
     ),
     "peagle": (PEagleDraftModel, LlamaConfig, {}, {"known": KNOWN}),
+    "eagle3_deep": (Eagle3DraftModel, Qwen3Config, {"num_hidden_layers": 3}, {}),
+    "peagle_deep": (PEagleDraftModel, LlamaConfig, {"num_hidden_layers": 2}, {"known": KNOWN}),
     "mtp": (MTPDraftModel, Qwen3Config, {"num_hidden_layers": LAYERS}, {}),
 }
 
@@ -120,7 +122,7 @@ def made(name: str):
     with torch.no_grad():
         for part, weight in model.named_parameters():
             # P-EAGLE's embedding is its own, that of its mask token above all.
-            if weight.requires_grad and ("embed_tokens" not in part or name == "peagle"):
+            if weight.requires_grad and ("embed_tokens" not in part or name.startswith("peagle")):
                 mean, std = (1.0, 0.2) if "norm" in part else (0.0, 0.25)
                 weight.normal_(mean, std, generator=generator)
     return model.eval()
@@ -184,7 +186,7 @@ def forward(name: str, model) -> dict[str, torch.Tensor]:
         return saved | {"logits": torch.cat(logits), "chains": torch.stack(chains, dim=1)}
     if "eagle" in name:
         shifted = {key: value[:, :-1] for key, value in given.items()}
-        if name == "peagle":
+        if name.startswith("peagle"):
             return saved | at_once(model, features[:, :-1], tokens[:, 1:], shifted)
         caught_metrics(eagle3, heads)
         model(features[:, :-1], tokens[:, 1:], ttt_steps=PASSES, **shifted)
