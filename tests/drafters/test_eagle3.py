@@ -148,8 +148,9 @@ def test_with_a_reduced_vocabulary_the_law_is_the_full_one_on_known_tokens(
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_batch_drafts_what_each_request_drafts_alone(make_eagle3, draft, chunks):
-    drafter = make_eagle3()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_batch_drafts_what_each_request_drafts_alone(make_eagle3, draft, chunks, layers):
+    drafter = make_eagle3(backbone=replace(make_eagle3().config.backbone, num_layers=layers))
     features, tokens, anchors = inputs(*LENGTHS)
     together, _ = draft(drafter, features, anchors, tokens=tokens, chunks=chunks)
     for r in range(3):
@@ -168,9 +169,10 @@ def test_fewer_drafts_are_a_prefix_of_all(make_eagle3, draft):
         torch.testing.assert_close(few, many)
 
 
-def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft):
+@pytest.mark.parametrize("layers", [1, 3])
+def test_rows_of_drafts_are_replaced_by_what_is_committed(make_eagle3, draft, layers):
     """A second round in the same cache drafts what a fresh cache would."""
-    drafter = make_eagle3()
+    drafter = make_eagle3(backbone=replace(make_eagle3().config.backbone, num_layers=layers))
     [features], [tokens], [anchor] = inputs(9)
     cache, table = PagedCache(drafter.context_shapes, 1), BlockTable((0,))
     following = torch.tensor([*tokens[1:], anchor])

@@ -1,5 +1,7 @@
 """Drafters decode with packed weights where their target has them, and compute the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,11 +63,15 @@ def test_a_reduced_head_is_packed(make_drafter, make_parts, draft, kind, bound, 
 
 
 @pytest.mark.parametrize(("kind", "bound"), KINDS)
-@pytest.mark.parametrize("reduced", [True, False])
-def test_eagle3s_layer_is_packed(make_eagle3, make_parts, draft, kind, bound, reduced):
-    known = {"draft_vocab_size": 8, "draft_tokens": TOKENS} if reduced else {}
-    generator = torch.Generator().manual_seed(9)
-    features = [torch.randn(length, 48, generator=generator) for length in (3, 11, 6)]
+@pytest.mark.parametrize("case", ["reduced", "whole", "mtp of two layers"])
+def test_eagle3s_layers_are_packed(make_eagle3, make_parts, draft, kind, bound, case):
+    known = {"draft_vocab_size": 8, "draft_tokens": TOKENS} if case == "reduced" else {}
+    if two := case == "mtp of two layers":
+        own = make_eagle3().config.backbone
+        backbone = replace(own, num_layers=2, num_taps=1, input_projection=True)
+        known |= {"backbone": backbone, "target_layer_ids": (5,)}
+    generator, width = torch.Generator().manual_seed(9), 16 if two else 48
+    features = [torch.randn(length, width, generator=generator) for length in (3, 11, 6)]
     tokens = [torch.randint(0, 37, (len(rows),), generator=generator).tolist() for rows in features]
     anchors = [4, 5, 6]
     pack = Counting(kind)
@@ -79,9 +85,10 @@ def test_eagle3s_layer_is_packed(make_eagle3, make_parts, draft, kind, bound, re
         )[0]
         for lent in ({}, {"pack": pack})
     )
-    # Projection of features, query with key and value, these two alone, output, MLP, and the head.
-    assert len(pack.shapes) == 7
-    assert (24, 32) in pack.shapes
+    # Projection of features, query with key and value, these two alone, output, MLP, and the head;
+    # a further layer's without its keys and values alone.
+    assert len(pack.shapes) == (11 if two else 7)
+    assert (24, 16 if two else 32) in pack.shapes
     assert relative(packed, plain) < 2 * bound
 
 

@@ -65,14 +65,15 @@ def make_eagle3(
     target: Target,
     *,
     mtp: bool = False,
-    projected: bool = False,
     passes: int = 5,
     seed: int = 1,
     std: float = 0.3,
+    **layer: Any,
 ) -> Eagle3Drafter:
-    """A random Eagle3 drafter, MTP-1, or one of MTP modules' layer, bound to the target."""
-    taps = (target.num_layers - 1,) if mtp or projected else (-1, 0)
-    backbone = tiny_backbone(target.hidden_size, len(taps), input_projection=projected)
+    """A random Eagle3 drafter, or MTP-1, bound to the target; `layer` changes its backbone."""
+    last = mtp or layer.get("input_projection", False)
+    taps = (target.num_layers - 1,) if last else (-1, 0)
+    backbone = tiny_backbone(target.hidden_size, len(taps), **layer)
     passes = 1 if mtp else passes
     return tiny_eagle3(target, taps=taps, seed=seed, std=std, backbone=backbone, ttt_length=passes)
 

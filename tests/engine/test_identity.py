@@ -45,15 +45,15 @@ def drafter_of(name, target, tiny):
         return tiny.TargetDrafter(target, spoil=5)
     if name == "wrong":
         return tiny.TargetDrafter(target, factor=-1.0)
-    if name in ("eagle3", "mtp", "projected"):
-        return tiny.make_eagle3(target, mtp=name == "mtp", projected=name == "projected")
+    if name in LAYERS:
+        return tiny.make_eagle3(target, mtp=name == "mtp", **LAYERS[name])
     return tiny.make_drafter(target, head=name)
 
 
-NAMES = (
-    "vanilla", "gated", "rnn", "eagle3", "mtp", "projected", "ngram", "right", "often right",
-    "wrong",
-)  # fmt: skip
+LAYERS = {
+    "eagle3": {}, "mtp": {}, "projected": {"input_projection": True}, "deep": {"num_layers": 2},
+}  # fmt: skip
+NAMES = ("vanilla", "gated", "rnn", *LAYERS, "ngram", "right", "often right", "wrong")
 
 
 def test_plain_decoding_equals_transformers(tiny, prompts):

@@ -32,7 +32,7 @@ def drafter_of(kind, target, tiny):
         return tiny.TargetDrafter(target, spoil=5)
     if kind == "dspark":
         return tiny.make_drafter(target)
-    return tiny.make_eagle3(target, mtp=kind == "mtp")
+    return tiny.make_eagle3(target, mtp=kind == "mtp", num_layers=1 if kind == "mtp" else 2)
 
 
 def counted(outputs):
