@@ -360,7 +360,7 @@ def _mtp_to_json(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
     nested = _nested_fields(flat, config.extra)
     nested["layer_types"] = nested["layer_types"] * config.num_target_layers
     return {
-        "architectures": ["MTPSpeculator"],
+        "architectures": ["MTPDraftModel"],
         "dtype": dtype,
         "num_nextn_predict_layers": 1,
         "speculators_config": _proposal_fields(MTP, config.ttt_length, name, architectures),

@@ -25,7 +25,7 @@ from dspark.drafters.checkpoints.checkpoint import (
     save_published,
     save_speculators,
 )
-from dspark.drafters.checkpoints.registry import SGLANG
+from dspark.drafters.checkpoints.registry import SGLANG, read_config
 from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.drafters.eagle3 import Eagle3Weights
 from dspark.drafters.layers import rotary
@@ -167,6 +167,31 @@ def test_their_own_kinds_travel_attached(name, tmp_path, draft):
     one, other = (draft(d, [given], [tokens[6]], tokens=[tokens[:6]])[0] for d in (drafter, back))
     assert replace(back.config, extra={}) == replace(drafter.config, extra={})
     assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "qwen3_5_text"}, "model_type 'qwen3_5_text', but only qwen3"),
+        ({"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "sliding_window of 8"),
+    ],
+)
+def test_an_mtp_of_other_layers_is_refused(changes, words):
+    data = json.loads((GOLDEN / "mtp" / "config.json").read_text())
+    data["transformer_layer_config"] |= changes
+    with pytest.raises(CompatibilityError, match=words):
+        read_config(data, "config.json")
+
+
+def test_what_the_librarys_mtp_takes_from_its_target_has_no_place_in_its_file(tmp_path):
+    drafter = bound(GOLDEN / "mtp")
+    drafter.own_head_VH = drafter.borrowed.head_VH + 1
+    with pytest.raises(CompatibilityError, match="an embedding or head of its own"):
+        save_speculators(drafter, tmp_path)
+    drafter.own_head_VH = None
+    drafter.config = replace(drafter.config, target_layer_ids=(2,))
+    with pytest.raises(CompatibilityError, match=r"target_layer_ids \[2\]"):
+        save_speculators(drafter, tmp_path)
 
 
 @pytest.fixture(scope="module")
