@@ -19,7 +19,7 @@ from tests.helpers.targets import tiny_qwen3
 
 HEADS = ("vanilla", "gated", "rnn")
 BLOCKS = ("reduced", "dflash", "1 + n", "windows")
-CHAINS = ("eagle3", "llama", "p-eagle", "mtp", "projected")
+CHAINS = ("eagle3", "llama", "deep", "p-eagle", "mtp", "projected")
 NO_HEADS = {"markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False}
 PROMPTS = ([3, 1, 4, 1, 5], [9], list(range(2, 40)))
 
@@ -37,6 +37,7 @@ def drafter_for(model, kind="vanilla", **changes):
         options = {
             "eagle3": {"taps": (0, 1)},
             "llama": {"taps": (0, 1), "backbone": tiny_backbone(width, 2, query_key_norms=False)},
+            "deep": {"taps": (0, 1), "backbone": tiny_backbone(width, 2, num_layers=2)},
             "p-eagle": {"taps": (0, 1), "mask_token_id": 3},
             "mtp": {"taps": (last,), "ttt_length": 1},
             "projected": {

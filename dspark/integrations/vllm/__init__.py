@@ -89,8 +89,9 @@ def refuse_drafter(drafter: Any, num_drafts: int) -> None:
 
     if not isinstance(drafter, DSparkDrafter):
         raise CompatibilityError(
-            f"The drafter is of type {type(drafter).__name__}, which vLLM runs by itself; name its "
-            'own method ("eagle3") in place of "dspark".'
+            f"The drafter is of type {type(drafter).__name__}, which the plug-in does not run; "
+            "`dspark check DRAFT --engine vllm` says whether vLLM does, by its own method "
+            '("eagle3").'
         )
     if isinstance(drafter, DeepseekV4Drafter):
         raise CompatibilityError(
