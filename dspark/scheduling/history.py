@@ -130,10 +130,10 @@ class RequestHistory:
         Raises:
             UsageError: the shapes do not fit, or the counts are impossible.
         """
-        survival_RK = self._whole(np.asarray(survival_RK, dtype=np.float64))
+        survivals_RK = self._whole(np.asarray(survival_RK, dtype=np.float64))
         accepted_R = np.asarray(accepted_R, dtype=np.int64)
         verified_R = np.asarray(verified_R, dtype=np.int64)
-        num_requests, num_drafts = survival_RK.shape
+        num_requests, num_drafts = survivals_RK.shape
         if not len(tags) == num_requests == len(accepted_R) == len(verified_R):
             raise UsageError(
                 f"A round of {len(tags)} requests has {num_requests} rows of survivals, "
@@ -147,8 +147,8 @@ class RequestHistory:
                     f"of {num_drafts} drafts, which cannot be; give finished rounds."
                 )
         rows_R = self._find_or_make(tags)
-        self._survival_MK[rows_R] = survival_RK
-        tried_RK = survival_RK * (self._places_K < verified_R[:, None])
+        self._survival_MK[rows_R] = survivals_RK
+        tried_RK = survivals_RK * (self._places_K < verified_R[:, None])
         # Of each: survivals, and E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
         evidence_R3 = np.empty((num_requests, 3))
         evidence_R3[:, 0] = accepted_R
@@ -157,8 +157,9 @@ class RequestHistory:
         np.maximum(evidence_R3, 0.0, out=evidence_R3)
         self._evidence_M3[rows_R] = self._fading_3 * self._evidence_M3[rows_R] + evidence_R3
         if shared_R is not None and not np.all(shared_R):
-            survival_RK = survival_RK[np.asarray(shared_R, bool)]
-        self._learn_typical(survival_RK)
+            self._learn_typical(survivals_RK[np.asarray(shared_R, bool)])
+        else:
+            self._learn_typical(survivals_RK)
 
     def fade(self, tags: Sequence[Hashable], rounds: int = 1) -> None:
         """Rounds in which these requests drafted nothing: what is known of failures fades.
