@@ -39,6 +39,8 @@ from dspark.scheduling.step_times import StepTime
 # Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
 # promises.
 EVERY, KEPT = 4, 0.03
+# After so many rounds that corrected costs, one in EVERY does, but for looks and probes.
+_OFTEN = 64
 # Of so many rounds in which drafts may be learned from, one verifies all of these.
 _WHOLE_EVERY = 16
 
@@ -97,7 +99,7 @@ class Scheduler:
         self.of_trees = tree_depth is not None
         self._of_trees: Scheduler | None = None  # beside this one
         self._budget: int | None = None
-        self._round = self._next_look = 0
+        self._round = self._next_look = self._corrections = 0
         self._coasts = False  # whether this round verifies whole blocks, without a new plan
         self._may_coast = schedule.name == "lagged" and tree_depth is None
         self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
@@ -335,8 +337,10 @@ class Scheduler:
             rounds = seen.total_ms / self._protection.plain_ms(len(ready))
             kept = (rounds + gain) / rounds / self._promised
             self._kept += KEPT * (min(max(kept, 0.25), 4.0) - self._kept)
-        if self._protection.rest(len(ready)) < OLD:
+        rare = self._corrections >= _OFTEN and not (self._looks or self._switch.probes)
+        if self._protection.rest(len(ready)) < OLD and not (rare and self._round % EVERY):
             self._foresight.learn(_kind(ready), seen)
+            self._corrections += 1
 
     def recalibrate(self, calibration: Calibration) -> None:
         """Take other temperatures from the next round on; call it between rounds.
