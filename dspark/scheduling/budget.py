@@ -150,6 +150,8 @@ def survey_depths(
     ranked, verify_ms = _ranked(survival_RK, limits_R), _checked_costs(verify_ms_N)
     most = len(verify_ms) - 1
     draft_ms_P1 = np.array(list(draft_ms.values()), np.float64)[:, None]
+    if not (draft_ms_P1 >= 0).all():
+        raise UsageError(f"Drafting must take 0 ms or more, but takes {dict(draft_ms)}.")
     within_PD = ranked.positions_D < np.array(list(draft_ms))[:, None]
     admitted_PN, gain_PN = np.zeros((2, len(draft_ms), len(ranked.survival_D) + 1))
     gain_PN[:, 0] = ranked.num_requests

@@ -72,7 +72,7 @@ class DraftSwitch:
 
         Args:
             load: requests of the round.
-            newcomers: how many of them were not in the last round that asked.
+            newcomers: how many of them were not here at the last call.
         """
         self._renewed = min(self._renewed + newcomers / max(load, 1), 1.0)
         known = load == self._load and self._renewed < RENEWED

@@ -5,7 +5,8 @@ against what plain decoding takes for the tokens that it committed, and the diff
 account. While the account is in the red nothing is drafted, and plain rounds pay a small share of
 their time into it until it affords another try; the share halves with every try that fails and
 bears out that drafting loses. So drafting loses that share of the time at most, whatever the
-drafter does, beside a few rounds at the beginning. Where nothing else decides, chains are no
+drafter does, beside a few rounds at the beginning and what it loses in rounds that read prompts,
+which do not count where most rounds read none. Where nothing else decides, chains are no
 deeper than the account could pay for if no draft stayed: where rows are dear, one whole block
 would cost several times the credit. Only finished rounds count: no output changes its distribution.
 """
@@ -32,11 +33,12 @@ EVIDENCE, DOUBT = 0.98, 1.0
 # After so many drafting rounds what is known of plain ones is old.
 OLD = 16
 
-
-# How much of a step's deviation from steps like it is the machine's pace, and steps of a kind that
-# their usual time remembers.
-PACE, USUAL = 0.1, 64.0
-# Steps are alike up to this part of a draft of each request.
+# What a step that takes longer than its like tells of the machine's pace; steps of a shape that
+# their usual time is the mean of, at most.
+PACE, USUAL = 0.1, 64
+# Of the first steps of a shape the faster one counts: what is done for the first time takes longer.
+FEW = 2
+# Steps have one shape if their drafts per request differ by less than a quarter.
 NEAR = 4
 
 
@@ -48,32 +50,36 @@ class Pace:
     target's part alone, which the drafter has no hand in.
 
     Attributes:
-        value: what a millisecond of the beginning takes now.
+        value: milliseconds now for each millisecond at the beginning.
     """
 
     def __init__(self) -> None:
         self.value = 1.0
-        self._usual: dict[tuple[int, int], tuple[float, float]] = {}  # rounds, milliseconds
+        self._usual: dict[tuple[int, int], tuple[int, float]] = {}  # steps, milliseconds
 
     def even(self, seen: StepTime) -> StepTime:
         """Take note of a finished round.
 
         Returns:
-            The round as it would have been at the first pace; a target's part that took far
-            longer or shorter than usual is cut to a bound.
+            The round as it would have been at the beginning's pace. A target's part that took more
+            than twice the usual time counts as twice that.
         """
         if not seen.requests or not math.isfinite(seen.total_ms) or not seen.verify_ms > 0:
             return seen
         verify_ms = seen.verify_ms / self.value
         if not seen.prompt_rows:
             shape = seen.requests, NEAR * seen.drafts // seen.requests
-            rounds, usual_ms = self._usual.get(shape, (0.0, verify_ms))
-            ratio = min(max(verify_ms / usual_ms, 1 / OUTLIER), OUTLIER)
-            drift = ratio**PACE
-            self.value *= drift
-            verify_ms = usual_ms * ratio / drift
-            rounds = min(rounds + 1, USUAL)
-            self._usual[shape] = rounds, usual_ms + (verify_ms - usual_ms) / rounds
+            steps, usual_ms = self._usual.get(shape, (0, verify_ms))
+            if steps < FEW:
+                usual_ms = min(usual_ms, verify_ms)
+            else:
+                ratio = min(max(verify_ms / usual_ms, 1 / OUTLIER), OUTLIER)
+                drift = ratio**PACE
+                self.value *= drift
+                verify_ms = min(verify_ms, usual_ms * OUTLIER) / drift
+                # A geometric mean, as the pace is: an arithmetic one would rise against it for ever.
+                usual_ms *= (ratio / drift) ** (1 / min(steps + 1, USUAL))
+            self._usual[shape] = steps + 1, usual_ms
         return replace(seen, draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)
 
 
@@ -228,7 +234,7 @@ class _Account:
         credit: in plain rounds; drafting pauses below 0.
         gain: of a drafting round, in plain ones, by those of late.
         pauses: whether drafting does.
-        failures: pauses in a row that were no bad luck.
+        failures: pauses in a row after rounds that lost by more than chance.
         since_plain: drafting rounds since the last plain one.
         fresh: whether that one was played to refresh what is known, and nothing was drafted since.
         plain: what plain rounds take.

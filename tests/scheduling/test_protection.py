@@ -185,6 +185,14 @@ def test_a_restless_machine_keeps_no_good_drafter_from_drafting():
     assert np.mean(shares[False]) < np.mean(shares[True]) - 0.1  # the control: times as they come
 
 
+def test_scatter_does_not_let_the_pace_drift():
+    kept = lambda _, g: min(int(g.geometric(0.4)) - 1, NUM_DRAFTS)  # noqa: E731
+    pace, options = Pace(), {"dearer": 2.0, "noise": 0.2, "requests": 1}
+    _, _, drafted = play(Protection(), kept, count=40_000, pace=pace, **options)
+    assert 0.5 < pace.value < 2
+    assert drafted[-5000:].mean() > 0.6
+
+
 def test_the_pace_follows_the_machine_and_not_the_shape_of_a_step():
     pace = Pace()
     for number in range(200):

@@ -39,7 +39,7 @@ from dspark.scheduling.step_times import StepTime
 # Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
 # promises.
 EVERY, KEPT = 4, 0.03
-# After so many rounds that corrected costs, one in EVERY does, but for looks and probes.
+# After so many drafting rounds of a kind and load, one in EVERY corrects costs.
 _OFTEN = 64
 # Of so many rounds in which drafts may be learned from, one verifies all of these.
 _WHOLE_EVERY = 16
@@ -94,12 +94,14 @@ class Scheduler:
         self.learns = self._shows = False
         self._learnable = 0
         self._switch = DraftSwitch(MARGIN)
+        self._drafted = False  # whether anything ever was
+        self._usual = dict[tuple[TemperatureClass, int], int]()  # drafting rounds, by kind and load
         self._known = set[int]()  # requests that were asked about
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
         self._of_trees: Scheduler | None = None  # beside this one
         self._budget: int | None = None
-        self._round = self._next_look = self._corrections = 0
+        self._round = self._next_look = 0
         self._coasts = False  # whether this round verifies whole blocks, without a new plan
         self._may_coast = schedule.name == "lagged" and tree_depth is None
         self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
@@ -210,7 +212,7 @@ class Scheduler:
         return plan
 
     def _newcomers(self, ready: Sequence[ActiveRequest]) -> int:
-        """How many have come since the last round that asked."""
+        """How many were not here when this was last asked."""
         before, self._known = self._known, {request.request_id for request in ready}
         return len(self._known - before)
 
@@ -324,6 +326,10 @@ class Scheduler:
             verify_ms=spent.verify_ms,
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
+        if took.drafted and not self._drafted:
+            # It built what later ones reuse: weights are packed, tables and kernels made.
+            self._drafted = True
+            took = replace(took, draft_ms=min(took.draft_ms, took.verify_ms))
         seen = self._pace.even(took)
         gain = self._protection.learn(seen)
         if gain is not None and self._switch.probes:
@@ -337,10 +343,17 @@ class Scheduler:
             rounds = seen.total_ms / self._protection.plain_ms(len(ready))
             kept = (rounds + gain) / rounds / self._promised
             self._kept += KEPT * (min(max(kept, 0.25), 4.0) - self._kept)
-        rare = self._corrections >= _OFTEN and not (self._looks or self._switch.probes)
-        if self._protection.rest(len(ready)) < OLD and not (rare and self._round % EVERY):
-            self._foresight.learn(_kind(ready), seen)
-            self._corrections += 1
+        kind = _kind(ready)
+        if self._protection.rest(len(ready)) < OLD and self._corrects(kind, seen):
+            self._foresight.learn(kind, seen)
+
+    def _corrects(self, kind: TemperatureClass, seen: StepTime) -> bool:
+        """Whether costs are corrected by this round: always if it is out of the ordinary."""
+        if not seen.drafted or self._looks or self._switch.probes:
+            return True
+        usual = kind, seen.requests.bit_length()
+        self._usual[usual] = count = self._usual.get(usual, 0) + 1
+        return count <= _OFTEN or count % EVERY == 0
 
     def recalibrate(self, calibration: Calibration) -> None:
         """Take other temperatures from the next round on; call it between rounds.

@@ -17,7 +17,7 @@ from dspark.scheduling import survival as chances
 from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.scheduling.history import RequestHistory
-from dspark.scheduling.protection import Protection
+from dspark.scheduling.protection import Pace, Protection
 from dspark.scheduling.step_times import StepTime, StepTimes
 
 
@@ -203,7 +203,7 @@ def measured(step_ms: npt.ArrayLike) -> Schedule:
         plain = StepTime(requests, 0, 0, 0, 0.0, costs_N[0], requests)
         seen = StepTime(requests, verified, 0, drafts, 0.0, spent_ms, requests + stayed)
         corrected, protection = times(requests, drafts), Protection()
-        for each in (plain, seen):
+        for each in map(Pace().even, (plain, seen)):
             corrected.learn(each)
             protection.learn(each)
         drafting = protection.allows(requests)

@@ -110,7 +110,7 @@ class CommonFields(Strict):
             drawn.
         stream: server-sent events.
         store: true lets a server that learns (`dspark serve --learn`) learn from a completion;
-            nothing else is stored.
+            nothing else is stored, and of a response nothing at all.
         metadata, user, service_tier, safety_identifier, prompt_cache_key,
             prompt_cache_retention: without effect.
     """
