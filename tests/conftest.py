@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dspark.scheduling.protection import Protection
+from dspark.scheduling.step_times import StepTimes
+
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and cores may be shared
 
 
@@ -28,3 +31,11 @@ def no_hidden_faults(
         if r.name == "dspark.engine.speculation.drafter_faults"
     ]
     assert [record.exc_info or record.getMessage() for record in records] == []
+
+
+@pytest.fixture
+def by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules go by their table of costs, however busy the machine under them is."""
+    monkeypatch.setattr(Protection, "allows", lambda *_, **__: True)
+    monkeypatch.setattr(Protection, "learn", lambda *_: None)
+    monkeypatch.setattr(StepTimes, "learn", lambda *_: None)

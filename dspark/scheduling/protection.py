@@ -77,7 +77,7 @@ class Pace:
                 drift = ratio**PACE
                 self.value *= drift
                 verify_ms = min(verify_ms, usual_ms * OUTLIER) / drift
-                # A geometric mean, as the pace is: an arithmetic one would rise against it for ever.
+                # Geometric means, both: an arithmetic one would rise against the other for ever.
                 usual_ms *= (ratio / drift) ** (1 / min(steps + 1, USUAL))
             self._usual[shape] = steps + 1, usual_ms
         return replace(seen, draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)

@@ -151,6 +151,7 @@ def jagged_costs():
     return CostTable(points, MachineKey("test", 1, "float32", "tiny", "tiny"))
 
 
+@pytest.mark.usefixtures("by_the_table")
 @pytest.mark.parametrize("name", ["prefix", "lagged", "lookahead"])
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_lengths_weighed_against_costs_leave_the_law(tiny, small, verifier, name):
@@ -205,6 +206,7 @@ def trimmed(outputs):
     assert 0.1 * verified < accepted < verified < 0.95 * sum(s.drafted for s in stats)
 
 
+@pytest.mark.usefixtures("by_the_table")
 def test_each_request_has_a_verifier_of_its_own(tiny, small):
     """Block beside coupled in every round: both follow the law, and each judges by its own rule."""
     drafter = tiny.MarkovDrafter(VOCAB)

@@ -17,8 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 import dspark
 from dspark.engine.model import Model
 from dspark.request import Request, SamplingParams
-from dspark.scheduling.protection import Protection
-from dspark.scheduling.step_times import StepTimes
 from dspark.serving.context import Settings
 from dspark.serving.server import Server, bind
 from dspark.serving.service import EngineService
@@ -163,13 +161,6 @@ def live(model: Model) -> Iterator[Live]:
     """A server that tests share; each leaves it idle."""
     with running(model) as started:
         yield started
-
-
-@pytest.fixture
-def by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedules go by their table of costs, however busy the machine under them is."""
-    monkeypatch.setattr(Protection, "allows", lambda *_, **__: True)
-    monkeypatch.setattr(StepTimes, "learn", lambda *_: None)
 
 
 @pytest.fixture
