@@ -130,6 +130,8 @@ def survey_depths(
     draft_ms: Mapping[int, float],
     limits_R: npt.ArrayLike | None = None,
     margin: float = 0.0,
+    *,
+    stops: bool = False,
 ) -> dict[int, tuple[int, float]]:
     """`best_budget` of blocks that are cut to some depths, and what each promises, by one ranking.
 
@@ -139,9 +141,10 @@ def survey_depths(
         draft_ms: per depth, milliseconds of drafting so deep.
         limits_R: as there.
         margin: as there.
+        stops: whether what Algorithm 1 would admit is promised, in place of the best budget.
 
     Returns:
-        Per depth (budget, tokens per millisecond of the best one).
+        Per depth (budget, tokens per millisecond that are promised).
 
     Raises:
         NumericsError, UsageError: as there.
@@ -166,6 +169,10 @@ def survey_depths(
         highest = float(per_ms_PN[row, best])
         full = int(np.searchsorted(admitted_PN[row], most, side="right")) - 1
         chosen = best if highest > (1 + margin) * per_ms_PN[row, full] else full
+        if stops:
+            each_N = per_ms_PN[row, : full + 1][np.append(True, within_PD[row, :full])]
+            falls = np.flatnonzero(each_N[1:] <= each_N[:-1])
+            highest = float(each_N[falls[0] if falls.size else -1])
         found[depth] = int(admitted_PN[row, chosen]), highest
     return found
 

@@ -100,6 +100,12 @@ def test_depths_are_surveyed_as_blocks_of_each_alone(seed, margin):
         best = best_budget(block, steps, limits)
         highest = throughput(block, fill_budget(block, best, limits), steps[best])
         assert found[depth] == (budget, pytest.approx(highest, rel=1e-12))
+    stopped = survey_depths(survival, verify_ms, draft_ms, limits, margin, stops=True)
+    for depth, spent_ms in draft_ms.items():
+        block, steps = survival[:, :depth], verify_ms + spent_ms
+        lengths = prefix_lengths(block, steps, limits)
+        promised = throughput(block, lengths, steps[int(lengths.sum())])
+        assert stopped[depth] == (found[depth][0], pytest.approx(promised, rel=1e-12))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

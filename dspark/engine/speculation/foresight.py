@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from dspark.engine.speculation.round_record import FloatArray
-from dspark.scheduling.budget import IntArray, prefix_lengths, survey_depths, throughput
+from dspark.scheduling.budget import IntArray, survey_depths
 from dspark.scheduling.calibration import TemperatureClass
 from dspark.scheduling.cost_table import CostTable
 from dspark.scheduling.step_times import StepTime, StepTimes
@@ -75,15 +75,14 @@ class Foresight:
         draft_ms = {depth: times.draft_ms(requests, depth) for depth in self._depths}
         whole = bool((most_D >= self._num_drafts).all())
         limits_D = None if whole else most_D
-        found = survey_depths(earlier_DK, verify_ms_N, draft_ms, limits_D, MARGIN)
+        found = survey_depths(
+            earlier_DK, verify_ms_N, draft_ms, limits_D, MARGIN, stops=self._stops
+        )
         off_ms = times.off_ms(requests)
-        plans = []
-        for depth, (budget, most_per_ms) in found.items():
-            per_ms = most_per_ms
-            if self._stops:
-                step_ms_N = verify_ms_N + draft_ms[depth]
-                per_ms = _first_stop(earlier_DK[:, :depth], step_ms_N, most_D)
-            plans.append(Plan(depth, budget, per_ms * off_ms / requests))
+        plans = [
+            Plan(depth, budget, per_ms * off_ms / requests)
+            for depth, (budget, per_ms) in found.items()
+        ]
         plan = max(plans, key=lambda plan: plan.gain)
         return plan if plan.gain > (1 + MARGIN) * plans[-1].gain else plans[-1]
 
@@ -107,9 +106,3 @@ class Foresight:
     def learn(self, kind: TemperatureClass, seen: StepTime) -> None:
         """Take note of what a finished round took."""
         self._times[kind].learn(seen)
-
-
-def _first_stop(earlier_DK: FloatArray, step_ms_N: FloatArray, limits_D: IntArray) -> float:
-    """Tokens per millisecond of what Algorithm 1 would verify of these."""
-    lengths_D = prefix_lengths(earlier_DK, step_ms_N, limits_D)
-    return throughput(earlier_DK, lengths_D, float(step_ms_N[int(lengths_D.sum())]))
