@@ -31,7 +31,7 @@ class DraftSwitch:
     def __init__(
         self,
         margin: float = 0.005,
-        memory: float = 0.8,
+        memory: float = 0.7,
         first_pause: int = 8,
         longest_pause: int = 512,
     ) -> None:
