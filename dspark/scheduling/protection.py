@@ -6,9 +6,9 @@ account. While the account is in the red nothing is drafted, and plain rounds pa
 their time into it until it affords another try; the share halves with every try that fails and
 bears out that drafting loses. So drafting loses that share of the time at most, whatever the
 drafter does, beside a few rounds at the beginning and what it loses in rounds that read prompts,
-which do not count where most rounds read none. Where nothing else decides, chains are no
-deeper than the account could pay for if no draft stayed: where rows are dear, one whole block
-would cost several times the credit. Only finished rounds count: no output changes its distribution.
+which do not count where most rounds read none. Where nothing else decides, chains are no deeper
+than the account could pay for if no draft stayed: where rows are dear, one whole block would cost
+several times the credit. Only finished rounds count: no output changes its distribution.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ EVIDENCE, DOUBT = 0.98, 1.0
 # After so many drafting rounds what is known of plain ones is old.
 OLD = 16
 
-# What a step that takes longer than its like tells of the machine's pace; steps of a shape that
-# their usual time is the mean of, at most.
+# Share of a step's deviation from the usual that is taken for the machine's pace; how many steps a
+# usual time averages at most.
 PACE, USUAL = 0.1, 64
 # Of the first steps of a shape the faster one counts: what is done for the first time takes longer.
 FEW = 2

@@ -95,7 +95,7 @@ class Scheduler:
         self._learnable = 0
         self._switch = DraftSwitch(MARGIN)
         self._drafted = False  # whether anything ever was
-        self._usual = dict[tuple[TemperatureClass, int], int]()  # drafting rounds, by kind and load
+        self._ordinary = dict[tuple[TemperatureClass, int], int]()  # rounds, by kind and load
         self._known = set[int]()  # requests that were asked about
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
@@ -351,8 +351,8 @@ class Scheduler:
         """Whether costs are corrected by this round: always if it is out of the ordinary."""
         if not seen.drafted or self._looks or self._switch.probes:
             return True
-        usual = kind, seen.requests.bit_length()
-        self._usual[usual] = count = self._usual.get(usual, 0) + 1
+        load = kind, seen.requests.bit_length()
+        self._ordinary[load] = count = self._ordinary.get(load, 0) + 1
         return count <= _OFTEN or count % EVERY == 0
 
     def recalibrate(self, calibration: Calibration) -> None:
