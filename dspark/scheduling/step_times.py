@@ -193,8 +193,6 @@ class _Shape:
     def factors(self, count: int, requests: int) -> FloatArray:
         """Factors of 0, 1, ... drafts of so many requests together, [count]."""
         factors = [total / rounds for total, rounds in zip(self._sum, self._rounds, strict=True)]
-        if requests == 1 and count <= len(factors):
-            return np.array(factors[:count])
         found: FloatArray = np.interp(np.arange(count) / requests, self._nodes, factors)
         return found
 
