@@ -475,31 +475,28 @@ def test_the_page_goes_into_the_wheel():
     assert '"serving/live/page/*"' in source
 
 
-def test_turns_go_round_and_never_overlap():
+def test_turns_come_in_the_order_of_asking_and_never_overlap():
+    """Who has just had a turn and asks again at once comes behind those that wait already."""
     lock, held, order = EngineLock(), [0], []
-    ready = threading.Barrier(3)
 
     def work(name):
-        ready.wait()
         for _ in range(50):
             with lock.hold():
                 held[0] += 1
                 assert held[0] == 1
                 order.append(name)
-                time.sleep(0.0005)
                 held[0] -= 1
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
+    with lock.hold():
+        for asked, thread in enumerate(threads, start=2):
+            thread.start()
+            while lock._given < asked:
+                time.sleep(0.001)
     for thread in threads:
         thread.join()
-    # While all three want turns, nobody has a third before each of the others has had one.
-    counts = dict.fromkeys("abc", 0)
-    for name in order[:120]:
-        counts[name] += 1
-        assert max(counts.values()) - min(counts.values()) <= 2
-    assert len(order) == 150
+    assert order[:3] == ["a", "b", "c"]
+    assert [order.count(name) for name in "abc"] == [50, 50, 50]
 
 
 def test_a_turn_that_fails_is_given_back():
