@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dspark.cli.groups import Loading, Sampling, Speculation
@@ -315,13 +315,9 @@ class Watched:
         return step
 
     def _frame(self) -> Table:
-        grid = Table.grid(expand=True)
-        grid.caption = "Decoded in turn. Green: drafted and accepted."
-        for _ in self.titles:
-            grid.add_column(ratio=1)
         sides = zip(self.titles, self.texts, strict=True)
-        grid.add_row(*[Panel(text, title=title) for title, text in sides])
-        return grid
+        panels = [Panel(text, title=title) for title, text in sides]
+        return side_by_side(panels, "Decoded in turn.")
 
 
 def replay(sides: Sequence[Side], console: Console) -> None:
@@ -342,12 +338,16 @@ def replay(sides: Sequence[Side], console: Console) -> None:
 
 
 def _frame(sides: Sequence[Side], seconds: float, stretch: float) -> Table:
-    grid = Table.grid(expand=True)
     pace = f"replayed together at {1 / stretch:.2g} x their speed"
-    grid.caption = f"Timed in turn, {pace}. Green: drafted and accepted."
-    for _ in sides:
-        grid.add_column(ratio=1)
-    grid.add_row(*[side.panel_at(seconds) for side in sides])
+    panels = [side.panel_at(seconds) for side in sides]
+    return side_by_side(panels, f"Timed in turn, {pace}.")
+
+
+def side_by_side(panels: Sequence[Panel], how: str) -> Table:
+    """Panels of equal width, and under them how they came about."""
+    grid = Table.grid(*[Column(ratio=1) for _ in panels], expand=True)
+    grid.caption = f"{how} Green: drafted and accepted."
+    grid.add_row(*panels)
     return grid
 
 

@@ -15,8 +15,9 @@ from rich.text import Text
 from dspark.cli.groups import Loading, Pair
 from dspark.cli.inputs import load_model
 from dspark.cli.options import Command, option, pick
-from dspark.cli.screen import Screen, table
+from dspark.cli.screen import Screen, cell, interval, table
 from dspark.errors import UsageError
+from dspark.fitting.progress import duration, parse_budget
 
 if TYPE_CHECKING:
     from dspark.fitting.plan import Plan
@@ -59,7 +60,6 @@ class Options(Loading):
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     started = time.perf_counter()
-    from dspark.fitting.progress import parse_budget
     from dspark.fitting.run import FitOptions, dry_run, fit
 
     if options.dtype == "float16":
@@ -78,7 +78,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         return load_model(options.target, "none", options, screen)
 
     if options.dry_run:
-        plan = dry_run(wish, load, _Lines(screen))
+        plan = dry_run(wish, load, screen.remark)
         _show_plan(plan, wish.folder, screen)
         return _planned(plan)
     with _Display(screen, wish.budget_s) as display:
@@ -87,32 +87,11 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     return result
 
 
-class _Lines:
-    """Says remarks only."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-
-    def begin(self, stage: str, planned_s: float | None) -> None:
-        """Nothing."""
-
-    def advance(self, done: float, total: float, left_s: float) -> None:
-        """Nothing."""
-
-    def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
-        """Nothing."""
-
-    def say(self, sentence: str) -> None:
-        """Print it."""
-        self._screen.remark(sentence)
-
-
-class _Display(_Lines):
+class _Display:
     """One display over all stages: the running one, and the time that is left of the budget."""
 
     def __init__(self, screen: Screen, budget_s: float) -> None:
-        super().__init__(screen)
-        self._budget_s = budget_s
+        self.say, self._budget_s = screen.remark, budget_s
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -132,15 +111,11 @@ class _Display(_Lines):
 
     def begin(self, stage: str, planned_s: float | None) -> None:
         """Show a stage's bar."""
-        from dspark.fitting.progress import duration
-
         note = "" if planned_s is None else f"planned: {duration(planned_s)}"
         self._task = self._bar.add_task(stage, total=1.0, note=note)
 
     def advance(self, done: float, total: float, left_s: float) -> None:
         """Move the bars on."""
-        from dspark.fitting.progress import duration
-
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=max(total, 1e-9))
         left = f"{duration(left_s)} left"
@@ -148,8 +123,6 @@ class _Display(_Lines):
 
     def end(self, stage: str, seconds: float, *, skipped: bool) -> None:
         """Leave a line in the place of the bar."""
-        from dspark.fitting.progress import duration
-
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -177,7 +150,6 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 def _show_plan(plan: Plan, folder: Path, screen: Screen) -> None:
     from dspark.fitting.plan import plan_rows
-    from dspark.fitting.progress import duration
 
     shown = table("stage", "what")
     shown.add_column("time", justify="right", no_wrap=True)
@@ -199,10 +171,10 @@ def _show(result: Mapping[str, Any], screen: Screen) -> None:
             shown.add_row(
                 escape(domain),
                 temperature,
-                _number(row["accepted_length"]),
-                _ends(row["accepted_length_ci95"]),
-                _number(row["speedup"]),
-                _ends(row["speedup_ci95"]),
+                cell(row["accepted_length"], ".2f"),
+                interval(row["accepted_length_ci95"], ".2f"),
+                cell(row["speedup"], ".2f"),
+                interval(row["speedup_ci95"], ".2f"),
             )
     screen.out.print(shown)
     if result["ece"] is not None:
@@ -213,14 +185,6 @@ def _show(result: Mapping[str, Any], screen: Screen) -> None:
     screen.say(f"The drafter is in {place}. To serve it:")
     for engine, command in result["commands"].items():
         screen.say(f"  {engine:<11}{command}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _ends(ends: list[float] | None) -> str:
-    return "-" if ends is None else "-".join(map(_number, ends))
 
 
 COMMAND = Command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dspark.cli.groups import Batch, PairOrPlain, Prompts, Sampling, Speculation
 from dspark.cli.inputs import PromptText, load_pair, measure_costs, named_prompts, tell_schedule
-from dspark.cli.options import Command, option, pick
+from dspark.cli.options import Command, option, pick, picked
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
@@ -63,10 +63,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     verifier = options.verifier or _default_verifier(options)
     options = replace(options, verifier=verifier)
-    named = {each.name: getattr(options, each.name) for each in fields(Sampling)}
-    params = SamplingParams(
-        **named, stop=options.stop, seed=options.seed or 0, n=options.n, logprobs=options.logprobs
-    )
+    named = picked(options, *(each.name for each in fields(Sampling)), "stop", "n", "logprobs")
+    params = SamplingParams(**named, seed=options.seed or 0)
     _check_options(options)
     prompts = named_prompts(options)
     model = load_pair(options, screen)
@@ -115,11 +113,7 @@ def _engine_options(options: Options, model: Model) -> EngineOptions:
             )
     return EngineOptions(
         verifier=options.verifier or _default_verifier(options),
-        schedule=options.schedule,
-        threshold=options.threshold,
-        block_size=options.block_size,
-        tree_nodes=options.tree_nodes,
-        batch_size=options.batch_size,
+        **picked(options, "schedule", "threshold", "block_size", "tree_nodes", "batch_size"),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dspark.cli.groups import Common, Loading, Pair, Prompts, Speculation
+from dspark.cli.options import picked
 from dspark.cli.screen import Screen
 from dspark.errors import DataError, UsageError, is_unicode
 from dspark.request import Request
@@ -25,6 +26,11 @@ _WEIGHTS = {
     "onednn": "laid out for oneDNN",
     "int8": "quantised to 8 bits: outputs are those of the quantised model",
 }
+# What `dspark.load` takes as it was given.
+_LOADING = (
+    "device", "dtype", "revision", "offline", "trust_remote_code", "batch_invariant",
+    "cuda_graphs", "compile", "weights", "quantize",
+)  # fmt: skip
 # A visit of all points that has begun is finished, so measuring may take somewhat longer.
 _LIMIT_S = 5.0
 
@@ -130,17 +136,8 @@ def load_model(
         model = load(
             target,
             draft,
-            device=options.device,
-            dtype=options.dtype,
-            revision=options.revision,
-            offline=options.offline,
-            trust_remote_code=options.trust_remote_code,
-            batch_invariant=options.batch_invariant,
-            cuda_graphs=options.cuda_graphs,
-            compile=options.compile,
-            weights=options.weights,
-            quantize=options.quantize,
             draft_top_k=draft_top_k,
+            **picked(options, *_LOADING),
         )
     loaded = model.target
     dtype = str(loaded.parts().embedding_VH.dtype).removeprefix("torch.")

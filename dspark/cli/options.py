@@ -86,6 +86,11 @@ def read_options(options: type[OptionsT], found: argparse.Namespace) -> OptionsT
     return options(**values)
 
 
+def picked(source: object, *names: str) -> dict[str, Any]:
+    """Some attributes of options, or of a report, by their names."""
+    return {name: getattr(source, name) for name in names}
+
+
 def comma_list(read: Callable[[str], T], what: str) -> Callable[[str], tuple[T, ...]]:
     """Parses a list between commas, each value once; `what` describes it in the refusal."""
 
@@ -96,6 +101,11 @@ def comma_list(read: Callable[[str], T], what: str) -> Callable[[str], tuple[T, 
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what}") from error
 
     return parse
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above 0; what is no number is a ValueError."""
+    return number(text, above=True)
 
 
 def number(text: str, *, above: bool = False) -> float:

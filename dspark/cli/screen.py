@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +74,16 @@ def table(*left: str, right: tuple[str, ...] = ()) -> Table:
     for name in right:
         found.add_column(name, justify="right")
     return found
+
+
+def cell(value: float | None, form: str = ".4g") -> str:
+    """A number of a table."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def interval(ends: Sequence[float] | None, form: str = ".4g") -> str:
+    """An interval of a table."""
+    return "-" if ends is None else "-".join(cell(end, form) for end in ends)
 
 
 @contextmanager

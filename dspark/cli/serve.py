@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dspark.cli.groups import PairOrPlain, Speculation
 from dspark.cli.inputs import load_pair, measure_costs, tell_schedule
-from dspark.cli.options import Command, number, option, pick
+from dspark.cli.options import Command, number, option, pick, picked
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 from dspark.request import Verifier
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   dspark serve bundled
   dspark serve ./target --draft ./drafter --port 9000 --max-requests 32 --api-key-file keys.txt"""
+# What the engine takes as it was given.
+_OF_ENGINE = (
+    "max_requests", "max_queue", "verifier", "schedule", "threshold", "block_size", "tree_nodes",
+    "step_tokens", "cache_tokens", "memory_share",
+)  # fmt: skip
 MISSING = "dspark serve needs fastapi and uvicorn; install the extra dspark[serve]."
 
 
@@ -275,19 +280,7 @@ def _engine(options: Options, model: Model, screen: Screen) -> Engine:
         model.use_costs(options.cost)
     measure_costs(options, model, None, options.max_requests, screen)
     with screen.log.status("Preparing the engine ..."):
-        engine = model.open_engine(
-            max_requests=options.max_requests,
-            max_length=options.max_model_len,
-            max_queue=options.max_queue,
-            verifier=options.verifier,
-            schedule=options.schedule,
-            threshold=options.threshold,
-            block_size=options.block_size,
-            tree_nodes=options.tree_nodes,
-            step_tokens=options.step_tokens,
-            cache_tokens=options.cache_tokens,
-            memory_share=options.memory_share,
-        )
+        engine = model.open_engine(max_length=options.max_model_len, **picked(options, *_OF_ENGINE))
     tell_schedule(model, engine, None, screen)
     return engine
 

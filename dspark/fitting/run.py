@@ -89,16 +89,16 @@ def fit(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> dic
         return _Run(options, load, watcher).go()
 
 
-def dry_run(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> Plan:
+def dry_run(options: FitOptions, load: Callable[[], Model], say: Callable[[str], object]) -> Plan:
     """The plan of a fit, without starting or writing anything.
 
     Raises: as `fit`.
     """
     state = State(Path(os.devnull), {}, options.waited_s)
-    return _plan(options, load(), state, watcher)
+    return _plan(options, load(), state, say)
 
 
-def _plan(options: FitOptions, model: Model, state: State, watcher: Watcher) -> Plan:
+def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], object]) -> Plan:
     """Measure the machine and divide the budget."""
     target = model.target
     training_dtype(target)  # raises if it cannot be trained
@@ -109,7 +109,7 @@ def _plan(options: FitOptions, model: Model, state: State, watcher: Watcher) -> 
         opening_of(target)  # raises if the model cannot write prompts
     shape = choose_shape(target, TRAINING_SHARE * options.budget_s)
     tokens = answer_limit(options.budget_s, target.max_context)
-    watcher.say("Measuring how fast this machine generates and trains ...")
+    say("Measuring how fast this machine generates and trains ...")
     batch = BATCH_SIZES.get(target.device.type, BATCH_SIZES["cpu"])
     speeds = measure(
         model,
@@ -183,7 +183,7 @@ class _Run:
         return self.state.result(name)
 
     def _planned(self) -> dict[str, Any]:
-        plan = _plan(self.options, self._loaded(), self.state, self.watcher)
+        plan = _plan(self.options, self._loaded(), self.state, self.watcher.say)
         return {"plan": plan.as_dict(), "attach_to": _attach_to(self.options)}
 
     def _trained(self, fit: answers.Fit) -> dict[str, Any]:

@@ -143,11 +143,11 @@ def test_without_out_the_drafter_is_attached_once(target, tmp_path, fast, monkey
 
 
 def test_a_dry_run_starts_nothing(target, tmp_path, fast):
-    plan = dry_run(wish(target, tmp_path), loader(target), Silent())
+    plan = dry_run(wish(target, tmp_path), loader(target), Silent().say)
     assert plan.steps > 0
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match=r"too small .* give --budget \S+ or more"):
-        dry_run(wish(target, tmp_path, budget_s=0.01), loader(target), Silent())
+        dry_run(wish(target, tmp_path, budget_s=0.01), loader(target), Silent().say)
 
 
 def test_two_runs_on_one_folder_and_another_wish_are_refused(target, tmp_path, fast):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dspark.cli.groups import Recipe
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Command, option, pick
+from dspark.cli.options import Command, option, pick, picked
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
@@ -69,13 +69,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     screen.say(_summary(report, recipe.features.path))
-    return {
-        "records": report.records,
-        "failed": report.failed,
-        "left_out": report.left_out,
+    return picked(report, "records", "failed", "left_out", "bytes", "tokens") | {
         "damaged": damaged,
-        "bytes": report.bytes,
-        "tokens": report.tokens,
         "bytes_per_token": report.bytes / report.tokens if report.tokens else None,
         "out": recipe.features.path,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dspark.cli.groups import Batch, Common, Loading
 from dspark.cli.inputs import use_threads
-from dspark.cli.options import Command, option, pick
+from dspark.cli.options import Command, option, pick, picked
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
@@ -121,17 +121,10 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             progress=lambda so_far: status.update(f"{so_far.input:,} lines ..."),
         )
     screen.say(_sentence(report, out, options.heldout))
-    return {
-        "records": report.records,
+    counts = ("records", "input", "heldout", "duplicates", "near_duplicates", "contaminated")
+    return picked(report, *counts, "malformed", "bytes") | {
         "failed": report.malformed,
-        "bytes": report.bytes,
         "bytes_per_token": None,
-        "input": report.input,
-        "heldout": report.heldout,
-        "duplicates": report.duplicates,
-        "near_duplicates": report.near_duplicates,
-        "contaminated": report.contaminated,
-        "malformed": report.malformed,
         "dropped_turns": dict(report.dropped_turns),
         "out": str(out),
     }
@@ -193,10 +186,7 @@ def _write_prompts(name: str, options: Options, screen: Screen) -> dict[str, Any
         model = load(
             name,
             "none",
-            device=options.device,
-            dtype=options.dtype,
-            revision=options.revision,
-            offline=options.offline,
+            **picked(options, "device", "dtype", "revision", "offline"),
         )
     out = options.out
     writer = SelfPrompts(model, options.seed or 0, options.batch_size or BATCH_SIZE)
@@ -206,14 +196,10 @@ def _write_prompts(name: str, options: Options, screen: Screen) -> dict[str, Any
         report = write_self_prompts(writer, out, count=options.count or COUNT, progress=tell)
     for sentence in report.sentences(name):
         screen.say(sentence)
-    return {
-        "records": report.records,
+    return picked(report, "records", "bytes", "tries", "cut") | {
         "failed": 0,
-        "bytes": report.bytes,
         "bytes_per_token": None,
-        "tries": report.tries,
         "dropped": dict(report.dropped),
-        "cut": report.cut,
         "chat_template": report.is_chat,
         "out": str(out),
     }

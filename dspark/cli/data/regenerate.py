@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dspark.cli.groups import PROMPTS_HELP, Batch, Loading, Pair, Sampling
 from dspark.cli.inputs import load_model
-from dspark.cli.options import Command, option, pick
+from dspark.cli.options import Command, option, pick, picked
 from dspark.cli.screen import Screen
 from dspark.errors import UsageError
 
@@ -138,13 +138,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         screen.remark("What is done is kept; the same command continues from here.")
         raise
     screen.say(_sentence(report, out))
-    return {
-        "records": report.records,
-        "failed": report.failed,
-        "skipped": report.skipped,
-        "input": report.input,
-        "resumed": report.resumed,
-        "bytes": report.bytes,
+    return picked(report, "records", "failed", "skipped", "input", "resumed", "bytes") | {
         "bytes_per_token": report.bytes / report.tokens if report.tokens else None,
         "out": str(out),
         "failures": str(report.failures) if report.failures else None,
@@ -181,7 +175,7 @@ def _wanted(options: Options) -> AnswerFilters:
 def _sampling(options: Options, source: str, screen: Screen) -> ChosenSampling:
     from dspark.data.answers.sampling import choose_sampling, recommended_sampling
 
-    given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    given = picked(options, "temperature", "top_p", "top_k", "min_p")
     recommended = recommended_sampling(source, revision=options.revision, offline=options.offline)
     sampling = choose_sampling(given, recommended)
     if sampling.recommended:

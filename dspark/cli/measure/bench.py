@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +12,8 @@ from rich.progress import Progress
 
 from dspark.cli.groups import PROMPTS_HELP, Pair, Sampling, Speculation
 from dspark.cli.inputs import load_pair
-from dspark.cli.options import Command, comma_list, number, option, pick
-from dspark.cli.screen import Screen, table, without_nan
+from dspark.cli.options import Command, comma_list, option, pick, picked, positive
+from dspark.cli.screen import Screen, cell, interval, table, without_nan
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams, Verifier
 
@@ -30,6 +29,7 @@ EXAMPLE = """\
       --concurrency 1,4,16,64 --floors 20,40 --json"""
 SCHEDULES: tuple[ContenderName, ...] = ("off", "fixed", "mtp1", "prefix", "lagged")
 ALL_SCHEDULES = (*SCHEDULES, "lookahead")
+_SETTINGS = ("target", "draft", "mtp", "prompts", "max_new_tokens", "temperature", "verifier")
 BUNDLED_MTP = "bundled-mtp"
 NO_MTP = "mtp1 is left out: there is no MTP drafter; give one with --mtp."
 
@@ -81,7 +81,7 @@ class _Load:
     floors: tuple[float, ...] = option(
         (),
         "per-user tokens/s at which throughput is reported (default: five of the measured range)",
-        read=comma_list(partial(number, above=True), "numbers like 20,40"),
+        read=comma_list(positive, "numbers like 20,40"),
         metavar="F,F",
     )
 
@@ -130,7 +130,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     runs = _sweep(options, ways, workload, screen)
     rows = load_rows(runs, compare=comparable(options.temperature, options.verifier))
     report = load_report(rows, options.floors)
-    report |= {"costs_measured": measured, "settings": _settings(options)}
+    report |= {"costs_measured": measured, "settings": picked(options, *_SETTINGS)}
     _show(report, screen)
     report["out"] = _write(options, model, rows, report, screen)
     return report
@@ -234,11 +234,6 @@ def _sweep(options: Options, ways: Sequence[Contender], workload: Workload, scre
         )
 
 
-def _settings(options: Options) -> dict[str, Any]:
-    names = ("target", "draft", "mtp", "prompts", "max_new_tokens", "temperature", "verifier")
-    return {name: getattr(options, name) for name in names}
-
-
 def _show(report: Mapping[str, Any], screen: Screen) -> None:
     numbers = ("tokens/s", "95 %", "per user", "TTFT ms", "accepted", "verified")
     rows = table("users", "schedule", right=numbers)
@@ -246,10 +241,10 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
         rows.add_row(
             str(row["concurrency"]),
             row["schedule"],
-            _number(row["tokens_per_s"]),
-            "-" if row["ci95"] is None else "-".join(map(_number, row["ci95"])),
-            _number(row["tokens_per_s_per_user"]),
-            _number(row["ttft_ms"]),
+            cell(row["tokens_per_s"]),
+            interval(row["ci95"]),
+            cell(row["tokens_per_s_per_user"]),
+            cell(row["ttft_ms"]),
             f"{row['accepted_length']:.2f}",
             f"{row['verified_per_request']:.2f}",
         )
@@ -258,7 +253,7 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
     floors = table("per user at least", *names)
     for floor in report["at_floor"]:
         speeds = (floor["tokens_per_s"].get(name) for name in names)
-        floors.add_row(_number(floor["tokens_per_s_per_user"]), *map(_number, speeds))
+        floors.add_row(cell(floor["tokens_per_s_per_user"]), *map(cell, speeds))
     screen.out.print("\nThroughput, tokens/s, at floors of per-user speed:")
     screen.out.print(floors)
     gains = [gain for gain in report["over_mtp1"] if gain["gain"] is not None]
@@ -268,10 +263,6 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
         screen.out.print(
             f"  {gain['schedule']}, {gain['concurrency']} users: {100 * gain['gain']:+.0f} %"
         )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _write(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from dspark.attention.ragged_batch import RaggedBatch
+from dspark.cli.options import picked
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.requests.sequence import Piece
@@ -47,15 +48,7 @@ class EngineOptions:
 
     def engine(self, model: Model, requests: Sequence[Request]) -> Engine:
         """An engine of the model for these requests."""
-        return model.engine(
-            requests,
-            batch_size=self.batch_size,
-            verifier=self.verifier,  # type: ignore[arg-type]
-            schedule=self.schedule,  # type: ignore[arg-type]
-            threshold=self.threshold,
-            block_size=self.block_size,
-            tree_nodes=self.tree_nodes,
-        )
+        return model.engine(requests, **asdict(self))
 
     def plain_engine(self, model: Model, requests: Sequence[Request]) -> Engine:
         """The same target without any drafter, hooks or draft context."""
@@ -194,13 +187,9 @@ def run_report(runs: Sequence[Decoded]) -> dict[str, Any]:
     }
     return {
         "outputs": [_output_report(output) for run in runs for output in run.outputs],
-        "rounds": stats.rounds,
-        "tokens": stats.tokens,
+        **stats.counts,
+        **picked(stats, "tokens", "accepted_length"),
         "generated_tokens": generated,
-        "drafted": stats.drafted,
-        "verified": stats.verified,
-        "accepted": stats.accepted,
-        "accepted_length": stats.accepted_length,
         "conditional_acceptance": acceptance + [None] * (longest - len(acceptance)),
         "seconds": seconds,
         "tokens_per_s": generated / seconds,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark.cli.inputs import load_model
-from dspark.cli.options import Command, option
-from dspark.cli.screen import Screen, table
+from dspark.cli.options import Command, option, picked
+from dspark.cli.screen import Screen, interval, table
 from dspark.errors import CompatibilityError, UsageError
+from dspark.evaluation.report.document import gain, number
 
 if TYPE_CHECKING:
     from dspark.engine.model import Model
@@ -33,6 +34,9 @@ EXAMPLE = """\
 REPORT_EXAMPLE = """\
   dspark report evaluation
   dspark report today yesterday --out both"""
+
+
+_PLAIN = {"schedule": "off", "threshold": None, "block_size": None, "tree_nodes": None}
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,11 @@ def _settings(options: Options, model: Model, name: str, draft: str | None) -> l
         str(options.target),
         name,
         draft or "attached",
-        top_p=options.top_p,
-        top_k=options.top_k,
-        max_new_tokens=options.max_new_tokens,
         seed=options.seed or 0,
-        verifier=options.verifier,
-        schedule="off" if plain else options.schedule,
-        threshold=None if plain else options.threshold,
-        block_size=None if plain else options.block_size,
-        tree_nodes=None if plain else options.tree_nodes,
-        batch_size=options.batch_size,
         thinking=options.thinking == "on",
-        raw=options.raw,
-        turns=options.turns,
+        **picked(options, "top_p", "top_k", "max_new_tokens", "verifier", "batch_size"),
+        **picked(options, "raw", "turns"),
+        **(_PLAIN if plain else picked(options, *_PLAIN)),
     )
     bases = [replace(base, temperature=t) for t in options.temperature or (0.0,)]
     about_drafts = options.sweep in ("threshold", "block", "verifier")
@@ -184,33 +180,23 @@ def _show(
                 name,
                 str(task["prompts"]),
                 str(task["skipped"]),
-                _number(task["accepted_length"]),
-                "-" if task["ci95"] is None else "-".join(map(_number, task["ci95"])),
-                _number(next(iter(task["conditional_acceptance"]), None)),
-                _number(task["timings"]["tokens_per_s"]),
+                number(task["accepted_length"]),
+                interval(task["ci95"], ".2f"),
+                number(next(iter(task["conditional_acceptance"]), None)),
+                number(task["timings"]["tokens_per_s"]),
             )
         macro = row["macro"]
         if len(row["tasks"]) > 1:
-            ends = "-" if macro["ci95"] is None else "-".join(map(_number, macro["ci95"]))
-            shown.add_row(label, "macro", "", "", _number(macro["accepted_length"]), ends, "", "")
+            ends = interval(macro["ci95"], ".2f")
+            shown.add_row(label, "macro", "", "", number(macro["accepted_length"]), ends, "", "")
     screen.out.print(shown)
     for pair in comparisons:
-        macro = pair["macro"]
-        if macro is not None:
-            ends = "" if macro["ci95"] is None else f" ({_gain(macro['ci95'])})"
+        if pair["macro"] is not None:
             screen.out.print(
                 f"{pair['a']} over {pair['b']}, temperature {pair['setting']['temperature']:g}: "
-                f"{100 * (macro['ratio'] - 1):+.1f} %{ends}",
+                f"{gain(pair['macro'])}",
                 markup=False,
             )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def _gain(ends: Sequence[float]) -> str:
-    return " to ".join(f"{100 * (end - 1):+.1f}" for end in ends)
 
 
 def run_report(options: ReportOptions, screen: Screen) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dspark.cli.groups import Json
-from dspark.cli.options import Command, comma_list, integer, number, option
-from dspark.cli.screen import Screen, table
+from dspark.cli.options import Command, comma_list, integer, number, option, positive
+from dspark.cli.screen import Screen, cell, table
 from dspark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def _schedule(name: str) -> str:
 
 def _lengths(text: str) -> tuple[float, float]:
     mean, _, spread = text.partition(":")
-    return number(mean, above=True), number(spread) if spread else _SPREAD
+    return positive(mean), number(spread) if spread else _SPREAD
 
 
 def _users(text: str) -> int:
@@ -57,7 +56,7 @@ class _Requests:
         (),
         "requests per second (default: a fifth to the whole of what can be served; of a trace its "
         "own)",
-        read=comma_list(partial(number, above=True), "numbers like 1,2,4"),
+        read=comma_list(positive, "numbers like 1,2,4"),
         metavar="R,R",
     )
     trace: Path | None = option(
@@ -80,7 +79,7 @@ class _Requests:
         1.0,
         "shape of the gamma law between arrivals: 1 is a Poisson process, less comes in bursts "
         "(default: {default})",
-        read=partial(number, above=True),
+        read=positive,
         metavar="B",
     )
 
@@ -105,7 +104,7 @@ class _Fleet:
     )
     price: float | None = option(
         None, "of a server's hour, for the cost of a million tokens",
-        read=partial(number, above=True), metavar="P",
+        read=positive, metavar="P",
     )  # fmt: skip
 
 
@@ -115,15 +114,15 @@ class _Level:
 
     ttft_ms: float = option(
         1000.0, "time to first token at most (default: {default})",
-        read=partial(number, above=True), metavar="MS",
+        read=positive, metavar="MS",
     )  # fmt: skip
     user_tokens_per_s: float | None = option(
         None, "speed of a user at least (default: any)",
-        read=partial(number, above=True), metavar="S",
+        read=positive, metavar="S",
     )  # fmt: skip
     percentile: float = option(
         95.0, "percent of requests that must get both (default: {default})",
-        read=partial(number, above=True), metavar="P",
+        read=positive, metavar="P",
     )  # fmt: skip
 
 
@@ -318,20 +317,16 @@ def _show(plan: Plan, screen: Screen) -> None:
         rows.add_row(
             f"{row.rate:.3g}",
             row.schedule,
-            _number(row.tokens_per_s),
+            cell(row.tokens_per_s),
             *(f"{row.ttft_ms[name]:.0f}" for name in ("p50", "p95")),
-            _number(row.tokens_per_s_per_user["p50"]),
-            _number(row.accepted_length),
-            _number(row.verified_per_request),
+            cell(row.tokens_per_s_per_user["p50"]),
+            cell(row.accepted_length),
+            cell(row.verified_per_request),
         )
     screen.out.print(rows)
     screen.out.print("\nLargest rate within the service level, requests per second:")
     for name, rate in plan.max_rate.items():
-        screen.out.print(f"  {name:<10}{_number(rate)}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+        screen.out.print(f"  {name:<10}{cell(rate)}")
 
 
 def _write(options: Options, plan: Plan, result: Mapping[str, Any], screen: Screen) -> list[str]:
