@@ -152,6 +152,12 @@ class Stats:
     offered: list[int] = field(default_factory=list)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Rounds and drafts, by their names."""
+        names = ("rounds", "drafted", "verified", "accepted")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def accepted_length(self) -> float:
         """Tokens gained per round, the bonus token included (tau of the paper)."""
         return self.tokens / self.rounds if self.rounds else 0.0

@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from dspark.errors import UsageError
 from dspark.params import sample_seed
@@ -157,3 +157,7 @@ async def context_of(request: Request) -> Context:
     """
     context: Context = request.app.state.context
     return context
+
+
+Its = Annotated[Context, Depends(context_of)]
+"""The context, as a parameter of a route."""

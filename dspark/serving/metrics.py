@@ -7,7 +7,7 @@ its end.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from dspark.serving.live.engines import PageEngines
 from dspark.serving.service import EngineService
 
 router = APIRouter(tags=["metrics"])
+_BY_MODEL = ("model_name",)
 _SECONDS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 )  # fmt: skip
@@ -141,7 +142,7 @@ class _EngineFigures(Collector):
 
     def __init__(self, service: EngineService, model_name: str) -> None:
         self._service = service
-        self._model = [model_name]
+        self._model = (model_name,)
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests_and_cache()
@@ -149,14 +150,10 @@ class _EngineFigures(Collector):
         yield from self._steps()
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=["model_name"])
-        family.add_metric(self._model, value)
-        return family
+        return _family(GaugeMetricFamily, name, text, _BY_MODEL, {self._model: value})
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=["model_name"])
-        family.add_metric(self._model, value)
-        return family
+        return _family(CounterMetricFamily, name, text, _BY_MODEL, {self._model: value})
 
     def _requests_and_cache(self) -> Iterator[Metric]:
         now = self._service.snapshot()
@@ -168,11 +165,10 @@ class _EngineFigures(Collector):
         yield self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hit_tokens
         )
-        pages = GaugeMetricFamily("dspark_cache_pages", "Pages of the cache.", labels=["state"])
         free = now.pages_total - now.pages_held - now.pages_kept
-        for state, count in (("held", now.pages_held), ("kept", now.pages_kept), ("free", free)):
-            pages.add_metric([state], count)
-        yield pages
+        pages = {("held",): now.pages_held, ("kept",): now.pages_kept, ("free",): free}
+        text = "Pages of the cache."
+        yield _family(GaugeMetricFamily, "dspark_cache_pages", text, ("state",), pages)
         budget = now.verified if now.budget is None else now.budget
         yield self._gauge(
             "dspark_schedule_budget_tokens",
@@ -188,22 +184,16 @@ class _EngineFigures(Collector):
             "vllm:spec_decode_num_draft_tokens", "Drafts sent to the target.", verified
         )
         yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafts that stayed.", accepted)
-        by_place = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that stayed, by position.",
-            labels=["model_name", "position"],
-        )
-        for place, count in enumerate(counters.accepted_K):
-            by_place.add_metric([*self._model, str(place)], int(count))
-        yield by_place
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        stayed = {(*self._model, str(k)): int(n) for k, n in enumerate(counters.accepted_K)}
+        labels = (*_BY_MODEL, "position")
+        yield _family(CounterMetricFamily, name, "Drafts that stayed, by position.", labels, stayed)
         for name, text, counts in (
             ("dspark_drafted_tokens", "Drafts made, by position.", counters.drafted_K),
             ("dspark_verified_tokens", "Drafts verified, by position.", counters.verified_K),
         ):
-            family = CounterMetricFamily(name, text, labels=["position"])
-            for place, count in enumerate(counts):
-                family.add_metric([str(place)], int(count))
-            yield family
+            by_place = {(str(k),): int(n) for k, n in enumerate(counts)}
+            yield _family(CounterMetricFamily, name, text, ("position",), by_place)
         length = 1 + accepted / counters.rounds if counters.rounds else 0.0
         yield GaugeMetricFamily(
             "dspark_accepted_length", "Tokens per verified block, bonus included.", length
@@ -229,12 +219,9 @@ class _EngineFigures(Collector):
         steps = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
         _add_times(steps, [], counters.step_times)
         yield steps
-        parts = CounterMetricFamily(
-            "dspark_round_part_seconds", "Time of rounds with a drafter, by part.", labels=["part"]
-        )
-        for part in ("draft", "schedule", "verify"):
-            parts.add_metric([part], getattr(counters, f"{part}_ms") / 1e3)
-        yield parts
+        parts = {(p,): getattr(counters, f"{p}_ms") / 1e3 for p in ("draft", "schedule", "verify")}
+        text = "Time of rounds with a drafter, by part."
+        yield _family(CounterMetricFamily, "dspark_round_part_seconds", text, ("part",), parts)
 
 
 class _PageFigures(Collector):
@@ -255,11 +242,9 @@ class _PageFigures(Collector):
             ("verified_tokens", "Drafts sent to the target.", attrgetter("verified")),
             ("accepted_tokens", "Drafts that stayed.", attrgetter("accepted")),
         ):
-            labels = ["drafter", "verifier", "schedule"]
-            family = CounterMetricFamily(f"dspark_page_{name}", text, labels=labels)
-            for kind, total in totals.items():
-                family.add_metric(list(kind), value(total))
-            yield family
+            labels = ("drafter", "verifier", "schedule")
+            values = {kind: value(total) for kind, total in totals.items()}
+            yield _family(CounterMetricFamily, f"dspark_page_{name}", text, labels, values)
 
 
 class _LearningFigures(Collector):
@@ -293,7 +278,23 @@ class _LearningFigures(Collector):
             yield GaugeMetricFamily(f"dspark_learning_{name}", text, value)
 
 
-def _add_times(family: HistogramMetricFamily, labels: list[str], times: SecondsHistogram) -> None:
+def _family(
+    kind: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    text: str,
+    labels: Sequence[str],
+    values: Mapping[tuple[str, ...], float],
+) -> Metric:
+    """A metric with its values by their labels."""
+    family = kind(name, text, labels=labels)
+    for of, value in values.items():
+        family.add_metric(of, value)
+    return family
+
+
+def _add_times(
+    family: HistogramMetricFamily, labels: Sequence[str], times: SecondsHistogram
+) -> None:
     """Add a histogram, whose buckets Prometheus wants summed up."""
     bounds = [*map(str, times.bounds_s), "+Inf"]
     sums = itertools.accumulate(list(times.counts))

@@ -81,17 +81,17 @@ class RoundEvent:
     answer: int
     round: int
     time_s: float
-    anchor: Token | None
-    drafts: tuple[DraftToken, ...]
-    next_token: Token | None
-    is_bonus: bool
-    requests: int
-    verified: int
-    rows: int | None
-    budget: int | None
-    draft_ms: float
-    schedule_ms: float
-    verify_ms: float
+    anchor: Token | None = None
+    drafts: tuple[DraftToken, ...] = ()
+    next_token: Token | None = None
+    is_bonus: bool = False
+    requests: int = 1
+    verified: int = 0
+    rows: int | None = None
+    budget: int | None = None
+    draft_ms: float = 0.0
+    schedule_ms: float = 0.0
+    verify_ms: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The event as JSON can hold it, keys as the attributes."""
@@ -200,15 +200,7 @@ def plain_event(
         answer=owner[1],
         round=number,
         time_s=time_s,
-        anchor=None,
-        drafts=(),
         next_token=Token(piece.token_id, piece.text),
-        is_bonus=False,
         requests=requests,
-        verified=0,
-        rows=None,
-        budget=None,
-        draft_ms=0.0,
-        schedule_ms=0.0,
         verify_ms=step_ms,
     )

@@ -58,7 +58,9 @@ def test_any_chat_is_rendered_or_refused_in_one_sentence(template):
         given = [Message.model_validate(message).for_template() for message in messages]
         told = ""
         try:
-            ids = template.render(given, continues=continues, prompt=not continues).token_ids
+            ids = template.encode(
+                template.write(given, continues=continues, prompt=not continues)
+            ).token_ids
         except RequestError as error:
             ids, told = (), str(error)
         assert ids or (told.endswith(".") and "\n" not in told)

@@ -44,7 +44,9 @@ def template(tokenizer):
 def test_a_chat_is_what_the_engine_makes_of_it(model, kit):
     own = ChatTemplate.of(model.target.tokenizer, "bundled")
     for text in kit.prompts:
-        assert own.render(kit.messages(text)).token_ids == model.encode(kit.messages(text))
+        assert own.encode(own.write(kit.messages(text))).token_ids == model.encode(
+            kit.messages(text)
+        )
 
 
 def test_tools_options_and_calls_reach_the_template(template, tokenizer):
@@ -59,28 +61,30 @@ def test_tools_options_and_calls_reach_the_template(template, tokenizer):
         },
         {"role": "tool", "content": "2", "tool_call_id": "x"},
     ]
-    rendered = template.render(messages, [TOOL], {"enable_thinking": True})
+    rendered = template.encode(template.write(messages, [TOOL], {"enable_thinking": True}))
     text = tokenizer.decode(rendered.token_ids)
     assert json.dumps(TOOL["function"]["parameters"]) in text
     assert '"arguments": {"a": 1}' in text
     assert text.endswith("<|im_start|>assistant\n<think>\n")
     assert rendered.reasoning_open
-    assert not template.render(messages, None, {"enable_thinking": False}).reasoning_open
-    assert not template.render(messages).reasoning_open
+    assert not template.encode(
+        template.write(messages, None, {"enable_thinking": False})
+    ).reasoning_open
+    assert not template.encode(template.write(messages)).reasoning_open
     asked = [{"role": "user", "content": "What is <think>?"}]  # which opens nothing
-    assert not template.render(asked).reasoning_open
+    assert not template.encode(template.write(asked)).reasoning_open
 
 
 def test_what_has_no_place_is_refused(model, template, kit):
     plain = ChatTemplate.of(model.target.tokenizer, "bundled")
     with pytest.raises(RequestError, match="no place for tools"):
-        plain.render(kit.messages("Hi"), [TOOL])
+        plain.encode(plain.write(kit.messages("Hi"), [TOOL]))
     with pytest.raises(RequestError, match="'enable_thinking'"):
-        plain.render(kit.messages("Hi"), None, {"enable_thinking": True})
+        plain.encode(plain.write(kit.messages("Hi"), None, {"enable_thinking": True}))
     with pytest.raises(RequestError, match="'style'"):
-        template.render(kit.messages("Hi"), None, {"style": 1})
+        template.encode(template.write(kit.messages("Hi"), None, {"style": 1}))
     with pytest.raises(RequestError, match="refuses"):
-        template.render([{"role": "user", "content": None}])
+        template.encode(template.write([{"role": "user", "content": None}]))
     with pytest.raises(RequestError, match="surrogate"):
         encode(model.target.tokenizer, "\ud800")
     assert ChatTemplate.of(None, "x") is None

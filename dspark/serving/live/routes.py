@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import Field
 from starlette.responses import Response
 
@@ -23,7 +23,7 @@ from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError, UsageError
 from dspark.params import SamplingParams
 from dspark.request import Request, Verifier
-from dspark.serving.context import Context, context_of
+from dspark.serving.context import Context, Its
 from dspark.serving.live.engines import Choice
 from dspark.serving.live.run import Event, Run
 from dspark.serving.openai.chat_template import encode
@@ -79,7 +79,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 Their wording is that of the bundled model's training data: it knows no other.
 """
-Its = Annotated[Context, Depends(context_of)]
 
 
 @router.get("/")
@@ -220,8 +219,8 @@ def _prompts(text: str, context: Context) -> tuple[tuple[int, ...], list[tuple[i
 
 
 def _ids(text: str, context: Context) -> tuple[int, ...]:
-    if context.template is not None:
-        return context.template.render([{"role": "user", "content": text}]).token_ids
+    if (template := context.template) is not None:
+        return template.encode(template.write([{"role": "user", "content": text}])).token_ids
     tokenizer = context.service.engine.target.tokenizer
     if tokenizer is None:
         raise RequestError("This model has no tokenizer, so the live page cannot ask it.")

@@ -232,10 +232,7 @@ def _summary(name: str, side: _Side) -> dict[str, Any]:
         "seconds": round(side.seconds, 6),
         "first_token_ms": round(side.first_s * 1e3, 3),
         "tokens_per_s": side.tokens_per_s,
-        "rounds": stats.rounds,
-        "drafted": stats.drafted,
-        "verified": stats.verified,
-        "accepted": stats.accepted,
+        **stats.counts,
         "accepted_length": stats.accepted_length,
         "other_steps": side.other_steps,
     }

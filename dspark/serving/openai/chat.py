@@ -5,15 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from dspark.engine.requests.sequence import Piece
 from dspark.request import Output, Request
-from dspark.serving.context import Context, context_of
+from dspark.serving.context import Context, Its
 from dspark.serving.openai.chat_fields import ChatFields, Message
 from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate
 from dspark.serving.openai.errors import ApiError
@@ -34,9 +34,7 @@ router = APIRouter(tags=["completions"])
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(
-    fields: ChatFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
-) -> Response:
+async def chat_completions(fields: ChatFields, http: HttpRequest, context: Its) -> Response:
     """Answer a chat."""
     usage = fields.wants_usage()
     chat = await prepare_chat(fields, http, context)
@@ -96,8 +94,8 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
     options, ignored = fields.template_options(template)
     opened = continued is None and fields.add_generation_prompt is not False
     rendered = await context.prepare(
-        lambda: template.render(
-            messages, tools, options, prompt=opened, continues=continued is not None
+        lambda: template.encode(
+            template.write(messages, tools, options, prompt=opened, continues=continued is not None)
         ),
         _size_of(messages, tools),
     )

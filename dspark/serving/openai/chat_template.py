@@ -55,29 +55,12 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=tools)
         return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", source) is not None
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        options: Mapping[str, Any] | None = None,
-        *,
-        prompt: bool = True,
-        continues: bool = False,
-    ) -> Rendered:
-        """Write the messages down and encode them.
-
-        Args:
-            messages: with roles, texts, and calls of tools as mappings.
-            tools: JSON schemas of functions.
-            options: further variables of the template, such as `enable_thinking`.
-            prompt: whether the template opens the answer.
-            continues: whether the answer goes on where the last message ends.
+    def encode(self, text: str) -> Rendered:
+        """Encode what `write` gave.
 
         Raises:
-            RequestError: the template has no place for the tools or an option, or refuses the
-                messages; or their text is no valid Unicode.
+            RequestError: it is no valid Unicode, or empty.
         """
-        text = self.write(messages, tools, options, prompt=prompt, continues=continues)
         ids = encode(self.tokenizer, text, special=False)
         return Rendered(ids, text.rstrip().endswith(THINK))
 
@@ -93,14 +76,15 @@ class ChatTemplate:
         """The messages as text.
 
         Args:
-            messages: as `render`.
-            tools: as `render`.
-            options: as `render`.
-            prompt: as `render`.
-            continues: as `render`.
+            messages: with roles, texts, and calls of tools as mappings.
+            tools: JSON schemas of functions.
+            options: further variables of the template, such as `enable_thinking`.
+            prompt: whether the template opens the answer.
+            continues: whether the answer goes on where the last message ends.
 
         Raises:
-            RequestError: as `render`.
+            RequestError: the template has no place for the tools or an option, or refuses the
+                messages.
         """
         if tools and not self.mentions("tools", tools):
             raise RequestError(

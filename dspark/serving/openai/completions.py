@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import Field
 from starlette.responses import Response
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from dspark.engine.requests.sequence import Piece
 from dspark.params import MOST_SAMPLES, sample_seed
 from dspark.request import Logprob, Output, Request, SamplingParams
-from dspark.serving.context import Context, context_of
+from dspark.serving.context import Context, Its
 from dspark.serving.openai.chat_template import encode
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.fields import (
@@ -95,9 +95,7 @@ class CompletionFields(SharedFields):
 
 
 @router.post("/v1/completions")
-async def completions(
-    fields: CompletionFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
-) -> Response:
+async def completions(fields: CompletionFields, http: HttpRequest, context: Its) -> Response:
     """Continue prompts."""
     context.check_model(fields.model)
     fields.check()

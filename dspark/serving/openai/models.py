@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 
 import dspark
-from dspark.serving.context import Context, context_of
+from dspark.serving.context import Context, Its
 from dspark.serving.openai.chat import chat_template_of
 from dspark.serving.openai.chat_fields import ChatFields, Message
 from dspark.serving.openai.chat_template import encode
@@ -26,13 +26,13 @@ _NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "there is no 
 
 
 @router.get("/v1/models", tags=["models"])
-async def list_models(context: Annotated[Context, Depends(context_of)]) -> Reply:
+async def list_models(context: Its) -> Reply:
     """The models that can be asked."""
     return Reply({"object": "list", "data": [card(context)]})
 
 
 @router.get("/v1/models/{name:path}", tags=["models"], responses=_NO_MODEL)
-async def get_model(name: str, context: Annotated[Context, Depends(context_of)]) -> Reply:
+async def get_model(name: str, context: Its) -> Reply:
     """One model."""
     context.check_model(name)
     return Reply(card(context))
@@ -57,7 +57,7 @@ def card(context: Context) -> dict[str, Any]:
 
 
 @router.get("/health", tags=["health"], responses=_ANSWERS)
-async def health(context: Annotated[Context, Depends(context_of)]) -> Reply:
+async def health(context: Its) -> Reply:
     """Whether the engine works; 503 once it has failed, so that a supervisor restarts it."""
     alive = context.service.fault is None
     return Reply({"status": "ok" if alive else "failed"}, 200 if alive else 503)
@@ -65,7 +65,7 @@ async def health(context: Annotated[Context, Depends(context_of)]) -> Reply:
 
 @router.get("/ping", tags=["health"], responses=_ANSWERS)
 @router.post("/ping", tags=["health"], responses=_ANSWERS)
-async def ping(context: Annotated[Context, Depends(context_of)]) -> Reply:
+async def ping(context: Its) -> Reply:
     """The same as `/health`, as hosting services ask."""
     return await health(context)
 
@@ -77,7 +77,7 @@ async def version() -> Reply:
 
 
 @router.get("/ready", tags=["health"], responses=_ANSWERS)
-async def ready(context: Annotated[Context, Depends(context_of)]) -> Reply:
+async def ready(context: Its) -> Reply:
     """Whether requests are taken now; 503 while the server stops, so that others get them."""
     accepting = context.service.accepting
     return Reply({"status": "ready" if accepting else "unavailable"}, 200 if accepting else 503)
@@ -115,9 +115,7 @@ class DetokenizeFields(Strict):
 
 
 @router.post("/tokenize", tags=["tokens"])
-async def tokenize(
-    fields: TokenizeFields, context: Annotated[Context, Depends(context_of)]
-) -> Reply:
+async def tokenize(fields: TokenizeFields, context: Its) -> Reply:
     """The token ids of a text or a chat."""
     context.check_model(fields.model)
     if (fields.prompt is None) == (fields.messages is None):
@@ -163,9 +161,7 @@ def _written(fields: TokenizeFields, context: Context) -> str:
 
 
 @router.post("/detokenize", tags=["tokens"])
-async def detokenize(
-    fields: DetokenizeFields, context: Annotated[Context, Depends(context_of)]
-) -> Reply:
+async def detokenize(fields: DetokenizeFields, context: Its) -> Reply:
     """The text of token ids."""
     context.check_model(fields.model)
     tokenizer, size = _tokenizer_of(context), context.service.engine.target.vocab_size

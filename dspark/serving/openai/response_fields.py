@@ -32,35 +32,36 @@ class InputText(Strict):
     logprobs: list[Any] | None = None
 
 
-class InputMessage(Strict):
+class _Item(Strict):
+    """An item of the conversation; it may come back as a response gave it."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(_Item):
     """A message of the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[InputText]
-    id: str | None = None
-    status: str | None = None
 
 
-class InputCall(Strict):
+class InputCall(_Item):
     """A call that the model made earlier."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: str | None = None
-    status: str | None = None
 
 
-class InputCallOutput(Strict):
+class InputCallOutput(_Item):
     """What the called function gave back."""
 
     type: Literal["function_call_output"]
     call_id: str
     output: str | list[InputText]
-    id: str | None = None
-    status: str | None = None
 
 
 class ReasoningText(Strict):
@@ -70,38 +71,29 @@ class ReasoningText(Strict):
     text: str
 
 
-class InputReasoning(Strict):
+class InputReasoning(_Item):
     """What the model reasoned earlier."""
 
     type: Literal["reasoning"]
     summary: list[Any] | None = None
     content: list[ReasoningText] | None = None
     encrypted_content: None = None
-    id: str | None = None
-    status: str | None = None
 
 
 InputItem = InputMessage | InputCall | InputCallOutput | InputReasoning
 
 
-class ResponseTool(Strict):
+class ResponseTool(Function):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class ResponseJsonSchema(Strict):
+class ResponseJsonSchema(JsonSchema):
     """A format of JSON by a schema."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
-    name: str = "answer"
-    description: str | None = None
-    strict: bool | None = None
 
 
 class TextOptions(Strict):
@@ -247,13 +239,7 @@ def _text(content: str | Sequence[InputText]) -> str:
 
 
 def _tool(tool: ResponseTool) -> Tool:
-    function = Function(
-        name=tool.name,
-        description=tool.description,
-        parameters=tool.parameters,
-        strict=tool.strict,
-    )
-    return Tool(type="function", function=function)
+    return Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
 
 
 def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
@@ -269,7 +255,5 @@ def _format(
     given = text.format if text is not None else None
     if not isinstance(given, ResponseJsonSchema):
         return given
-    schema = JsonSchema(
-        name=given.name, description=given.description, schema=given.schema_, strict=given.strict
-    )
+    schema = JsonSchema(**given.model_dump(by_alias=True, exclude={"type"}))
     return JsonSchemaFormat(type="json_schema", json_schema=schema)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from dspark.serving.context import Context, context_of
+from dspark.serving.context import Its
 from dspark.serving.openai.chat import prepare_chat
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.response_fields import ResponseFields, TextOptions
@@ -24,9 +24,7 @@ router = APIRouter(tags=["completions"])
 
 
 @router.post("/v1/responses")
-async def responses(
-    fields: ResponseFields, http: HttpRequest, context: Annotated[Context, Depends(context_of)]
-) -> Response:
+async def responses(fields: ResponseFields, http: HttpRequest, context: Its) -> Response:
     """Answer a conversation."""
     asked = fields.as_chat()
     chat = await prepare_chat(asked, http, context)

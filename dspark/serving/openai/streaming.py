@@ -138,12 +138,7 @@ class _Progress:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "dspark": {
-                "rounds": stats.rounds,
-                "drafted": stats.drafted,
-                "verified": stats.verified,
-                "accepted": stats.accepted,
-            },
+            "dspark": stats.counts,
         }
 
     def close(self) -> None:
