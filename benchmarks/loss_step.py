@@ -36,7 +36,7 @@ from dspark.data.samples import Sample, SampleBatch
 from dspark.drafters.config import BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.heads import at_least_fp32
-from dspark.targets.parts import TargetParts
+from dspark.targets.forward import TargetParts
 from dspark.training.losses.blocks import (
     AnchorBlocks,
     LossWeights,

@@ -30,7 +30,7 @@ from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.errors import CompatibilityError, UsageError
 from dspark.request import Stats
 from dspark.targets.families import dissect
-from dspark.targets.parts import TargetParts
+from dspark.targets.forward import TargetParts
 
 
 class Speculation:

@@ -14,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.padding import SHORT_ROWS, padded_attention, plan_padding
 from dspark.attention.paged_cache import PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
-from dspark.attention.trees import tree_mask
+from dspark.attention.ragged_batch import RaggedBatch, tree_mask
 
 
 class Rule(NamedTuple):

@@ -26,8 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dspark.attention.backends import Rule
 from dspark.attention.paged_cache import PagedCache
-from dspark.attention.ragged_batch import Parents, RaggedBatch
-from dspark.attention.trees import ancestors, depths
+from dspark.attention.ragged_batch import Parents, RaggedBatch, ancestors, depths
 
 # Rows of a batch that share a list of pages.
 _QUERY_BLOCK = 128

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
-from dspark.attention.ragged_batch import RaggedBatch, Segment
-from dspark.attention.trees import tree_mask
+from dspark.attention.ragged_batch import RaggedBatch, Segment, tree_mask
 
 # Segments up to this long count as short; where there are trees, up to the second.
 SHORT_ROWS, SHORT_TREES = 16, 64

@@ -126,22 +126,26 @@ def _add_temperatures(drafter: AnyDrafter, options: Options, screen: Screen) -> 
 
     from dspark.drafters.checkpoints.files import ATTACHED_FOLDER
     from dspark.errors import CompatibilityError
-    from dspark.integrations import sglang
+    from dspark.integrations.engines import (
+        sglang_arguments,
+        takes_temperatures,
+        write_temperatures,
+    )
     from dspark.scheduling.calibration_file import FILE_NAME, Calibration
     from dspark.sources.names import drafter_source
 
     sts: str | None = None
     source = Path(drafter_source(options.source))
     beside = [path for path in (source / ATTACHED_FOLDER, source) if (path / FILE_NAME).is_file()]
-    for folder in beside[:1] if sglang.takes_temperatures(drafter) else ():
+    for folder in beside[:1] if takes_temperatures(drafter) else ():
         try:
             # SGLang keeps drafts by the token rule.
             calibration = Calibration.load(folder / FILE_NAME)
             entry = calibration.entry(drafter.block_size, "token", "sampled")
-            sts = str(sglang.write_temperatures(entry, Path(options.destination)))
+            sts = str(write_temperatures(entry, Path(options.destination)))
         except CompatibilityError as error:
             screen.say(f"{FILE_NAME} is left out: {error}")
-    return sglang.server_arguments(drafter, options.destination, sts)
+    return sglang_arguments(drafter, options.destination, sts)
 
 
 def _refuse_options_without_effect(options: Options) -> None:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark.attention.paged_cache import PagedCache
-from dspark.attention.ragged_batch import Part, RaggedBatch
-from dspark.attention.trees import with_trees
+from dspark.attention.ragged_batch import Part, RaggedBatch, with_trees
 from dspark.engine.requests.logprobs import score_prompts, scored_rows, with_rows
 from dspark.engine.requests.sequence import ActiveRequest, Piece
 from dspark.engine.requests.step_plan import StepPlan
@@ -28,7 +27,7 @@ from dspark.engine.speculation.speculator import Speculator, draft
 from dspark.engine.speculation.trees.forest import compact, in_order_of_paths
 from dspark.engine.speculation.trees.verify import verify_trees
 from dspark.engine.speculation.verify import Verdict, verify
-from dspark.targets.parts import TargetOutput
+from dspark.targets.forward import TargetOutput
 from dspark.targets.target import Target
 
 

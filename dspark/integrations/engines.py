@@ -1,4 +1,4 @@
-"""Which engine runs a drafter: with which command, and what of ours it gives up.
+"""Which engine runs a drafter: with which command and files, and what of ours it gives up.
 
 A drafter's files decide; an engine is not asked, but where one is installed beside this package in
 another version, that is said. docs/deploy.md tells what has been run.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dspark.drafters.checkpoints.eagle import beyond_sglang
+from dspark.drafters.checkpoints.eagle import beyond_sglang, sglang_options
 from dspark.drafters.checkpoints.fields import is_gemma4
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
@@ -20,7 +20,9 @@ from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
-from dspark.integrations import sglang, vllm
+from dspark.errors import CompatibilityError
+from dspark.integrations import vllm
+from dspark.scheduling.calibration_file import CalibrationEntry
 from dspark.sources.gguf import is_gguf
 from dspark.sources.names import drafter_source
 
@@ -120,7 +122,7 @@ def _llama_cpp(drafter: AnyDrafter, source: str) -> Verdict:
 def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
     notes: list[str] = []
     loses = ["an embedding or head of the drafter's own is replaced by the target's"]
-    if sglang.takes_temperatures(drafter):
+    if takes_temperatures(drafter):
         notes = [
             "Confidences act only with SGLANG_RAGGED_VERIFY_MODE=compact and a table of step costs"
         ]
@@ -133,7 +135,7 @@ def _sglang(drafter: AnyDrafter, source: str) -> Verdict:
         (
             f"dspark convert {source} for_sglang --to sglang --target TARGET",
             "python -m sglang.launch_server --model-path TARGET "
-            + sglang.server_arguments(drafter, "for_sglang"),
+            + sglang_arguments(drafter, "for_sglang"),
         ),
         tuple(notes),
         (*loses, _SEEDS, _PAYS),
@@ -203,3 +205,49 @@ def _beyond_v2(drafter: DSparkDrafter) -> list[str]:
         "a learned mask embedding": config.mask_token_id is None,
     }
     return [name for name, there in wrong.items() if there]
+
+
+STS_FILE = "sts_temperatures.json"
+
+
+def sglang_arguments(drafter: AnyDrafter, directory: str, sts: str | None = None) -> str:
+    """The arguments of `python -m sglang.launch_server --model-path TARGET`.
+
+    Args:
+        drafter: one that SGLang runs.
+        directory: where its files in the layout `sglang` lie.
+        sts: the file of its temperatures, if any.
+    """
+    said = f"{sglang_options(drafter)} --speculative-draft-model-path {directory}"
+    return said + (f" --speculative-dspark-confidence-sts-path {sts}" if sts else "")
+
+
+def takes_temperatures(drafter: AnyDrafter) -> bool:
+    """Whether SGLang reads confidences of a drafter: only its DSPARK does, of a head for them."""
+    return (
+        isinstance(drafter, DSparkDrafter)
+        and drafter.config.markov_rank > 0
+        and drafter.config.confidence_head
+    )
+
+
+def write_temperatures(entry: CalibrationEntry, directory: Path) -> Path:
+    """Write a calibration as SGLang reads it: one temperature per position.
+
+    Raises:
+        CompatibilityError: it has shifts, for which that file has no place.
+    """
+    if any(entry.scaling.shifts):
+        raise CompatibilityError(
+            f"The calibration of block size {entry.block_size} has shifts, for which SGLang has no "
+            "place; calibrate with --temperatures-only."
+        )
+    record = {
+        "temperatures": list(entry.scaling.temperatures),
+        "num_samples": entry.rounds,
+        "ece_before": [r.ece for r in entry.before],
+        "ece_after": [r.ece for r in entry.after],
+    }
+    path = directory / STS_FILE
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

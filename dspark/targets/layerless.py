@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from dspark.errors import CheckpointError, UsageError
 from dspark.targets.build import Prepared
 from dspark.targets.families import Anatomy, dissect
+from dspark.targets.forward import TargetOutput
 from dspark.targets.loading import (
     Source,
     load_config,
@@ -25,7 +26,6 @@ from dspark.targets.loading import (
     resolve_dtype,
     resolve_source,
 )
-from dspark.targets.parts import TargetOutput
 from dspark.targets.target import Target
 
 # What comes before a text model's own names, in its module tree or in its checkpoint's.

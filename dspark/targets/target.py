@@ -17,7 +17,7 @@ from dspark.targets.build import Modes, Prepared, max_context, prepare
 from dspark.targets.families import eos_token_ids
 from dspark.targets.fast.graphs import GraphSwitch
 from dspark.targets.fast.packing import PLAIN, QuantizeName, WeightsName
-from dspark.targets.forward import RaggedCall, apply_head, run_tapped
+from dspark.targets.forward import RaggedCall, TargetOutput, TargetParts, apply_head, run_tapped
 from dspark.targets.invariant import apply_head_in_tiles, run_in_tiles, with_cache
 from dspark.targets.loading import (
     Source,
@@ -28,7 +28,6 @@ from dspark.targets.loading import (
     resolve_source,
 )
 from dspark.targets.own_cache import StateCache
-from dspark.targets.parts import TargetOutput, TargetParts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

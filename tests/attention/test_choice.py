@@ -12,8 +12,7 @@ from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.choice import PLAIN, choose_attention
 from dspark.attention.flex import _block_mask, flex_attention
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
-from dspark.attention.trees import with_trees
+from dspark.attention.ragged_batch import RaggedBatch, with_trees
 from dspark.attention.varlen import VarlenAttention
 from dspark.errors import UsageError
 

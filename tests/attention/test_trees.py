@@ -9,8 +9,7 @@ from dspark.attention import backends
 from dspark.attention.backends import Rule, cached_attention
 from dspark.attention.padding import plan_padding
 from dspark.attention.paged_cache import BlockTable, CacheShape, PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
-from dspark.attention.trees import depths, with_trees
+from dspark.attention.ragged_batch import RaggedBatch, depths, with_trees
 
 PARENTS = (-1, 0, -1, 0, 1, 2, 1)
 HEADS, GROUPS, DIM = 4, 2, 8

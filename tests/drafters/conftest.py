@@ -16,7 +16,7 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig, DSparkConfig
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from dspark.targets.parts import TargetParts
+from dspark.targets.forward import TargetParts
 from dspark.training.losses.blocks import AnchorBlocks, sample_anchors
 from tests.helpers.targets import lent_parts, parts_in
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dspark.targets.parts import TargetParts
+from dspark.targets.forward import TargetParts
 
 
 def tiny_qwen3(*, seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

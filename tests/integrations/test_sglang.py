@@ -14,7 +14,11 @@ import torch
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save
 from dspark.drafters.checkpoints.eagle import beyond_sglang, sglang_options
 from dspark.errors import CompatibilityError
-from dspark.integrations import sglang
+from dspark.integrations.engines import (
+    sglang_arguments,
+    takes_temperatures,
+    write_temperatures,
+)
 from dspark.scheduling.calibration import Rounds
 from dspark.scheduling.calibration_file import calibrate
 from dspark.targets.target import Target
@@ -100,12 +104,12 @@ def test_other_layers_of_eagle3_are_refused(target, changes, words):
 
 def test_temperatures_go_as_sglang_reads_them(target, tmp_path):
     fitted = entry(shifts=False)
-    path = sglang.write_temperatures(fitted, tmp_path)
+    path = write_temperatures(fitted, tmp_path)
     record = json.loads(path.read_text())
     assert record["temperatures"] == list(fitted.scaling.temperatures)
     assert len(record["ece_before"]) == len(record["ece_after"]) == 4
     assert record["num_samples"] == 200
-    taken = [n for n in CASES if sglang.takes_temperatures(made(target, n))]
+    taken = [n for n in CASES if takes_temperatures(made(target, n))]
     assert taken == ["dspark", "dspark_gated", "dspark_rnn"]
 
 
@@ -113,7 +117,7 @@ def test_shifts_have_no_place_there(tmp_path):
     shifted = entry(shifts=True)
     assert any(shifted.scaling.shifts)
     with pytest.raises(CompatibilityError, match="--temperatures-only"):
-        sglang.write_temperatures(shifted, tmp_path)
+        write_temperatures(shifted, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,9 +128,9 @@ def said(target, tmp_path_factory):
     for name in CASES:
         drafter = made(target, name)
         save(drafter, folder / name, "sglang")
-        heads = sglang.takes_temperatures(drafter)
-        sts = sglang.write_temperatures(entry(shifts=False), folder / name) if heads else None
-        arguments = sglang.server_arguments(drafter, str(folder / name), sts and str(sts))
+        heads = takes_temperatures(drafter)
+        sts = write_temperatures(entry(shifts=False), folder / name) if heads else None
+        arguments = sglang_arguments(drafter, str(folder / name), sts and str(sts))
         jobs.append(
             {
                 "arguments": arguments.split(),

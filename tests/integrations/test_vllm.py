@@ -12,7 +12,7 @@ from dspark.targets.target import Target
 from tests.helpers.drafters import tiny_dspark, tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
 
-CPU, OURS = "vllm.v1.worker.cpu_worker.CPUWorker", "dspark.integrations.vllm.worker.DSparkWorker"
+CPU, OURS = "vllm.v1.worker.cpu_worker.CPUWorker", "dspark.integrations.vllm.proposer.DSparkWorker"
 GPU = "vllm.v1.worker.gpu_worker.Worker"
 
 

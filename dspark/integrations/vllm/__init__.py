@@ -2,7 +2,7 @@
 
 vLLM calls `register` in every process before a configuration is checked. It changes nothing but
 the class of the worker, and only where `method` is dspark: on a CPU (V1 runner) to one that
-drafts by this package (`worker.DSparkWorker`), on a GPU with adaptive verification (V2) to one
+drafts by this package (`proposer.DSparkWorker`), on a GPU with adaptive verification (V2) to one
 that calibrates confidences and may choose budgets by our rule (`verification.CalibratedWorker`).
 """
 
@@ -23,7 +23,7 @@ KNOWN = ("0.32", "0.33")
 _WORKERS = {
     "cpu": (
         "vllm.v1.worker.cpu_worker.CPUWorker",
-        "dspark.integrations.vllm.worker.DSparkWorker",
+        "dspark.integrations.vllm.proposer.DSparkWorker",
     ),
     "gpu": (
         "vllm.v1.worker.gpu_worker.Worker",

@@ -1,4 +1,4 @@
-"""DSpark drafting in vLLM's V1 runner: our drafter behind the runner's interface.
+"""DSpark drafting in vLLM's V1 runner: our drafter behind its interface, and the CPU worker.
 
 The drafter's context lies in a paged cache of ours with vLLM's own page numbers, so that a prefix
 that vLLM finds in its cache brings its draft context with it, and a page that vLLM gives to
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 from dspark.attention.paged_cache import BlockTable, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
@@ -220,3 +222,41 @@ def _check_slots(batch: RaggedBatch, slots_T: Tensor) -> None:
             f"vLLM keeps a token in row {int(slots_T[wrong])} where its block table says "
             f"{int(batch.rows_T[wrong])}; this vLLM's pages are not known to the DSpark plug-in."
         )
+
+
+class DSparkWorker(CPUWorker):
+    """vLLM's CPU worker, whose V1 runner drafts by a `DSparkProposer`."""
+
+    def init_device(self) -> None:
+        """Make the runner, and put the proposer in the place of vLLM's own."""
+        config = self.vllm_config.speculative_config.draft_model_config.hf_config
+        if getattr(config, "mask_token_id", None) is None:
+            config.mask_token_id = 0  # vLLM's proposer asks for one; ours may have learned it
+        super().init_device()
+        runner = self.model_runner
+        runner.drafter = DSparkProposer(self.vllm_config, torch.device("cpu"), runner)
+        runner.use_aux_hidden_state_outputs = True
+        # vLLM 0.32 hands its CPU kernel an int64 copy of a float tensor to write to, and goes on
+        # with uninitialised temperatures: sampled answers would not follow the target's law.
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    x: Tensor,
+    cu_num_tokens: Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> Tensor:
+    """What vLLM's function of this name promises: each request's value [R], once per token [T].
+
+    Args:
+        x: one value per request.
+        cu_num_tokens: tokens of the requests up to each, that one included.
+        num_tokens: T.
+        replace_from: a value that is replaced.
+        replace_to: by this one.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(x == replace_from, replace_to, x)
+    return values.repeat_interleave(counts.long(), output_size=num_tokens)
