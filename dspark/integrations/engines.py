@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspark.drafters.checkpoints.eagle import beyond_sglang, sglang_options
-from dspark.drafters.checkpoints.fields import is_gemma4
+from dspark.drafters.checkpoints.fields import is_gemma4, present
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG
 from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.published import PROJECTED_LAYER
@@ -204,7 +204,7 @@ def _beyond_v2(drafter: DSparkDrafter) -> list[str]:
         "a drafter without a Markov head": config.markov_rank == 0,
         "a learned mask embedding": config.mask_token_id is None,
     }
-    return [name for name, there in wrong.items() if there]
+    return present(wrong)
 
 
 STS_FILE = "sts_temperatures.json"

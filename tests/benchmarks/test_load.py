@@ -6,12 +6,12 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import load, plain_batch
-from dspark.drafters.checkpoints.checkpoint import save_published
 from dspark.engine.engine import Clock
 from dspark.evaluation.load.closed_loop import Answer, LoadRun
 from dspark.evaluation.load.report import FORMATS
 from dspark.request import Output, Stats
 from dspark.targets.target import Target
+from tests.helpers.checkpoints import save_published
 from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 
 SHAPE = "4,32,4,2,16,48"

@@ -10,9 +10,10 @@ import torch
 
 from dspark.cli.main import main
 from dspark.data.templates import train_tokenizer
-from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.targets.target import Target
+from tests.helpers.checkpoints import save_published
 from tests.helpers.drafters import tiny_backbone, tiny_dspark
 from tests.helpers.targets import tiny_qwen3
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from dspark.cli.measure import bench
-from dspark.drafters.checkpoints.checkpoint import save_published
 from dspark.evaluation.load.sweep import CONTENDERS
 from dspark.targets.target import Target
+from tests.helpers.checkpoints import save_published
 from tests.helpers.drafters import tiny_backbone, tiny_eagle3
 
 QUICK = ("--requests", 2, "--max-new-tokens", 8, "--threads", 1, "--json")

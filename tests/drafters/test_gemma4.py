@@ -18,15 +18,11 @@ from transformers.models.gemma4.modeling_gemma4 import (
     apply_rotary_pos_emb,
 )
 
-from dspark.drafters.checkpoints.checkpoint import (
-    load_drafter,
-    save_attached,
-    save_published,
-    save_speculators,
-)
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
 from dspark.drafters.layers import rotary
 from dspark.errors import CheckpointError, CompatibilityError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 WIDTH, HEAD, LAYERS, BLOCK, MASK, FULL = 16, 8, 2, 5, 36, "full_attention"
 

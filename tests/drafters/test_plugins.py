@@ -8,12 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.cli.main import main
-from dspark.drafters.checkpoints.checkpoint import (
-    load_drafter,
-    save,
-    save_attached,
-    save_published,
-)
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save, save_attached
 from dspark.drafters.checkpoints.registry import kinds, layouts, make_drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.loading import load_draft
@@ -22,6 +17,7 @@ from dspark.errors import CheckpointError, CompatibilityError, DSparkWarning
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from tests.helpers import outside
+from tests.helpers.checkpoints import save_published
 from tests.helpers.drafters import tiny_dspark
 from tests.helpers.targets import tiny_qwen3
 

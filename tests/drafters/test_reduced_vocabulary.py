@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.training.losses.blocks import LossWeights, block_loss
+from tests.helpers.checkpoints import save_published
 
 TOKENS = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
 UNKNOWN = [t for t in range(37) if t not in TOKENS.tolist()]

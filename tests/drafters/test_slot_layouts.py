@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.training.losses.blocks import LossWeights, block_loss
+from tests.helpers.checkpoints import save_published
 
 LENGTH = 24
 

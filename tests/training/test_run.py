@@ -9,13 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached, save_speculators
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.engine.model import Model
 from dspark.errors import CompatibilityError, RecipeError, TrainingError
 from dspark.evaluation.check.live import accepted, render
 from dspark.request import Request, SamplingParams
 from dspark.targets.target import Target
 from dspark.training.run import Judge, plan_recipe, run_recipe
+from tests.helpers.checkpoints import save_speculators
 from tests.helpers.samples import write_samples
 from tests.helpers.targets import tiny_llama
 

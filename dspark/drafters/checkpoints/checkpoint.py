@@ -34,7 +34,6 @@ from dspark.drafters.checkpoints.gguf import from_gguf, to_gguf
 from dspark.drafters.checkpoints.registry import (
     ATTACHED,
     DEEPSPEC,
-    SPECULATORS,
     AnyDrafter,
     Found,
     has_drafter_inside,
@@ -103,8 +102,8 @@ def _load(directory: Path, headers: dict[str, Tensor] | None = None) -> AnyDraft
 
 
 def _load_gguf(path: Path) -> AnyDrafter:
-    gguf = from_gguf(GgufFile.open(path))
-    return _filled(read_config(gguf.config, str(path)), gguf.state, str(path), path)
+    config, state = from_gguf(GgufFile.open(path))
+    return _filled(read_config(config, str(path)), state, str(path), path)
 
 
 def _filled(found: Found, state: Mapping[str, Tensor], where: str, place: Path) -> AnyDrafter:
@@ -155,20 +154,6 @@ def save(
     holds = layouts()[layout].holds_tables
     tables = _all_tables(drafter) if holds else _own_tables(drafter)
     return _save(drafter, Path(directory), layout, tables, dtype)
-
-
-def save_published(
-    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
-) -> Written:
-    """Write the published layout; see `save`."""
-    return save(drafter, directory, DEEPSPEC, dtype=dtype)
-
-
-def save_speculators(
-    drafter: AnyDrafter, directory: str | Path, *, dtype: torch.dtype | None = torch.bfloat16
-) -> Written:
-    """Write the layout of the speculators library; see `save`."""
-    return save(drafter, directory, SPECULATORS, dtype=dtype)
 
 
 def save_gguf(

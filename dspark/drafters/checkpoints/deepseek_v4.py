@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.block_scales import BLOCK, dequantised, to_fp4, to_fp8
-from dspark.drafters.checkpoints.fields import Reader
+from dspark.drafters.checkpoints.fields import Reader, present, refuse_parts
 from dspark.drafters.checkpoints.files import INSIDE as PREFIX
 from dspark.drafters.deepseek_v4 import STAGES, DeepseekV4Config, DeepseekV4Drafter
 from dspark.drafters.deepseek_v4_layers import SAME_INTEGERS, SAME_NUMBERS, DeepseekV4Layers
@@ -214,11 +214,10 @@ def _refuse_beyond(config: DeepseekV4Config) -> None:
         "a confidence head without a Markov head": config.confidence_head
         and not (config.confidence_head_with_markov and config.markov_rank > 0),
     }
-    if found := [name for name, there in beyond.items() if there]:
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, for which DeepSeek-V4's fields have no "
-            "place; save it in another layout."
-        )
+    refuse_parts(
+        present(beyond),
+        "for which DeepSeek-V4's fields have no place; save it in another layout.",
+    )
 
 
 def _is_v41(data: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark.drafters.base import Layout
-from dspark.drafters.checkpoints.fields import Reader, is_gemma4
+from dspark.drafters.checkpoints.fields import Reader, is_gemma4, present, refuse_parts
 from dspark.drafters.checkpoints.published import (
     LLAMA_EAGLE3,
     PROJECTED_LAYER,
@@ -116,7 +116,7 @@ def beyond_sglang(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
             "markov_rank 0 with sample_from_anchor true": plain and own.sample_from_anchor,
             "a confidence head without a Markov head": plain and own.confidence_head,
         }
-    return [name for name, there in wrong.items() if there]
+    return present(wrong)
 
 
 def sglang_options(drafter: DSparkDrafter | Eagle3Drafter) -> str:
@@ -134,11 +134,7 @@ def sglang_options(drafter: DSparkDrafter | Eagle3Drafter) -> str:
 
 
 def _refuse(drafter: DSparkDrafter | Eagle3Drafter) -> None:
-    if found := beyond_sglang(drafter):
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, which SGLang does not run; serve it with "
-            "dspark."
-        )
+    refuse_parts(beyond_sglang(drafter), "which SGLang does not run; serve it with dspark.")
 
 
 def _write_dspark(drafter: DSparkDrafter, dtype: str) -> dict[str, Any]:

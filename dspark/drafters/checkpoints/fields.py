@@ -7,7 +7,7 @@ Gemma4's, whose drafters use its global attention layers only (docs/method.md, 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from dspark.drafters.config import GEMMA4_PARTS, BackboneConfig
@@ -95,6 +95,25 @@ def is_positive(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
+def present(parts: Mapping[str, bool]) -> list[str]:
+    """The names of the parts that are there."""
+    return [name for name, there in parts.items() if there]
+
+
+def refuse_parts(found: Sequence[str], why: str) -> None:
+    """Refuse a drafter with parts that a layout or an engine has no place for.
+
+    Args:
+        found: what it has.
+        why: ends the sentence, with the remedy.
+
+    Raises:
+        CompatibilityError: there are any.
+    """
+    if found:
+        raise CompatibilityError(f"The drafter has {' and '.join(found)}, {why}")
+
+
 def qwen3_layers_from_json(
     data: Mapping[str, Any], where: str, num_taps: int, *, query_key_norms: bool = True
 ) -> BackboneConfig:
@@ -120,16 +139,11 @@ def qwen3_layers_from_json(
         )
     sliding = _sliding_layers(read)
     return BackboneConfig(
-        hidden_size=read.integer("hidden_size"),
-        intermediate_size=read.integer("intermediate_size"),
-        num_layers=read.integer("num_hidden_layers"),
-        num_heads=read.integer("num_attention_heads"),
+        **_common_shapes(read),
         num_kv_heads=read.integer("num_key_value_heads"),
         head_dim=read.integer("head_dim"),
         num_taps=num_taps,
-        rms_norm_eps=read.number("rms_norm_eps"),
         rope_theta=theta,
-        attention_bias=read.boolean("attention_bias", default=False),
         query_key_norms=query_key_norms,
         sliding_layers=sliding,
         sliding_window=read.integer("sliding_window") if sliding else None,
@@ -157,20 +171,27 @@ def gemma4_layers_from_json(data: Mapping[str, Any], where: str, num_taps: int) 
     if shared and data.get("num_global_key_value_heads") is not None:
         heads = "num_global_key_value_heads"
     return BackboneConfig(
-        hidden_size=read.integer("hidden_size"),
-        intermediate_size=read.integer("intermediate_size"),
-        num_layers=read.integer("num_hidden_layers"),
-        num_heads=read.integer("num_attention_heads"),
+        **_common_shapes(read),
         num_kv_heads=read.integer(heads),
         head_dim=read.integer("global_head_dim"),
         num_taps=num_taps,
-        rms_norm_eps=read.number("rms_norm_eps"),
         rope_theta=theta,
-        attention_bias=read.boolean("attention_bias", default=False),
         value_from_key=shared,
         rotary_fraction=fraction,
         **GEMMA4_PARTS,
     )
+
+
+def _common_shapes(read: Reader) -> dict[str, Any]:
+    """What layers of either family say in the same fields."""
+    return {
+        "hidden_size": read.integer("hidden_size"),
+        "intermediate_size": read.integer("intermediate_size"),
+        "num_layers": read.integer("num_hidden_layers"),
+        "num_heads": read.integer("num_attention_heads"),
+        "rms_norm_eps": read.number("rms_norm_eps"),
+        "attention_bias": read.boolean("attention_bias", default=False),
+    }
 
 
 def is_gemma4(backbone: BackboneConfig) -> bool:

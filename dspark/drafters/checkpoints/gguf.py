@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.drafters.checkpoints.fields import is_gemma4
+from dspark.drafters.checkpoints.fields import is_gemma4, present, refuse_parts
 from dspark.drafters.checkpoints.published import DSPARK, LLAMA_EAGLE3, PROJECTED_LAYER, RESIDUAL
 from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES
 from dspark.drafters.config import BackboneConfig, DSparkConfig
@@ -114,11 +113,9 @@ def to_gguf(
         CompatibilityError: llama.cpp has no place for something of the drafter, which is named.
     """
     eagle3 = isinstance(drafter, Eagle3Drafter)
-    if found := beyond_llama_cpp(drafter):
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, which llama.cpp does not run; keep it in "
-            "another layout."
-        )
+    refuse_parts(
+        beyond_llama_cpp(drafter), "which llama.cpp does not run; keep it in another layout."
+    )
     architecture = EAGLE3 if eagle3 else DFLASH
     values = _layer_values(drafter.config)
     if isinstance(drafter, Eagle3Drafter):
@@ -205,7 +202,7 @@ def beyond_llama_cpp(drafter: DSparkDrafter | Eagle3Drafter) -> list[str]:
         return ["DeepSeek-V4's layers, of which llama.cpp's own converter makes its file"]
     architectures = [str(name) for name in config.extra.get(TARGET_ARCHITECTURES, ())]
     parts = _beyond_layers(config.backbone) | own(drafter)
-    found = [name for name, there in parts.items() if there]
+    found = present(parts)
     if config.target_layer_ids[-1] == last:
         found.append(f"target_layer_ids with the target's last layer ({last})")
     if any(name.lower().startswith("gemma") for name in architectures):
@@ -261,15 +258,7 @@ def spec_flags(drafter: DSparkDrafter | Eagle3Drafter) -> str:
 # Reading
 
 
-@dataclass(frozen=True)
-class GgufDrafter:
-    """What a GGUF file says of a drafter: its config.json, and its tensors by our names."""
-
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-
-
-def from_gguf(file: GgufFile) -> GgufDrafter:
+def from_gguf(file: GgufFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a drafter.
 
     Raises:
@@ -303,7 +292,7 @@ def from_gguf(file: GgufFile) -> GgufDrafter:
         }
     if "d2t" in file.tensors:
         config["draft_vocab_size"] = file.tensors["d2t"].shape[0]
-    return GgufDrafter(config, _state(file, config))
+    return config, _state(file, config)
 
 
 def _refuse_unpaired(file: GgufFile) -> None:
@@ -392,7 +381,10 @@ def _dflash_config(file: GgufFile, read: _Read) -> dict[str, Any]:
 
 
 def _state(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    ours = {theirs: name for name, theirs in {**_TOP, **_layer_names(_layers(config))}.items()}
+    ours = {
+        theirs: name
+        for name, theirs in {**_TOP, **_layer_names(int(config["num_hidden_layers"]))}.items()
+    }
     unknown = [name for name in file.tensors if name not in ours]
     if unknown:
         raise CompatibilityError(
@@ -414,10 +406,6 @@ def _state(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
         state["d2t"] = tokens - torch.arange(tokens.numel())
         state["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, tokens, True)
     return _as_stored(state)
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return int(config["num_hidden_layers"])
 
 
 def _as_stored(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,9 @@ from dspark.drafters.checkpoints.fields import (
     gemma4_layers_from_json,
     is_gemma4,
     model_to_json,
+    present,
     qwen3_layers_from_json,
+    refuse_parts,
 )
 from dspark.drafters.config import DSparkConfig
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
@@ -263,12 +265,11 @@ def refuse_beyond_published(config: DSparkConfig | Eagle3Config) -> None:
         beyond["Llama's layer"] = not config.backbone.query_key_norms
         beyond[f"{config.backbone.num_layers} layers"] = config.backbone.num_layers > 1
         beyond["all drafts in one pass (P-EAGLE)"] = config.mask_token_id is not None
-    found = [name for name, there in beyond.items() if there]
-    if found:
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, for which the published layout has no place"
-            f"{known}; save it attached to its target, or as speculators."
-        )
+    refuse_parts(
+        present(beyond),
+        f"for which the published layout has no place{known}; save it attached to its target, or "
+        "as speculators.",
+    )
 
 
 def refuse_learned_mask(drafter: DSparkDrafter, layout: str) -> None:

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from dspark.drafters.base import Layout
 from dspark.drafters.checkpoints.eagle import AUX_LAYERS, FLAGS, llama_shapes
-from dspark.drafters.checkpoints.fields import QWEN3_FIELDS, Reader, is_gemma4
+from dspark.drafters.checkpoints.fields import (
+    QWEN3_FIELDS,
+    Reader,
+    is_gemma4,
+    present,
+    refuse_parts,
+)
 from dspark.drafters.checkpoints.published import (
     PROJECTED,
     RESIDUAL,
@@ -350,11 +356,10 @@ def _mtp_to_json(drafter: Eagle3Drafter, dtype: str) -> dict[str, Any]:
         "Llama's layer": not config.backbone.query_key_norms,
         "an embedding or head of its own": own or config.draft_vocab_size is not None,
     }
-    if found := [name for name, there in wrong.items() if there]:
-        raise CompatibilityError(
-            f"The drafter has {' and '.join(found)}, for which the library's mtp has no place; "
-            "save it attached to its target."
-        )
+    refuse_parts(
+        present(wrong),
+        "for which the library's mtp has no place; save it attached to its target.",
+    )
     flat = eagle3_to_json(config, dtype)
     name, architectures = flat.pop(TARGET_NAME, None), flat.pop(TARGET_ARCHITECTURES, [])
     nested = _nested_fields(flat, config.extra)

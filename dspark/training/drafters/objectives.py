@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dspark.data.conversations import Prompt
 from dspark.data.samples import Sample, SampleBatch
-from dspark.drafters.checkpoints.checkpoint import save_attached, save_published
+from dspark.drafters.checkpoints.checkpoint import save, save_attached
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Config, DeepseekV4Drafter
 from dspark.drafters.dspark import DSparkDrafter
@@ -199,7 +199,7 @@ def export(drafter: AnyDrafter, recipe: DrafterRecipe, directory: Path) -> None:
         save_attached(drafter, recipe.target)
         return
     try:
-        save_published(drafter, directory)
+        save(drafter, directory)
     except CompatibilityError:
         save_attached(drafter, directory)
 

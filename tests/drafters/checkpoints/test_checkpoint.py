@@ -8,14 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoints import files
-from dspark.drafters.checkpoints.checkpoint import (
-    has_attached_drafter,
-    load_drafter,
-    save_attached,
-    save_published,
-    save_speculators,
-)
+from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter, save_attached
 from dspark.errors import CheckpointError, CompatibilityError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 
 @pytest.fixture

@@ -7,15 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters.checkpoints.checkpoint import (
-    load_drafter,
-    save_attached,
-    save_published,
-    save_speculators,
-)
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.checkpoints.published import eagle3_from_json, eagle3_to_json
 from dspark.drafters.checkpoints.registry import read_config
 from dspark.errors import CheckpointError, CompatibilityError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 KNOWN = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
 FULL = "full_attention"

@@ -5,12 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dspark.drafters.checkpoints.checkpoint import (
-    borrow_tables,
-    load_drafter,
-    save_gguf,
-    save_published,
-)
+from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_gguf
 from dspark.drafters.checkpoints.gguf import spec_flags, to_gguf
 from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens, tokenizer_fields
 from dspark.drafters.checkpoints.target_tables import TargetTables
@@ -18,6 +13,7 @@ from dspark.engine.loading import load
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources.gguf_file import Field, GgufFile, write_gguf
 from dspark.targets.target import Target
+from tests.helpers.checkpoints import save_published
 from tests.helpers.drafters import tiny_backbone, tiny_dspark, tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
 

@@ -9,15 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.drafters.checkpoints.checkpoint import (
-    borrow_tables,
-    load_drafter,
-    save_attached,
-    save_published,
-    save_speculators,
-)
+from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_attached
 from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.errors import CheckpointError, CompatibilityError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 TOKENS = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
 

@@ -4,13 +4,9 @@ import json
 
 import pytest
 
-from dspark.drafters.checkpoints.checkpoint import (
-    load_drafter,
-    save_attached,
-    save_published,
-    save_speculators,
-)
+from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.errors import CheckpointError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 THETA = 54321.0
 STYLES = {

@@ -22,14 +22,13 @@ from dspark.drafters.checkpoints.checkpoint import (
     save,
     save_attached,
     save_gguf,
-    save_published,
-    save_speculators,
 )
 from dspark.drafters.checkpoints.registry import SGLANG, read_config
 from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.drafters.eagle3 import Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.errors import CompatibilityError
+from tests.helpers.checkpoints import save_published, save_speculators
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "speculators"
 BLOCKS = ("dspark", "dspark_gated", "dspark_rnn", "dspark_llama", "dflash", "dflash_anchor")
