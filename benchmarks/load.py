@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,14 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.evaluation.load.closed_loop import LoadRun
-from dspark.evaluation.load.report import can_draw, load_report, load_rows, over_best, save_figure
+from dspark.evaluation.load.report import (
+    can_draw,
+    load_report,
+    load_rows,
+    median,
+    median_interval,
+    save_figure,
+)
 from dspark.evaluation.load.sweep import Contender, Runs, Workload, contenders, cover_costs, sweep
 from dspark.request import VERIFIERS, Request, SamplingParams
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
@@ -64,6 +72,28 @@ class Pair:
 
     model: Model
     mtp: Model
+
+
+def over_best(runs: Runs, name: str, others: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Per concurrency a contender's throughput over the best of others, repeat by repeat.
+
+    The best is the one of the highest median; each repeat gives a ratio of two runs that took
+    turns. The median of these ratios counts, `ci95` is its bootstrap interval.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for users in dict.fromkeys(users for users, _ in runs):
+        speeds = {
+            way: [run.tokens_per_s for run in runs[users, way]]
+            for way in (name, *others)
+            if (users, way) in runs
+        }
+        rivals = [way for way in speeds if way != name]
+        if name not in speeds or not rivals:
+            continue
+        best = max(rivals, key=lambda way: median(speeds[way]))
+        ratios = [a / b for a, b in zip(speeds[name], speeds[best], strict=True)]
+        found[users] = {"best": best, "ratio": median(ratios), "ci95": median_interval(ratios)}
+    return found
 
 
 def inflated(args: argparse.Namespace) -> Pair:

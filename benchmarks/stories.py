@@ -22,7 +22,7 @@ import torch
 
 import dspark
 from benchmarks.common import add_machine_options, emit, environment, say
-from dspark.data.conversations import read_json_lines
+from dspark.data.files.json_lines import read_json_lines
 from dspark.request import Output, Request, SamplingParams, merge_stats
 from dspark.training.run import run_recipe
 

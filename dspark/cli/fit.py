@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
         "speedup": {"t0": None, "t1": None},
         "ece": None,
         "output_dir": None,
-        "plan": plan.as_dict(),
+        "plan": asdict(plan),
     }
 
 

@@ -14,21 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.data.files.json_lines import read_json_lines, write_json_lines
+from dspark.data.files.json_lines import read_json_lines
 from dspark.errors import DataError, is_unicode
-
-__all__ = [
-    "ROLES",
-    "Dialogue",
-    "Message",
-    "Prompt",
-    "as_prompt",
-    "check_messages",
-    "read_conversations",
-    "read_json_lines",
-    "read_prompts",
-    "write_json_lines",
-]
 
 Message = dict[str, Any]
 """`role` and `content`, both text; optionally `thinking` (text), `tool_calls` (OpenAI's format, but

@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,6 @@ class Speeds:
     def round_s(self, drafts: int) -> float:
         """Approximate seconds of a round of `drafts` drafts of a request in a batch."""
         return ROUND_COST * (drafts + 1) / self.batch_tokens_per_s
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, seed: int) -> Speeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dspark.errors import UsageError
@@ -77,13 +77,9 @@ class Plan:
         """Seconds of all stages after training."""
         return sum(self.seconds[name] for name in ("calibration", "costs", "evaluation", "attach"))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Plan:
-        """The plan from `as_dict`."""
+        """The plan from `asdict`."""
         values = dict(record)
         shape, speeds = Shape.of(values.pop("shape")), Speeds(**values.pop("speeds"))
         return cls(shape=shape, speeds=speeds, **values)

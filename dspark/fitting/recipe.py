@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,9 @@ class Shape:
     draft_vocabulary: int | None
     learning_rate: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     @classmethod
     def of(cls, record: dict[str, Any]) -> Shape:
-        """The shape from `as_dict`."""
+        """The shape from `asdict`."""
         return cls(**{**record, "taps": tuple(record["taps"])})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ class _Run:
 
     def _planned(self) -> dict[str, Any]:
         plan = _plan(self.options, self._loaded(), self.state, self.watcher.say)
-        return {"plan": plan.as_dict(), "attach_to": _attach_to(self.options)}
+        return {"plan": asdict(plan), "attach_to": _attach_to(self.options)}
 
     def _trained(self, fit: answers.Fit) -> dict[str, Any]:
         try:
@@ -244,7 +244,7 @@ class _Run:
             "attached": results["attach"]["attached"],
             "budget_s": self.options.budget_s,
             "seconds": self.state.elapsed_s,
-            "plan": plan.as_dict(),
+            "plan": asdict(plan),
             "training": results["training"],
             "vocabulary": {
                 name: results["answers"][name] for name in ("draft_vocabulary", "coverage")

@@ -267,21 +267,13 @@ def _load_initial(model: Qwen3ForCausalLM, directory: Path) -> None:
 
 
 def _config(recipe: TargetRecipe, tokenizer: Any) -> Qwen3Config:
-    a = recipe.architecture
-    end = tokenizer.convert_tokens_to_ids(END)
+    shapes = recipe.architecture.model_dump()
     return Qwen3Config(
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.intermediate_size,
-        num_hidden_layers=a.num_hidden_layers,
-        num_attention_heads=a.num_attention_heads,
-        num_key_value_heads=a.num_key_value_heads,
-        head_dim=a.head_dim,
-        max_position_embeddings=a.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": shapes.pop("rope_theta")},
+        **shapes,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=end,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.load import over_best
 from dspark.engine.engine import Clock
 from dspark.engine.model import Model
 from dspark.errors import DSparkWarning, UsageError
 from dspark.evaluation.load import report as load_report
 from dspark.evaluation.load import sweep as load_sweep
 from dspark.evaluation.load.closed_loop import Answer, LoadRun, out_of_step
-from dspark.evaluation.load.report import at_floors, load_rows, over_best, over_mtp1
+from dspark.evaluation.load.report import at_floors, load_rows, over_mtp1
 from dspark.evaluation.load.sweep import Workload, contenders, cover_costs, is_mtp, sweep
 from dspark.request import Output, Request, SamplingParams, Stats
 

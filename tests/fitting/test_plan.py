@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +74,7 @@ def test_the_parts_fill_the_budget(speeds, budget_s, speed, own):
     assert plan.heldout >= FEWEST_HELD_OUT
     assert plan.steps * fast.step_s(plan.rows, plan.anchors) <= 1.01 * plan.seconds["training"]
     assert (plan.seconds["prompts"] > 0) == own
-    assert Plan.of(plan.as_dict()) == plan
+    assert Plan.of(asdict(plan)) == plan
     assert len(plan_rows(plan)) == 7
 
 
@@ -132,7 +132,7 @@ def test_a_drafter_gets_deeper_with_time_and_slower_rates_with_width():
     assert choose_shape(target(), 900).learning_rate == pytest.approx(1.1e-3)
     assert choose_shape(target(), 900).rank > choose_shape(target(vocab_size=512), 900).rank
     assert choose_shape(target(vocab_size=512), 900).draft_vocabulary is None
-    assert Shape.of(shapes[0].as_dict()) == shapes[0]
+    assert Shape.of(asdict(shapes[0])) == shapes[0]
 
 
 def test_the_draft_vocabulary_covers_the_answers():

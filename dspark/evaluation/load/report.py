@@ -231,28 +231,6 @@ def over_mtp1(rows: Sequence[LoadRow]) -> list[dict[str, Any]]:
     return found
 
 
-def over_best(runs: Runs, name: str, others: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Per concurrency a contender's throughput over the best of others, repeat by repeat.
-
-    The best is the one of the highest median; each repeat gives a ratio of two runs that took
-    turns. The median of these ratios counts, `ci95` is its bootstrap interval.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    for users in dict.fromkeys(users for users, _ in runs):
-        speeds = {
-            way: [run.tokens_per_s for run in runs[users, way]]
-            for way in (name, *others)
-            if (users, way) in runs
-        }
-        rivals = [way for way in speeds if way != name]
-        if name not in speeds or not rivals:
-            continue
-        best = max(rivals, key=lambda way: median(speeds[way]))
-        ratios = [a / b for a, b in zip(speeds[name], speeds[best], strict=True)]
-        found[users] = {"best": best, "ratio": median(ratios), "ci95": median_interval(ratios)}
-    return found
-
-
 def load_report(rows: Sequence[LoadRow], floors: Sequence[float] = ()) -> dict[str, Any]:
     """The JSON keys of a sweep: `rows`, `at_floor` and `over_mtp1`."""
     return {
@@ -315,11 +293,7 @@ def _draw_frontiers(axes: Axes, rows: Sequence[LoadRow]) -> None:
             at = (row.tokens_per_s_per_user, row.tokens_per_s)
             text = str(row.concurrency)
             axes.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("tokens/s of a user, after the first token")
-    axes.set_ylabel("tokens/s of all users")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    _finish(axes, "tokens/s of a user, after the first token", "tokens/s of all users")
 
 
 def _draw_verified(axes: Axes, rows: Sequence[LoadRow]) -> None:
@@ -334,8 +308,11 @@ def _draw_verified(axes: Axes, rows: Sequence[LoadRow]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(users) for users in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("users")
-    axes.set_ylabel("verified tokens per request and round")
+    _finish(axes, "users", "verified tokens per request and round")
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -60,11 +60,6 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def share(value: float | None) -> str:
-    """A share, two decimals."""
-    return "-" if value is None else f"{value:.2f}"
-
-
 def three(value: float | None) -> str:
     """Three decimals."""
     return "-" if value is None else f"{value:.3f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,10 @@ def _named(runs: Sequence[Run]) -> list[tuple[str, Run, str]]:
     ]
 
 
+def _domains(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run["domains"]))
+
+
 def _accepted_length(report: Report) -> Figure | None:
     named = _named(main_runs(report["runs"]))
     tasks = list(dict.fromkeys(task for _, run, _ in named for task in run["tasks"]))
@@ -123,7 +127,7 @@ def _whiskers(
 
 def _decay(report: Report) -> Figure | None:
     named = _named([r for r in main_runs(report["runs"]) if r["drafter"]["block_size"]])
-    domains = list(dict.fromkeys(name for _, run, _ in named for name in run["domains"]))
+    domains = _domains(run for _, run, _ in named)
     if not domains:
         return None
     figure, panels = _panels(len(domains), 2.6)
@@ -141,9 +145,7 @@ def _decay(report: Report) -> Figure | None:
                 )
             axes.plot([], [], "o-", color=colour, label=label, ms=4)
         axes.set_title(name, fontsize=9)
-        axes.set_ylim(0, 1.03)
-        axes.set_xlabel("draft position")
-        axes.set_ylabel("kept, given the ones before")
+        axes.set(ylim=(0, 1.03), xlabel="draft position", ylabel="kept, given the ones before")
     panels[0].legend(fontsize=7)
     return figure
 
@@ -159,8 +161,7 @@ def _depth(report: Report) -> Figure | None:
             continue
         _whiskers(axes, layers, 0, macro["ci95"], colour, across=False)
         axes.plot(layers, macro["accepted_length"], "o", color=colour, label=label)
-    axes.set_xlabel("layers of the drafter")
-    axes.set_ylabel("accepted length, mean over tasks")
+    axes.set(xlabel="layers of the drafter", ylabel="accepted length, mean over tasks")
     axes.set_xticks(sorted({run["drafter"]["layers"] for run in runs}))
     axes.legend(fontsize=8)
     return figure
@@ -170,7 +171,7 @@ def _block(report: Report) -> Figure | None:
     lines = series(report["runs"], "block_size")
     if not lines:
         return None
-    domains = list(dict.fromkeys(name for line in lines for run in line for name in run["domains"]))
+    domains = _domains(run for line in lines for run in line)
     figure, panels = _panels(len(domains), 2.6)
     for axes, name in zip(panels, domains, strict=True):
         for i, line in enumerate(lines):
@@ -187,8 +188,7 @@ def _block(report: Report) -> Figure | None:
                 [at for at, _ in points], values, "o-", color=colour, label=_line(lines, i), ms=4
             )
         axes.set_title(name, fontsize=9)
-        axes.set_xlabel(SWEEPS["block"].label)
-        axes.set_ylabel("accepted length")
+        axes.set(xlabel=SWEEPS["block"].label, ylabel="accepted length")
     panels[0].legend(fontsize=7)
     return figure
 
@@ -204,7 +204,7 @@ def _threshold(report: Report) -> Figure | None:
     lines = series(report["runs"], "threshold")
     if not lines:
         return None
-    domains = list(dict.fromkeys(name for line in lines for run in line for name in run["domains"]))
+    domains = _domains(run for line in lines for run in line)
     figure, panels = _panels(2 * len(lines), 2.6, columns=2)
     for i, line in enumerate(lines):
         rows = (("acceptance", "(accepted + 1) / (verified + 1)"), ("accepted_length", None))
@@ -217,8 +217,7 @@ def _threshold(report: Report) -> Figure | None:
                 ]
                 xs, ys = [x for x, _ in points], [y for _, y in points]
                 axes.plot(xs, ys, "o-", color=colour, label=name, ms=3)
-            axes.set_xlabel(SWEEPS["threshold"].label)
-            axes.set_ylabel(said or "accepted length")
+            axes.set(xlabel=SWEEPS["threshold"].label, ylabel=said or "accepted length")
             axes.set_title(_line(lines, i), fontsize=8)
     panels[0].legend(fontsize=7)
     return figure
@@ -264,10 +263,7 @@ def _reliability(axes: Axes, pooled: Mapping[str, Any], position: int) -> None:
     )
     beside.set_ylim(0, 3 * max(1, *counts))
     beside.set_yticks([])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("predicted survival")
-    axes.set_ylabel("survived")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted survival", ylabel="survived")
 
 
 def _pooled(run: Run) -> dict[str, Any] | None:
@@ -313,8 +309,7 @@ def _sweep(name: str) -> Callable[[Report], Figure | None]:
             xs = [run["settings"][field] for run in known]
             colour = COLOURS[i % len(COLOURS)]
             axes.plot(xs, values, "o-", color=colour, label=_line(lines, i, field), ms=4)
-        axes.set_xlabel(SWEEPS[name].label)
-        axes.set_ylabel("accepted length, mean over tasks")
+        axes.set(xlabel=SWEEPS[name].label, ylabel="accepted length, mean over tasks")
         axes.legend(fontsize=8)
         return figure
 

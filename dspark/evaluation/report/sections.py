@@ -15,7 +15,6 @@ from dspark.evaluation.report.document import (
     number,
     percent,
     setting,
-    share,
     three,
     with_interval,
 )
@@ -142,14 +141,14 @@ def _decay(named: Sequence[tuple[str, Report]]) -> list[Piece]:
     for label, run in named:
         for name, domain in run["domains"].items():
             pairs = zip(domain["conditional_acceptance"], domain["conditional_counts"], strict=True)
-            cells = [f"{share(kept)} ({count})" for kept, count in pairs]
+            cells = [f"{number(kept)} ({count})" for kept, count in pairs]
             rows.append((f"{label}, {name}", *cells, *[""] * (depth - len(cells))))
     survival = [
         (f"{label}, {name}", *cells, *[""] * (depth - len(cells)))
         for label, run in named
         for name, domain in run["domains"].items()
         if domain["prefix_survival"] is not None
-        for cells in [[share(kept) for kept in domain["prefix_survival"]]]
+        for cells in [[number(kept) for kept in domain["prefix_survival"]]]
     ]
     head = ("run, domain", *(str(k) for k in range(1, depth + 1)))
     return [
