@@ -25,7 +25,7 @@ from benchmarks.common import DTYPES, add_machine_options, emit, environment, sa
 from benchmarks.llama_cpp import DETAILED, SpeculativeRun, run_speculative
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.drafters.checkpoints.gguf import spec_flags
+from dspark.drafters.checkpoints.gguf_writer import spec_flags
 from dspark.engine.model import Model
 from dspark.request import Output, Request, SamplingParams
 

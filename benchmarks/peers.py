@@ -36,7 +36,7 @@ from benchmarks.common import DTYPES, add_machine_options, emit, environment, mo
 from benchmarks.llama_cpp import Process, complete, free_port, server_command
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.drafters.checkpoints.gguf import spec_flags
+from dspark.drafters.checkpoints.gguf_writer import spec_flags
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams

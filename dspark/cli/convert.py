@@ -70,8 +70,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         has_attached_drafter,
         load_drafter,
     )
+    from dspark.drafters.checkpoints.from_target import TargetTables
     from dspark.drafters.checkpoints.registry import SGLANG, layouts
-    from dspark.drafters.checkpoints.target_tables import TargetTables
 
     use_threads(options)
     known = {name: layout for name, layout in layouts().items() if layout.writers}
@@ -110,7 +110,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     screen.say(line)
     report = {"format": options.to, "tensors": written.tensors, "bytes": written.bytes}
     if options.to == GGUF:
-        from dspark.drafters.checkpoints.gguf import spec_flags
+        from dspark.drafters.checkpoints.gguf_writer import spec_flags
 
         report["llama_cpp"] = f"-md {options.destination} {spec_flags(drafter)}"
         screen.say(f"For llama.cpp: {report['llama_cpp']}")
@@ -165,8 +165,8 @@ def _save(drafter: AnyDrafter, target: str | None, options: Options) -> Written:
 
     if options.to == GGUF:
         from dspark.drafters.checkpoints.checkpoint import save_gguf
+        from dspark.drafters.checkpoints.from_target import refuse_other_tokens, tokenizer_fields
         from dspark.drafters.checkpoints.gguf import TOKENS
-        from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens, tokenizer_fields
         from dspark.sources.gguf import is_gguf
 
         assert target is not None  # refused above

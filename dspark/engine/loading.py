@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, load_drafter
 from dspark.drafters.checkpoints.files import resolve
-from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens
+from dspark.drafters.checkpoints.from_target import refuse_other_tokens
 from dspark.drafters.checkpoints.registry import make_drafter
 from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkWarning

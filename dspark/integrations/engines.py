@@ -14,7 +14,7 @@ from pathlib import Path
 from dspark.drafters.checkpoints.eagle import beyond_sglang, sglang_options
 from dspark.drafters.checkpoints.fields import is_gemma4, present
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER, CONFIG
-from dspark.drafters.checkpoints.gguf import beyond_llama_cpp, spec_flags
+from dspark.drafters.checkpoints.gguf_writer import beyond_llama_cpp, spec_flags
 from dspark.drafters.checkpoints.published import PROJECTED_LAYER
 from dspark.drafters.checkpoints.registry import AnyDrafter
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter

@@ -11,7 +11,8 @@ from typing import Any
 
 from dspark.errors import TrainingError
 from dspark.training.checkpoints import saved_steps
-from dspark.training.loop import Training, peak_memory_bytes
+from dspark.training.loop import Training
+from dspark.training.objective import peak_memory_bytes
 from dspark.training.optim import number_of
 
 # Runs with fewer steps left are not probed: the probe takes two.

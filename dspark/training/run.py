@@ -35,8 +35,9 @@ from dspark.training.drafters.objectives import (
 )
 from dspark.training.drafters.warm_start import start_from
 from dspark.training.language_model import LanguageModelObjective, prepare_tokenizer
-from dspark.training.loop import DataOrder, Evaluation, Training, TrainingResult
+from dspark.training.loop import Training
 from dspark.training.losses.chunked import suitable_rows
+from dspark.training.objective import DataOrder, Evaluation, TrainingResult
 from dspark.training.parallel import World, barrier, pick_device, start_parallel, wants_sharding
 from dspark.training.progress import Pace
 from dspark.training.recipe import (

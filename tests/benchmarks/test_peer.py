@@ -11,8 +11,7 @@ import dspark
 from benchmarks.peer_drafters import compare, measure
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_gguf
-from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
-from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.checkpoints.from_target import TargetTables, tokenizer_fields
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.request import SamplingParams
 from dspark.sources.names import BUNDLED, BUNDLED_DRAFTERS

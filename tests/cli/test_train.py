@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dspark.training.budget import Budget
-from dspark.training.loop import TrainingResult
+from dspark.training.objective import TrainingResult
 
 ROOT = Path(__file__).parents[2]
 

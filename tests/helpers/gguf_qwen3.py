@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dspark.drafters.checkpoints.files import read_json, read_weights
-from dspark.drafters.checkpoints.gguf_tokenizer import tokenizer_fields
+from dspark.drafters.checkpoints.from_target import tokenizer_fields
 from dspark.sources.gguf_file import Field, write_gguf
 
 _LAYER = {

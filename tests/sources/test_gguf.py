@@ -15,7 +15,7 @@ import dspark
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.features.manifest import target_fingerprint
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter, save_attached
-from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources import gguf as sources_gguf
 from dspark.sources.cache import cache_directory

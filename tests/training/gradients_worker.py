@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
 from dspark.training.language_model import LanguageModelObjective
-from dspark.training.loop import DataOrder, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder
 from dspark.training.parallel import World, start_parallel, sum_over_ranks
 from dspark.training.recipe import load_recipe
 

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dspark.training.loop import DataOrder, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder
 from dspark.training.parallel import World
 from dspark.training.settings import OptimiserSettings, RunSettings
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dspark.errors import DSparkError
-from dspark.training.loop import DataOrder, Evaluation, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder, Evaluation
 from dspark.training.parallel import World, start_parallel
 from dspark.training.settings import OptimiserSettings, RunSettings
 

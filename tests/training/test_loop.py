@@ -15,7 +15,8 @@ from torch import nn
 
 from dspark.errors import CheckpointError, RecipeError, TrainingError
 from dspark.training.checkpoints import path_of, saved_steps
-from dspark.training.loop import DataOrder, Evaluation, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder, Evaluation
 from dspark.training.optim import MasterOptimiser, learning_rate_factor
 from dspark.training.parallel import World
 from dspark.training.settings import OptimiserSettings, RunSettings

@@ -10,7 +10,8 @@ from torch import nn
 
 from dspark.errors import UsageError
 from dspark.training.checkpoints import read_position
-from dspark.training.loop import DataOrder, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder
 from dspark.training.optim import learning_rate_factor
 from dspark.training.parallel import World
 from dspark.training.progress import Pace

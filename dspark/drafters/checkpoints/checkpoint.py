@@ -2,7 +2,7 @@
 
 A directory holds config.json and model.safetensors (or shards with an index), with embedding and
 head or without: the target's are then borrowed at bind. A GGUF, llama.cpp's, is one file with names
-and keys of its own (`checkpoints.gguf`).
+and keys of its own (`checkpoints.gguf`, `gguf_writer`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from dspark.drafters.checkpoints.files import (
     resolve,
     write,
 )
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.drafters.checkpoints.gguf import ARCHITECTURES as GGUF_ARCHITECTURES
-from dspark.drafters.checkpoints.gguf import from_gguf, to_gguf
+from dspark.drafters.checkpoints.gguf import from_gguf
+from dspark.drafters.checkpoints.gguf_writer import to_gguf
 from dspark.drafters.checkpoints.registry import (
     ATTACHED,
     DEEPSPEC,
@@ -42,7 +44,6 @@ from dspark.drafters.checkpoints.registry import (
     read_config,
     write_config,
 )
-from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.errors import CheckpointError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.gguf_file import Field, GgufFile, write_gguf
@@ -168,7 +169,7 @@ def save_gguf(
     Args:
         drafter: bound to its target, in memory or by `borrow_tables`.
         path: the file.
-        tokenizer: the target's (`gguf_tokenizer.tokenizer_fields`).
+        tokenizer: the target's (`from_target.tokenizer_fields`).
         weight_type: of matrices: bf16, f16 or q8_0.
 
     Raises:

@@ -22,7 +22,7 @@ from dspark.attention.paged_cache import BlockTable, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch
 from dspark.drafters.checkpoints.checkpoint import load_drafter
-from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.errors import CompatibilityError
 from dspark.integrations.vllm import refuse_config, refuse_drafter
 from dspark.targets.families import FAMILIES, Family

@@ -22,7 +22,8 @@ from dspark.scheduling.calibration_file import FILE_NAME, Calibration
 from dspark.serving.learning.directory import Plan
 from dspark.targets.layerless import load_without_layers
 from dspark.training.drafters.objectives import DrafterObjective
-from dspark.training.loop import DataOrder, Training
+from dspark.training.loop import Training
+from dspark.training.objective import DataOrder
 from dspark.training.parallel import World
 from dspark.training.recipe import BlockRecipe, DFlashRecipe, DSparkRecipe
 

@@ -17,8 +17,8 @@ from dspark.drafters.checkpoints.checkpoint import (
     save_attached,
 )
 from dspark.drafters.checkpoints.files import CONFIG, INDEX, WEIGHTS, read_weights
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.drafters.checkpoints.registry import is_drafter
-from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.drafters.deepseek_v4 import DeepseekV4Drafter
 from dspark.drafters.deepseek_v4_layers import is_fp32
 from dspark.errors import CheckpointError, CompatibilityError

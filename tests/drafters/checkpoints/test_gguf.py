@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_gguf
-from dspark.drafters.checkpoints.gguf import spec_flags, to_gguf
-from dspark.drafters.checkpoints.gguf_tokenizer import refuse_other_tokens, tokenizer_fields
-from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.checkpoints.from_target import (
+    TargetTables,
+    refuse_other_tokens,
+    tokenizer_fields,
+)
+from dspark.drafters.checkpoints.gguf_writer import spec_flags, to_gguf
 from dspark.engine.loading import load
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources.gguf_file import Field, GgufFile, write_gguf

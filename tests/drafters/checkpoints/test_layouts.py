@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoints.checkpoint import borrow_tables, load_drafter, save_attached
-from dspark.drafters.checkpoints.target_tables import TargetTables
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.errors import CheckpointError, CompatibilityError
 from tests.helpers.checkpoints import save_published, save_speculators
 

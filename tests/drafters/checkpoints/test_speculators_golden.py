@@ -23,8 +23,8 @@ from dspark.drafters.checkpoints.checkpoint import (
     save_attached,
     save_gguf,
 )
+from dspark.drafters.checkpoints.from_target import TargetTables
 from dspark.drafters.checkpoints.registry import SGLANG, read_config
-from dspark.drafters.checkpoints.target_tables import TargetTables
 from dspark.drafters.eagle3 import Eagle3Weights
 from dspark.drafters.layers import rotary
 from dspark.errors import CompatibilityError
