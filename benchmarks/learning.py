@@ -192,7 +192,7 @@ def drift(
                 "accepted_length": merge_stats(ended).accepted_length,
                 "drafter": state.generation,
                 "steps": state.steps,
-                "samples": learner.progress().samples,
+                "samples": learner.progress.samples,
                 "trainer_cpu_s": time.process_time() - seconds,
             }
         )
@@ -237,14 +237,14 @@ def throughput(
     while time.perf_counter() < warm:
         learning.step()
         plain.step()
-    pid, begun = learner.trainer_pid, learner.progress()
+    pid, begun = learner.trainer_pid, replace(learner.progress)
     if pid is None:
         raise SystemExit("The trainer does not run; its log says why.")
     try:
         speeds, shares = _by_turns(learning, plain, pid, args)
     finally:
         os.kill(pid, signal.SIGCONT)
-    ended = learner.progress()
+    ended = replace(learner.progress)
     learner.stop()
     costs = [1 - a / b for a, b in zip(speeds[True], speeds[False], strict=True)]
     cost = 1 - statistics.fmean(speeds[True]) / statistics.fmean(speeds[False])

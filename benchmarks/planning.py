@@ -33,8 +33,8 @@ from benchmarks.simulated_tables import tables
 from dspark.engine.model import Model
 from dspark.engine.profile_steps import measure_steps
 from dspark.engine.speculation.schedule import Schedule
-from dspark.evaluation.load.closed_loop import LoadRun, closed_loops, warm_up
-from dspark.evaluation.load.sweep import WARM_UP_TOKENS, Workload, contenders, rotated
+from dspark.evaluation.load.closed_loop import WARM_UP_TOKENS, LoadRun, closed_loops, warm_up
+from dspark.evaluation.load.sweep import Workload, contenders, rotated
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.cost_table import CostTable

@@ -171,12 +171,13 @@ def _race(
 
     Otherwise they take turns, and those of median time are replayed and returned.
     """
-    from dspark.cli.measure.decoding import decode, warm_up
+    from dspark.cli.measure.decoding import decode
+    from dspark.evaluation.load.closed_loop import warm_up
 
     engines = (options.plain_engine(model, [request]), options.engine(model, [request]))
     with screen.log.status("Warming up ..."):
         for engine in engines:
-            warm_up(engine, request)
+            warm_up(engine, [request])
     if repeats == 1:
         with Watched(("plain", "DSpark"), screen.out) as watched:
             plain, ours = (

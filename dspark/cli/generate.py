@@ -68,7 +68,8 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     _check_options(options)
     prompts = named_prompts(options)
     model = load_pair(options, screen)
-    from dspark.cli.measure.decoding import run_report, warm_up
+    from dspark.cli.measure.decoding import run_report
+    from dspark.evaluation.load.closed_loop import warm_up
 
     engine_options = _engine_options(options, model)
     requests = _requests(model, prompts, params, options)
@@ -80,7 +81,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         engine = engine_options.engine(model, requests)
     tell_schedule(model, engine, requests, screen)
     if options.compare:
-        warm_up(engine, requests[0])
+        warm_up(engine, requests[:1])
     decoded = _decode_and_show(engine, requests, prompts, screen)
     report = run_report([decoded])
     if options.compare:
@@ -182,11 +183,12 @@ def _compare(
     screen: Screen,
 ) -> dict[str, Any]:
     """Decode plainly, and set both beside each other."""
-    from dspark.cli.measure.decoding import comparable, compare_report, decode, differences, warm_up
+    from dspark.cli.measure.decoding import comparable, compare_report, decode, differences
+    from dspark.evaluation.load.closed_loop import warm_up
 
     plain_engine = engine_options.plain_engine(model, requests)
     with screen.log.status("Decoding plainly ..."):
-        warm_up(plain_engine, requests[0])
+        warm_up(plain_engine, requests[:1])
         texts = [output.prompt for output in decoded.outputs]
         plain = decode(plain_engine, requests, texts, live=len(requests) == 1)
     temperature = requests[0].params.temperature

@@ -254,7 +254,7 @@ class _LearningFigures(Collector):
         self._learner = learner
 
     def collect(self) -> Iterator[Metric]:
-        now = self._learner.progress()
+        now = self._learner.progress
         state = now.state
         for name, text, count in (
             ("samples", "Answers that were written to learn from.", now.samples),
@@ -270,7 +270,7 @@ class _LearningFigures(Collector):
             yield CounterMetricFamily(f"dspark_learning_{name}", text, count)
         for name, text, value in (
             ("bytes", "Samples on disk.", now.bytes),
-            ("trainer_up", "Whether the trainer runs.", int(now.trainer_runs)),
+            ("trainer_up", "Whether the trainer runs.", int(self._learner.trainer_pid is not None)),
             ("drafter", "Number of the drafter that is to serve.", state.generation),
             ("held_out_accepted_length", "Of that drafter, by the laws.", state.held_out_length),
             ("held_out_accepted_length_before", "Of the one before.", state.held_out_before),

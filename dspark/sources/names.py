@@ -18,7 +18,6 @@ SMOLLM2 = ASSETS / "smollm2"
 BUNDLED_DRAFTERS = {
     f"bundled-{name}": ASSETS / "drafters" / name for name in ("dflash", "eagle3", "mtp")
 }
-TARGETS = ("smollm2", "bundled")
 
 
 def origin(source: str | Path, *, offline: bool = False) -> str | Path:
@@ -26,7 +25,7 @@ def origin(source: str | Path, *, offline: bool = False) -> str | Path:
 
     Args:
         source: a directory, a `.gguf` file or a directory that holds one, a hub id, or one of
-            `TARGETS` (./smollm2 is the directory of that name).
+            smollm2, bundled (./smollm2 is the directory of that name).
         offline: fetch nothing.
 
     Raises:

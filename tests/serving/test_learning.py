@@ -269,7 +269,7 @@ def test_a_candidate_serves_where_it_gains_and_is_taken_back_where_it_falls(
     fresh: Model, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = learned(fresh, tmp_path)
-    assert learner.progress().samples == 8
+    assert learner.progress.samples == 8
     trainer = Trainer(learner.directory)
     lengths = iter((2.0, 2.01, 2.0, 2.5))
     assert trainer._at_work().length(trainer._drafter(0)) > 1.5
@@ -334,7 +334,7 @@ def test_what_a_trainer_brings_is_swapped_in_while_answers_run(
             orders.pop()(engine)
             assert engine.drafter is not old
             assert learner.collector.generation == 1
-            assert learner.progress().swaps == 1
+            assert learner.progress.swaps == 1
         outputs |= {e.request_id: e.output for e in engine.step() if e.output is not None}
         if not engine.has_work:
             break

@@ -18,7 +18,6 @@ from dspark.engine.timing import Clock
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.targets.target import Target
 
-WARM_UP_TOKENS = 12
 NEAR_TIE = 1e-5
 """Below this top-2 logit gap, float32 rounding may decide (docs: losslessness, numerics)."""
 Show = Callable[[int, Sequence[Piece], Output | None], None]
@@ -91,12 +90,6 @@ class Decoded:
     def tokens_per_s(self) -> float:
         """Generated tokens per second, end to end."""
         return self.generated_tokens / self.seconds
-
-
-def warm_up(engine: Engine, request: Request) -> None:
-    """Decode a few tokens, so that nothing is done for the first time under the stop-watch."""
-    few = min(WARM_UP_TOKENS, request.params.max_new_tokens)
-    engine.run([Request(request.prompt_ids, replace(request.params, max_new_tokens=few))])
 
 
 def decode(

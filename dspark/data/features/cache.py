@@ -22,7 +22,6 @@ import torch
 from dspark.data.features.manifest import FORMAT, MANIFEST, Manifest, read_manifest, sample_key
 from dspark.data.features.shards import (
     RECORD_BYTES,
-    FeatureStore,
     Record,
     StoredRows,
     backed,
@@ -175,26 +174,14 @@ class FeatureCache:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest = Manifest.read(directory)
+        origin = self.manifest.origin
+        self.taps, self.hidden_size = origin.taps, origin.hidden_size
+        self.target_fingerprint = origin.target_fingerprint
         self._features, self._teacher = self.manifest.codecs()
         self._records: dict[bytes, Record] = {}
         self._read_bytes: dict[tuple[int, int], int] = {}  # of each writer's index, by its inode
         self._maps: dict[tuple[int, int], mmap.mmap] = {}
         self.refresh()
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Captured layers."""
-        return self.manifest.origin.taps
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.manifest.origin.hidden_size
-
-    @property
-    def target_fingerprint(self) -> str:
-        """Fingerprint of the target that made it."""
-        return self.manifest.origin.target_fingerprint
 
     @property
     def records(self) -> list[Record]:
@@ -295,6 +282,10 @@ class FeatureCache:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[place] = mapped
         return memoryview(mapped)[record.offset : record.end]
+
+
+FeatureStore = FeatureCache | ReferenceCache
+"""A feature cache of either format."""
 
 
 def open_cache(directory: Path) -> FeatureStore:

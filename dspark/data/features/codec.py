@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,24 +33,8 @@ _USUAL = 8.0  # of numbers with a root mean square of 1
 _HALF_NORMAL = math.sqrt(math.pi / 2)  # root mean square over mean magnitude of a normal number
 
 
-class RowCodec(ABC):
-    """Turns rows into bytes in two stages, so that the second can run on other threads."""
-
-    @abstractmethod
-    def quantise(self, rows_RPH: Tensor) -> tuple[Bytes, ...]:
-        """On the rows' device: arrays whose first axis is R, on the CPU."""
-
-    @abstractmethod
-    def pack(self, arrays: tuple[Bytes, ...]) -> bytes:
-        """The bytes of what `quantise` gave, or of some of its rows."""
-
-    @abstractmethod
-    def unpack(self, data: memoryview, num_rows: int, device: torch.device) -> Tensor:
-        """Rows [R, P, H] in fp32 (`coded`) or bf16, on a device."""
-
-
 @dataclass(frozen=True)
-class Bfloat16Rows(RowCodec):
+class Bfloat16Rows:
     """Rows as they are, two bytes a number.
 
     Attributes:
@@ -78,7 +61,7 @@ class Bfloat16Rows(RowCodec):
 
 
 @dataclass(frozen=True)
-class CodedRows(RowCodec):
+class CodedRows:
     """Rows in small integers with Huffman codes.
 
     Attributes:
@@ -141,6 +124,10 @@ class CodedRows(RowCodec):
     def _row_scale(self, level_RP: Tensor) -> Tensor:
         """What one step measures in each row."""
         return torch.exp2(level_RP / _OCTAVE) * self._step
+
+
+RowCodec = Bfloat16Rows | CodedRows
+"""Turns rows [R, P, H] into bytes in two stages, so that the second can run on other threads."""
 
 
 def channel_scales(rows_RPH: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dspark.data.features.manifest import KEY_BYTES
@@ -51,40 +49,6 @@ class StoredRows:
     features_RPH: Tensor
     teacher_MH: Tensor
     teacher_rows: list[int]
-
-
-class FeatureStore(Protocol):
-    """A feature cache of either format.
-
-    Attributes:
-        directory: of the cache.
-        taps: captured layers.
-        hidden_size: H.
-        target_fingerprint: of the target that made it; None if unknown.
-    """
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def taps(self) -> tuple[int, ...]: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def target_fingerprint(self) -> str | None: ...
-
-    def __contains__(self, sample: Sample) -> bool: ...
-
-    def rows(self, sample: Sample, device: torch.device) -> StoredRows:
-        """A sample's rows, on a device.
-
-        Raises:
-            DataError: the cache does not hold it, or holds it damaged.
-        """
-        ...
-
-    def samples(self, max_length: int) -> Iterator[Sample]:
-        """All samples, truncated to `max_length` tokens if the cache supports it."""
-        ...
 
 
 _LAYOUT = struct.Struct(f"<{KEY_BYTES}sIIIIQQI")
@@ -125,16 +89,7 @@ class Record:
 
     def pack(self) -> bytes:
         """The encoded record with its checksum."""
-        data = _LAYOUT.pack(
-            self.key,
-            self.shard,
-            self.num_tokens,
-            self.num_context,
-            self.num_teacher,
-            self.offset,
-            self.size,
-            self.checksum,
-        )
+        data = _LAYOUT.pack(*astuple(self)[:-1])  # the writer is known by the file
         return data + zlib.crc32(data).to_bytes(4, "little")
 
 

@@ -108,7 +108,7 @@ def check(
     batch_size: int = 1,
     seed: int = 0,
     limit_s: float | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _step: None,
 ) -> CheckReport:
     """Inspect a pair and run it live.
 
@@ -120,7 +120,7 @@ def check(
         seed: request i uses seed + i.
         limit_s: seconds after which no further alternative is tried and no measurement repeated;
             None for no limit. What one run of the prompts takes comes on top.
-        progress: told what comes next; None for nobody.
+        progress: told what comes next.
 
     Raises:
         RequestError: a prompt does not fit the context or the chat template.
@@ -129,21 +129,20 @@ def check(
         return CheckReport((_no_drafter(model),))
     if model.target.tokenizer is None:
         return CheckReport((_no_tokenizer(model),))
-    tell = progress or _tell_nobody
     deadline_s = math.inf if limit_s is None else time.monotonic() + limit_s
     rendered = render(model, prompts)
     findings = inspect(model, rendered)
     requests = _requests(rendered, max_new_tokens, seed)
     try:
         observed = ObservedDrafter(model.drafter, model.drafter.taps)
-        tell(f"Decoding {len(requests)} prompts with the drafter")
+        progress(f"Decoding {len(requests)} prompts with the drafter")
         stats = accepted(model, observed, requests)
         trials = tuple(
-            _trials(model, prompts, requests, deadline_s, tell) if model.drafter.taps else ()
+            _trials(model, prompts, requests, deadline_s, progress) if model.drafter.taps else ()
         )
         runs = list[LiveRun]()
         for temperature in (0, 1):
-            tell(f"Measuring the speed at temperature {temperature}, plainly and drafting")
+            progress(f"Measuring the speed at temperature {temperature}, plainly and drafting")
             runs.append(
                 race(
                     model,
@@ -163,10 +162,6 @@ def check(
     if time.monotonic() > deadline_s:
         findings.append(_cut(limit_s))
     return CheckReport(by_severity(findings), tuple(runs), trials)
-
-
-def _tell_nobody(_step: str) -> None:
-    pass
 
 
 def _cut(limit_s: float | None) -> Finding:

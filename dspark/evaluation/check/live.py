@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dspark.attention.paged_cache import CacheShape, PagedCache
+from dspark.attention.paged_cache import PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.data.conversations import Prompt
 from dspark.drafters.base import BorrowedParts, DraftBatch, Drafter, Draw, Proposal
@@ -39,25 +39,10 @@ class ObservedDrafter:
     taps: tuple[int, ...]
     beliefs: list[Tensor] = field(default_factory=list)
 
-    @property
-    def block_size(self) -> int:
-        """The drafter's own."""
-        return self.drafter.block_size
-
-    @property
-    def context_shapes(self) -> tuple[CacheShape, ...]:
-        """The drafter's own."""
-        return self.drafter.context_shapes
-
-    @property
-    def reads_next_token(self) -> bool:
-        """The drafter's own."""
-        return self.drafter.reads_next_token
-
-    @property
-    def rows_ahead(self) -> int:
-        """The drafter's own."""
-        return self.drafter.rows_ahead
+    def __post_init__(self) -> None:
+        own = self.drafter
+        self.block_size, self.context_shapes = own.block_size, own.context_shapes
+        self.reads_next_token, self.rows_ahead = own.reads_next_token, own.rows_ahead
 
     def bind(self, parts: BorrowedParts) -> None:
         """Bind the drafter."""

@@ -21,6 +21,7 @@ from dspark.engine.timing import Clock
 from dspark.errors import RequestError
 from dspark.request import Output, Request, Stats, merge_stats
 
+WARM_UP_TOKENS = 12
 Supply = Callable[[int], Request]
 """Returns the i-th request to send, from 0."""
 
@@ -229,7 +230,7 @@ def _since(clock: Clock, before: Clock) -> Clock:
     )
 
 
-def warm_up(engine: Engine, requests: Sequence[Request], tokens: int) -> None:
+def warm_up(engine: Engine, requests: Sequence[Request], tokens: int = WARM_UP_TOKENS) -> None:
     """Decode a few tokens of requests to warm up the engine."""
     for request in requests:
         few = min(tokens, request.params.max_new_tokens)

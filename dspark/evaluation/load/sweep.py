@@ -20,7 +20,6 @@ from dspark.request import Request, Verifier
 
 ContenderName = Literal["off", "fixed", "mtp1", "prefix", "lagged", "lookahead"]
 CONTENDERS: tuple[ContenderName, ...] = get_args(ContenderName)
-WARM_UP_TOKENS = 12
 LIMIT_S = 30.0
 Runs = dict[tuple[int, str], list[LoadRun]]
 """(users, contender) -> a run per repeat."""
@@ -158,7 +157,7 @@ def run_in_turn(
     room = [workload.request(i) for i in range(max(users, len(workload.pool)))]
     engines = [way.engine(room, users, verifier) for way in ways]
     for engine in engines:
-        warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
+        warm_up(engine, [workload.request(-1 - i) for i in range(users)])
     supply = out_of_step(workload.request, users)
     shortened = users if users > 1 else 0  # they come before the answers that count
     count = workload.answers(users) + shortened

@@ -57,7 +57,7 @@ Order = Callable[[Callable[[Engine], None]], None]
 """Have something done in the engine's thread, between rounds."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """How learning goes, for metrics.
 
@@ -68,18 +68,16 @@ class Progress:
         dropped: what requests brought that came too fast to be written.
         bytes: of samples on disk.
         swaps: drafters swapped in since the start, rollbacks included.
-        trainer_runs: whether the trainer's process is there.
         trainer_failures: how often it has ended by itself.
     """
 
     state: State
-    samples: int
-    tokens: int
-    dropped: int
-    bytes: int
-    swaps: int
-    trainer_runs: bool
-    trainer_failures: int
+    samples: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    bytes: int = 0
+    swaps: int = 0
+    trainer_failures: int = 0
 
 
 def resume(
@@ -151,6 +149,7 @@ class Learner:
 
     Attributes:
         collector: for the engine's thread.
+        progress: how learning goes.
     """
 
     def __init__(
@@ -168,16 +167,15 @@ class Learner:
         self.directory, self.plan = directory, plan
         self._target: Target = engine.target
         self._top_k, self._trains = draft_top_k, trains
-        self._state = directory.state()
-        self._served = self._state.serves
+        self.progress = Progress(directory.state())
+        self._served = self.progress.state.serves
         self._brought: Queue[Harvest] = Queue(_WAITING)
         self._outcomes: list[Outcome] = []
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         self._trainer: subprocess.Popen[bytes] | None = None
         self._next_start_s = 0.0
-        self._samples = self._tokens = self._dropped = self._bytes = 0
-        self._swaps = self._failures = self._turns = 0
+        self._turns = 0
         self._lock: AbstractContextManager[None] = only_run(directory.path)
         self._lock.__enter__()
         self._rings = self._open_rings(engine.drafter, max_bytes)
@@ -188,7 +186,7 @@ class Learner:
             self._take,
             features=plan.mode == "drafter",
         )
-        self.collector.generation = self._state.generation
+        self.collector.generation = self.progress.state.generation
 
     def _open_rings(self, drafter: Drafter, max_bytes: int) -> tuple[SampleRing, ...]:
         """The samples to learn from and those to judge by; none where outcomes are enough."""
@@ -241,22 +239,9 @@ class Learner:
         running = self._trainer is not None and self._trainer.poll() is None
         return self._trainer.pid if self._trainer is not None and running else None
 
-    def progress(self) -> Progress:
-        """How learning goes."""
-        return Progress(
-            state=self._state,
-            samples=self._samples,
-            tokens=self._tokens,
-            dropped=self._dropped,
-            bytes=self._bytes,
-            swaps=self._swaps,
-            trainer_runs=self.trainer_pid is not None,
-            trainer_failures=self._failures,
-        )
-
     def sentence(self) -> str:
         """One line on what serves and what it was learned from."""
-        state = self._state
+        state = self.progress.state
         words = [f"Learning ({self.plan.mode}): drafter {state.generation} serves"]
         if state.held_out_length:
             words.append(
@@ -272,7 +257,7 @@ class Learner:
         try:
             self._brought.put_nowait(harvest)
         except Full:
-            self._dropped += 1
+            self.progress.dropped += 1
 
     # From here on: the learner's thread.
 
@@ -304,7 +289,7 @@ class Learner:
         if wrote:
             for ring in self._rings:
                 ring.commit()
-            self._bytes = sum(ring.bytes for ring in self._rings)
+            self.progress.bytes = sum(ring.bytes for ring in self._rings)
         if len(self._outcomes) >= ROUNDS_PER_FILE:
             self._write_outcomes()
 
@@ -315,8 +300,8 @@ class Learner:
         held_out = sample_key(harvest.sample)[0] % _HELD_OUT_OF == 0
         ring = self._rings[int(held_out)]
         if ring.add(harvest.sample, harvest.features_LF, harvest.hidden_LH):
-            self._samples += 1
-            self._tokens += len(harvest.sample.input_ids)
+            self.progress.samples += 1
+            self.progress.tokens += len(harvest.sample.input_ids)
 
     def _write_outcomes(self) -> None:
         if self._outcomes:
@@ -330,7 +315,7 @@ class Learner:
         if self._trainer is not None:
             if self._trainer.poll() is None:
                 return
-            self._failures += 1
+            self.progress.trainer_failures += 1
             _logger.warning(
                 "The trainer has ended with status %d; %s says why.",
                 self._trainer.returncode,
@@ -351,7 +336,7 @@ class Learner:
         """Swap in what the trainer has brought."""
         state = self.directory.state()
         if state.serves == self._served:
-            self._state = state
+            self.progress.state = state
             return
         place, before = self.directory.drafter(state.generation), self._served
         self._served = state.serves
@@ -364,7 +349,7 @@ class Learner:
         except DSparkError as error:
             _logger.warning("What was learned cannot be read: %s", error)
             return
-        self._state = state
+        self.progress.state = state
         order(lambda engine: self._swap(engine, state.generation, drafter, calibration))
 
     def _swap(
@@ -379,7 +364,7 @@ class Learner:
             if drafter is not None:
                 engine.replace_drafter(drafter)
                 self.collector.generation = generation
-                self._swaps += 1
+                self.progress.swaps += 1
             if calibration is not None and engine.scheduler is not None:
                 engine.scheduler.recalibrate(calibration)
         except Exception:  # whatever it is, the engine goes on with what it has

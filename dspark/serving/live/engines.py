@@ -130,7 +130,7 @@ class PageEngines:
         self._working: list[PageEngine] = []  # those that are about to stop included
         self._ended: dict[Kind, Totals] = {}
         self._line = asyncio.Lock()
-        self._in_line = 0
+        self.in_line = 0  # runs that take place or wait
         self._closed = False
 
     @property
@@ -142,11 +142,6 @@ class PageEngines:
     def max_length(self) -> int:
         """Tokens of prompt and answer together at most."""
         return min(self.main.engine.max_length, MOST_TOKENS)
-
-    @property
-    def in_line(self) -> int:
-        """Runs that take place or wait."""
-        return self._in_line
 
     @property
     def engines(self) -> int:
@@ -211,16 +206,16 @@ class PageEngines:
         Raises:
             QueueFullError: too many wait already.
         """
-        if self._in_line > MOST_WAITING:
+        if self.in_line > MOST_WAITING:
             raise QueueFullError(
-                f"{self._in_line - 1} visitors wait for the live page already; try again later."
+                f"{self.in_line - 1} visitors wait for the live page already; try again later."
             )
-        self._in_line += 1
+        self.in_line += 1
         try:
             async with self._line:
                 yield
         finally:
-            self._in_line -= 1
+            self.in_line -= 1
 
     def check(self, choice: Choice) -> None:
         """Refuse what cannot be chosen here.

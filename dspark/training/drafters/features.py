@@ -8,14 +8,13 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dspark.data.features.build import start_cache, wanted_manifest
-from dspark.data.features.cache import FeatureCache, open_cache
+from dspark.data.features.cache import FeatureCache, FeatureStore, open_cache
 from dspark.data.features.encoder import Encoder, target_features
 from dspark.data.features.manifest import (
     MANIFEST,
@@ -24,7 +23,7 @@ from dspark.data.features.manifest import (
     samples_fingerprint,
     target_fingerprint,
 )
-from dspark.data.features.shards import FeatureStore, StoredRows
+from dspark.data.features.shards import StoredRows
 from dspark.data.features.writer import CacheWriter, DiskFullError, Entry
 from dspark.data.samples import Sample
 from dspark.errors import DataError, RecipeError
@@ -34,18 +33,6 @@ from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe, Eagl
 
 _THREADS = 8
 logger = logging.getLogger(__name__)
-
-
-class FeatureSource(Protocol):
-    """Provides the target features of samples."""
-
-    def features(self, samples: Sequence[Sample], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features [T, F] of the taps, and states after the target's final norm [T, H].
-
-        T is the sum of the samples' lengths. Rows that training cannot use (`data.features.shards`)
-        may be 0.
-        """
-        ...
 
 
 class OnlineFeatures:
@@ -193,6 +180,10 @@ class FillingFeatures(HybridFeatures):
             writer.close()
             self.writer = None
         self.cache.refresh()
+
+
+FeatureSource = OnlineFeatures | CachedFeatures | HybridFeatures
+"""Gives features [T, F] of chosen taps and states after the final norm [T, H] of samples."""
 
 
 def _apart(

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dspark.data.features.build import BuildReport, Estimate, build_cache, mend, wanted_manifest
-from dspark.data.features.cache import ReferenceCache
+from dspark.data.features.cache import FeatureStore, ReferenceCache
 from dspark.data.features.manifest import MANIFEST
-from dspark.data.features.shards import FeatureStore
 from dspark.data.samples import Sample, SampleStream, read_samples, usable
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.drafters.target_bound import TargetBound
 from dspark.training.losses.terms import (
-    Head,
     Teacher,
     TermWeights,
     compare,
@@ -112,7 +112,7 @@ class LossInputs:
         weight_N: the rows' weights.
     """
 
-    head: Head
+    head: TargetBound[Any]
     hidden_NH: Tensor
     feature_Nr: Tensor | None
     bias_Vr: Tensor | None

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dspark.drafters.target_bound import TargetBound
 
 # exp of anything lower is denormal, which is 5 times slower and makes no difference.
 _LOWEST = -87.0
@@ -29,16 +31,6 @@ def fitting_numbers(device: torch.device) -> int:
     # A CPU is fastest while tensors stay in its cache (2 MiB here); an accelerator prefers few
     # large passes (256 MiB).
     return 2**19 if device.type == "cpu" else 2**26
-
-
-class Head(Protocol):
-    """Maps states to logits: a drafter."""
-
-    t2d: Tensor | None
-
-    def base_logits(self, hidden_NH: Tensor) -> Tensor: ...
-    def target_logits(self, hidden_NH: Tensor) -> Tensor: ...
-    def over_drafts(self, logits: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class Teacher:
         )
 
 
-def teacher_probs(head: Head, states_uH: Tensor, weights: TermWeights) -> Teacher:
+def teacher_probs(head: TargetBound[Any], states_uH: Tensor, weights: TermWeights) -> Teacher:
     """The target's distributions of distinct rows.
 
     Args:
