@@ -199,9 +199,6 @@ class Listeners:
         self._on_change = on_change
         self._all: list[Subscription] = []
 
-    def __len__(self) -> int:
-        return len(self._all)
-
     def add(self, request_id: str | None, size: int, *, ended: bool) -> Subscription:
         """A new subscription, as `EngineService.subscribe`.
 

@@ -144,16 +144,9 @@ def _note(journal: Journal, done: int, total: int, progress: Progress | None) ->
     def note(replay: Replay) -> None:
         nonlocal done
         done += 1
-        journal.append(
-            {
-                "line": replay.line,
-                "checksum": replay.checksum,
-                "status": replay.status,
-                "again": replay.again,
-                "tokens": replay.tokens,
-                "result": replay.result(),
-            }
-        )
+        names = ("line", "checksum", "status", "again", "tokens")
+        entry = {name: getattr(replay, name) for name in names}
+        journal.append(entry | {"result": replay.result()})
         if progress:
             progress(done, total)
 

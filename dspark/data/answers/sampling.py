@@ -39,10 +39,6 @@ class Sampling:
         given = {"temperature": 1.0, **self.values}
         return SamplingParams.of({**given, "max_new_tokens": max_new_tokens, "seed": seed})
 
-    def __str__(self) -> str:
-        shown = [f"{name} {value:g}" for name, value in self.values.items()]
-        return ", ".join(shown) or "as the model's server does by itself"
-
 
 def choose_sampling(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> Sampling:
     """The requested values, completed by the model's recommendations.

@@ -56,6 +56,12 @@ _EAGLE3_FIELDS = frozenset({
 })  # fmt: skip
 
 
+# Fields that a drafter's configuration has under the same names.
+_SAME = ("max_position_embeddings", "num_target_layers", "vocab_size")
+_DSPARK_SAME = (*_SAME, "block_size", "markov_rank", "mask_token_id", "num_anchors")
+_EAGLE3_SAME = (*_SAME, "step_loss_decay", "ttt_length")
+
+
 def _reduced(read: Reader, vocab: int) -> int | None:
     """Tokens of a reduced vocabulary; None where the drafter knows all."""
     if read.data.get("draft_vocab_size") in (None, vocab):
@@ -122,17 +128,11 @@ def dspark_to_json(config: DSparkConfig, dtype: str) -> dict[str, Any]:
     data: dict[str, Any] = {
         **model_to_json(config.backbone, config.extra),
         "architectures": [GEMMA4_DSPARK if gemma4 else DSPARK],
-        "block_size": config.block_size,
+        **{name: getattr(config, name) for name in _DSPARK_SAME},
         "dtype": dtype,
         "enable_confidence_head": config.confidence_head,
-        "markov_rank": config.markov_rank,
-        "mask_token_id": config.mask_token_id,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_anchors": config.num_anchors,
-        "num_target_layers": config.num_target_layers,
         "target_layer_ids": list(config.target_layer_ids),
         "tie_word_embeddings": False,
-        "vocab_size": config.vocab_size,
     }
     if not config.sample_from_anchor:
         data["sample_from_anchor"] = False
@@ -227,14 +227,10 @@ def eagle3_to_json(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         **model_to_json(config.backbone, config.extra),
         "architectures": [architecture],
         "draft_num_hidden_layers": config.backbone.num_layers,
+        **{name: getattr(config, name) for name in _EAGLE3_SAME},
         "dtype": dtype,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_target_layers": config.num_target_layers,
-        "step_loss_decay": config.step_loss_decay,
         "target_layer_ids": list(config.target_layer_ids),
         "tie_word_embeddings": False,
-        "ttt_length": config.ttt_length,
-        "vocab_size": config.vocab_size,
     }
     for name in (RESIDUAL, PROJECTED):
         if getattr(config.backbone, name):

@@ -28,6 +28,7 @@ from dspark.training.parallel import World
 from dspark.training.recipe import BlockRecipe, DFlashRecipe, DSparkRecipe
 
 MOST_JUDGED = 48
+_HEADS = ("markov_rank", "markov_head_type", "confidence_head", "confidence_head_with_markov")
 _SEED = 1
 
 
@@ -53,12 +54,7 @@ def recipe_of(drafter: DSparkDrafter, plan: Plan, cache: Path, rows: int) -> Blo
         "sample_from_anchor": config.sample_from_anchor,
         "target_layer_ids": list(config.target_layer_ids),
     }
-    heads = {
-        "markov_rank": config.markov_rank,
-        "markov_head_type": config.markov_head_type,
-        "confidence_head": config.confidence_head,
-        "confidence_head_with_markov": config.confidence_head_with_markov,
-    }
+    heads = {name: getattr(config, name) for name in _HEADS}
     plain = not (config.markov_rank or config.confidence_head)
     record = {
         "kind": "drafter",

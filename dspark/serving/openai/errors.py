@@ -91,26 +91,25 @@ def as_api_error(error: DSparkError) -> ApiError:
 def add_handlers(app: FastAPI) -> None:
     """Have every error answered in one shape."""
 
-    @app.exception_handler(ApiError)
-    async def _api(_request: Request, error: ApiError) -> Reply:
-        return error_reply(error)
+    async def handle(_request: Request, error: Exception) -> Reply:
+        return error_reply(_told(error))
 
-    @app.exception_handler(DSparkError)
-    async def _own(_request: Request, error: DSparkError) -> Reply:
-        return error_reply(as_api_error(error))
+    for kind in (ApiError, DSparkError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
 
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(_request: Request, error: RequestValidationError) -> Reply:
-        return error_reply(_validation_error(error))
 
-    @app.exception_handler(HTTPException)
-    async def _http(_request: Request, error: HTTPException) -> Reply:
-        return error_reply(_http_error(error))
-
-    @app.exception_handler(Exception)
-    async def _unknown(_request: Request, error: Exception) -> Reply:
-        _logger.error("A request failed.", exc_info=error)
-        return error_reply(ApiError(500, "The server failed; its log says why.", code="internal"))
+def _told(error: Exception) -> ApiError:
+    """What a client is told of an error of any kind."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DSparkError):
+        return as_api_error(error)
+    if isinstance(error, RequestValidationError):
+        return _validation_error(error)
+    if isinstance(error, HTTPException):
+        return _http_error(error)
+    _logger.error("A request failed.", exc_info=error)
+    return ApiError(500, "The server failed; its log says why.", code="internal")
 
 
 def _http_error(error: HTTPException) -> ApiError:
