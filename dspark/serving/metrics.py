@@ -7,7 +7,7 @@ its end.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Annotated
 
@@ -150,10 +150,10 @@ class _EngineFigures(Collector):
         yield from self._steps()
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
-        return _family(GaugeMetricFamily, name, text, _BY_MODEL, {self._model: value})
+        return _family(GaugeMetricFamily, name, text, _BY_MODEL, [(self._model, value)])
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
-        return _family(CounterMetricFamily, name, text, _BY_MODEL, {self._model: value})
+        return _family(CounterMetricFamily, name, text, _BY_MODEL, [(self._model, value)])
 
     def _requests_and_cache(self) -> Iterator[Metric]:
         now = self._service.snapshot()
@@ -166,7 +166,7 @@ class _EngineFigures(Collector):
             "vllm:prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hit_tokens
         )
         free = now.pages_total - now.pages_held - now.pages_kept
-        pages = {("held",): now.pages_held, ("kept",): now.pages_kept, ("free",): free}
+        pages = [(["held"], now.pages_held), (["kept"], now.pages_kept), (["free"], free)]
         text = "Pages of the cache."
         yield _family(GaugeMetricFamily, "dspark_cache_pages", text, ("state",), pages)
         budget = now.verified if now.budget is None else now.budget
@@ -185,14 +185,14 @@ class _EngineFigures(Collector):
         )
         yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafts that stayed.", accepted)
         name = "vllm:spec_decode_num_accepted_tokens_per_pos"
-        stayed = {(*self._model, str(k)): int(n) for k, n in enumerate(counters.accepted_K)}
+        stayed = [((*self._model, str(k)), int(n)) for k, n in enumerate(counters.accepted_K)]
         labels = (*_BY_MODEL, "position")
         yield _family(CounterMetricFamily, name, "Drafts that stayed, by position.", labels, stayed)
         for name, text, counts in (
             ("dspark_drafted_tokens", "Drafts made, by position.", counters.drafted_K),
             ("dspark_verified_tokens", "Drafts verified, by position.", counters.verified_K),
         ):
-            by_place = {(str(k),): int(n) for k, n in enumerate(counts)}
+            by_place = [([str(k)], int(n)) for k, n in enumerate(counts)]
             yield _family(CounterMetricFamily, name, text, ("position",), by_place)
         length = 1 + accepted / counters.rounds if counters.rounds else 0.0
         yield GaugeMetricFamily(
@@ -219,7 +219,7 @@ class _EngineFigures(Collector):
         steps = HistogramMetricFamily("dspark_step_seconds", "Time of a step of the engine.")
         _add_times(steps, [], counters.step_times)
         yield steps
-        parts = {(p,): getattr(counters, f"{p}_ms") / 1e3 for p in ("draft", "schedule", "verify")}
+        parts = [([p], getattr(counters, f"{p}_ms") / 1e3) for p in ("draft", "schedule", "verify")]
         text = "Time of rounds with a drafter, by part."
         yield _family(CounterMetricFamily, "dspark_round_part_seconds", text, ("part",), parts)
 
@@ -243,7 +243,7 @@ class _PageFigures(Collector):
             ("accepted_tokens", "Drafts that stayed.", attrgetter("accepted")),
         ):
             labels = ("drafter", "verifier", "schedule")
-            values = {kind: value(total) for kind, total in totals.items()}
+            values = [(kind, value(total)) for kind, total in totals.items()]
             yield _family(CounterMetricFamily, f"dspark_page_{name}", text, labels, values)
 
 
@@ -283,11 +283,11 @@ def _family(
     name: str,
     text: str,
     labels: Sequence[str],
-    values: Mapping[tuple[str, ...], float],
+    values: Iterable[tuple[Sequence[str], float]],
 ) -> Metric:
     """A metric with its values by their labels."""
     family = kind(name, text, labels=labels)
-    for of, value in values.items():
+    for of, value in values:
         family.add_metric(of, value)
     return family
 
