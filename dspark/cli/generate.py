@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dspark.cli.groups import Batch, PairOrPlain, Prompts, Sampling, Speculation
-from dspark.cli.inputs import PromptText, load_pair, measure_costs, named_prompts, tell_schedule
+from dspark.cli.inputs import encode, load_pair, measure_costs, named_prompts, tell_schedule
 from dspark.cli.options import Command, option, pick, picked
 from dspark.cli.screen import Screen
+from dspark.data.conversations import Prompt
 from dspark.errors import UsageError
 from dspark.request import Output, Request, SamplingParams, Verifier
 
@@ -129,14 +130,14 @@ def _check_options(options: Options) -> None:
 
 
 def _requests(
-    model: Model, prompts: Sequence[PromptText], params: SamplingParams, options: Options
+    model: Model, prompts: Sequence[Prompt], params: SamplingParams, options: Options
 ) -> list[Request]:
     """One request per answer; prompt i draws with seed + i."""
     return [
         sample
         for i, prompt in enumerate(prompts)
         for sample in Request(
-            prompt.encode(model, raw=options.raw),
+            encode(prompt, model, raw=options.raw),
             params.with_seed(params.seed + i),
             timeout_s=options.timeout,
         ).samples()
@@ -144,7 +145,7 @@ def _requests(
 
 
 def _decode_and_show(
-    engine: Engine, requests: Sequence[Request], prompts: Sequence[PromptText], screen: Screen
+    engine: Engine, requests: Sequence[Request], prompts: Sequence[Prompt], screen: Screen
 ) -> Decoded:
     """One prompt is streamed; of several, each is printed once those before it are."""
     from dspark.cli.measure.decoding import decode

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dspark.cli.groups import Common, Loading, Pair, Prompts, Speculation
 from dspark.cli.options import picked
 from dspark.cli.screen import Screen
+from dspark.data.conversations import Prompt, read_prompts
 from dspark.errors import DataError, UsageError, is_unicode
 from dspark.request import Request
 
 if TYPE_CHECKING:
-    from dspark.data.conversations import Message
     from dspark.engine.engine import Engine
     from dspark.engine.model import Model
     from dspark.scheduling.calibration import TemperatureClass
@@ -35,47 +34,25 @@ _LOADING = (
 _LIMIT_S = 5.0
 
 
-@dataclass(frozen=True)
-class PromptText:
-    """A prompt as it was given.
-
-    Attributes:
-        text: the text, or the last turn of a dialogue.
-        messages: the dialogue, empty for a text.
-    """
-
-    text: str
-    messages: Sequence[Message] = field(default=())
-
-    def encode(self, model: Model, *, raw: bool) -> tuple[int, ...]:
-        """Token ids: by the chat template where there is one, unless `raw`.
-
-        Raises:
-            RequestError: nothing to encode, or no template for a dialogue.
-            UsageError: `raw` is asked of a dialogue of several messages.
-        """
-        if raw and len(self.messages) > 1:
-            raise UsageError(
-                f"--raw takes texts, but a prompt is a dialogue of {len(self.messages)} messages; "
-                "leave --raw out."
-            )
-        if len(self.messages) > 1:
-            return model.encode(self.messages)
-        return model.encode(self.text, raw=raw)
-
-
-def prompts_of_file(path: str) -> list[PromptText]:
-    """The prompts of a JSON-lines file.
+def encode(prompt: Prompt, model: Model, *, raw: bool) -> tuple[int, ...]:
+    """Token ids: by the chat template where there is one, unless `raw`.
 
     Raises:
-        DataError: it is missing or malformed.
+        RequestError: nothing to encode, or no template for a dialogue.
+        UsageError: `raw` is asked of a dialogue of several messages.
     """
-    from dspark.data.conversations import read_prompts
+    messages = prompt.messages or ()
+    if raw and len(messages) > 1:
+        raise UsageError(
+            f"--raw takes texts, but a prompt is a dialogue of {len(messages)} messages; "
+            "leave --raw out."
+        )
+    if len(messages) > 1:
+        return model.encode(messages)
+    return model.encode(prompt.text, raw=raw)
 
-    return [PromptText(prompt.text, prompt.messages or ()) for prompt in read_prompts(path)]
 
-
-def named_prompts(options: Prompts) -> list[PromptText]:
+def named_prompts(options: Prompts) -> list[Prompt]:
     """The prompts that the options name.
 
     Raises:
@@ -83,9 +60,9 @@ def named_prompts(options: Prompts) -> list[PromptText]:
         DataError: the file is missing or malformed, or standard input is not text.
     """
     if options.prompt:
-        return [PromptText(text) for text in options.prompt]
+        return [Prompt(None, text) for text in options.prompt]
     if options.prompts is not None:
-        return prompts_of_file(options.prompts)
+        return read_prompts(options.prompts)
     if sys.stdin.isatty():
         raise UsageError("There is no prompt; give --prompt TEXT, --prompts FILE or a pipe.")
     try:
@@ -94,7 +71,7 @@ def named_prompts(options: Prompts) -> list[PromptText]:
         raise DataError(f"Standard input is not {error.encoding} text; convert it.") from error
     if not is_unicode(text):  # where the locale lets any byte through
         raise DataError(f"Standard input is not {sys.stdin.encoding} text; convert it.")
-    return [PromptText(text.removesuffix("\n"))]
+    return [Prompt(None, text.removesuffix("\n"))]
 
 
 def use_threads(options: Common) -> None:

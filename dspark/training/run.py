@@ -20,7 +20,7 @@ from dspark.data.files.atomic import only_run
 from dspark.errors import RecipeError, first_line
 from dspark.targets.target import Target
 from dspark.training.budget import PROBED_FROM, Budget, budget_of, probe, refuse_small_disk
-from dspark.training.checkpoints import BEST
+from dspark.training.checkpoints import BEST, put_in_place
 from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import (
     Decode,
@@ -30,7 +30,6 @@ from dspark.training.drafters.objectives import (
     HeldOut,
     export,
     prompts_of,
-    put_best,
     requests_of,
 )
 from dspark.training.drafters.warm_start import start_from
@@ -242,7 +241,10 @@ def _evaluation(
     beside = recipe.model_copy(update={"layout": "published"})
 
     def keep() -> None:
-        put_best(partial(export, objective.drafter, beside), Path(recipe.run.output_dir) / BEST)
+        best = Path(recipe.run.output_dir) / BEST
+        fresh = best.with_name(f"{best.name}.new")
+        export(objective.drafter, beside, fresh)
+        put_in_place(fresh, best)
 
     return Evaluation(every, held_out.measure, keep)
 

@@ -9,9 +9,10 @@ from rich.console import Console
 
 import dspark as package
 from dspark.cli import generate as command
-from dspark.cli.inputs import PromptText
+from dspark.cli.inputs import encode
 from dspark.cli.measure.decoding import Difference, comparable, differences
 from dspark.cli.screen import Screen
+from dspark.data.conversations import Prompt
 from dspark.drafters.checkpoints.checkpoint import save_attached
 from dspark.errors import UsageError
 from dspark.request import Output, Request, Stats
@@ -132,7 +133,7 @@ def test_prompt_kinds_reach_the_model_as_they_should(dspark, pair, tmp_path):
     plain_text = model.generate("left", max_new_tokens=12)
     assert tuple(raw["outputs"][0]["token_ids"]) == plain_text.token_ids
     with pytest.raises(UsageError, match="dialogue of 3 messages"):
-        PromptText("two apples", dialogue).encode(model, raw=True)
+        encode(Prompt(dialogue, "two apples"), model, raw=True)
 
 
 def test_standard_input_is_the_prompt_where_none_is_named(dspark, pair, monkeypatch):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dspark.cli.groups import Batch, Pair, Prompts, Sampling, Speculation
-from dspark.cli.inputs import PromptText, load_pair, named_prompts, prompts_of_file
+from dspark.cli.inputs import encode, load_pair, named_prompts
 from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
+from dspark.data.conversations import Prompt, read_prompts
 from dspark.errors import UsageError
 from dspark.request import Request, SamplingParams, Verifier
 
@@ -81,7 +82,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     if options.held_out is None:
         rounds, held_out = rounds.halves()
     else:
-        others = prompts_of_file(options.held_out)
+        others = read_prompts(options.held_out)
         held_out = _record(options, model, others, params, screen)
     entry = calibrate(
         rounds,
@@ -114,14 +115,14 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 def _record(
     options: Options,
     model: Model,
-    prompts: Sequence[PromptText],
+    prompts: Sequence[Prompt],
     params: SamplingParams,
     screen: Screen,
 ) -> Rounds:
     from dspark.evaluation.calibration import record_rounds
 
     requests = [
-        Request(prompt.encode(model, raw=options.raw), params.with_seed(params.seed + i))
+        Request(encode(prompt, model, raw=options.raw), params.with_seed(params.seed + i))
         for i, prompt in enumerate(prompts)
     ]
     with screen.log.status("Recording rounds ...") as status:

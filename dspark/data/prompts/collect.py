@@ -29,19 +29,17 @@ class Split:
     and near duplicates fall on the same side.
 
     Attributes:
-        path: file of held-out prompts; None holds none out.
+        path: file of held-out prompts.
         share: of the prompts, from 0 to 1.
         seed: of the split.
     """
 
-    path: Path | None = None
+    path: Path
     share: float = 0.05
     seed: int = 0
 
     def holds_out(self, found: ParsedRecord) -> bool:
         """Whether a prompt is held out, by its first user turn."""
-        if self.path is None:
-            return False
         place = digest((str(self.seed), near_text(found.user_turns[0])))
         return place < self.share * _LARGEST
 
@@ -98,14 +96,13 @@ def collect_prompts(
     Raises:
         DataError: no prompt remains; a line is malformed and `strict`; or a file cannot be written.
     """
-    split = split or Split()
     report = CollectReport()
     contaminated: list[dict[str, str]] = []
     malformed: list[dict[str, str]] = []
     exact, near = set[int](), set[int]()
     with contextlib.ExitStack() as files:
         write = files.enter_context(write_json_lines(out))
-        write_heldout = files.enter_context(write_json_lines(split.path)) if split.path else None
+        write_heldout = files.enter_context(write_json_lines(split.path)) if split else None
         for row in rows:
             report.input += 1
             try:
@@ -124,7 +121,7 @@ def collect_prompts(
                 report.contaminated += 1
                 shown = "\n".join(found.user_turns)[:SHOWN_CHARACTERS]
                 contaminated.append({"where": row.where, "prompt": shown, **match})
-            elif write_heldout is not None and split.holds_out(found):
+            elif split and write_heldout is not None and split.holds_out(found):
                 report.heldout += 1
                 write_heldout(heldout_record(found))
             else:
@@ -135,7 +132,7 @@ def collect_prompts(
         _check_any(report)
     write_list(beside(out, "contaminated"), contaminated)
     write_list(beside(out, "malformed"), malformed)
-    report.bytes = sum(path.stat().st_size for path in (out, split.path) if path is not None)
+    report.bytes = sum(path.stat().st_size for path in ([out, split.path] if split else [out]))
     return report
 
 

@@ -266,17 +266,3 @@ def prompts_of(samples: Sequence[Sample]) -> list[tuple[int, ...]]:
     """Token ids before each sample's first answer."""
     firsts = [sample.loss_mask.index(True) for sample in samples]
     return [s.input_ids[:first] for s, first in zip(samples, firsts, strict=True) if first]
-
-
-def put_best(write: Callable[[Path], None], best: Path) -> None:
-    """Replace the best drafter so far.
-
-    Args:
-        write: writes the drafter into a new directory.
-        best: the directory to replace.
-    """
-    from dspark.training.checkpoints import put_in_place
-
-    fresh = best.with_name(f"{best.name}.new")
-    write(fresh)
-    put_in_place(fresh, best)
