@@ -59,37 +59,27 @@ class _Gathering:
         self.length = length
 
 
+@dataclass
 class TrafficCollector:
     """Gathers the rows and outcomes of requests that may be learned from.
 
-    Args:
+    Attributes:
         verifier: of the engine.
         num_drafts: drafts of a whole block, K.
         most: requests that are gathered at once; others are served and not learned from.
         deliver: told what each brought, in the engine's thread.
         features: whether features are wanted, or outcomes alone.
 
-    Attributes:
         generation: number of the drafter at work.
-        most: as given.
     """
 
-    def __init__(
-        self,
-        verifier: Verifier,
-        num_drafts: int,
-        most: int,
-        deliver: Callable[[Harvest], None],
-        *,
-        features: bool,
-    ) -> None:
-        self.generation = 0
-        self._verifier = verifier
-        self._num_drafts = num_drafts
-        self.most = most
-        self._deliver = deliver
-        self._features = features
-        self._gathered: dict[int, _Gathering] = {}
+    verifier: Verifier
+    num_drafts: int
+    most: int
+    deliver: Callable[[Harvest], None]
+    features: bool
+    generation: int = 0
+    _gathered: dict[int, _Gathering] = field(default_factory=dict)
 
     def admit(self, request: Request) -> Request:
         """The request, less its consent where there is no place, or its law is not the model's."""
@@ -108,7 +98,7 @@ class TrafficCollector:
             if len(self._gathered) >= self.most:
                 return
             found = self._gathered[request.request_id] = _Gathering(request.request)
-        if not self._features or start > found.length:  # rows between are missing: it ends there
+        if not self.features or start > found.length:  # rows between are missing: it ends there
             return
         found.cut(start)
         found.features.append(features_LF.clone())
@@ -120,7 +110,7 @@ class TrafficCollector:
         logits_RK = record.confidence_logits_RK
         if logits_RK is None or record.are_margins or record.parents is not None:
             return
-        if not self._gathered or logits_RK.shape[1] != self._num_drafts:
+        if not self._gathered or logits_RK.shape[1] != self.num_drafts:
             return
         for row, request_id in enumerate(record.request_ids[: len(logits_RK)]):
             found = self._gathered.get(request_id)
@@ -134,7 +124,7 @@ class TrafficCollector:
             logits_K=np.array(logits_K),
             accepted=record.accepted[row],
             verified=record.lengths[row],
-            verifier="coupled" if request.reproducible else self._verifier,
+            verifier="coupled" if request.reproducible else self.verifier,
             kind=temperature_class(request.params.temperature),
             generation=self.generation,
         )
@@ -149,7 +139,7 @@ class TrafficCollector:
         empty = torch.zeros(0, 0)
         if count - prompt < FEWEST_ANSWER_TOKENS:
             if found.outcomes:
-                self._deliver(Harvest(None, empty, empty, tuple(found.outcomes)))
+                self.deliver(Harvest(None, empty, empty, tuple(found.outcomes)))
             return
         sample = Sample(tuple(request.tokens[:count]), tuple(i >= prompt for i in range(count)))
         found.cut(count - 1)
@@ -157,4 +147,4 @@ class TrafficCollector:
             torch.cat([*part, part[0].new_zeros(1, part[0].shape[1])])
             for part in (found.features, found.hidden)
         )
-        self._deliver(Harvest(sample, features_LF, hidden_LH, tuple(found.outcomes)))
+        self.deliver(Harvest(sample, features_LF, hidden_LH, tuple(found.outcomes)))

@@ -69,71 +69,64 @@ class _Side:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+@dataclass
 class Run:
     """One run, which ends when nobody reads its events any more.
 
-    Args:
+    Attributes:
         engines: the engines.
         choice: what the visitor wants to see.
         request: the prompt.
         load_prompts: what background requests ask.
-        load: how many of these there are at first.
+        load: how many of these there are.
         run_id: names it, in round events too.
-        compare: whether plain decoding follows.
+        compare: whether plain decoding follows; never of a run that is plain itself.
 
     Raises:
         UsageError: the choice is not possible here.
     """
 
-    def __init__(
-        self,
-        engines: PageEngines,
-        choice: Choice,
-        request: Request,
-        load_prompts: Sequence[tuple[int, ...]],
-        *,
-        load: int,
-        run_id: str,
-        compare: bool,
-    ) -> None:
-        engines.check(choice)
-        self.run_id = run_id
-        self._engines = engines
-        self._choice = choice
-        self._request = request
-        self._load_prompts = load_prompts
-        self._wanted = load
-        self._changed = False
-        self._compare = compare and not choice.plain
-        self._background: BackgroundLoad | None = None
+    engines: PageEngines
+    choice: Choice
+    request: Request
+    load_prompts: Sequence[tuple[int, ...]]
+    load: int
+    run_id: str
+    compare: bool
+    _changed: bool = False
+    _background: BackgroundLoad | None = None
+
+    def __post_init__(self) -> None:
+        self.engines.check(self.choice)
+        self.compare = self.compare and not self.choice.plain
 
     def set_load(self, load: int) -> None:
         """Have so many background requests from now on."""
-        self._changed |= load != self._wanted
-        self._wanted = load
+        self._changed |= load != self.load
+        self.load = load
         if self._background is not None:
             self._background.set_level(load)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, as it happens; the last event is `done` or `error`."""
-        params = self._request.params
+        params = self.request.params
         yield (
             "start",
             {
                 "run_id": self.run_id,
-                "choice": asdict(self._choice),
-                "prompt_tokens": len(self._request.prompt_ids),
+                "choice": asdict(self.choice),
+                "prompt_tokens": len(self.request.prompt_ids),
                 "max_tokens": params.max_new_tokens,
                 "temperature": params.temperature,
                 "seed": params.seed,
-                "load": self._wanted,
-                "compare": self._compare,
+                "load": self.load,
+                "compare": self.compare,
             },
         )
         try:
-            if self._engines.in_line:
-                yield "phase", {"phase": "waiting", "ahead": self._engines.in_line}
-            async with self._engines.turn(), aclosing(self._run()) as found:
+            if self.engines.in_line:
+                yield "phase", {"phase": "waiting", "ahead": self.engines.in_line}
+            async with self.engines.turn(), aclosing(self._run()) as found:
                 async for event in found:
                     yield event
         except DSparkError as error:
@@ -142,11 +135,11 @@ class Run:
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         sides = dict[str, _Side]()
-        plan = [(PLAINLY if self._choice.plain else SPECULATIVE, self._choice)]
-        plan += [(PLAINLY, self._choice.plainly)] if self._compare else []
+        plan = [(PLAINLY if self.choice.plain else SPECULATIVE, self.choice)]
+        plan += [(PLAINLY, self.choice.plainly)] if self.compare else []
         for name, choice in plan:
             yield "phase", {"phase": "preparing", "side": name}
-            page_engine = await self._engines.open(choice)
+            page_engine = await self.engines.open(choice)
             sides[name] = _Side()
             async with aclosing(self._play(name, page_engine, sides[name])) as found:
                 async for event in found:
@@ -159,17 +152,17 @@ class Run:
         """One side under its load."""
         for note in page_engine.notes:
             yield "note", {"side": name, "message": note}
-        params = replace(self._request.params, max_new_tokens=_LOAD_TOKENS, ignore_eos=False)
-        load = BackgroundLoad(page_engine.service, self._load_prompts, params)
+        params = replace(self.request.params, max_new_tokens=_LOAD_TOKENS, ignore_eos=False)
+        load = BackgroundLoad(page_engine.service, self.load_prompts, params)
         async with load:
             self._background = load
-            load.set_level(self._wanted)
+            load.set_level(self.load)
             try:
                 if load.level:
                     yield "phase", {"phase": "loading", "side": name, "load": load.level}
                     await load.settled()
                 yield "phase", {"phase": "decoding", "side": name, "load": load.level}
-                counters = self._engines.main.counters
+                counters = self.engines.main.counters
                 before = counters.steps
                 async with aclosing(self._decode(name, page_engine, side)) as found:
                     async for event in found:
@@ -186,7 +179,7 @@ class Run:
         if name == SPECULATIVE:
             listener = page_engine.service.subscribe(self.run_id)
         side.started_s = time.perf_counter()
-        output_stream = await page_engine.service.submit([self._request], name=self.run_id)
+        output_stream = await page_engine.service.submit([self.request], name=self.run_id)
         try:
             async for updates in output_stream:
                 pieces = side.note(updates)
@@ -195,7 +188,7 @@ class Run:
                     yield "text", {"side": name, "pieces": pieces, **figures}
                 # The service gives a step's tokens and its rounds in one go.
                 for event in listener.take() if listener is not None else ():
-                    self._engines.publish(event)
+                    self.engines.publish(event)
                     yield "round", event.to_json()
         finally:
             output_stream.cancel()
@@ -211,7 +204,7 @@ class Run:
         ours, plain = sides.get(SPECULATIVE), sides.get(PLAINLY)
         if ours is None or plain is None or ours.output is None or plain.output is None:
             return {"identical": None, "speedup": None, "load_changed": self._changed}
-        same_draws = self._request.params.temperature == 0 or self._choice.verifier == "coupled"
+        same_draws = self.request.params.temperature == 0 or self.choice.verifier == "coupled"
         identical = ours.output.token_ids == plain.output.token_ids if same_draws else None
         return {
             "identical": identical,
