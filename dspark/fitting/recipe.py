@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +121,10 @@ def _coverage(answers: Sequence[Sequence[int]], size: int) -> float:
     ranked = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     known = set(ranked[:size])
     # Unseen tokens are filled up by lowest id, as in training.
-    known |= set(_lowest_unseen(counts, size - len(known)))
+    unseen = (token for token in itertools.count() if token not in counts)
+    known |= set(islice(unseen, max(size - len(known), 0)))
     later = [token for answer in (answers[edge:] or answers) for token in answer]
     return sum(token in known for token in later) / max(len(later), 1)
-
-
-def _lowest_unseen(seen: Counter[int], count: int) -> list[int]:
-    found: list[int] = []
-    token = 0
-    while len(found) < count:
-        if token not in seen:
-            found.append(token)
-        token += 1
-    return found
 
 
 def training_dtype(target: Target) -> str:

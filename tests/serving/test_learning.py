@@ -31,7 +31,7 @@ from dspark.scheduling.survival import confidence
 from dspark.serving.context import Settings
 from dspark.serving.learning import learner as learners
 from dspark.serving.learning import trainer as trainers
-from dspark.serving.learning.collector import Harvest, TrafficCollector
+from dspark.serving.learning.collector import SEGMENTS, Harvest, SampleRing, TrafficCollector
 from dspark.serving.learning.directory import (
     MOST_ROUND_FILES,
     LearningDirectory,
@@ -41,7 +41,6 @@ from dspark.serving.learning.directory import (
     read_rounds,
 )
 from dspark.serving.learning.learner import Learner, resume
-from dspark.serving.learning.samples import SEGMENTS, SampleRing
 from dspark.serving.learning.trainer import Trainer, refreshed
 from dspark.serving.server import Server
 

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from dspark.data.conversations import read_record
@@ -133,15 +135,9 @@ def _runs_without(words: Sequence[str], wording: set[int]) -> Iterator[Sequence[
     for start, row in enumerate(_rows(words, WORDING_WORDS)):
         if hash(row) in wording:
             common[start : start + WORDING_WORDS] = [True] * WORDING_WORDS
-    run: list[str] = []
-    for word, is_common in zip(words, common, strict=True):
+    for is_common, run in groupby(zip(words, common, strict=True), itemgetter(1)):
         if not is_common:
-            run.append(word)
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
+            yield [word for word, _ in run]
 
 
 def evaluation_texts(paths: Sequence[str | Path], ngram: int = 13) -> EvaluationTexts:

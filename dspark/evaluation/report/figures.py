@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from dspark.evaluation.sweeps import SWEEPS, Run, main_runs, run_labels, series
@@ -278,20 +279,13 @@ def _pooled(run: Run) -> dict[str, Any] | None:
     return pooled
 
 
-def _sum_bins(found: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, float, float]]]:
-    positions = range(len(found[0]["bin_counts"]))
-    bins = range(len(found[0]["bin_counts"][0]))
-    return [
-        [
-            (
-                sum(f["bin_counts"][k][b] for f in found),
-                sum(f["bin_counts"][k][b] * f["bin_predicted"][k][b] for f in found),
-                sum(f["bin_counts"][k][b] * f["bin_observed"][k][b] for f in found),
-            )
-            for b in bins
-        ]
-        for k in positions
-    ]
+def _sum_bins(found: Sequence[Mapping[str, Any]]) -> Any:
+    """Rounds, predicted and survived [positions, bins, 3] of several tasks."""
+    counts, predicted, observed = (
+        np.array([task[name] for task in found])
+        for name in ("bin_counts", "bin_predicted", "bin_observed")
+    )
+    return np.stack((counts, counts * predicted, counts * observed), -1).sum(0)
 
 
 def _sweep(name: str) -> Callable[[Report], Figure | None]:

@@ -30,7 +30,7 @@ from dspark.engine.model import Model
 from dspark.errors import DataError, DSparkError, UsageError
 from dspark.evaluation.identity import draft_fingerprint
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration
-from dspark.serving.learning.collector import Harvest, TrafficCollector
+from dspark.serving.learning.collector import Harvest, SampleRing, TrafficCollector
 from dspark.serving.learning.directory import (
     DEFAULT_SHARE,
     LearningDirectory,
@@ -39,7 +39,6 @@ from dspark.serving.learning.directory import (
     Plan,
     State,
 )
-from dspark.serving.learning.samples import SampleRing
 from dspark.serving.learning.training import check_learnable, write_drafter
 from dspark.sources.cache import cache_directory
 from dspark.targets.target import Target
