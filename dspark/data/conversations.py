@@ -331,10 +331,8 @@ def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Parse
             messages.append({**turn, "role": role, "content": content})
     if not any(m["role"] == "user" for m in messages):
         raise DataError(f"{where}: there is no user turn with any text.")
-    whole = {"messages": messages, "tools": _tools(record)}
+    whole = {
+        "messages": messages,
+        "tools": record.get("tools") or None,
+    }  # data sets hold None for no tools
     return ParsedRecord(Dialogue.of(whole, where), dropped=dropped)
-
-
-def _tools(record: Mapping[str, Any]) -> object:
-    """The tools of a record; data-set columns hold None for no tools."""
-    return record.get("tools") or None

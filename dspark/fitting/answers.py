@@ -109,10 +109,11 @@ def write_answers(fit: Fit) -> dict[str, Any]:
     ends = min(later_s, fit.left_s() - fit.plan.seconds["answers"])
     responder, asked, records, number = _responder(fit), 0, 0, 0
     left_before, timed = fit.left_s(), 0
+    expected = fit.plan.seconds["answers"] / max(fit.plan.answers, 1)  # seconds per answer
     while asked < len(prompts):
         asking, out = folder / f"prompts-{number:03d}.jsonl", folder / f"{number:03d}.jsonl"
         if not asking.is_file():
-            per_answer = (left_before - fit.left_s()) / timed if timed else _answer_s(fit)
+            per_answer = (left_before - fit.left_s()) / timed if timed else expected
             share = CHUNKS[min(number, len(CHUNKS) - 1)]
             size = int(share * max(fit.left_s() - ends, 0.0) / per_answer)
             # A partial batch takes nearly as long as a full one.
@@ -155,11 +156,6 @@ def _counted(fit: Fit, before: int, total: int) -> Callable[[int, int], None]:
 
 def _answer_ids(sample: Sample) -> list[int]:
     return [i for i, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]
-
-
-def _answer_s(fit: Fit) -> float:
-    """Expected seconds per answer before any measurement."""
-    return fit.plan.seconds["answers"] / max(fit.plan.answers, 1)
 
 
 def _responder(fit: Fit) -> EngineResponder:

@@ -14,7 +14,7 @@ from dspark.cli.options import picked
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.requests.sequence import Piece
-from dspark.engine.timing import Clock
+from dspark.evaluation.load.closed_loop import clock_since
 from dspark.request import Output, Request, Stats, merge_stats
 from dspark.targets.target import Target
 
@@ -136,16 +136,8 @@ def decode(
         seconds=seconds,
         moments=moments,
         num_drafts=engine.num_drafts,
-        round_ms=_round_ms(engine.clock, first or before),
+        round_ms=asdict(clock_since(engine.clock, first or before).per_step()),
     )
-
-
-def _round_ms(clock: Clock, since: Clock) -> dict[str, float]:
-    rounds = max(clock.steps - since.steps, 1)
-    return {
-        name: (getattr(clock, name) - getattr(since, name)) / rounds
-        for name in ("draft_ms", "schedule_ms", "verify_ms")
-    }
 
 
 def _output_report(output: Output) -> dict[str, Any]:

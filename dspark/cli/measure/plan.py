@@ -43,10 +43,6 @@ def _lengths(text: str) -> tuple[float, float]:
     return positive(mean), number(spread) if spread else _SPREAD
 
 
-def _users(text: str) -> int:
-    return integer(1, _MOST, "2^20")(text)
-
-
 @dataclass(frozen=True)
 class _Requests:
     TITLE: ClassVar = "requests"
@@ -163,7 +159,7 @@ class Options(_Requests, _Fleet, _Level, Json):
     )
     users: tuple[int, ...] = option(
         (), "users of the closed loops (default: 1, 2, 4, ... as many as can run)",
-        read=comma_list(_users, "positive integers like 1,2,4"), metavar="C,C",
+        read=comma_list(integer(1, _MOST, "2^20"), "positive integers like 1,2,4"), metavar="C,C",
     )  # fmt: skip
     seed: int = option(0, "of all random numbers (default: 0)", metavar="N", least=0)
     out: Path | None = option(

@@ -151,7 +151,7 @@ class _Loop:
         for number in self.flights:
             self.engine.cancel(number)
         answers = tuple(self.answers[i] for i in range(self.count))
-        clock = _since(self.engine.clock, self.before)
+        clock = clock_since(self.engine.clock, self.before)
         return LoadRun(self.users, self.spent_s, self.tokens, answers, clock)
 
 
@@ -223,7 +223,7 @@ def out_of_step(supply: Supply, users: int) -> Supply:
     return shortened
 
 
-def _since(clock: Clock, before: Clock) -> Clock:
+def clock_since(clock: Clock, before: Clock) -> Clock:
     """The difference between a clock and an earlier copy."""
     return Clock(
         **{f.name: getattr(clock, f.name) - getattr(before, f.name) for f in fields(Clock)}

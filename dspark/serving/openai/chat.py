@@ -97,7 +97,7 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         lambda: template.encode(
             template.write(messages, tools, options, prompt=opened, continues=continued is not None)
         ),
-        _size_of(messages, tools),
+        len(repr((messages, tools))),
     )
     format_mask = await mask_of(fields, context)
     calls_mask = await calls_mask_of(fields, use, rendered, template, context)
@@ -139,11 +139,6 @@ def chat_template_of(context: Context) -> ChatTemplate:
     if context.template is None:
         raise ApiError(400, "This model has no chat template; use /v1/completions.")
     return context.template
-
-
-def _size_of(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> int:
-    """Characters of a chat, roughly."""
-    return len(repr(messages)) + len(repr(tools or ""))
 
 
 def _ignored_names(messages: Sequence[Message], template: ChatTemplate) -> list[str]:
