@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
@@ -77,24 +78,17 @@ _T = TypeVar("_T")
 _SHORT = 4096  # fewer are encoded sooner than a thread would take over
 
 
-@dataclass
-class Seeds:
+def seeds(base: int | None) -> Iterator[int]:
     """Seeds of requests that have none of their own.
 
     Args:
         base: names all of them, by their order; None draws each from the system.
     """
-
-    base: int | None
-    _count: int = 0
-    _random: random.Random = field(default_factory=random.Random)
-
-    def next(self) -> int:
-        """A seed that has not been given."""
-        if self.base is None:
-            return self._random.getrandbits(63)
-        self._count += 1
-        return sample_seed(self.base, self._count)
+    if base is None:
+        drawn = random.Random()
+        while True:
+            yield drawn.getrandbits(63)
+    yield from (sample_seed(base, count) for count in itertools.count(1))
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ class Context:
     template: ChatTemplate | None
     tokens: TokenTexts
     grammars: Grammars
-    seeds: Seeds
+    seeds: Iterator[int]
     engines: PageEngines
     created_s: int
     prompt_thread: ThreadPoolExecutor = field(

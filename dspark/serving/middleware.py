@@ -16,7 +16,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -177,12 +176,6 @@ def _count(scope: Scope, path: str, status: int) -> None:
         app.state.context.metrics.note_reply(path, status)
 
 
-@dataclass
-class _Bucket:
-    tokens: float
-    filled_s: float
-
-
 class RateLimit:
     """A bucket of tokens for each client, filled steadily; of many clients the latest are known.
 
@@ -195,7 +188,7 @@ class RateLimit:
         self._size = float(per_minute)
         self._per_s = per_minute / 60
         self._most = most_clients
-        self._buckets: OrderedDict[bytes, _Bucket] = OrderedDict()
+        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
     def check(self, client: bytes, now_s: float | None = None) -> None:
         """Count a request.
@@ -208,21 +201,19 @@ class RateLimit:
             ApiError: 429, with the seconds after which the next one will pass.
         """
         now_s = time.monotonic() if now_s is None else now_s
-        bucket = self._buckets.pop(client, None) or _Bucket(self._size, now_s)
-        grown = bucket.tokens + (now_s - bucket.filled_s) * self._per_s
-        bucket.tokens, bucket.filled_s = min(grown, self._size), now_s
-        self._buckets[client] = bucket
+        held, filled_s = self._buckets.pop(client, (self._size, now_s))
+        held = min(held + (now_s - filled_s) * self._per_s, self._size)
+        self._buckets[client] = held - (held >= 1), now_s
         if len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
-        if bucket.tokens < 1:
-            wait_s = int((1 - bucket.tokens) / self._per_s) + 1
+        if held < 1:
+            wait_s = int((1 - held) / self._per_s) + 1
             raise ApiError(
                 429,
                 f"More than {self._size:g} requests a minute came; ask again in {wait_s} seconds.",
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(wait_s)},
             )
-        bucket.tokens -= 1
 
 
 _logger = logging.getLogger("dspark.serving.requests")

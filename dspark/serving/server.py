@@ -26,7 +26,7 @@ import dspark
 from dspark.engine.model import Model
 from dspark.errors import UsageError
 from dspark.serving import metrics
-from dspark.serving.context import Context, Seeds, Settings
+from dspark.serving.context import Context, Settings, seeds
 from dspark.serving.live import routes as live
 from dspark.serving.live.engines import PageEngines, offered
 from dspark.serving.metrics import Metrics
@@ -61,7 +61,7 @@ def create_app(
         template=ChatTemplate.of(target.tokenizer, target.name),
         tokens=TokenTexts(target.tokenizer),
         grammars=Grammars(target),
-        seeds=Seeds(settings.seed),
+        seeds=seeds(settings.seed),
         engines=engines,
         created_s=int(time.time()),
     )

@@ -174,7 +174,7 @@ def masks_for(model, tools=TOOLS, choice=None, parallel=None, reasoning_open=Fal
     text = calls_grammar(
         call_form(template, use.told),
         use,
-        Marks.of(model.target.tokenizer),
+        Marks(model.target.tokenizer.get_added_vocab()),
         reasons=template.mentions("<think>"),
         reasoning_open=reasoning_open,
     )

@@ -267,7 +267,7 @@ class SharedFields(CommonFields):
         )
 
     def _seed(self, context: Context) -> int:
-        return context.seeds.next() if self.seed is None else self.seed
+        return next(context.seeds) if self.seed is None else self.seed
 
 
 def _bias(given: dict[str, float]) -> dict[int, float]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from dspark.request import Logprob
@@ -176,7 +176,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, tuple[str, list[int] | None]] = {}
+        self._find = cache(self._look_up)
 
     def __call__(self, token_id: int) -> str:
         r"""The text; `bytes:\x..` where the token alone is no whole character."""
@@ -185,11 +185,6 @@ class TokenTexts:
     def bytes_of(self, token_id: int) -> list[int] | None:
         """The UTF-8 bytes; None where they cannot be told."""
         return self._find(token_id)[1]
-
-    def _find(self, token_id: int) -> tuple[str, list[int] | None]:
-        if token_id not in self._known:
-            self._known[token_id] = self._look_up(token_id)
-        return self._known[token_id]
 
     def _look_up(self, token_id: int) -> tuple[str, list[int] | None]:
         if self._tokenizer is None:
@@ -217,7 +212,7 @@ def _piece_bytes(piece: str | None) -> bytes | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _byte_letters() -> dict[str, int]:
     """The letters by which byte-level tokenizers write bytes (Radford et al. 2019)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

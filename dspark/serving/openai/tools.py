@@ -235,11 +235,6 @@ class Marks:
 
     ids: Mapping[str, int]
 
-    @classmethod
-    def of(cls, tokenizer: Any) -> Marks:
-        """The marks of a transformers tokenizer."""
-        return cls(tokenizer.get_added_vocab())
-
     def spelt(self, mark: str) -> str:
         """A mark alone."""
         return f"<[{self.ids[mark]}]>" if mark in self.ids else json.dumps(mark)
@@ -341,7 +336,7 @@ async def calls_mask_of(
         grammar = calls_grammar(
             call_form(template, told),
             use,
-            Marks.of(template.tokenizer),
+            Marks(template.tokenizer.get_added_vocab()),
             reasons=template.mentions(THINK),
             reasoning_open=rendered.reasoning_open,
         )
