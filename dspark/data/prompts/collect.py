@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,12 @@ def collect_prompts(
             report.dropped_turns += found.dropped
             if _is_duplicate(found, exact, near, report):
                 continue
-            match = _first_match(found, against)
+            matches = map(against.match, found.asked) if against else ()
+            match = next(filter(None, matches), None)
             if match is not None:
                 report.contaminated += 1
                 shown = "\n".join(found.user_turns)[:SHOWN_CHARACTERS]
-                contaminated.append({"where": row.where, "prompt": shown, **match})
+                contaminated.append({"where": row.where, "prompt": shown, **asdict(match)})
             elif split and write_heldout is not None and split.holds_out(found):
                 report.heldout += 1
                 write_heldout(heldout_record(found))
@@ -152,14 +153,6 @@ def _is_duplicate(
     exact.add(whole)
     near.add(loose)
     return False
-
-
-def _first_match(found: ParsedRecord, against: EvaluationTexts | None) -> dict[str, str] | None:
-    if against is None:
-        return None
-    matches = (against.match(text) for text in found.asked)
-    match = next((m for m in matches if m is not None), None)
-    return None if match is None else {"against": match.against, "words": match.words}
 
 
 def _check_any(report: CollectReport) -> None:

@@ -15,7 +15,7 @@ from dspark.engine.requests.sequence import Piece
 from dspark.request import Output, Request
 from dspark.serving.context import Context, Its
 from dspark.serving.openai.chat_fields import ChatFields, Message
-from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate
+from dspark.serving.openai.chat_template import CALL, THINK, ChatTemplate, Rendered
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.fields import mask_of, warning, without_bad_words
 from dspark.serving.openai.output_parser import (
@@ -36,46 +36,23 @@ router = APIRouter(tags=["completions"])
 @router.post("/v1/chat/completions")
 async def chat_completions(fields: ChatFields, http: HttpRequest, context: Its) -> Response:
     """Answer a chat."""
-    usage = fields.wants_usage()
-    chat = await prepare_chat(fields, http, context)
     framing = CompletionFraming(
         f"chatcmpl-{http.state.request_id}",
         context.settings.model_name,
         "chat.completion",
         "chat.completion.chunk",
-        usage=usage,
+        usage=fields.wants_usage(),
     )
-    return await reply(chat.job(fields, framing, http), context, http.receive)
+    return await reply(await chat_job(fields, framing, http, context), context, http.receive)
 
 
-@dataclass(frozen=True)
-class PreparedChat:
-    """A chat that is ready for the engine.
-
-    Attributes:
-        request: for the engine.
-        writers: of its answers.
-        ignored: names of parameters that are without effect.
-    """
-
-    request: Request
-    writers: tuple[ChatWriter, ...]
-    ignored: list[str]
-
-    def job(self, fields: ChatFields, framing: Framing, http: HttpRequest) -> Job:
-        """The job that it is for an API."""
-        return Job(
-            requests=(self.request,),
-            writers=self.writers,
-            framing=framing,
-            request_id=http.state.request_id,
-            stream=bool(fields.stream),
-            headers=warning(self.ignored),
-            facts=http.state.facts,
-        )
-
-
-async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) -> PreparedChat:
+async def chat_job(
+    fields: ChatFields,
+    framing: Framing,
+    http: HttpRequest,
+    context: Context,
+    ignored_too: Sequence[str] = (),
+) -> Job:
     """Render a chat, and make what holds its answer to what is wanted.
 
     Raises:
@@ -92,13 +69,7 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         context, logprobs=fields.wanted_logprobs(), max_tokens=fields.new_tokens()
     )
     options, ignored = fields.template_options(template)
-    opened = continued is None and fields.add_generation_prompt is not False
-    rendered = await context.prepare(
-        lambda: template.encode(
-            template.write(messages, tools, options, prompt=opened, continues=continued is not None)
-        ),
-        len(repr((messages, tools))),
-    )
+    rendered = await _rendered(fields, messages, tools, options, template, context)
     format_mask = await mask_of(fields, context)
     calls_mask = await calls_mask_of(fields, use, rendered, template, context)
     request = Request(
@@ -127,7 +98,33 @@ async def prepare_chat(fields: ChatFields, http: HttpRequest, context: Context) 
         for i in range(params.n)
     )
     ignored += fields.ignored(context) + _ignored_names(fields.messages, template)
-    return PreparedChat(request, writers, ignored)
+    return Job(
+        requests=(request,),
+        writers=writers,
+        framing=framing,
+        request_id=http.state.request_id,
+        stream=bool(fields.stream),
+        headers=warning([*ignored, *ignored_too]),
+        facts=http.state.facts,
+    )
+
+
+async def _rendered(
+    fields: ChatFields,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    options: dict[str, Any],
+    template: ChatTemplate,
+    context: Context,
+) -> Rendered:
+    continues = fields.continued() is not None
+    opened = not continues and fields.add_generation_prompt is not False
+
+    def render() -> Rendered:
+        text = template.write(messages, tools, options, prompt=opened, continues=continues)
+        return template.encode(text)
+
+    return await context.prepare(render, len(repr((messages, tools))))
 
 
 def chat_template_of(context: Context) -> ChatTemplate:

@@ -15,7 +15,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from dspark.serving.context import Its
-from dspark.serving.openai.chat import prepare_chat
+from dspark.serving.openai.chat import chat_job
 from dspark.serving.openai.errors import ApiError
 from dspark.serving.openai.response_fields import ResponseFields, TextOptions
 from dspark.serving.openai.streaming import Choice, reply, write_json
@@ -27,10 +27,9 @@ router = APIRouter(tags=["completions"])
 async def responses(fields: ResponseFields, http: HttpRequest, context: Its) -> Response:
     """Answer a conversation."""
     asked = fields.as_chat()
-    chat = await prepare_chat(asked, http, context)
-    chat.ignored.extend(fields.ignored())
     framing = ResponseFraming(http.state.request_id, context.settings.model_name, fields)
-    return await reply(chat.job(asked, framing, http), context, http.receive)
+    job = await chat_job(asked, framing, http, context, fields.ignored())
+    return await reply(job, context, http.receive)
 
 
 class ResponseFraming:
