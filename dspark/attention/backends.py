@@ -48,37 +48,23 @@ class Rule(NamedTuple):
 
 
 def ragged_attention(
-    query_TAD: Tensor,
-    cache: PagedCache,
-    layer: int,
-    batch: RaggedBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    first: int = 0,
+    query_TAD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """Causal attention of every row over its own request's cached rows.
 
     The row at position p sees the cached keys at positions first..p, and only those > p - window
-    where a window is given. The keys of this batch must have been written before.
+    where the rule has a window. The keys of this batch must have been written before.
 
     Args:
         query_TAD: queries after position encoding, [T, A, key_dim].
         cache: keys and values.
         layer: index of the cache layer.
         batch: which rows belong to whom.
-        scale: see `Rule`, as for the other options.
-        window: number of keys that a row sees.
-        sinks: extra scores [A].
-        softcap: limit of the scores.
-        first: position of the first key.
+        rule: which keys a row sees, and how they are scored.
 
     Returns:
         [T, A, value_dim].
     """
-    rule = Rule(scale, window, sinks, softcap, first)
     query_1ATD = query_TAD.transpose(0, 1).unsqueeze(0)
     return cached_attention(query_1ATD, cache, layer, batch, rule)[0].transpose(0, 1)
 

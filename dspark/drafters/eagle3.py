@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark.attention.backends import ragged_attention
+from dspark.attention.backends import Rule, ragged_attention
 from dspark.attention.paged_cache import CacheShape, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
 from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Proposal
@@ -400,11 +400,11 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
 
     def _mix(self, context: PagedCache, rows: RaggedBatch) -> Mix:
         """Attention of rows over their requests' cached ones, and over their own."""
-        scale = self.config.backbone.attention_scale
+        rule = Rule(self.config.backbone.attention_scale, first=_SHIFT)
 
         def mix(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             context.write(layer, rows.rows_T, key, value)
-            return ragged_attention(query, context, layer, rows, scale=scale, first=_SHIFT)
+            return ragged_attention(query, context, layer, rows, rule)
 
         return mix
 

@@ -65,7 +65,7 @@ def close(out, expected, limit=2e-6):
 def check(causal_reference, cache, batch, *, first=0, **rule):
     """Attention of a batch against that over explicit copies of every request's keys."""
     query = torch.randn(len(batch.input_ids_T), HEADS, DIM)
-    out = ragged_attention(query, cache, 0, batch, scale=SCALE, first=first, **rule)
+    out = ragged_attention(query, cache, 0, batch, Rule(scale=SCALE, first=first, **rule))
     for i, segment in enumerate(batch.segments):
         rows = slice(*batch.offsets[i : i + 2])
         keys, values = rows_of(cache, segment.table, first, segment.end)
@@ -108,12 +108,12 @@ def test_rows_after_the_end_have_no_influence():
     torch.manual_seed(2)
     cache, batch = filled(), batch_of(STEPS["verify many"], tables_of())
     query = torch.randn(12, HEADS, DIM)
-    before = ragged_attention(query, cache, 0, batch, scale=SCALE)
+    before = ragged_attention(query, cache, 0, batch, Rule(scale=SCALE))
     for segment in batch.segments:
         cache.heads(0, segment.table, segment.end, 32)[0].add_(7.0)
-    assert torch.equal(ragged_attention(query, cache, 0, batch, scale=SCALE), before)
+    assert torch.equal(ragged_attention(query, cache, 0, batch, Rule(scale=SCALE)), before)
     cache.heads(0, batch.segments[1].table, 11, 12)[0].add_(7.0)  # its last visible key
-    changed = ragged_attention(query, cache, 0, batch, scale=SCALE) != before
+    changed = ragged_attention(query, cache, 0, batch, Rule(scale=SCALE)) != before
     assert changed.any(-1).any(-1).nonzero().flatten().tolist() == [7]
 
 
@@ -160,7 +160,7 @@ def test_fresh_attention_equals_a_cache_that_starts_empty(window):
     values = torch.randn(26, 2, DIM)
     cache = PagedCache([CacheShape(2, DIM, DIM)], PAGES, PAGE)
     cache.write(0, batch.rows_T, keys, values)
-    expected = ragged_attention(query, cache, 0, batch, scale=SCALE, window=window)
+    expected = ragged_attention(query, cache, 0, batch, Rule(scale=SCALE, window=window))
     by_head = [rows.transpose(0, 1).unsqueeze(0) for rows in (query, keys, values)]
     out = fresh_attention(*by_head, batch, Rule(SCALE, window))[0].transpose(0, 1)
     close(out, expected.double())
@@ -210,7 +210,7 @@ def test_bfloat16_is_close(causal_reference):
     torch.manual_seed(6)
     cache, batch = filled(dtype=torch.bfloat16), batch_of(STEPS["verify ragged"], tables_of())
     query = torch.randn(8, HEADS, DIM, dtype=torch.bfloat16)
-    out = ragged_attention(query, cache, 0, batch, scale=SCALE)
+    out = ragged_attention(query, cache, 0, batch, Rule(scale=SCALE))
     assert out.dtype == torch.bfloat16
     keys, values = rows_of(cache, batch.segments[0].table, 0, 10)
     close(out[:4], causal_reference(query[:4], keys, values, 6, scale=SCALE), 2e-2)
