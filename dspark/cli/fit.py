@@ -60,7 +60,8 @@ class Options(Loading):
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Run the command; its JSON object."""
     started = time.perf_counter()
-    from dspark.fitting.run import FitOptions, dry_run, fit
+    from dspark.fitting.answers import FitOptions
+    from dspark.fitting.run import dry_run, fit
 
     if options.dtype == "float16":
         raise UsageError("--dtype is float16, in which nothing is trained; give bfloat16.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dspark.data.samples import Sample, read_samples, usable
 from dspark.engine.model import Model
 from dspark.fitting.evaluation import fits
 from dspark.fitting.plan import FEWEST_ROWS, Plan
+from dspark.fitting.progress import budget_text
 from dspark.fitting.prompts import TRAIN, Collected, collect, self_written, split
 from dspark.fitting.recipe import FEWEST_SUPERVISED, choose_vocabulary
 
@@ -24,31 +25,63 @@ CHUNKS = (0.25, 0.7, 1.0)
 """Shares of the answers that fit into the remaining time; the first files measure the speed."""
 
 
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit.
+
+    Attributes:
+        target: a directory, a hub id, bundled, ...; as named by the user.
+        budget_s: total seconds.
+        prompts: JSON-lines files, folders of them, data sets; without any the model writes them.
+        out: folder of the run, in which the drafter stays; None uses `fit-NAME` and attaches the
+            drafter to a target directory that has none.
+        seed: of all randomness.
+        offline: read only what is on this machine.
+        waited_s: seconds spent since the command was given.
+    """
+
+    target: str
+    budget_s: float
+    prompts: tuple[str, ...] = ()
+    out: Path | None = None
+    seed: int = 0
+    offline: bool = False
+    waited_s: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.out or Path(f"fit-{Path(self.target).name or 'model'}")
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Settings that a resumed run must share."""
+        return {
+            "model": self.target,
+            "budget": budget_text(self.budget_s),
+            "prompts": list(self.prompts),
+            "seed": self.seed,
+            "out": None if self.out is None else str(self.out),
+        }
+
+
 @dataclass
 class Fit:
     """The context of a run's stages.
 
     Attributes:
-        target_name: as named by the user.
+        options: what the user asked for.
         served_as: name that the pair will be loaded by, which identifies its cost table.
-        folder: of the run.
         model: the target alone.
-        sources: of prompts; none if the model writes them.
-        seed: of all randomness.
-        offline: read data sets from this machine only.
         plan: the plan.
         progress: called with (done, in all) of the running stage; also saves the time.
         say: receives remarks for the user.
         left_s: returns the remaining seconds of the budget.
     """
 
-    target_name: str
+    options: FitOptions
     served_as: str
-    folder: Path
     model: Model
-    sources: Sequence[str]
-    seed: int
-    offline: bool
     plan: Plan
     progress: Callable[[float, float], None]
     say: Callable[[str], None]
@@ -56,14 +89,14 @@ class Fit:
 
     def path(self, *names: str) -> Path:
         """A path in the run's folder."""
-        return self.folder.joinpath(*names)
+        return self.options.folder.joinpath(*names)
 
 
 def write_prompts(fit: Fit) -> dict[str, Any]:
     """Stage `prompts`: collect or self-write prompts, and split them."""
     plan = fit.plan
-    if fit.sources:
-        collected = collect(fit.sources, seed=fit.seed, offline=fit.offline)
+    if fit.options.prompts:
+        collected = collect(fit.options.prompts, seed=fit.options.seed, offline=fit.options.offline)
     else:
         collected = _self_written(fit)
     counts = split(
@@ -86,13 +119,13 @@ def write_prompts(fit: Fit) -> dict[str, Any]:
 def _self_written(fit: Fit) -> Collected:
     path, plan = fit.path(PROMPTS, "written.jsonl"), fit.plan
     report = write_self_prompts(
-        SelfPrompts(fit.model, fit.seed, plan.speeds.batch_size),
+        SelfPrompts(fit.model, fit.options.seed, plan.speeds.batch_size),
         path,
         count=plan.prompts,
         seconds=plan.seconds["prompts"],
         progress=fit.progress,
     )
-    for sentence in report.sentences(fit.target_name):
+    for sentence in report.sentences(fit.options.target):
         fit.say(sentence)
     return self_written(path)
 
@@ -160,8 +193,8 @@ def _answer_ids(sample: Sample) -> list[int]:
 
 def _responder(fit: Fit) -> EngineResponder:
     source = fit.model.target.name
-    sampling = choose_sampling({}, recommended_sampling(source, offline=fit.offline))
-    params = sampling.params(fit.plan.answer_tokens, fit.seed)
+    sampling = choose_sampling({}, recommended_sampling(source, offline=fit.options.offline))
+    params = sampling.params(fit.plan.answer_tokens, fit.options.seed)
     return EngineResponder(fit.model, params, batch_size=fit.plan.speeds.batch_size)
 
 

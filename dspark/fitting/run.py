@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from dspark.drafters.checkpoints.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
 from dspark.fitting import answers, stages
+from dspark.fitting.answers import FitOptions
 from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
 from dspark.fitting.plan import PROMPT_TOKENS, Plan, answer_limit, make_plan
-from dspark.fitting.progress import STAGES, State, Watcher, budget_text
+from dspark.fitting.progress import STAGES, State, Watcher
 from dspark.fitting.prompts import collect
 from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype
 
@@ -27,46 +28,6 @@ BATCH_SIZES = {"cpu": 16, "cuda": 64}
 SMALL_BUDGET_S, SMALL_BATCH = 120.0, 4
 TRAINING_SHARE = 0.5
 """Assumed share of the budget for training, to choose the drafter's shape by."""
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of a fit.
-
-    Attributes:
-        target: a directory, a hub id, bundled, ...; as named by the user.
-        budget_s: total seconds.
-        prompts: JSON-lines files, folders of them, data sets; without any the model writes them.
-        out: folder of the run, in which the drafter stays; None uses `fit-NAME` and attaches the
-            drafter to a target directory that has none.
-        seed: of all randomness.
-        offline: read only what is on this machine.
-        waited_s: seconds spent since the command was given.
-    """
-
-    target: str
-    budget_s: float
-    prompts: tuple[str, ...] = ()
-    out: Path | None = None
-    seed: int = 0
-    offline: bool = False
-    waited_s: float = 0.0
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the run."""
-        return self.out or Path(f"fit-{Path(self.target).name or 'model'}")
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Settings that a resumed run must share."""
-        return {
-            "model": self.target,
-            "budget": budget_text(self.budget_s),
-            "prompts": list(self.prompts),
-            "seed": self.seed,
-            "out": None if self.out is None else str(self.out),
-        }
 
 
 def fit(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> dict[str, Any]:
@@ -200,13 +161,9 @@ class _Run:
     def _fit(self, plan: Plan, attach_to: Path | None) -> answers.Fit:
         options = self.options
         return answers.Fit(
-            target_name=options.target,
+            options,
             served_as=options.target if attach_to is not None else str(options.folder),
-            folder=options.folder,
             model=self._loaded(),
-            sources=options.prompts,
-            seed=options.seed,
-            offline=options.offline,
             plan=plan,
             progress=self._advance,
             say=self.watcher.say,

@@ -54,8 +54,8 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
     plan, output = fit.plan, fit.path(TRAINING)
     if not answers["usable"]:
         raise DataError(
-            f"No answer of {fit.target_name} has {FEWEST_SUPERVISED} tokens, so there is nothing "
-            "to train on; give other prompts."
+            f"No answer of {fit.options.target} has {FEWEST_SUPERVISED} tokens, so there is "
+            "nothing to train on; give other prompts."
         )
     rows = min(plan.rows, answers["usable"])
     seconds = max(fit.left_s() - plan.after_training_s, 0.0)
@@ -72,17 +72,17 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
         anchors=plan.anchors,
         max_length=max_length(fit),
         save_every=max(steps // CHECKPOINTS, 1),
-        seed=fit.seed,
+        seed=fit.options.seed,
     )
     result = run_recipe(
-        str(write_recipe(recipe, fit.folder)),
+        str(write_recipe(recipe, fit.options.folder)),
         resume=True,
         device=str(fit.model.target.device),
         console=Console(quiet=True),
         target=fit.model.target,
         pace=Pace(seconds, tell=fit.progress),
     )
-    stream = SampleStream(samples_of(fit), rows, fit.seed)
+    stream = SampleStream(samples_of(fit), rows, fit.options.seed)
     return {
         "steps": result.steps,
         "loss": result.loss,
@@ -103,7 +103,7 @@ def _anchors(stream: SampleStream, steps: int, most: int) -> int:
 def place_drafter(fit: Fit) -> Path:
     """Write the trained drafter for serving, without the target's tables; returns its directory."""
     drafter = _bound(fit, load_drafter(fit.path(TRAINING)))
-    return save_attached(drafter, fit.folder).directory
+    return save_attached(drafter, fit.options.folder).directory
 
 
 def _bound(fit: Fit, drafter: AnyDrafter) -> AnyDrafter:
@@ -139,7 +139,7 @@ def calibrate_pair(fit: Fit) -> dict[str, Any]:
         kind = temperature_class(temperature)
         params = SamplingParams(fit.plan.answer_tokens, temperature=temperature)
         requests = [
-            Request(ids, params.with_seed(fit.seed + i))
+            Request(ids, params.with_seed(fit.options.seed + i))
             for i, ids in enumerate(render(model, prompts))
         ]
         try:
@@ -244,14 +244,14 @@ def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int
 
     settings = settings_of(
         model,
-        fit.target_name,
+        fit.options.target,
         "fit",
         fit.served_as,
         temperature=temperature,
         top_p=1.0,
         top_k=0,
         max_new_tokens=fit.plan.evaluation_tokens,
-        seed=fit.seed,
+        seed=fit.options.seed,
         verifier=VERIFIER,
         schedule="fixed",
         threshold=None,
@@ -261,7 +261,7 @@ def _measured(fit: Fit, model: Model, temperature: float, count: int, place: int
         raw=False,
         turns=1,
     )
-    command = f"dspark fit {fit.target_name}"
+    command = f"dspark fit {fit.options.target}"
     return run_report(evaluate(model, settings, tasks, fit.path("evaluation"), command, tell))
 
 

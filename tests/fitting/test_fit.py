@@ -14,8 +14,9 @@ from dspark.data.files.json_lines import read_json_lines
 from dspark.engine.loading import load
 from dspark.errors import DSparkError, UsageError
 from dspark.fitting import answers, stages
+from dspark.fitting.answers import FitOptions
 from dspark.fitting.progress import STAGES
-from dspark.fitting.run import FitOptions, dry_run, fit
+from dspark.fitting.run import dry_run, fit
 from dspark.training.checkpoints import saved_steps
 
 KEYS = {
