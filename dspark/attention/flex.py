@@ -12,7 +12,6 @@ stretch sees every key. Letters there: Q queries, S stretches of queries, C stre
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache as once
@@ -149,17 +148,12 @@ def flex_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     It gives the output, and the logarithm of the sum of exponentials, or anything if not asked for.
     """
-    # Before torch 2.9 there is no `return_aux`; from then on `return_lse` warns.
-    has_aux = "return_aux" in inspect.signature(flex.flex_attention).parameters
 
     def call(*tensors: Tensor, with_lse: bool, **options: Any) -> tuple[Tensor, Tensor]:
         attend: Any = flex.flex_attention
         if not with_lse:
             out: Tensor = attend(*tensors, **options)
             return out, out
-        if not has_aux:
-            both: tuple[Tensor, Tensor] = attend(*tensors, return_lse=True, **options)
-            return both
         out, aux = attend(*tensors, return_aux=flex.AuxRequest(lse=True), **options)
         return out, aux.lse
 
