@@ -73,12 +73,16 @@ def cached_attention(
     query_1ATD: Tensor, cache: PagedCache, layer: int, batch: RaggedBatch, rule: Rule
 ) -> Tensor:
     """`ragged_attention` for queries laid out head by head; returns [1, A, T, value_dim]."""
+    outs: list[Tensor] = []
+    padding, together = None, 0
     if len(batch.segments) > 1 and not rule.explicit:
         padding = plan_padding(batch, rule.window, rule.first, query_1ATD, cache, layer)
-        if padding is not None:
-            return padded_attention(query_1ATD, cache, layer, padding, rule.scale)
-    outs: list[Tensor] = []
-    for index, segment in enumerate(batch.segments):
+    if padding is not None:
+        together = padding.count
+        query_1AHD = query_1ATD.narrow(2, 0, batch.offsets[together])
+        outs.append(padded_attention(query_1AHD, cache, layer, padding, rule.scale))
+    for index in range(together, len(batch.segments)):
+        segment = batch.segments[index]
         if not segment.length:
             continue
         begin = rule.begin(segment.start)

@@ -1,7 +1,8 @@
 """Short segments of several requests, attended to in one padded call.
 
 A decoding step of R requests would otherwise launch R small kernels per layer, and on small
-models launching costs more than computing. Where the requests' rows start at equal distances in
+models launching costs more than computing. Prompts that ride along stand behind those, and are
+attended to one by one. Where the requests' rows start at equal distances in
 the pool, their keys are one strided view; else they are gathered. What is derived from the layout
 (indices, mask) is built once per step and shared by all layers.
 """
@@ -30,9 +31,10 @@ _GATHER_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class Padding:
-    """How the rows of a batch spread over [spans, length], one span per request or gap.
+    """How the first rows of a batch spread over [spans, length], one span per request or gap.
 
     Attributes:
+        count: segments of the batch that these rows are.
         spans: number of spans.
         length: rows per span, P.
         keys: keys per span, S.
@@ -45,6 +47,7 @@ class Padding:
         mask_R1NS: additive mask [spans, 1, folded heads * length, keys].
     """
 
+    count: int
     spans: int
     length: int
     keys: int
@@ -84,7 +87,7 @@ def plan_padding(
     cache: PagedCache,
     layer: int,
 ) -> Padding | None:
-    """Decide whether padding pays, and lay it out.
+    """Decide which of the first segments are padded together, and lay these out.
 
     Args:
         batch: the rows.
@@ -100,8 +103,14 @@ def plan_padding(
     shape = cache.shapes[layer]
     name = ("padding", window, first, query_1ATD.dtype, query_1ATD.shape[1], shape, cache.rows)
     if name not in batch.memo:
+        lengths = [segment.length for segment in batch.segments]
         short = SHORT_ROWS if batch.trees is None else SHORT_TREES
-        keys = _find_keys(batch.segments, window, first, cache, shape, short)
+        count = next((i for i, n in enumerate(lengths) if not 1 <= n <= short), len(lengths))
+        keys = None
+        while count > 1 and keys is None:
+            keys = _find_keys(batch.segments[:count], window, first, cache, shape)
+            if keys is None:  # the longest may be what is left of a prompt, behind all that decode
+                count = lengths.index(max(lengths[:count]))
         shared = query_1ATD.shape[1] // shape.kv_heads
         batch.memo[name] = keys and _lay_out(batch, keys, window, query_1ATD, shared)
     plan: Padding | None = batch.memo[name]
@@ -142,12 +151,9 @@ def _find_keys(
     first: int,
     cache: PagedCache,
     shape: CacheShape,
-    short: int,
 ) -> _Keys | None:
-    """The keys' places, if the segments are short and few rows and keys would be padding."""
+    """The places of some short segments' keys, if few rows and keys would be padding."""
     lengths = [segment.length for segment in segments]
-    if min(lengths) < 1 or max(lengths) > short:
-        return None
     begins = [first if window is None else max(first, s.start + 1 - window) for s in segments]
     begin, end = min(begins), max(s.end for s in segments)
     real = sum(s.end - low for s, low in zip(segments, begins, strict=True))
@@ -223,7 +229,8 @@ def _strided(
 def _lay_out(
     batch: RaggedBatch, keys: _Keys, window: int | None, like: Tensor, shared: int
 ) -> Padding:
-    segments, spans, device = batch.segments, keys.spans, like.device
+    count, spans, device = len(keys.places), keys.spans, like.device
+    segments = batch.segments[:count]
     length = max(segment.length for segment in segments)
     gather: list[int] = []
     spread = [0] * (spans * length)
@@ -241,6 +248,7 @@ def _lay_out(
     mask_RPS = mask_RPS.to(device, like.dtype)
     plain = gather == list(range(spans * length))
     return Padding(
+        count=count,
         spans=spans,
         length=length,
         keys=keys.end - keys.begin,

@@ -23,6 +23,8 @@ STEPS = {
     "later long piece": [(0, 3, 19)],
     "mixed": [(0, 0, 6), (2, 5, 1), (1, 9, 4)],
     "mixed long": [(0, 0, 20), (2, 5, 1), (1, 4, 18)],
+    "beside a prompt": [(0, 6, 1), (1, 9, 1), (2, 7, 1), (3, 0, 20)],
+    "beside a short prompt": [(0, 6, 2), (1, 9, 1), (2, 7, 2), (3, 4, 12)],
     "very uneven": [(0, 25, 1), (1, 1, 1), (2, 0, 1)],
     "one request twice": [(0, 2, 2), (0, 4, 2), (1, 5, 2)],
     "an empty part": [(0, 2, 2), (1, 0, 0), (2, 5, 1)],
@@ -130,6 +132,14 @@ def test_padding_is_used_where_it_pays(step, tables, keys):
     plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), filled(), 0)
     found = plan and ("a view" if plan.rows_RS is None else "gathered")
     assert found == keys
+
+
+@pytest.mark.parametrize("tables", ["equal distances", "scattered"])
+@pytest.mark.parametrize("step", ["beside a prompt", "beside a short prompt"])
+def test_who_decodes_beside_a_prompt_is_padded_without_it(step, tables):
+    batch = batch_of(STEPS[step], tables_of(tables))
+    plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), filled(), 0)
+    assert (plan.count, plan.spans) == (3, 3)
 
 
 def test_a_view_never_leaves_the_pool():
