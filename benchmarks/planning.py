@@ -3,8 +3,10 @@
 The acceptance profile is measured first: one run that verifies whole blocks records what each
 prompt's rounds keep. Then cost tables, whole steps included, and closed loops of some users take
 turns, plainly and under each schedule, all users beginning at once; the simulation gets the same
-prompts' and answers' lengths. With one thread times are those of the processor, which a busy
-machine changes less. Beside that, how long 10,000 requests take to simulate.
+prompts' and answers' lengths, without the pages that all prompts begin with, and no prompt comes
+twice, so that a prefix cache spares nothing else. With one thread times are those of the
+processor, which a busy machine changes less. Beside that, how long 10,000 requests take to
+simulate.
 """
 
 from __future__ import annotations
@@ -30,17 +32,19 @@ from benchmarks.common import (
 from benchmarks.prompts import DOMAINS, domain_requests
 from benchmarks.recorded_traffic import Streams
 from benchmarks.simulated_tables import tables
+from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.model import Model
 from dspark.engine.profile_steps import measure_steps
 from dspark.engine.speculation.schedule import Schedule
-from dspark.evaluation.load.closed_loop import WARM_UP_TOKENS, LoadRun, closed_loops, warm_up
+from dspark.evaluation.load.closed_loop import WARM_UP_TOKENS, LoadRun, closed_loop, warm_up
 from dspark.evaluation.load.sweep import Workload, contenders, rotated
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.cost_table import CostTable
 from dspark.simulation.acceptance import Acceptance, Stream, synthetic
 from dspark.simulation.arrivals import Arrivals, Lengths, drawn_arrivals
-from dspark.simulation.fleet import Fleet, closed_loop, open_loop
+from dspark.simulation.fleet import Fleet, open_loop
+from dspark.simulation.fleet import closed_loop as simulated_loop
 from dspark.simulation.planning import capacity
 from dspark.simulation.server import Limits, Way
 
@@ -76,17 +80,31 @@ def _stream(streams: Streams, number: int, scaling: TemperatureScaling) -> Strea
     return Stream(kept, np.full(len(kept), streams.num_drafts), logits)
 
 
+def shared_rows(requests: list[Request]) -> int:
+    """Rows of every prompt that the prefix cache spares: whole pages of what all begin with."""
+    prompts = [request.prompt_ids for request in requests]
+    first, last = min(prompts), max(prompts)
+    equal = 0
+    while equal < len(first) - 1 and first[equal] == last[equal]:
+        equal += 1
+    return equal // PAGE_SIZE * PAGE_SIZE
+
+
 def measured(
     model: Model, workload: Workload, users: int, turn: int, now: Callable[[], float]
 ) -> dict[str, LoadRun]:
-    """A closed loop of each way, users in step as the simulated ones are, on this clock."""
-    ways = rotated(contenders(model, NAMES), turn)
-    engines = [way.engine(workload.pool, users, "block") for way in ways]
-    for engine in engines:
+    """A closed loop of each way, users in step as the simulated ones are, on this clock.
+
+    One after the other, as a server steps one engine: in turn each finds the others' data in the
+    processor's caches.
+    """
+    runs = {}
+    for way in rotated(contenders(model, NAMES), turn):
+        engine = way.engine(workload.pool, users, "block")
         warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
-    count = workload.answers(users)
-    runs = closed_loops(engines, workload.request, users=users, count=count, now=now)
-    return {way.name: run for way, run in zip(ways, runs, strict=True)}
+        count = workload.answers(users)
+        runs[way.name] = closed_loop(engine, workload.request, users=users, count=count, now=now)
+    return runs
 
 
 def compared(
@@ -100,13 +118,16 @@ def compared(
     now = time.process_time if args.threads == 1 else time.perf_counter
     profile, numbers, lengths = recorded(model, requests)
     kept = [requests[i] for i in numbers]
-    prompts = np.array([len(request.prompt_ids) for request in kept])
+    prompts = np.array([len(request.prompt_ids) for request in kept]) - shared_rows(kept)
     arrivals = Arrivals(np.zeros(len(kept)), prompts, lengths[numbers], np.arange(len(kept)))
     workload = Workload(tuple(kept), count=args.answers)
     rows: dict[str, list[tuple[float, float]]] = {}
     for turn in range(args.repeats):
         costs = model.profile(max_requests=max(users), repeats=3)
-        costs = measure_steps(model.target, model.drafter, costs, rounds=args.rounds, now=now)
+        pairs = [*zip(prompts.tolist(), arrivals.answer_N.tolist(), strict=True)]
+        costs = measure_steps(
+            model.target, model.drafter, costs, rounds=args.rounds, lengths=pairs, now=now
+        )
         say(f"turn {turn}: {costs.extras}, {costs.prompts}")
         ways = {
             "off": Way("off", costs),
@@ -116,7 +137,7 @@ def compared(
         for count in users:
             theirs = measured(model, workload, count, turn, now)
             for name, way in ways.items():
-                run = closed_loop(
+                run = simulated_loop(
                     way,
                     arrivals,
                     Fleet(Limits(count)),
@@ -174,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="its folder")
-    parser.add_argument("--prompts", type=int, default=16, help="of each domain")
+    parser.add_argument("--prompts", type=int, help="of each domain; by default enough for all")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--users", type=int, nargs="*", default=[1, 8, 16], help="none: no loops")
     parser.add_argument("--answers", type=int, default=20, help="counted in a loop, at least")
@@ -187,10 +208,13 @@ def main() -> None:
     if args.users:
         model = load_pair(args.model, dtype)
         params = SamplingParams(args.max_new_tokens, seed=args.seed)
+        most = max(args.users)  # users who wait for the last counted answer go on asking
+        sent = 2 * max(args.answers, 2 * most) + most
+        count = args.prompts or -(-sent // len(DOMAINS))
         requests = [
             request
             for each in zip(
-                *(domain_requests(model, args.data, d, args.prompts, params) for d in DOMAINS),
+                *(domain_requests(model, args.data, d, count, params) for d in DOMAINS),
                 strict=True,
             )
             for request in each

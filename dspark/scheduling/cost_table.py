@@ -104,15 +104,17 @@ class StepExtra:
             admission, commits, text.
         schedule_ms: what the schedule `lagged` adds to it in rounds that it decides: deciding, and
             learning from them.
-        prompt_factor: what a prompt adds to a step of so many decoding requests, over what it takes
-            beyond a plain step of one where nobody decodes.
+        prompt_ms: what a step takes in which others than so many decoding requests read prompts,
+            beyond that of these requests and what prompts alone take over a plain step of one.
+        plain_prompt_ms: the same of an engine without a drafter.
     """
 
     requests: int
     plain_ms: float
     rest_ms: float
     schedule_ms: float
-    prompt_factor: float = 1.0
+    prompt_ms: float = 0.0
+    plain_prompt_ms: float = 0.0
 
 
 @dataclass(frozen=True)

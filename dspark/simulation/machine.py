@@ -25,22 +25,22 @@ class Machine:
 
     def __init__(self, costs: CostTable, num_drafts: int) -> None:
         self.costs = costs
-        self.max_requests = max(point.requests for point in costs.points)
+        measured = [point.requests for point in costs.points]
+        self._fewest, self.max_requests = min(measured), max(measured)
         self._num_drafts = num_drafts
         self._curves: dict[int, tuple[FloatArray, float]] = {}
         self._draft: dict[tuple[int, int], float] = {}
         plain = [replace(each, ms=each.plain_ms or each.ms) for each in costs.prompts]
         self._prompt = {True: self._prompts(costs.prompts), False: self._prompts(plain)}
-        self._plain = self._by_requests("plain_ms")
+        self._plain = self._by_requests("plain_ms") if costs.extras else self._off()
         self._rest = self._by_requests("rest_ms")
         self._schedule = self._by_requests("schedule_ms")
-        self._beside = self._by_requests("prompt_factor")
+        names = {True: "prompt_ms", False: "plain_prompt_ms"}
+        self._beside = {drafter: self._by_requests(name) for drafter, name in names.items()}
 
     def plain_ms(self, requests: int) -> float:
         """A whole step of an engine without a drafter."""
-        if self.costs.extras:
-            return self._plain[requests]
-        return self.costs.off_ms(max(requests, self._fewest))
+        return self._plain[requests]
 
     def verify_ms(self, requests: int, drafts: int) -> float:
         """The target's forward and verification, of requests with so many drafts in all."""
@@ -84,12 +84,12 @@ class Machine:
         whole_ms = float(np.interp(rows, known, ms) + row_ms * over)
         if not requests:
             return whole_ms
-        factor = self._beside[requests] if self.costs.extras else 1.0
-        return factor * max(whole_ms - self.plain_ms(1), 0.0)
+        return max(whole_ms - self._plain[1], 0.0) + self._beside[drafter][requests]
 
-    @property
-    def _fewest(self) -> int:
-        return min(point.requests for point in self.costs.points)
+    def _off(self) -> Sequence[float]:
+        """Steps of 0, 1, ... requests that draft nothing."""
+        counts = range(self.max_requests + 1)
+        return [self.costs.off_ms(max(count, self._fewest)) for count in counts]
 
     def _prompts(self, prompts: Sequence[PromptCost]) -> tuple[FloatArray, FloatArray, float]:
         """Rows and milliseconds of prompts that are known, and what a row beyond them takes."""

@@ -163,10 +163,10 @@ def test_what_a_table_does_not_know_is_refused_or_guessed(costs):
     bare = Machine(CostTable(costs.points, costs.machine), 4)
     assert bare.plain_ms(2) == pytest.approx(10.5)
     assert bare.prompt_ms(9, 0, drafter=True) == pytest.approx(10.25 + 8 / 4)
-    shared = tuple(replace(extra, prompt_factor=2.0) for extra in costs.extras)
+    shared = tuple(replace(extra, prompt_ms=float(extra.requests)) for extra in costs.extras)
     dearer = Machine(replace(costs, extras=shared), 4)
     alone, beside = (dearer.prompt_ms(80, n, drafter=True) for n in (0, 3))
-    assert (alone, beside) == (pytest.approx(22), pytest.approx(2 * (22 - 9.25)))
+    assert (alone, beside) == (pytest.approx(22), pytest.approx(22 - 9.25 + 3))
     assert bare.rest_ms(3) == bare.schedule_ms(3) == 0
     assert Machine(costs, 4).verify_ms(8, 100) == pytest.approx(10 + 108 / 4)
 
