@@ -98,7 +98,7 @@ def measured(
     One after the other, as a server steps one engine: in turn each finds the others' data in the
     processor's caches.
     """
-    runs = {}
+    runs: dict[str, LoadRun] = {}
     for way in rotated(contenders(model, NAMES), turn):
         engine = way.engine(workload.pool, users, "block")
         warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
