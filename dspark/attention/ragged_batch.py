@@ -57,7 +57,7 @@ class RaggedBatch:
         runs: `rows_T` as stretches of neighbours: (pool row, token, count).
         memo: what attention derives from the layout once and uses in every layer.
         trees: per segment the parents of those of its last rows that are a draft tree
-            (`attention.trees`); None where every segment is one line of tokens.
+            (`with_trees`); None where every segment is one line of tokens.
     """
 
     input_ids_T: Tensor

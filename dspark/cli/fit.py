@@ -92,7 +92,8 @@ class _Display:
     """One display over all stages: the running one, and the time that is left of the budget."""
 
     def __init__(self, screen: Screen, budget_s: float) -> None:
-        self.say, self._budget_s = screen.remark, budget_s
+        self.say = screen.remark
+        self._budget_s = budget_s
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -331,8 +331,6 @@ def _conversation(record: Mapping[str, Any], turns: object, where: str) -> Parse
             messages.append({**turn, "role": role, "content": content})
     if not any(m["role"] == "user" for m in messages):
         raise DataError(f"{where}: there is no user turn with any text.")
-    whole = {
-        "messages": messages,
-        "tools": record.get("tools") or None,
-    }  # data sets hold None for no tools
+    # Data sets hold None for no tools.
+    whole = {"messages": messages, "tools": record.get("tools") or None}
     return ParsedRecord(Dialogue.of(whole, where), dropped=dropped)

@@ -203,7 +203,7 @@ class RateLimit:
         now_s = time.monotonic() if now_s is None else now_s
         held, filled_s = self._buckets.pop(client, (self._size, now_s))
         held = min(held + (now_s - filled_s) * self._per_s, self._size)
-        self._buckets[client] = held - (held >= 1), now_s
+        self._buckets[client] = held - 1 if held >= 1 else held, now_s
         if len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
         if held < 1:

@@ -24,8 +24,8 @@ def origin(source: str | Path, *, offline: bool = False) -> str | Path:
     """What a target's name stands for: a directory, a GGUF file, or a hub id.
 
     Args:
-        source: a directory, a `.gguf` file or a directory that holds one, a hub id, or one of
-            smollm2, bundled (./smollm2 is the directory of that name).
+        source: a directory, a `.gguf` file or a directory that holds one, a hub id, or
+            `smollm2` or `bundled` (`./smollm2` is the directory of that name).
         offline: fetch nothing.
 
     Raises:

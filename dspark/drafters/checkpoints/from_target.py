@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.checkpoints.files import CONFIG, INDEX, fetch, read_json, read_named
-from dspark.drafters.checkpoints.gguf import MASK, TOKENS
+from dspark.drafters.checkpoints.gguf import EMBEDDING, HEAD, MASK, TOKENS
 from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES, TARGET_NAME
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.gguf_file import Field, GgufFile
 from dspark.sources.names import public_name, target_source
 
-_EMBEDDING, _HEAD, _TIED = "embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
+_TIED = "tie_word_embeddings"
 # DeepSeek-V4's own names for them.
-_ITS_OWN = {"embed.weight": _EMBEDDING, "head.weight": _HEAD}
+_ITS_OWN = {"embed.weight": EMBEDDING, "head.weight": HEAD}
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ class TargetTables:
                 f"{directory / CONFIG} has num_hidden_layers {layers!r}; give a target's directory."
             )
         found = read_named(
-            directory, lambda name: name in _ITS_OWN or name.endswith((_EMBEDDING, _HEAD))
+            directory, lambda name: name in _ITS_OWN or name.endswith((EMBEDDING, HEAD))
         )
         found = {_ITS_OWN.get(name, name): table for name, table in found.items()}
-        embedding = _one(found, _EMBEDDING, directory)
+        embedding = _one(found, EMBEDDING, directory)
         if embedding is None:
             raise CheckpointError(
-                f"{directory} has no tensor that ends in {_EMBEDDING}; bind the drafter to the "
+                f"{directory} has no tensor that ends in {EMBEDDING}; bind the drafter to the "
                 "loaded target in Python and save it there."
             )
-        head = _one(found, _HEAD, directory)
+        head = _one(found, HEAD, directory)
         if head is None and not text.get(_TIED, config.get(_TIED, True)):
             raise CheckpointError(
-                f"{directory} has no tensor that ends in {_HEAD}, though its {_TIED} is false; "
+                f"{directory} has no tensor that ends in {HEAD}, though its {_TIED} is false; "
                 "bind the drafter to the loaded target in Python and save it there."
             )
         architectures = config.get("architectures")

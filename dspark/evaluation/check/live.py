@@ -30,7 +30,7 @@ class ObservedDrafter:
     Implements `drafters.base.Drafter`.
 
     Attributes:
-        drafter: the drafter, bound to the target.
+        drafter: the drafter, bound to the target; its shapes are read once.
         taps: the layers that it reads; its own, or an alternative.
         beliefs: per round, the largest probability [R] of each first draft's distribution.
     """

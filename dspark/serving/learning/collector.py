@@ -67,7 +67,7 @@ class _Gathering:
         self.length = length
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class TrafficCollector:
     """Gathers the rows and outcomes of requests that may be learned from.
 
@@ -77,7 +77,6 @@ class TrafficCollector:
         most: requests that are gathered at once; others are served and not learned from.
         deliver: told what each brought, in the engine's thread.
         features: whether features are wanted, or outcomes alone.
-
         generation: number of the drafter at work.
     """
 

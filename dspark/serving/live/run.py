@@ -69,7 +69,7 @@ class _Side:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Run:
     """One run, which ends when nobody reads its events any more.
 
