@@ -62,13 +62,15 @@ def model_path(name: str) -> Path:
     return BUNDLED if name == "bundled" else Path(name)
 
 
-def load_pair(name: str, dtype: str, *, batch_invariant: bool = False) -> Model:
-    """A target with its attached drafter.
+def load_pair(
+    name: str, dtype: str, draft: str | None = None, *, batch_invariant: bool = False
+) -> Model:
+    """A target with its attached drafter, or with another one.
 
     Raises:
         SystemExit: there is no drafter beside the target.
     """
-    model = dspark.load(name, dtype=dtype, offline=True, batch_invariant=batch_invariant)
+    model = dspark.load(name, draft, dtype=dtype, offline=True, batch_invariant=batch_invariant)
     if model.drafter is None:
         raise SystemExit(f"{name} has no drafter attached; give a directory with dspark/ in it.")
     return model

@@ -127,8 +127,9 @@ def _nodes(batch: RaggedBatch, trees: Sequence[Parents]) -> tuple[Tensor, Tensor
     sees_TN, depths_TN = np.zeros((rows, most), dtype=bool), np.zeros((rows, most), dtype=np.int64)
     for segment, begin, parents in zip(batch.segments, batch.offsets, trees, strict=False):
         nodes, end = len(parents), begin + segment.length
+        new = min(nodes, segment.length)
         roots_T[begin:end] = segment.end - 1 - nodes
-        sees_TN[end - nodes : end, :nodes] = ancestors(parents)
+        sees_TN[end - new : end, :nodes] = ancestors(parents)[nodes - new :]
         depths_TN[begin:end, :nodes] = depths(parents)
     device = batch.rows_T.device
     roots, sees, deep = (torch.from_numpy(x).to(device) for x in (roots_T, sees_TN, depths_TN))

@@ -160,13 +160,14 @@ def with_trees(batch: RaggedBatch, parents: Sequence[Parents]) -> RaggedBatch:
     Args:
         batch: as if every segment were one line of tokens; nothing has been derived from it yet.
         parents: per segment the parent of each of its last rows, as a number among these, before
-            the node itself; -1 is the row before the first of them.
+            the node itself; -1 is the row before the first of them. Of more nodes than the segment
+            has rows the first are in the cache.
     """
     positions: list[int] = []
     for segment, own in zip(batch.segments, parents, strict=True):
-        root = segment.end - len(own) - 1
+        root, new = segment.end - len(own) - 1, min(len(own), segment.length)
         positions += range(segment.start, root + 1)
-        positions += [root + depth for depth in depths(own)]
+        positions += [root + depth for depth in depths(own)[len(own) - new :]]
     [positions_T] = hand_over([positions], batch.positions_T.device)
     return replace(batch, positions_T=positions_T, trees=tuple(map(tuple, parents)), memo={})
 
@@ -177,20 +178,22 @@ def tree_mask(
     """Additive mask [L, S] of a segment's rows over the keys from position `begin` on.
 
     Args:
-        segment: its last rows are a tree.
-        parents: of these.
+        segment: its last rows are a tree, or the last nodes of one.
+        parents: of all its nodes.
         begin: position of the first key.
         window: number of positions that a row sees, its own included; None for all.
         like: gives dtype and device.
     """
     nodes, length, size = len(parents), segment.length, segment.end - begin
+    new = min(nodes, length)
+    assert begin <= segment.end - nodes, "nodes in the cache and windows do not go together"
     sees_LS = np.tri(length, size, size - length, dtype=bool)
-    sees_LS[length - nodes :, size - nodes :] = ancestors(parents)
+    sees_LS[length - new :, size - nodes :] = ancestors(parents)[nodes - new :]
     if window is not None:
         root = segment.end - nodes - 1
         deep = [root + depth for depth in depths(parents)]
         keys_S = np.array([*range(begin, root + 1), *deep])
-        rows_L1 = np.array([*range(segment.start, root + 1), *deep])[:, None]
+        rows_L1 = np.array([*range(segment.start, root + 1), *deep[nodes - new :]])[:, None]
         sees_LS &= keys_S > rows_L1 - window
     mask_LS = np.where(sees_LS, np.float32(0), np.float32("-inf"))
     return torch.from_numpy(mask_LS).to(like.device, like.dtype)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -167,6 +167,40 @@ class Drafter(Protocol):
 
     def propose(self, context: PagedCache, batch: DraftBatch, draw: Draw) -> Proposal:
         """Draw the round's tokens, left to right, through `draw`."""
+        ...
+
+
+Level = Sequence[Sequence[tuple[int, int]]]
+"""Per request the nodes of a level of its tree: (row of the parent in the level before, token)."""
+
+
+class Expand(Protocol):
+    """Chooses the nodes of draft trees that are drafted behind; supplied by the engine."""
+
+    def __call__(self, logits_NC: Tensor, tokens: Tensor | None = None) -> Level:
+        """The next level's nodes, which may be none.
+
+        Args:
+            logits_NC: what may follow each node of this level, request by request and in the order
+                in which it was given; in the first level each request has one row, its anchor's.
+            tokens: as in `Draw`.
+        """
+        ...
+
+
+@runtime_checkable
+class LevelDrafter(Protocol):
+    """A drafter of trees that runs once per level, over the nodes that the engine chooses."""
+
+    def check_levels(self) -> None:
+        """Refuse a drafter that makes all its rows in one pass."""
+        ...
+
+    def levels(self, context: PagedCache, batch: DraftBatch, expand: Expand) -> None:
+        """Draft trees level by level through `expand`, until it names no nodes.
+
+        The nodes' rows are written behind the anchor's, all levels one after the other.
+        """
         ...
 
 

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from dspark.attention.backends import Rule, ragged_attention
 from dspark.attention.paged_cache import CacheShape, PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
-from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Proposal
+from dspark.attention.ragged_batch import Part, RaggedBatch, with_trees
+from dspark.drafters.base import DraftBatch, DrafterKind, Draw, Expand, Proposal
 from dspark.drafters.config import BackboneConfig, check_draft_vocabulary, check_taps
 from dspark.drafters.layers import (
     Layer,
@@ -381,6 +381,48 @@ class Eagle3Drafter(TargetBound[Eagle3Config], Eagle3Backbone):
         for step in range(count):
             draw(step, logits_RKV[:, step], self.draft_tokens)
         return Proposal()
+
+    def check_levels(self) -> None:
+        """Refuse P-EAGLE, whose rows behind the first know of no token.
+
+        Raises:
+            CompatibilityError: all drafts are made in one pass.
+        """
+        if self.config.mask_token_id is not None:
+            raise CompatibilityError(
+                "Draft trees need a pass for each draft token, but this P-EAGLE drafter "
+                f"(mask_token_id {self.config.mask_token_id}) makes all drafts in one. Leave out "
+                "tree_nodes."
+            )
+
+    @torch.no_grad()
+    def levels(self, context: PagedCache, batch: DraftBatch, expand: Expand) -> None:
+        """Trees of drafts: one pass over all requests per level (EAGLE-2, Li et al. 2024).
+
+        Every node has a row of its own behind the anchor's, which sees its ancestors' rows; the
+        next round's rows replace them.
+        """
+        plan = self._decode_plan()
+        rows = self._rows(batch, 0, 1)
+        hidden_TH = context.read(self._features, rows.rows_T)[0].squeeze(1)
+        hidden_TH = self._pass(context, rows, self.borrowed.embed(batch.anchors_R), hidden_TH)
+        parents: list[list[int]] = [[] for _ in batch.lengths]
+        begins = [-1] * len(parents)  # the first node of the level before; -1 is the anchor
+        while True:
+            logits_TV = plan.borrowed.logits_by_rows(plan.weights.final(hidden_TH))
+            nodes = expand(logits_TV, self.draft_tokens)
+            if not any(nodes):
+                return
+            parts, above = list[Part](), list[int]()
+            for r, (table, length) in enumerate(zip(batch.tables, batch.lengths, strict=True)):
+                begin, before = begins[r], len(parents[r])
+                above += [rows.offsets[r] + row for row, _ in nodes[r]]
+                parents[r] += [begin + row for row, _ in nodes[r]]
+                begins[r] = before
+                parts.append((table, length + _SHIFT + before, [token for _, token in nodes[r]]))
+            rows = with_trees(RaggedBatch.build(parts, batch.anchors_R.device), parents)
+            embedded_TH = self.borrowed.embed(rows.input_ids_T)
+            hidden_TH = self._pass(context, rows, embedded_TH, hidden_TH[above])
 
     def _rows(self, batch: DraftBatch, step: int, count: int) -> RaggedBatch:
         """`count` rows of each request, the first at its pass `step`."""

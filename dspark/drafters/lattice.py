@@ -102,7 +102,7 @@ def build_lattice(
     """
     slots, requests, columns = base_KRV.shape
     width = min(candidates, columns)
-    columns_KRC = _likeliest(base_KRV, width)
+    columns_KRC = likeliest(base_KRV, width)
     base_KRC = at_least_fp32(base_KRV.gather(-1, columns_KRC))
     tokens_KRC = columns_KRC if known_V is None else known_V[columns_KRC]
     parents = min(parents, width)
@@ -132,12 +132,12 @@ def build_lattice(
     )
 
 
-def _likeliest(base_KRV: Tensor, width: int) -> Tensor:
-    """The columns of the highest logits, ascending, [K, R, C]."""
-    if base_KRV.device.type != "cpu":
-        return base_KRV.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+def likeliest(base: Tensor, width: int) -> Tensor:
+    """The columns of the highest of logits [.., V], ascending, [.., C]."""
+    if base.device.type != "cpu":
+        return base.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
     # A partial order of everything is several times as quick there as torch's selection of many.
-    logits = at_least_fp32(base_KRV).numpy()
+    logits = at_least_fp32(base).numpy()
     first = logits.shape[-1] - width
     columns = np.argpartition(logits, first, axis=-1)[..., first:]
     columns.sort(axis=-1)

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from dspark.drafters.base import Drafter
-from dspark.drafters.lattice import LatticeDrafter
 from dspark.engine.kv.memory import Memory
 from dspark.engine.requests.admission import Roster
 from dspark.engine.requests.collector import Collector
@@ -23,7 +22,7 @@ from dspark.engine.speculation.round_record import Watch
 from dspark.engine.speculation.sampling_state import RequestSampling, RoundState
 from dspark.engine.speculation.schedule import Schedule
 from dspark.engine.speculation.speculator import Speculator
-from dspark.engine.speculation.trees.draft import TreeDrafting
+from dspark.engine.speculation.trees.draft import TreeDrafting, check_trees
 from dspark.engine.timing import Clock
 from dspark.errors import UsageError
 from dspark.request import FinishReason, Output, Request, Verifier
@@ -113,16 +112,17 @@ class Engine:
             if tree_nodes is not None:
                 trees = TreeDrafting.beside(scheduler, tree_nodes, self.drafter, target, tree_costs)
         self.tree_nodes = None if trees is None else trees.nodes
-        self.most_drafts = self.num_drafts
+        self.most_drafts, ahead = self.num_drafts, self.drafter.rows_ahead if self.drafter else 0
         if trees is not None:
             self.most_drafts = max(trees.nodes, 0 if trees.choice is None else self.num_drafts)
+            ahead = max(ahead, trees.rows_ahead(self.num_drafts))
         self.step_tokens = step_tokens or default_step_tokens(target.device)
         self.memory = Memory(
             target,
             self.drafter,
             max_requests=max_requests,
             max_length=self.max_length,
-            rows_ahead=1 + max(self.most_drafts, self.drafter.rows_ahead if self.drafter else 0),
+            rows_ahead=1 + max(self.most_drafts, ahead),
             cache_tokens=cache_tokens,
             memory_share=memory_share,
             reuse=prefix_reuse and not target.own_cache,
@@ -183,8 +183,8 @@ class Engine:
         self._speculator.context.hand_over(drafter)
         trees = self._speculator.trees
         if trees is not None:
-            assert isinstance(drafter, LatticeDrafter)
-            trees = replace(trees, drafter=drafter)
+            able = check_trees(trees.nodes, drafter, self.target, self.schedule.name)
+            trees = replace(trees, drafter=able)
         self.drafter = drafter
         self._speculator = replace(self._speculator, drafter=drafter, trees=trees)
 

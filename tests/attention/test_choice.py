@@ -46,12 +46,17 @@ def random_batch(seed, device="cpu"):
     return RaggedBatch.build(parts, device)
 
 
-def random_trees(seed):
-    """A random batch, the last rows of whose requests are trees; some have none."""
+def random_trees(seed, *, cached=False):
+    """A random batch, the last rows of whose requests are trees; some have none.
+
+    With `cached` all rows are nodes, and others were there before.
+    """
     source, batch = random.Random(seed), random_batch(seed)
     trees = []
     for segment in batch.segments:
         nodes = source.randrange(segment.length)
+        if cached:
+            nodes = segment.length + source.randrange(min(segment.start, 9))
         trees.append(tuple(source.randrange(-1, node) for node in range(nodes)))
     return with_trees(batch, trees)
 
@@ -92,6 +97,9 @@ def test_flex_knows_trees(rule, monkeypatch):
         assert compare(flex_attention, seed, RULES[rule], batch=batch) < 2e-6
         # Torch's kernel with a block table knows none, and hands them on.
         assert compare(VarlenAttention(), seed, RULES[rule], batch=batch) == 0
+        if "window" not in RULES[rule]:
+            batch = random_trees(seed, cached=True)
+            assert compare(flex_attention, seed, RULES[rule], batch=batch) < 2e-6
 
 
 def test_control_flex_on_trees_as_if_they_were_lines():

@@ -70,6 +70,31 @@ def test_a_node_attends_like_the_end_of_its_own_path(rule):
         assert torch.allclose(found[:, :, stem + node], alone[:, :, -1], atol=1e-6)
 
 
+@pytest.mark.parametrize("cached", [0, 1, 3, 6])
+def test_nodes_may_be_in_the_cache_already(cached):
+    """The last nodes of a tree, alone and beside another request, are what they are all at once."""
+    generator, begin, nodes = torch.Generator().manual_seed(3), 9, len(PARENTS)
+    tables = BlockTable((1,)), BlockTable((2,))
+    cache = PagedCache([CacheShape(GROUPS, DIM, DIM)], 3)
+    cache.write(0, torch.arange(48), *torch.randn(2, 48, GROUPS, DIM, generator=generator))
+    query = torch.randn(1, HEADS, nodes, DIM, generator=generator)
+    other = torch.randn(1, HEADS, 4, DIM, generator=generator)
+
+    def attend(first, *, alone):
+        parts = [(tables[0], begin + first, range(nodes - first)), (tables[1], 8, range(4))]
+        count = 1 if alone else 2
+        batch = with_trees(RaggedBatch.build(parts[:count]), (PARENTS, ())[:count])
+        assert batch.positions_T.tolist()[: nodes - first] == [
+            begin - 1 + depth for depth in depths(PARENTS)[first:]
+        ]
+        rows = query[:, :, first:] if alone else torch.cat((query[:, :, first:], other), 2)
+        return cached_attention(rows, cache, 0, batch, Rule(0.3, first=1))[:, :, : nodes - first]
+
+    whole = attend(0, alone=True)
+    for alone in (True, False):
+        assert torch.allclose(attend(cached, alone=alone), whole[:, :, cached:], atol=1e-6)
+
+
 def test_rows_move_together():
     cache = PagedCache([CacheShape(1, 2, 2)] * 2, 1)
     rows = torch.arange(16)

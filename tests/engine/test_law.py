@@ -23,7 +23,7 @@ from dspark.engine.speculation.draft import Drawing
 from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.sampling_state import RoundState
 from dspark.engine.speculation.schedule import Schedule
-from dspark.engine.speculation.trees import draft
+from dspark.engine.speculation.trees import draft, levels
 from dspark.request import Request, SamplingParams
 from dspark.sampling.noise import Stream
 from dspark.scheduling.calibration_file import Calibration
@@ -240,8 +240,11 @@ def test_coupled_follows_the_law_too(tiny, small):
 
 
 @pytest.mark.parametrize("name", ["fixed", "lagged"])
-def test_trees_follow_the_law(tiny, small, name):
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_trees_follow_the_law(tiny, small, name, kind):
     drafter = tiny.make_drafter(small, block_size=3)
+    if kind == "eagle3":
+        drafter = tiny.make_eagle3(small, passes=3)
     schedule = Scheduler(
         Schedule(name), "block", 6, Calibration(), jagged_costs(), tree_depth=drafter.block_size
     )
@@ -286,6 +289,25 @@ def test_control_reported_law_is_not_the_one_that_trees_are_drawn_from(tiny, sma
     monkeypatch.setattr(draft._Grower, "drawn", misreport)
     drafter = tiny.make_drafter(small, block_size=3)
     assert control(tiny, small, drafter, tree_nodes=6) > BIASED
+
+
+def test_control_levels_that_are_ordered_by_the_tokens_drawn(tiny, small, monkeypatch):
+    """Survivals that have seen the token that they judge, as EAGLE-2's own have."""
+    drawn = levels.Levels._drawn
+
+    def peeking(self, law_MWC, numbers):
+        found = []
+        for law_WC, r, (survival_WB, columns_WB) in zip(
+            law_MWC, numbers, drawn(self, law_MWC, numbers), strict=True
+        ):
+            above_W1 = self._growths[r].reached[: len(columns_WB), None]
+            own_WB = np.take_along_axis(law_WC[: len(columns_WB)], columns_WB, 1)
+            found.append((np.where(survival_WB < 0, -1.0, above_W1 * own_WB), columns_WB))
+        return found
+
+    monkeypatch.setattr(levels.Levels, "_drawn", peeking)
+    drafter = tiny.make_eagle3(small, passes=3)
+    assert control(tiny, small, drafter, tree_nodes=4) > BIASED
 
 
 @pytest.mark.parametrize("stream", [Stream.VERIFY, Stream.NEXT])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dspark.attention.paged_cache import BlockTable, PagedCache
 from dspark.attention.ragged_batch import RaggedBatch
+from dspark.drafters.base import DraftBatch
 from dspark.engine import round as rounds
 from dspark.engine.engine import Engine
 from dspark.engine.speculation.draft_scheduler import Scheduler
@@ -15,6 +17,7 @@ from dspark.errors import CompatibilityError, UsageError
 from dspark.request import Request, SamplingParams
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey
 from dspark.targets.target import Target
+from tests.helpers.drafters import tiny_eagle3
 from tests.helpers.targets import tiny_qwen3
 
 DEPTH = 5
@@ -26,23 +29,37 @@ def drafter(tiny, target):
     return tiny.make_drafter(target, block_size=DEPTH)
 
 
-@pytest.fixture(scope="module")
-def helpful(tiny, target):
-    """A lattice drafter that knows the target's own next tokens, and swaps the best two at times.
+@pytest.fixture(scope="module", params=["lattice", "levels"])
+def helpful(tiny, target, request):
+    """A drafter that knows the target's own next tokens, and swaps the best two at times.
 
     So the tree's path that stays is often not its first.
     """
-    return HelpfulDrafter(target, tiny.make_drafter(target, block_size=DEPTH))
+    levels = request.param == "levels"
+    own = tiny.make_eagle3(target) if levels else tiny.make_drafter(target, block_size=DEPTH)
+    return (HelpfulLevels if levels else HelpfulLattice)(target, own)
 
 
 class HelpfulDrafter:
-    """Gives the lattice of a drafter, with the target's own greedy continuation raised in it."""
+    """A drafter in whose logits the target's own greedy continuation is raised."""
 
     def __init__(self, target, drafter):
         self.target, self.drafter = target, drafter
 
     def __getattr__(self, name):
         return getattr(self.drafter, name)
+
+    def raised(self, line):
+        """The target's next token, and by how much it is raised."""
+        last = torch.tensor([len(line) - 1])
+        logits_V = self.target.forward(RaggedBatch.fresh([line]), logit_rows=last).logits_NV[0]
+        # Only the likelier of two, when the line so far is odd: a second child then stays.
+        own = int(logits_V.argmax())
+        return own, 9.0 if (sum(line) + own) % 3 else 4.0
+
+
+class HelpfulLattice(HelpfulDrafter):
+    """Gives a lattice."""
 
     def check_lattice(self):
         pass
@@ -52,14 +69,31 @@ class HelpfulDrafter:
         for r, tokens in enumerate(batch.tokens):
             line = list(tokens)
             for k in range(batch.num_drafts):
-                ragged = RaggedBatch.fresh([line])
-                last = torch.tensor([len(line) - 1])
-                logits_V = self.target.forward(ragged, logit_rows=last).logits_NV[0]
-                line.append(int(logits_V.argmax()))
-                # Only the likelier of two, when the line so far is odd: a second child then stays.
-                bonus = 9.0 if sum(line) % 3 else 4.0
-                found.logits_RKPC[r, k, :, found.tokens_RKC[r, k] == line[-1]] += bonus
+                own, bonus = self.raised(line)
+                line.append(own)
+                found.logits_RKPC[r, k, :, found.tokens_RKC[r, k] == own] += bonus
         return found
+
+
+class HelpfulLevels(HelpfulDrafter):
+    """Drafts level by level."""
+
+    def check_levels(self):
+        pass
+
+    def levels(self, context, batch, expand):
+        lines = [[list(tokens)] for tokens in batch.tokens]
+
+        def helped(logits_NC, tokens=None):
+            for n, line in enumerate(line for own in lines for line in own):
+                own, bonus = self.raised(line)
+                logits_NC[n, own] += bonus
+            nodes = expand(logits_NC, tokens)
+            for r, level in enumerate(nodes):
+                lines[r] = [[*lines[r][row], token] for row, token in level]
+            return nodes
+
+        self.drafter.levels(context, batch, helped)
 
 
 def requests_of(tiny, temperature=0.0, count=4, **params):
@@ -80,7 +114,10 @@ def costs():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("nodes", [1, 16])
-def test_output_is_plain_decodings_own(tiny, target, drafter, nodes, temperature):
+@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])
+def test_output_is_plain_decodings_own(tiny, target, drafter, kind, nodes, temperature):
+    if kind != "dspark":
+        drafter = tiny.make_eagle3(target, mtp=kind == "mtp", std=0.02)
     requests = requests_of(tiny, temperature)
     plain = tiny.token_ids(tiny.decode(target, None, requests))
     for max_requests in (1, 3):
@@ -213,7 +250,7 @@ def test_a_target_with_windows(tiny):
         max_position_embeddings=96,
     )
     target = Target.from_model(model, name="windows")
-    helpful = HelpfulDrafter(target, tiny.make_drafter(target, block_size=DEPTH))
+    helpful = HelpfulLattice(target, tiny.make_drafter(target, block_size=DEPTH))
     requests = requests_of(tiny, count=4)
     plain = tiny.token_ids(tiny.decode(target, None, requests))
     outputs = tiny.decode(target, helpful, requests, tree_nodes=16, max_requests=2, strict=True)
@@ -248,11 +285,93 @@ def test_drafts_of_nan_are_not_sent(tiny, target, drafter, monkeypatch):
     assert tiny.token_ids(outputs) == plain
 
 
+def test_levels_of_nan_are_not_sent(tiny, target, monkeypatch):
+    """The second level of one request is broken; the others draft on."""
+    drafter = tiny.make_eagle3(target, std=0.02)
+    levels, spoiled = drafter.levels, []
+
+    def broken(context, batch, expand):
+        sizes = []
+
+        def second(logits_NC, tokens=None):
+            sizes.append(len(logits_NC))
+            if len(sizes) == 2 and len(batch.lengths) > 1:
+                logits_NC[0] = float("nan")
+                spoiled.append(batch.tokens)
+            return expand(logits_NC, tokens)
+
+        levels(context, batch, second)
+
+    monkeypatch.setattr(drafter, "levels", broken)
+    for temperature, verifier in ((0.0, "block"), (1.0, "coupled")):
+        options = {"max_requests": 4, "verifier": verifier}
+        requests = requests_of(tiny, temperature, count=4)
+        plain = tiny.token_ids(tiny.decode(target, None, requests, **options))
+        outputs = tiny.decode(target, drafter, requests, tree_nodes=16, **options)
+        assert tiny.token_ids(outputs) == plain
+        assert sum(output.stats.accepted for output in outputs) > 0
+    outputs = tiny.decode(
+        target, drafter, requests_of(tiny, 1.0, count=4), tree_nodes=8, max_requests=4
+    )
+    assert all(len(output.token_ids) == 18 for output in outputs)
+    assert len(spoiled) > 10
+
+
+def of_fresh_context(target, drafter, tokens):
+    """The drafter's first logits where all but the last token have just been read."""
+    page = PagedCache(drafter.context_shapes, 6)
+    table = BlockTable(range(6))
+    batch = RaggedBatch.build([(table, 0, tokens[:-1])])
+    read = target.forward(batch, PagedCache(target.cache_shapes, 6), taps=drafter.taps)
+    drafter.observe(page, batch, read.features_TF, torch.tensor(tokens[1:]))
+    found = []
+
+    def draw(step, logits_RC, tokens=None):
+        found.append(logits_RC)
+        return logits_RC.argmax(dim=1)
+
+    anchor = torch.tensor(tokens[-1:])
+    drafter.propose(page, DraftBatch((table,), anchor, (len(tokens) - 1,), (tokens,), 1), draw)
+    return found[0][0]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_context_rows_after_rounds_of_trees_are_those_of_a_fresh_reading(
+    tiny, target, monkeypatch, wrong
+):
+    """Of Eagle3, whose rows hold the features of the path that stayed; a control leaves others."""
+    if wrong:
+        monkeypatch.setattr(rounds, "in_order_of_paths", lambda *_: None)
+    drafter = HelpfulLevels(target, tiny.make_eagle3(target))
+    own, differences = drafter.drafter, []
+    levels = own.levels
+
+    def watched_levels(context, batch, expand):
+        first = []
+
+        def seen(logits_NC, tokens=None):
+            if not first:
+                first.append(logits_NC.clone())
+            return expand(logits_NC, tokens)
+
+        levels(context, batch, lambda logits, tokens=None: seen(logits, tokens))
+        for r, tokens in enumerate(batch.tokens):
+            fresh_C = of_fresh_context(target, own, list(tokens))
+            differences.append(float((first[0][r] - fresh_C).abs().max()))
+
+    monkeypatch.setattr(own, "levels", watched_levels)
+    tiny.decode(target, drafter, requests_of(tiny, count=3), tree_nodes=12, strict=True)
+    assert len(differences) > 10
+    assert (max(differences) > 1e-2) if wrong else (max(differences) < 1e-4)
+
+
 def test_what_cannot_draft_trees_is_refused(tiny, target, drafter):
     with pytest.raises(UsageError, match="at least 1"):
         Engine(target, drafter, tree_nodes=0)
-    with pytest.raises(UsageError, match="drafted in parallel"):
+    with pytest.raises(UsageError, match="Eagle3 or MTP"):
         Engine(target, tiny.ngram(target), tree_nodes=8)
+    with pytest.raises(CompatibilityError, match="P-EAGLE"):
+        Engine(target, tiny_eagle3(target, taps=(-1, 0), mask_token_id=3), tree_nodes=8)
     with pytest.raises(CompatibilityError, match="one token back"):
         Engine(target, tiny.make_drafter(target, head="rnn"), tree_nodes=8)
     with pytest.raises(UsageError, match="threshold"):

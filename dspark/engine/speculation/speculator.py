@@ -198,7 +198,7 @@ def _trees(
     joining = len(requests) - len(ready)
     forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
     grown = [*proposed.trees, *(Tree(),) * joining]
-    drafts = Drafts.of_trees(forest, grown, proposed.forest.tokens_DKC.device)
+    drafts = Drafts.of_trees(forest, grown, proposed.forest.tokens_DKTC.device)
     times.draft_ms = (decided - started) * 1e3
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
     nothing = len(proposed.broken) == len(ready)

@@ -1,4 +1,4 @@
-"""Drafting trees: ask the drafter for a lattice, and grow a tree of each request in it."""
+"""Drafting trees: a tree of each request, grown in a drafter's lattice or level by level."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.attention.paged_cache import PagedCache
-from dspark.drafters.base import DraftBatch
+from dspark.drafters.base import DraftBatch, LevelDrafter
 from dspark.drafters.lattice import Lattice, LatticeDrafter
 from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.draft import Drafts
@@ -27,11 +27,10 @@ from dspark.engine.speculation.trees.growth import (
     grow_ranked,
     rows_of_columns,
 )
+from dspark.engine.speculation.trees.laws import draft_law, ranked_children
+from dspark.engine.speculation.trees.levels import Levels, level_rows
 from dspark.engine.speculation.verify import Verdict
 from dspark.errors import UsageError
-from dspark.sampling.distribution import Sparse
-from dspark.sampling.logits_processors import Known, token_distribution
-from dspark.sampling.noise import gumbel
 from dspark.scheduling.calibration import TemperatureClass, temperature_class
 from dspark.scheduling.cost_table import CostTable
 from dspark.targets.target import Target
@@ -44,8 +43,8 @@ _FEW_NODES = 8
 RANKED_PARENTS, DRAWN_PARENTS = 16, 64
 # Children of a node at most, where they are ranked.
 _MOST_CHILDREN = 8
-# Sharpness of perturbed scores as chances under `coupled` (docs/trees.md).
-_COUPLED_SHARPNESS = 1.0
+
+TreeDrafter = LatticeDrafter | LevelDrafter
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class TreeDrafting:
 
     Attributes:
         nodes: of a request's tree at most, M.
-        drafter: whose lattices they grow in.
+        drafter: of them.
         scheduler: decides how many nodes are verified.
         choice: between trees and chains; None drafts trees in every round.
         candidates: of each slot.
@@ -62,7 +61,7 @@ class TreeDrafting:
     """
 
     nodes: int
-    drafter: LatticeDrafter
+    drafter: TreeDrafter
     scheduler: Scheduler
     choice: TreeChoice | None = None
     candidates: int = CANDIDATES
@@ -100,6 +99,10 @@ class TreeDrafting:
         ready = [request for request in requests if request.drafts]
         return self.choice.decide(_temperature_class(ready), len(ready))
 
+    def rows_ahead(self, depth: int) -> int:
+        """Rows of the drafter's cache behind the anchor's that trees of this depth may take."""
+        return (depth - 1) * level_rows(self.nodes) if isinstance(self.drafter, LevelDrafter) else 0
+
     @property
     def decided(self) -> bool:
         """What `decide` has said last."""
@@ -126,21 +129,21 @@ class TreeDrafting:
                 self.rates.learn(tree, path)
 
 
-def check_trees(nodes: int, drafter: object, target: Target, schedule: str) -> LatticeDrafter:
+def check_trees(nodes: int, drafter: object, target: Target, schedule: str) -> TreeDrafter:
     """Refuse what cannot draft or verify trees; the drafter that can.
 
     Raises:
         UsageError: the drafter, the target's mode or the schedule cannot, or there are no nodes.
-        CompatibilityError: the drafter's Markov head carries a state.
+        CompatibilityError: the drafter's Markov head carries a state, or it is a P-EAGLE drafter.
     """
     if nodes < 1:
         raise UsageError(f"tree_nodes is {nodes}, but must be at least 1.")
-    if not isinstance(drafter, LatticeDrafter):
-        raise UsageError(
-            "tree_nodes needs a DSpark or DFlash drafter, whose slots are drafted in parallel; "
-            "leave it out."
-        )
-    drafter.check_lattice()
+    if isinstance(drafter, LatticeDrafter):
+        drafter.check_lattice()
+    elif isinstance(drafter, LevelDrafter):
+        drafter.check_levels()
+    else:
+        raise UsageError("tree_nodes needs a DSpark, DFlash, Eagle3 or MTP drafter; leave it out.")
     if target.batch_invariant:
         raise UsageError(
             "tree_nodes and batch_invariant exclude each other; leave one of them out."
@@ -215,13 +218,31 @@ def propose_trees(
         num_drafts=max(depths),
         confidences=any(kind.verifier != "coupled" for kind in state.sampling.kinds),
     )
+    if isinstance(drafting.drafter, LevelDrafter):
+        levels = Levels(state, limits, depths, drafting.rates.values)
+        drafting.drafter.levels(context, batch, levels)
+        return Proposed(levels.trees(), levels.forest(), frozenset(levels.broken))
+    return _in_lattice(drafting, drafting.drafter, context, batch, requests, state, limits, depths)
+
+
+def _in_lattice(
+    drafting: TreeDrafting,
+    drafter: LatticeDrafter,
+    context: PagedCache,
+    batch: DraftBatch,
+    requests: Sequence[ActiveRequest],
+    state: RoundState,
+    limits: Sequence[int],
+    depths: Sequence[int],
+) -> Proposed:
+    """Grow a tree of each request in the drafter's lattice."""
     greedy = all(kind.form == "greedy" for kind in state.sampling.kinds)
     nodes = min(max(limits), drafting.nodes)
     candidates, parents = drafting.candidates, DRAWN_PARENTS
     if greedy:
         parents = min(RANKED_PARENTS, nodes // 3 + 1)
         candidates = min(candidates, FEW_CANDIDATES) if nodes < _FEW_NODES else candidates
-    lattice = drafting.drafter.lattice(context, batch, candidates, parents)
+    lattice = drafter.lattice(context, batch, candidates, parents)
     sound_R = lattice.logits_RKPC.amax(dim=(1, 2, 3)).isfinite()
     broken = frozenset(torch.nonzero(~sound_R).flatten().tolist())
     if broken:
@@ -250,7 +271,7 @@ def propose_trees(
                 law[rows_M] = law_MKPC
         for r, tree in zip(numbers, grown, strict=True):
             trees[r] = tree
-    return Proposed(trees, Forest((), lattice.tokens_RKC, law), broken)
+    return Proposed(trees, Forest((), lattice.tokens_RKC.unsqueeze(2), law), broken)
 
 
 def _confidences(
@@ -286,18 +307,14 @@ class _Grower:
         parents_KP = self.lattice.parents_RKP[request].cpu().numpy()
         return tokens_KC, rows_of_columns(parents_KP, tokens_KC.shape[1])
 
+    def _candidates(self, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [M, K, P, C] and tokens [M, K, 1, C] of requests."""
+        return self.lattice.logits_RKPC[rows_M], self.lattice.tokens_RKC[rows_M].unsqueeze(2)
+
     def ranked(self, kind: Kind, state: RoundState, rows_M: Tensor) -> list[Tree]:
         """Trees of requests whose drafts stay while they are the target's own tokens."""
-        logits_MKPC = self.lattice.logits_RKPC[rows_M]
-        if kind.form == "greedy":
-            chances_MKPC = logits_MKPC.softmax(dim=-1)
-        else:
-            law_MKPC = self._law(state, rows_M)
-            scores_MKPC = law_MKPC.log() + self._noise(state, rows_M)
-            chances_MKPC = scores_MKPC.mul_(_COUPLED_SHARPNESS).softmax(dim=-1)
-        most = min(_MOST_CHILDREN, chances_MKPC.shape[-1])
-        best = chances_MKPC.topk(most, dim=-1)
-        chances, columns = best.values.double().cpu().numpy(), best.indices.cpu().numpy()
+        best = ranked_children(kind, *self._candidates(rows_M), state, 0, _MOST_CHILDREN)
+        chances, columns = (x.cpu().numpy() for x in best)
         return [
             grow_ranked(*self._places(r), columns[m], chances[m], self._most(r), self.depths[r])
             for m, r in enumerate(rows_M.tolist())
@@ -305,7 +322,7 @@ class _Grower:
 
     def drawn(self, state: RoundState, rows_M: Tensor) -> tuple[list[Tree], Tensor]:
         """Trees of requests whose drafts are judged by what they were drawn from, and that."""
-        law_MKPC = self._law(state, rows_M)
+        law_MKPC = draft_law(*self._candidates(rows_M), state)
         laws = law_MKPC.cpu().numpy()
         confidences = self.confidence_RKP
         uniforms = state.draft_uniforms(self.drafting.nodes).tolist()
@@ -321,32 +338,3 @@ class _Grower:
             for m, r in enumerate(rows_M.tolist())
         ]
         return trees, law_MKPC
-
-    def _law(self, state: RoundState, rows_M: Tensor) -> Tensor:
-        """The draft distributions [M, K, P, C], float64: bias and filters, but no penalties.
-
-        Penalties would make them hang on a whole path; those of the target count, and a draft is
-        judged by what it was really drawn from.
-        """
-        logits_MKPC = self.lattice.logits_RKPC[rows_M]
-        requests, slots, parents, width = logits_MKPC.shape
-        index_N = torch.arange(requests, device=rows_M.device).repeat_interleave(slots * parents)
-        chain_N = replace(state.sampling.draft_chain, penalised=False).rows(index_N)
-        tokens_NC = self.lattice.tokens_RKC[rows_M].repeat_interleave(parents, dim=1).flatten(0, 1)
-        known = Known(tokens_NC, state.sampling.vocab_size)
-        logits_NC = logits_MKPC.reshape(-1, width)
-        found = token_distribution(logits_NC, chain_N, None, None, known)
-        law_NC = found.probs_NC
-        if not (isinstance(found, Sparse) and found.tokens_NC is tokens_NC):
-            law_NC = found.at(torch.arange(len(found), device=rows_M.device), tokens_NC)
-        return law_NC.double().view(requests, slots, parents, width)
-
-    def _noise(self, state: RoundState, rows_M: Tensor) -> Tensor:
-        """The coupled verifier's noise of every candidate at its position, [M, K, 1, C]."""
-        tokens_MKC = self.lattice.tokens_RKC[rows_M]
-        requests, slots, _ = tokens_MKC.shape
-        places_K = torch.arange(1, slots + 1, device=rows_M.device)
-        positions_MK = state.anchors_R[:, None] + places_K
-        seeds_N = state.sampling.seeds_R.repeat_interleave(slots)
-        noise_NC = gumbel(seeds_N, positions_MK.flatten(), tokens_MKC.flatten(0, 1))
-        return noise_NC.view(requests, slots, 1, -1)

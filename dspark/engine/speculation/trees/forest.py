@@ -19,20 +19,21 @@ class Forest:
 
     Attributes:
         trees: of each request, pruned; empty for those that did not draft.
-        tokens_DKC: candidates of each slot, of the first D requests.
+        tokens_DKTC: candidates of each slot, of the first D requests; T is P where they hang on the
+            parent, and 1 elsewhere.
         law_DKPC: what children were drawn from, float64; None where no request's were drawn.
     """
 
     trees: tuple[Tree, ...]
-    tokens_DKC: Tensor
+    tokens_DKTC: Tensor
     law_DKPC: Tensor | None = None
 
     def rows(self, requests_M: Sequence[int]) -> Forest:
         """Of the requests named, in that order; those that did not draft come last."""
-        drafted = [r for r in requests_M if r < len(self.tokens_DKC)]
+        drafted = [r for r in requests_M if r < len(self.tokens_DKTC)]
         return Forest(
             tuple(self.trees[r] for r in requests_M),
-            self.tokens_DKC[drafted],
+            self.tokens_DKTC[drafted],
             None if self.law_DKPC is None else self.law_DKPC[drafted],
         )
 

@@ -231,7 +231,8 @@ class _Judged:
         assert forest.law_DKPC is not None
         rows_N, laws_N3 = torch.tensor(rows, device=device), torch.tensor(laws, device=device)
         request_N, slot_N, law_N = laws_N3.unbind(1)
-        tokens_NC = forest.tokens_DKC[request_N, slot_N]
+        shared = forest.tokens_DKTC.shape[2] == 1
+        tokens_NC = forest.tokens_DKTC[request_N, slot_N, 0 if shared else law_N]
         q_NC = forest.law_DKPC[request_N, slot_N, law_N]
         p_NC = found.at(rows_N, tokens_NC).double()
         rest_N = _masses(found, rows_N) - p_NC.sum(dim=1)
