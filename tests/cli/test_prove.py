@@ -9,7 +9,8 @@ from dspark.sampling import verification
 @pytest.fixture
 def shortened(monkeypatch):
     """The first few cases of each kind."""
-    for name in ("exact_cases", "coupled_cases", "control_cases", "noise_cases", "tree_cases"):
+    kinds = ("exact", "coupled", "control", "noise", "tree", "level_tree")
+    for name in (f"{kind}_cases" for kind in kinds):
         whole = getattr(proof, name)
         monkeypatch.setattr(proof, name, lambda seed, whole=whole: islice(whole(seed), 2))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
-from dspark.evaluation.proof import trees
+from dspark.engine.speculation.trees import level_growth
+from dspark.evaluation.proof import level_trees, trees
 from dspark.evaluation.proof.worlds import total_variation
 from dspark.sampling import recursive_rejection
 from dspark.sampling.recursive_rejection import Judged
@@ -20,7 +22,7 @@ def without_gradients():
 
 
 def test_every_case_passes():
-    cases = list(trees.tree_cases())
+    cases = [*trees.tree_cases(), *level_trees.level_tree_cases()]
     assert [case.name for case in cases if not case.passed] == []
     assert {case.expected for case in cases} == {"exact", "biased"}
 
@@ -32,6 +34,22 @@ def test_chances_of_all_trees_sum_to_one_and_no_two_are_the_same():
         assert sum(each.chance for each in drawn) == pytest.approx(1, abs=1e-12)
         assert len({each.tree for each in drawn}) == len(drawn)
         assert any(len(own) > 1 for each in drawn for own in each.tree.children())
+
+
+def test_draws_that_are_not_in_the_tree_are_enumerated_too():
+    for size in level_trees.SIZES[1]:
+        [world] = level_trees._requests(1, size, 0)
+        drawn = world.drawn()
+        assert sum(each.chance for each in drawn) == pytest.approx(1, abs=1e-12)
+        assert all(len(each.tree) == world.nodes for each in drawn)
+        everything = level_growth.LevelGrowth(99, level_trees.ROWS, world.pair.block_size)
+        columns = np.array([[0, 1]])
+        while len(everything.reached):
+            rows = len(everything.reached)
+            everything.add(
+                np.full((rows, 2), 0.1), columns.repeat(rows, 0), columns.repeat(rows, 0)
+            )
+        assert len(everything.done()) > world.nodes
 
 
 def test_an_output_without_a_tree_is_plain_decodings_by_hand():
@@ -54,5 +72,5 @@ def test_a_wrong_judgement_is_noticed(monkeypatch, part):
 
     monkeypatch.setattr(recursive_rejection, "judge", wrong)
     requests = trees._requests(1, (3, 2, 3), 0)
-    distance, _ = trees.measure(requests, trees._prunings("fixed", 3)[0])
+    distance, _ = trees.measure(requests, trees.prunings("fixed", 3)[0])
     assert distance.largest > 1e-3

@@ -10,6 +10,7 @@ import torch
 from dspark.evaluation.proof.case import Case
 from dspark.evaluation.proof.controls import control_cases
 from dspark.evaluation.proof.exact import coupled_cases, exact_cases
+from dspark.evaluation.proof.level_trees import level_tree_cases
 from dspark.evaluation.proof.noise import noise_cases
 from dspark.evaluation.proof.trees import tree_cases
 
@@ -48,3 +49,4 @@ def all_cases(seed: int = 0) -> Iterator[Case]:
     yield from control_cases(seed)
     yield from noise_cases(seed)
     yield from tree_cases(seed)
+    yield from level_tree_cases(seed)

@@ -8,7 +8,7 @@ that can come there is drawn in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
@@ -35,8 +35,11 @@ SIZES = {1: ((3, 2, 4), (2, 3, 5)), 2: ((2, 2, 3), (3, 2, 2))}
 """(V, K, M): vocabulary, depth and nodes of one request's round, and of two requests'."""
 WORLDS = 3
 
+Size = tuple[int, int, int]
 Prune = Callable[[FloatArray, FloatArray], IntArray]
 """(survivals [R, M], draft probabilities of the tokens drawn [R, M]) -> nodes to verify [R]"""
+Make = Callable[[int, Size, int], "Sequence[TreeWorld]"]
+"""(number of requests, their size, seed) -> requests"""
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,7 @@ class TreeWorld:
     def _law(self, tree: growth.Tree, node: int, *, replaced: bool | None = None) -> FloatArray:
         """What a node's token is drawn from, given the nodes before it."""
         parent = tree.parents[node]
-        slot, row = (0, 0) if parent < 0 else (tree.depths[parent], tree.rows[parent])
-        law_C: FloatArray = self.law_KPC[slot, row].copy()
+        law_C: FloatArray = self.law_after(tree, parent).copy()
         if not (self.replaced if replaced is None else replaced):
             before = [c for n, c in enumerate(tree.columns[:node]) if tree.parents[n] == parent]
             law_C[before] = 0.0
@@ -144,8 +146,7 @@ class TreeWorld:
             if not own:
                 self._emit(total, prefix, chance * p_1V[0])
                 return
-            slot, row = (0, 0) if node < 0 else (tree.depths[node], tree.rows[node])
-            q_1V = torch.from_numpy(self.law_KPC[slot, row])[None]
+            q_1V = torch.from_numpy(self.law_after(tree, node))[None]
             columns_1B = torch.tensor([[tree.columns[child] for child in own]])
             keep_1B, left_1V = recursive_rejection.judge(p_1V, p_1V.new_zeros(1), q_1V, columns_1B)
             for child, keep in zip(own, keep_1B[0].tolist(), strict=True):
@@ -158,8 +159,14 @@ class TreeWorld:
         visit(-1, 1.0)
         return total
 
+    def law_after(self, tree: growth.Tree, node: int) -> FloatArray:
+        """What the children of a node are drawn from; -1 is the anchor."""
+        slot, row = (0, 0) if node < 0 else (tree.depths[node], tree.rows[node])
+        law_C: FloatArray = self.law_KPC[slot, row]
+        return law_C
+
     def _after(self, prefix: Prefix) -> Tensor:
-        return self.target[len(prefix)][_place(prefix, self.pair.vocab_size)]
+        return self.target[len(prefix)][place_of(prefix, self.pair.vocab_size)]
 
     def _emit(self, total: Tensor, prefix: Prefix, law_V: Tensor) -> None:
         """Add outputs that begin with a prefix and a token of this law, and go on plainly."""
@@ -167,7 +174,7 @@ class TreeWorld:
             if chance > 0:
                 begin = (*prefix, token)
                 rest = self._rest(begin)
-                place = _place(begin, self.pair.vocab_size) * len(rest)
+                place = place_of(begin, self.pair.vocab_size) * len(rest)
                 total[place : place + len(rest)] += chance * rest
 
     def _rest(self, prefix: Prefix) -> Tensor:
@@ -178,7 +185,8 @@ class TreeWorld:
         return torch.cat([p * self._rest((*prefix, token)) for token, p in enumerate(law_V)])
 
 
-def _place(prefix: Prefix, vocab_size: int) -> int:
+def place_of(prefix: Prefix, vocab_size: int) -> int:
+    """The number of a prefix among those of its length."""
     return reduce(lambda n, token: n * vocab_size + token, prefix, 0)
 
 
@@ -226,16 +234,13 @@ def measure(requests: Sequence[TreeWorld], prune: Prune) -> tuple[Distance, int]
 
 def tree_cases(seed: int = 0) -> Iterator[Case]:
     """Every schedule with one and two requests, `coupled`, and what must fail."""
-    for requests, name in product((1, 2), ("fixed", "filled budget", "prefix")):
-        yield _of_schedule(name, requests, seed)
+    yield from of_schedules("tree", _requests, SIZES, seed)
     yield from coupled_tree_cases(seed)
     yield _own_score(seed)
     yield _replaced(seed)
 
 
-def _requests(
-    count: int, size: tuple[int, int, int], seed: int, **options: bool
-) -> list[TreeWorld]:
+def _requests(count: int, size: Size, seed: int, **options: bool) -> list[TreeWorld]:
     vocab_size, block_size, nodes = size
     return [
         TreeWorld(
@@ -247,21 +252,33 @@ def _requests(
     ]
 
 
-def _of_schedule(name: str, count: int, seed: int) -> Case:
-    found, most = [], 0
-    for size, world in product(SIZES[count], range(count)):
-        requests, nodes = _requests(count, size, seed + 50 * world), size[2] * count
-        prunings = _prunings(name, nodes)
-        if name == "prefix":
-            prunings.append(_by_prefix(_telling_costs(requests)))
-        for prune in prunings:
-            distance, seen = measure(requests, prune)
-            found.append(distance)
-            most = max(most, seen)
-    number = "one request" if count == 1 else "two requests"
-    # A budget is always spent by a request alone; all else must have decided something.
-    idle = name == "fixed" or (name, count) == ("filled budget", 1)
-    return exact(f"tree / {name} / {number}", Distance.farthest(found), holds=idle or most > 1)
+def of_schedules(
+    kind: str, make: Make, sizes: Mapping[int, Sequence[Size]], seed: int
+) -> Iterator[Case]:
+    """Every schedule with one and two requests.
+
+    Args:
+        kind: of trees.
+        make: so many requests of a size.
+        sizes: by number of requests.
+        seed: of the worlds.
+    """
+    for count, name in product((1, 2), ("fixed", "filled budget", "prefix")):
+        found, most = [], 0
+        for size, world in product(sizes[count], range(count)):
+            requests, nodes = make(count, size, seed + 50 * world), size[2] * count
+            own = prunings(name, nodes)
+            if name == "prefix":
+                own.append(_by_prefix(_telling_costs(requests)))
+            for prune in own:
+                distance, seen = measure(requests, prune)
+                found.append(distance)
+                most = max(most, seen)
+        number = "one request" if count == 1 else "two requests"
+        # A budget is always spent by a request alone; all else must have decided something.
+        idle = name == "fixed" or (name, count) == ("filled budget", 1)
+        holds = idle or most > 1
+        yield exact(f"{kind} / {name} / {number}", Distance.farthest(found), holds=holds)
 
 
 def _telling_costs(requests: Sequence[TreeWorld]) -> FloatArray:
@@ -279,7 +296,7 @@ def _by_budget(budget: int) -> Prune:
     return lambda survival_RM, _: admission.fill_budget(survival_RM, budget)
 
 
-def _prunings(name: str, nodes: int) -> list[Prune]:
+def prunings(name: str, nodes: int) -> list[Prune]:
     """A schedule under several settings."""
     if name == "fixed":
         return [lambda survival_RM, _: admission.fixed_lengths(*survival_RM.shape)]
@@ -298,7 +315,7 @@ def _own_score(seed: int) -> Case:
     for s in range(seed, seed + WORLDS):
         requests = _requests(1, (3, 2, 3), s)
         wrong.append(measure(requests, by_token)[0])
-        right.append(measure(requests, _prunings("fixed", 3)[0])[0])
+        right.append(measure(requests, prunings("fixed", 3)[0])[0])
     name = "tree: nodes scored by q of their own token"
     return control(name, Distance.farthest(wrong), Distance.farthest(right))
 
@@ -308,7 +325,7 @@ def _replaced(seed: int) -> Case:
     found = [
         Distance.farthest(
             [
-                measure(_requests(1, (3, 2, 3), s, replaced=replaced), _prunings("fixed", 3)[0])[0]
+                measure(_requests(1, (3, 2, 3), s, replaced=replaced), prunings("fixed", 3)[0])[0]
                 for s in range(seed, seed + WORLDS)
             ]
         )
