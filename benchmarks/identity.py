@@ -154,7 +154,7 @@ def main() -> None:
     """Check that drafting changes no token."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     add_decoding_options(parser, prompts=200, tokens=64)
-    parser.add_argument("--coupled-prompts", type=int, default=60, help="at temperature 1")
+    parser.add_argument("--coupled-prompts", type=int, default=60, help="at temperature 1; 0 for none")
     parser.add_argument("--batch-invariant", action="store_true", help="in this mode")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -166,11 +166,12 @@ def main() -> None:
     schedule = Schedule(args.schedule, args.threshold)
     settings = [Setting(args.verifier, b, schedule, args.block_size) for b in BATCH_SIZES]
     results = {"temperature_0": compare(model, requests, Setting(args.verifier, 1), settings)}
-    args.prompts = args.coupled_prompts
-    requests = mixed_requests(model, args, replace(greedy, temperature=1.0))
-    with_head = model.drafter.config.confidence_head  # type: ignore[attr-defined]
-    settings = coupled_settings(model.drafter.block_size, confidences=with_head)
-    results["coupled_temperature_1"] = compare(model, requests, Setting("coupled", 1), settings)
+    if args.coupled_prompts:
+        args.prompts = args.coupled_prompts
+        requests = mixed_requests(model, args, replace(greedy, temperature=1.0))
+        with_head = model.drafter.config.confidence_head  # type: ignore[attr-defined]
+        settings = coupled_settings(model.drafter.block_size, confidences=with_head)
+        results["coupled_temperature_1"] = compare(model, requests, Setting("coupled", 1), settings)
     rows = [row for part in results.values() for row in part.values()]
     lost = any(row["identical"] + row["tolerated"] < row["prompts"] for row in rows)
     options = {
