@@ -154,7 +154,7 @@ def main() -> None:
     """Check that drafting changes no token."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     add_decoding_options(parser, prompts=200, tokens=64)
-    parser.add_argument("--coupled-prompts", type=int, default=60, help="at temperature 1; 0 for none")
+    parser.add_argument("--coupled-prompts", type=int, default=60, help="at T = 1; 0 for none")
     parser.add_argument("--batch-invariant", action="store_true", help="in this mode")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
