@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,18 +21,16 @@ from dspark.evaluation.proof.case import Case, control
 from dspark.evaluation.proof.pairs import telling_pair
 from dspark.evaluation.proof.trees import (
     RATES,
-    WORLDS,
     DrawnTree,
     FloatArray,
     IntArray,
     Size,
     TreeWorld,
-    measure,
+    farthest_of_worlds,
     of_schedules,
     place_of,
-    prunings,
 )
-from dspark.evaluation.proof.worlds import Distance, Prefix
+from dspark.evaluation.proof.worlds import Prefix
 from dspark.scheduling.survival import confidence
 
 SIZES = {1: ((3, 2, 4), (2, 3, 5)), 2: ((2, 2, 3), (2, 2, 4))}
@@ -126,12 +125,7 @@ def level_tree_cases(seed: int = 0) -> Iterator[Case]:
     """Every schedule with one and two requests, and what must fail."""
     yield from of_schedules("tree by levels", _requests, SIZES, seed)
     found = [
-        Distance.farthest(
-            [
-                measure(_requests(1, (3, 2, 3), s, peeking=peeking), prunings("fixed", 3)[0])[0]
-                for s in range(seed, seed + WORLDS)
-            ]
-        )
+        farthest_of_worlds(partial(_requests, 1, (3, 2, 3), peeking=peeking), seed)
         for peeking in (True, False)
     ]
     yield control("tree by levels: survivals by q of the node's own token", *found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from itertools import product
 
 import numpy as np
@@ -320,15 +320,18 @@ def _own_score(seed: int) -> Case:
     return control(name, Distance.farthest(wrong), Distance.farthest(right))
 
 
+def farthest_of_worlds(requests_of: Callable[[int], Sequence[TreeWorld]], seed: int) -> Distance:
+    """How far whole trees of the requests of some seeds are from plain decoding at most."""
+    [prune, *_] = prunings("fixed", 3)
+    return Distance.farthest(
+        [measure(requests_of(s), prune)[0] for s in range(seed, seed + WORLDS)]
+    )
+
+
 def _replaced(seed: int) -> Case:
     """Children are drawn with replacement, but judged as if they had been drawn without."""
     found = [
-        Distance.farthest(
-            [
-                measure(_requests(1, (3, 2, 3), s, replaced=replaced), prunings("fixed", 3)[0])[0]
-                for s in range(seed, seed + WORLDS)
-            ]
-        )
+        farthest_of_worlds(partial(_requests, 1, (3, 2, 3), replaced=replaced), seed)
         for replaced in (True, False)
     ]
     return control("tree: children drawn with replacement, judged without", *found)
