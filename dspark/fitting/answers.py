@@ -15,10 +15,11 @@ from dspark.data.prompts.self_prompting import SelfPrompts, write_self_prompts
 from dspark.data.samples import Sample, read_samples, usable
 from dspark.engine.model import Model
 from dspark.fitting.evaluation import fits
-from dspark.fitting.plan import FEWEST_ROWS, Plan
+from dspark.fitting.plan import Plan
 from dspark.fitting.progress import budget_text
 from dspark.fitting.prompts import TRAIN, Collected, collect, self_written, split
 from dspark.fitting.recipe import FEWEST_SUPERVISED, choose_vocabulary
+from dspark.fitting.workload import FEWEST_ROWS
 
 PROMPTS, ANSWERS = "prompts", "answers"
 CHUNKS = (0.25, 0.7, 1.0)
@@ -138,7 +139,8 @@ def write_answers(fit: Fit) -> dict[str, Any]:
     """
     folder = fit.path(ANSWERS)
     prompts = [record for _, record in read_json_lines(fit.path(PROMPTS, TRAIN))]
-    later_s = fit.plan.seconds["training"] + fit.plan.after_training_s
+    later_s = sum(fit.plan.seconds[name] for name in ("features", "training"))
+    later_s += fit.plan.after_training_s
     ends = min(later_s, fit.left_s() - fit.plan.seconds["answers"])
     responder, asked, records, number = _responder(fit), 0, 0, 0
     left_before, timed = fit.left_s(), 0

@@ -6,15 +6,17 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
+from dspark.data.features.encoder import target_features
 from dspark.data.files.atomic import replace_file, writing
 from dspark.data.files.json_lines import write_json_lines
+from dspark.data.samples import Sample
 from dspark.engine.model import Model
 from dspark.fitting.recipe import Shape, recipe_of
 from dspark.params import SamplingParams
@@ -24,6 +26,8 @@ from dspark.training.run import plan_recipe
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 32)
 """Samples of a timed training step, their token limit, and anchors per sample."""
+CODED_BYTES = 0.4
+"""Bytes per number of a coded feature cache (docs/feature_cache.md)."""
 ROUND_COST = 1.5
 """Cost of a round of K drafts relative to K + 1 decoded rows, drafting included."""
 
@@ -38,6 +42,8 @@ class Speeds:
         single_tokens_per_s: of a single request.
         row_s: seconds of a training step per sample, without its anchors.
         anchor_s: seconds of a training step per anchor.
+        feature_s: seconds of the target's forward over a sample, which is part of `row_s`.
+        feature_bytes: of a sample's features in a cache, about.
         memory_bytes: peak of this process in a training step, optimiser included.
         checkpoint_bytes: disk space of a training.
         parameters: of the drafter.
@@ -51,6 +57,13 @@ class Speeds:
     memory_bytes: int
     checkpoint_bytes: int
     parameters: int
+    feature_s: float = 0.0
+    feature_bytes: int = 0
+
+    @property
+    def from_cache(self) -> Speeds:
+        """The speeds of training steps that read features from a cache."""
+        return replace(self, row_s=self.row_s - self.feature_s, feature_s=0.0)
 
     def step_s(self, rows: int, anchors: int) -> float:
         """Seconds of a training step of `rows` samples with `anchors` anchors each."""
@@ -78,6 +91,8 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
         (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
     )
     per_row = max(few["seconds"] / TRIAL_ROWS - TRIAL_ANCHORS[0] * per_anchor, 0.0)
+    forward_s = _forward_s(model, shape, tokens, generator)
+    width = (len(shape.taps) + 1) * model.target.hidden_size
     return Speeds(
         batch_size=batch_size,
         batch_tokens_per_s=_tokens_per_s(model, batch_size, generator),
@@ -87,16 +102,31 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
         memory_bytes=int(many["memory"]),
         checkpoint_bytes=int(many["disk"]),
         parameters=int(many["parameters"]),
+        feature_s=min(forward_s, per_row) * row_tokens / tokens,
+        feature_bytes=int(CODED_BYTES * width * row_tokens),
     )
+
+
+def _forward_s(model: Model, shape: Shape, row_tokens: int, generator: random.Random) -> float:
+    """Seconds of the target's forward over a sample, as in training."""
+    rows = [_random_ids(model, row_tokens, generator) for _ in range(TRIAL_ROWS)]
+    samples = [Sample(tuple(ids), (True,) * row_tokens) for ids in rows]
+    taken = []
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        target_features(model.target, samples, shape.taps)
+        taken.append(time.perf_counter() - started)
+    return min(taken) / TRIAL_ROWS
+
+
+def _random_ids(model: Model, count: int, generator: random.Random) -> list[int]:
+    return [generator.randrange(model.target.vocab_size) for _ in range(count)]
 
 
 def _tokens_per_s(model: Model, count: int, generator: random.Random) -> float:
     """Generated tokens per second of `count` requests, sampled as answers are."""
-    vocabulary = model.target.vocab_size
     most = max(min(NEW_TOKENS, model.target.max_context - PROMPT_TOKENS - 1), 1)
-    prompts = [
-        tuple(generator.randrange(vocabulary) for _ in range(PROMPT_TOKENS)) for _ in range(count)
-    ]
+    prompts = [tuple(_random_ids(model, PROMPT_TOKENS, generator)) for _ in range(count)]
     params = SamplingParams(most, temperature=1.0, top_p=0.95, ignore_eos=True)
     requests = [Request(ids, params.with_seed(i)) for i, ids in enumerate(prompts)]
     engine = model.engine(requests, batch_size=count, schedule="fixed")
@@ -116,10 +146,7 @@ def _step(
     """Time and memory of a training step on random tokens."""
     target = model.target
     with tempfile.TemporaryDirectory(prefix="dspark-fit-") as folder:
-        rows = [
-            [generator.randrange(target.vocab_size) for _ in range(row_tokens)]
-            for _ in range(TRIAL_ROWS)
-        ]
+        rows = [_random_ids(model, row_tokens, generator) for _ in range(TRIAL_ROWS)]
         path = Path(folder) / "samples.jsonl"
         _write_samples(path, rows)
         recipe = recipe_of(

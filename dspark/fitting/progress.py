@@ -45,9 +45,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-FILE, VERSION = "fit.json", 1
+FILE, VERSION = "fit.json", 2
 HEARTBEAT_S = 5.0
-STAGES = ("plan", "prompts", "answers", "training", "calibration", "costs", "evaluation", "attach")
+STAGES = (
+    "plan", "prompts", "answers", "features", "training", "calibration", "costs", "evaluation",
+    "attach",
+)  # fmt: skip
 
 
 class State:

@@ -17,6 +17,8 @@ from dspark.training.drafters.warm_start import has_copyable_layers
 from dspark.training.optim import usual_learning_rate
 
 BLOCK_SIZE = 7
+SHORT_BLOCKS = ((3, 3e5), (5, 3e6))
+"""Block sizes, and the anchors from which a longer block is chosen."""
 FEWEST_SUPERVISED = 8
 COVERAGE = 0.995
 SMALL_VOCABULARY = 8192
@@ -36,6 +38,7 @@ class Shape:
         taps: captured target layers.
         draft_vocabulary: size of a reduced vocabulary; None for all tokens.
         learning_rate: peak rate.
+        block_size: drafts per round.
     """
 
     layers: int
@@ -43,6 +46,7 @@ class Shape:
     taps: tuple[int, ...]
     draft_vocabulary: int | None
     learning_rate: float
+    block_size: int = BLOCK_SIZE
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Shape:
@@ -68,6 +72,14 @@ def choose_shape(target: Target, training_s: float) -> Shape:
     )
 
 
+def choose_block_size(anchors: float) -> int:
+    """Drafts per round of a drafter that is trained on so many anchors.
+
+    The last drafts of a young drafter hardly ever stay, but cost as much training as the first.
+    """
+    return next((size for size, most in SHORT_BLOCKS if anchors < most), BLOCK_SIZE)
+
+
 def choose_taps(num_layers: int) -> tuple[int, ...]:
     """Five layers, spaced as in published drafters; fewer for a shallow target."""
     try:
@@ -81,7 +93,7 @@ def choose_taps(num_layers: int) -> tuple[int, ...]:
 
 def expected_vocabulary(vocab_size: int) -> int | None:
     """Expected size of the draft vocabulary, before answers determine it."""
-    return None if vocab_size <= SMALL_VOCABULARY else vocab_size // 4
+    return None if vocab_size <= SMALL_VOCABULARY else vocab_size // 6
 
 
 def choose_vocabulary(
@@ -89,7 +101,7 @@ def choose_vocabulary(
 ) -> tuple[int | None, float]:
     """Size of the draft vocabulary, and its share of the answers' tokens.
 
-    The most frequent tokens that make up 99.5 % of the answers, and at least a quarter of the
+    The most frequent tokens that make up 99.5 % of the answers, and at least a sixth of the
     vocabulary, since unseen answers contain further tokens; all of it if that saves little. The
     share is measured on the last quarter of the answers with the choice of the others, if there are
     enough.
@@ -173,7 +185,7 @@ def recipe_of(
     """
     drafter: dict[str, Any] = {
         "num_layers": shape.layers,
-        "block_size": BLOCK_SIZE,
+        "block_size": shape.block_size,
         "markov_rank": shape.rank,
         "target_layer_ids": list(shape.taps),
         "initial_layers": "target" if has_copyable_layers(target) else "random",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,27 @@ from dspark.data.prompts.self_prompting import opening_of
 from dspark.drafters.checkpoints.checkpoint import has_attached_drafter
 from dspark.engine.model import Model
 from dspark.errors import TrainingError, UsageError
-from dspark.fitting import answers, stages
+from dspark.fitting import answers, stages, training
 from dspark.fitting.answers import FitOptions
 from dspark.fitting.evaluation import OVERALL, serving_commands
 from dspark.fitting.measure import measure
-from dspark.fitting.plan import PROMPT_TOKENS, Plan, answer_limit, make_plan
+from dspark.fitting.plan import Plan, answer_limit, make_plan
 from dspark.fitting.progress import STAGES, State, Watcher
 from dspark.fitting.prompts import collect
-from dspark.fitting.recipe import BLOCK_SIZE, choose_shape, training_dtype
+from dspark.fitting.recipe import (
+    BLOCK_SIZE,
+    choose_block_size,
+    choose_shape,
+    training_dtype,
+)
+from dspark.fitting.workload import PROMPT_TOKENS
 
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
 SMALL_BUDGET_S, SMALL_BATCH = 120.0, 4
 TRAINING_SHARE = 0.5
 """Assumed share of the budget for training, to choose the drafter's shape by."""
+FEATURES_SHARE = 0.5
+"""Of the free disk, for cached features at most."""
 
 
 def fit(options: FitOptions, load: Callable[[], Model], watcher: Watcher) -> dict[str, Any]:
@@ -79,6 +87,11 @@ def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], 
         row_tokens=min(PROMPT_TOKENS + tokens, target.max_context),
         seed=options.seed,
     )
+    anchors = TRAINING_SHARE * options.budget_s / speeds.anchor_s
+    shape = replace(shape, block_size=choose_block_size(anchors))
+    speeds = replace(speeds, anchor_s=speeds.anchor_s * shape.block_size / BLOCK_SIZE)
+    folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
     plan = make_plan(
         options.budget_s,
         state.elapsed_s,
@@ -87,9 +100,8 @@ def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], 
         answer_tokens=tokens,
         writes_prompts=not options.prompts,
         available=available,
+        disk_bytes=FEATURES_SHARE * free,
     )
-    folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
     if plan.disk_bytes > free:
         raise UsageError(
             f"A run needs {plan.disk_bytes / 1e9:.2g} GB of disk, but {folder} has "
@@ -116,6 +128,7 @@ class _Run:
         tasks: dict[str, Callable[[answers.Fit], dict[str, Any]]] = {
             "prompts": answers.write_prompts,
             "answers": answers.write_answers,
+            "features": lambda fit: training.write_features(fit, self.state.result("answers")),
             "training": self._trained,
             "calibration": stages.calibrate_pair,
             "costs": stages.measure_costs,
@@ -149,7 +162,7 @@ class _Run:
 
     def _trained(self, fit: answers.Fit) -> dict[str, Any]:
         try:
-            return stages.train(fit, self.state.result("answers"))
+            return training.train(fit, self.state.result("answers"))
         except TrainingError as error:  # its remedy is for `dspark train`
             raise TrainingError(str(error).replace("--resume", "the same command")) from error
 
@@ -213,7 +226,7 @@ class _Run:
             "commands": serving_commands(
                 self.options.target,
                 str(self.options.folder),
-                BLOCK_SIZE,
+                plan.shape.block_size,
                 attached=attach_to is not None,
                 reduced=results["answers"]["draft_vocabulary"] is not None,
             ),

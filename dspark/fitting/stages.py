@@ -1,4 +1,4 @@
-"""Stages of a fit from training on, each using the functions of the command of the same name."""
+"""Stages of a fit after training, each using the functions of the command of the same name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dspark.data.conversations import as_prompt
 from dspark.data.files.json_lines import read_json_lines
-from dspark.data.samples import SampleStream
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.drafters.checkpoints.files import ATTACHED_FOLDER
 from dspark.drafters.checkpoints.registry import AnyDrafter
@@ -22,7 +19,7 @@ from dspark.evaluation.check.live import render
 from dspark.evaluation.evaluate import evaluate, settings_of
 from dspark.evaluation.report.results import run_report
 from dspark.evaluation.tasks import load_file
-from dspark.fitting.answers import PROMPTS, Fit, answer_files, max_length, samples_of
+from dspark.fitting.answers import PROMPTS, Fit
 from dspark.fitting.evaluation import (
     TEMPERATURES,
     HeldOutPrompt,
@@ -31,73 +28,17 @@ from dspark.fitting.evaluation import (
     limits_of,
     race,
 )
-from dspark.fitting.measure import write_recipe
-from dspark.fitting.plan import FEWEST_HELD_OUT
 from dspark.fitting.prompts import CALIBRATION, HELD_OUT
-from dspark.fitting.recipe import BLOCK_SIZE, FEWEST_SUPERVISED, recipe_of
+from dspark.fitting.training import TRAINING
+from dspark.fitting.workload import FEWEST_HELD_OUT
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
 from dspark.scheduling.cost_table import CostTable
-from dspark.training.checkpoints import read_position, saved_steps
-from dspark.training.progress import Pace
-from dspark.training.run import run_recipe
 
-TRAINING, COSTS, LAPS = "training", "costs.json", "laps"
+COSTS, LAPS = "costs.json", "laps"
 VERIFIER: Verifier = "block"
-CHECKPOINTS = 10
 ROUNDS_PER_CLASS = 4000
-
-
-def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
-    """Stage `training`: by a recipe that also works with `dspark train`, while time remains."""
-    plan, output = fit.plan, fit.path(TRAINING)
-    if not answers["usable"]:
-        raise DataError(
-            f"No answer of {fit.options.target} has {FEWEST_SUPERVISED} tokens, so there is "
-            "nothing to train on; give other prompts."
-        )
-    rows = min(plan.rows, answers["usable"])
-    seconds = max(fit.left_s() - plan.after_training_s, 0.0)
-    steps = max(int(seconds / plan.speeds.step_s(rows, plan.anchors)), 1)
-    if saved_steps(output):  # a resumed run keeps its last number of steps
-        steps = int(read_position(output).fixed["run.steps"])
-    recipe = recipe_of(
-        fit.model.target,
-        replace(plan.shape, draft_vocabulary=answers["draft_vocabulary"]),
-        paths=[str(path.resolve()) for path in answer_files(fit)],
-        output=output,
-        steps=steps,
-        rows=rows,
-        anchors=plan.anchors,
-        max_length=max_length(fit),
-        save_every=max(steps // CHECKPOINTS, 1),
-        seed=fit.options.seed,
-    )
-    result = run_recipe(
-        str(write_recipe(recipe, fit.options.folder)),
-        resume=True,
-        device=str(fit.model.target.device),
-        console=Console(quiet=True),
-        target=fit.model.target,
-        pace=Pace(seconds, tell=fit.progress),
-    )
-    stream = SampleStream(samples_of(fit), rows, fit.options.seed)
-    return {
-        "steps": result.steps,
-        "loss": result.loss,
-        "anchors": _anchors(stream, result.steps, plan.anchors),
-        "accepted_length_train": result.metrics.get("accepted_length"),
-    }
-
-
-def _anchors(stream: SampleStream, steps: int, most: int) -> int:
-    """Total number of anchors in the steps."""
-    candidates = [
-        sum(a and b for a, b in zip(s.loss_mask, s.loss_mask[1:], strict=False))
-        for s in stream.samples
-    ]
-    return sum(min(candidates[i], most) for step in range(steps) for i in stream.indices(step))
 
 
 def place_drafter(fit: Fit) -> Path:
@@ -214,7 +155,7 @@ def evaluate_pair(fit: Fit) -> dict[str, Any]:
     return {
         "domains": domain_rows(reports, laps),
         "ece": calibration_error(reports),
-        "limits": limits_of(costs, reports, BLOCK_SIZE),
+        "limits": limits_of(costs, reports, plan.shape.block_size),
         "heldout": count,
         "raced": len({lap.prompt for lap in laps}),
     }
@@ -223,7 +164,7 @@ def evaluate_pair(fit: Fit) -> dict[str, Any]:
 def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
     """Number of held-out prompts that fit into half of the remaining time, in a batch."""
     at_once = fit.plan.profile_requests
-    rows = min(at_once * (BLOCK_SIZE + 1), costs.most_tokens(at_once))
+    rows = min(at_once * (fit.plan.shape.block_size + 1), costs.most_tokens(at_once))
     round_s = (costs.verify_ms(rows, at_once) + costs.draft_ms(at_once)) / 1000 / at_once
     prompt_s = len(TEMPERATURES) * fit.plan.evaluation_tokens / 1.5 * round_s
     wanted = int(0.5 * max(fit.left_s(), 0.0) / prompt_s)

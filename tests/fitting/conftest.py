@@ -45,6 +45,8 @@ def speeds():
         memory_bytes=1 << 20,
         checkpoint_bytes=1 << 20,
         parameters=1000,
+        feature_s=0.0005,
+        feature_bytes=1000,
     )
 
 

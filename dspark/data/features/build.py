@@ -243,6 +243,7 @@ class _Work:
         total = sum(len(s.input_ids) for batch in batches for s in batch)
         seen = failed = 0
         before: Encoded | None = None
+        progress(seen, total)
         for batch in batches:
             encoded = self.encode(batch)
             # The previous batch is written while this one is packed.

@@ -139,6 +139,7 @@ def build_features(
     recipe: DrafterRecipe,
     *,
     device: str = "auto",
+    target: Target | None = None,
     announce: Callable[[Estimate], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> BuildReport:
@@ -147,6 +148,7 @@ def build_features(
     Args:
         recipe: with `features.path`.
         device: overrides the recipe's device unless `auto`.
+        target: if already in memory.
         announce: called with the estimate before the work starts.
         progress: called with (tokens done, tokens in all).
 
@@ -160,7 +162,9 @@ def build_features(
     if not recipe.samples.paths:
         raise RecipeError("samples.paths is empty, but a cache is built of samples; name files.")
     place = pick_device(recipe.run.device if device == "auto" else device)
-    target = Target.load(recipe.target, device=place, dtype=recipe.run.dtype, weights="plain")
+    target = target or Target.load(
+        recipe.target, device=place, dtype=recipe.run.dtype, weights="plain"
+    )
     samples = load_samples(recipe, target)
     if not samples:
         raise RecipeError(
