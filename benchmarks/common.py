@@ -25,7 +25,7 @@ from dspark.engine.model import Model
 from dspark.engine.profile import hardware_name
 from dspark.engine.speculation.schedule import SCHEDULES, Schedule
 from dspark.request import VERIFIERS, Output, Request, Stats, merge_stats
-from dspark.sources.names import BUNDLED
+from dspark.sources.names import BUNDLED, target_source
 from dspark.targets.target import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +58,8 @@ def add_decoding_options(parser: argparse.ArgumentParser, *, prompts: int, token
 
 
 def model_path(name: str) -> Path:
-    """The directory that a name stands for."""
-    return BUNDLED if name == "bundled" else Path(name)
+    """The directory that a name, or a GGUF file, stands for."""
+    return BUNDLED if name == "bundled" else Path(target_source(name))
 
 
 def load_pair(
