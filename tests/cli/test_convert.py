@@ -111,6 +111,13 @@ def test_a_destination_that_is_no_target_is_status_1(dspark, pair, tmp_path):
     assert "embed_tokens.weight" in result.err
 
 
+def test_a_gguf_file_by_the_name_of_a_shipped_pair(dspark, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "bundled.gguf"
+    result = dspark("convert", "bundled", path, "--to", "gguf", "--json")
+    assert result.json["bytes"] == path.stat().st_size > 1_000_000
+
+
 def test_a_gguf_file_drafts_like_its_source(dspark, pair, tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "out.gguf"

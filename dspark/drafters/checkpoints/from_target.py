@@ -22,7 +22,7 @@ from dspark.drafters.checkpoints.speculators import TARGET_ARCHITECTURES, TARGET
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.sources.gguf import is_gguf
 from dspark.sources.gguf_file import Field, GgufFile
-from dspark.sources.names import public_name, target_source
+from dspark.sources.names import origin, public_name, target_source
 
 _TIED = "tie_word_embeddings"
 # DeepSeek-V4's own names for them.
@@ -150,7 +150,7 @@ def tokenizer_fields(target: str | Path, vocab_size: int, *, offline: bool) -> d
     """The fields of a target's tokenizer.
 
     Args:
-        target: a GGUF file, a directory or a hub id.
+        target: a GGUF file, a directory, a hub id or a name that ships.
         vocab_size: V, the drafter's; a directory's tokenizer may have fewer tokens.
         offline: use the local hub cache only.
 
@@ -158,6 +158,7 @@ def tokenizer_fields(target: str | Path, vocab_size: int, *, offline: bool) -> d
         CheckpointError: files are missing or damaged.
         CompatibilityError: another number of tokens, or a tokenizer that only a GGUF file tells.
     """
+    target = origin(target, offline=offline)
     if is_gguf(target):
         file = GgufFile.open(target)
         fields = {
