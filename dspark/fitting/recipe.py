@@ -25,6 +25,8 @@ SMALL_VOCABULARY = 8192
 """Smaller vocabularies are not reduced."""
 VOCABULARY_STEP = 64
 CE_FIRST_SHARE = 0.1
+MATRIX_RATE = 2.7
+"""Muon's peak rate over AdamW's (docs/LOG.md, "Short trainings of SmolLM2's drafter")."""
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
 
 
@@ -204,7 +206,12 @@ def recipe_of(
             "min_supervised": FEWEST_SUPERVISED,
             "num_anchors": anchors,
         },
-        "optimiser": {"learning_rate": shape.learning_rate},
+        "optimiser": {
+            "name": "muon",
+            "learning_rate": shape.learning_rate,
+            "matrix_learning_rate": MATRIX_RATE * shape.learning_rate,
+            "betas": [0.9, 0.98],
+        },
         "run": {
             "output_dir": str(output),
             "steps": steps,
