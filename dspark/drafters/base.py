@@ -170,6 +170,15 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """A drafter whose weights are laid out once for decoding: best before anybody waits."""
+
+    def prepare(self) -> None:
+        """Lay the weights out, unless they are."""
+        ...
+
+
 Level = Sequence[Sequence[tuple[int, int]]]
 """Per request the nodes of a level of its tree: (row of the parent in the level before, token)."""
 

@@ -143,9 +143,9 @@ class TargetBound(nn.Module, Generic[ConfigT]):
     Embedding and head belong to the target: `bind` refers to them, and they are neither
     parameters nor buffers. With a reduced vocabulary (`draft_vocab_size`) the head is a copy of
     some of the target's rows, and `d2t` [Vd] (token id minus draft id) and `t2d` [V] (which tokens
-    are known) are buffers. Decoding uses fused copies of the weights, made at the first round and
-    dropped by `train()`, `eval()` and `load_state_dict`: call one of them after changing
-    parameters in any other way.
+    are known) are buffers. Decoding uses fused copies of the weights, made by `prepare` or at the
+    first round and dropped by `train()`, `eval()` and `load_state_dict`: call one of them after
+    changing parameters in any other way.
 
     Attributes:
         config: what the drafter is.
@@ -331,6 +331,14 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             CompatibilityError: the drafter is not bound.
         """
         return (self._target or self.borrowed).logits_by_rows(hidden_NH)
+
+    def prepare(self) -> None:
+        """Fuse, and pack, the weights for decoding, unless they are."""
+        self._decode_plan()
+
+    @abstractmethod
+    def _decode_plan(self) -> object:
+        """The fused weights, made at the first call."""
 
     @abstractmethod
     def _drop_plan(self) -> None:

@@ -142,6 +142,7 @@ class Engine:
                 Shield(strict=strict),
                 trees=trees,
             )
+            self._speculator.prepare()
 
     def watch(self, watch: Watch | None, *, confidences: bool = True) -> None:
         """Tell `watch` about every round from now on in which a drafter takes part.
@@ -187,6 +188,7 @@ class Engine:
             trees = replace(trees, drafter=able)
         self.drafter = drafter
         self._speculator = replace(self._speculator, drafter=drafter, trees=trees)
+        self._speculator.prepare()
 
     @property
     def scheduler(self) -> Scheduler | None:

@@ -56,7 +56,8 @@ def play(
     drafts = Drafts.none(len(requests), target.device)
     if speculator is not None and speculator.shield.off:
         speculator = None
-    if speculator is not None and state is not None:
+    sleeps = speculator is None or state is None or speculator.sleeps(state)
+    if speculator is not None and state is not None and not sleeps:
         with speculator.shield.over(plan.running):
             drafts = draft(requests, state, speculator, times) or drafts
     started = time.perf_counter()
@@ -78,10 +79,15 @@ def play(
         score_prompts(output.logits_NV, scored)
     if speculator is not None and output.features_TF is not None:
         with speculator.shield.over(plan.running):
-            _observe(speculator, plan, batch, output, drafts, verdict)
+            if sleeps and _is_plain(plan, verdict) and speculator.collector is None:
+                following = [tokens[0] for tokens in verdict.committed]
+                ones = [1] * len(following)
+                speculator.context.hold(batch, ones, output.features_TF, following)
+            else:
+                _observe(speculator, plan, batch, output, drafts, verdict)
     times.verify_ms = (time.perf_counter() - started) * 1e3
-    if speculator is not None and requests:
-        _learn(speculator, requests, drafts, verdict, times, batch.offsets[-1])
+    if speculator is not None and requests and not (sleeps and speculator.watch is None):
+        _learn(speculator, requests, drafts, verdict, times, batch.offsets[-1], sleeps)
     for chunk in plan.reading:
         chunk.request.cached += chunk.count
     pieces = _commit(requests, verdict, drafts)
@@ -125,6 +131,13 @@ def target_batch(
     if not judged:
         return batch, None
     return batch, "all" if len(judged) == end else torch.tensor(judged, device=device)
+
+
+def _is_plain(plan: StepPlan, verdict: Verdict) -> bool:
+    """Whether a round without drafts adds one row, which the drafter may want, to each request."""
+    if plan.opening or plan.reading or verdict.faults or verdict.void:
+        return False
+    return not any(request.plain for request in plan.ready)
 
 
 def _observe(
@@ -183,10 +196,13 @@ def _learn(
     verdict: Verdict,
     times: RoundTimes,
     rows: int,
+    sleeps: bool,
 ) -> None:
-    """Tell the scheduler, and who watches, how the round went."""
-    spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
-    survival_RK = speculator.learn(requests, drafts, verdict, spent)
+    """Tell the scheduler, unless it sleeps, and who watches, how the round went."""
+    survival_RK = None
+    if not sleeps:
+        spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
+        survival_RK = speculator.learn(requests, drafts, verdict, spent)
     if speculator.watch is None:
         return
     offered = zip(drafts.tokens_RK.tolist(), drafts.proposed, strict=True)

@@ -81,6 +81,17 @@ class DraftSwitch:
         self._idle += bool(off)
         return bool(off)
 
+    @property
+    def left(self) -> int:
+        """How many rounds more will rest for certain, while the same requests run."""
+        if not LOOKS <= self._idle < self._pause:
+            return 0
+        return min(self._pause - self._idle, -self._idle % EVERY)
+
+    def skip(self, rounds: int) -> None:
+        """So many rounds have rested unasked, at most `left`."""
+        self._idle += rounds
+
     def lost(self, rounds: float) -> None:
         """What the last probe lost, in plain rounds; below 0 where it gained."""
         self._pause = int(min(max(self._pause, rounds / PROBE_SHARE), self._longest))

@@ -14,7 +14,7 @@ several times the credit. Only finished rounds count: no output changes its dist
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from dspark.scheduling.step_times import FADE, OUTLIER, Scales, StepTime
 
@@ -80,7 +80,7 @@ class Pace:
                 # Geometric means, both: an arithmetic one would rise against the other for ever.
                 usual_ms *= (ratio / drift) ** (1 / min(steps + 1, USUAL))
             self._usual[shape] = steps + 1, usual_ms
-        return replace(seen, draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)
+        return seen._replace(draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)
 
 
 class Protection:
@@ -103,6 +103,10 @@ class Protection:
         if account is None or not account.pauses:
             return 0.0
         return max(TRY - account.credit, 0.0) / account.share
+
+    def pass_plain(self, requests: int, rounds: int) -> None:
+        """So many plain rounds have been played in a pause that nobody took the time of."""
+        self._account(requests).pass_plain(rounds)
 
     def allows(self, requests: int, *, tries: bool = True) -> bool:
         """Whether so many requests draft in this round.
@@ -163,11 +167,10 @@ class Protection:
             return None
         account = self._account(seen.requests)
         if not seen.drafted:
-            if account.pauses:
-                account.credit += account.share
+            since = account.since_plain
+            account.pass_plain(1)
             if not account.pauses or self.rest(seen.requests) < OLD:  # else it is old by the try
-                account.plain.learn(seen, FADE ** (1 + account.since_plain))
-            account.since_plain, account.fresh = 0, account.since_plain > 0
+                account.plain.learn(seen, FADE ** (1 + since))
             return None
         account.since_plain += 1
         if not account.tells(seen):
@@ -262,6 +265,12 @@ class _Account:
         alone = not seen.prompt_rows
         self.alone += (1 - MEMORY) * (alone - self.alone)
         return self.plain.tells(seen) and (alone or self.alone < 0.5)
+
+    def pass_plain(self, rounds: int) -> None:
+        """Plain rounds have been played; in a pause they pay for the next try."""
+        if self.pauses:
+            self.credit += rounds * self.share
+        self.since_plain, self.fresh = 0, self.since_plain > 0
 
     def learn_gain(self, gain: float) -> None:
         """Take note of what a drafting round gained."""

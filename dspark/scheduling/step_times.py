@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,7 @@ NODE_ROUNDS, NODE_FADE = 3.0, 0.03
 OUTLIER = 2.0
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """What a finished round took.
 
     Attributes:
@@ -224,15 +223,22 @@ class Scales:
         count: of parts.
         prior_rounds: what the costs as given are worth.
 
-    Attributes:
-        values: the factors, as many as parts.
     """
 
     def __init__(self, count: int, prior_rounds: float = PRIOR_ROUNDS) -> None:
-        self.values = [1.0] * count
+        self._values: list[float] | None = [1.0] * count
         self._whole = _Scale(prior_rounds)
         self._information = [[0.0] * count for _ in range(count)]
         self._moment = [0.0] * count
+
+    @property
+    def values(self) -> list[float]:
+        """The factors, as many as parts; found when they are asked for."""
+        if self._values is None:
+            pull = RIDGE * self._whole.value
+            found = _solve_ridge(self._information, self._moment, RIDGE, pull)
+            self._values = [min(max(value, LEAST), MOST) for value in found]
+        return self._values
 
     def expected_ms(self, parts: Sequence[float], count: int) -> tuple[float, float]:
         """Milliseconds of the first `count` parts, and of the others."""
@@ -257,8 +263,7 @@ class Scales:
         self._moment = [
             fade * old + mine * ratio for old, mine in zip(self._moment, shares, strict=True)
         ]
-        found = _solve_ridge(self._information, self._moment, RIDGE, RIDGE * self._whole.value)
-        self.values = [min(max(value, LEAST), MOST) for value in found]
+        self._values = None
 
 
 def _solve_ridge(

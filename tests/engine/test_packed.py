@@ -7,7 +7,9 @@ import torch
 
 import dspark
 from dspark.engine.model import Model
+from dspark.request import Request, SamplingParams
 from dspark.targets.fast import products
+from dspark.targets.fast.packing import Packer
 
 PROMPTS = [
     "Once upon a time there was a small",
@@ -61,3 +63,35 @@ def test_a_head_that_learns_has_gradients(packed):
     with torch.no_grad():
         distance = (borrowed.logits(hidden) - borrowed.head(hidden)).abs().max()
     assert float(distance) == 0
+
+
+def test_weights_are_packed_where_an_engine_is_made_and_in_no_round(monkeypatch):
+    packs, pack = [], Packer.pack
+    monkeypatch.setattr(
+        Packer, "pack", lambda *args, **options: packs.append(args) or pack(*args, **options)
+    )
+    model = dspark.load("bundled", device="cpu", dtype="float32")
+    loaded = len(packs)
+    engine = model.open_engine(max_requests=2, max_length=96, schedule="fixed")
+    assert len(packs) > loaded
+    ready = len(packs)
+    model.open_engine(max_requests=2, max_length=96, schedule="auto")  # the second packs nothing
+    requests = [Request(model.encode(prompt), SamplingParams(12)) for prompt in PROMPTS[:2]]
+    assert sum(output.stats.drafted for output in engine.run(requests)) > 0
+    assert len(packs) == ready
+
+
+def test_another_drafter_is_packed_where_it_is_swapped_in(monkeypatch):
+    model = dspark.load("bundled", device="cpu", dtype="float32")
+    engine = model.open_engine(max_requests=1, max_length=96, schedule="fixed")
+    other = dspark.load("bundled", device="cpu", dtype="float32").drafter
+    packs, pack = [], Packer.pack
+    monkeypatch.setattr(
+        Packer, "pack", lambda *args, **options: packs.append(args) or pack(*args, **options)
+    )
+    other.bind(model.target.parts())
+    engine.replace_drafter(other)
+    ready = len(packs)
+    assert ready > 0
+    engine.run([Request(model.encode(PROMPTS[0]), SamplingParams(8))])
+    assert len(packs) == ready

@@ -28,7 +28,10 @@ class Pause:
         return None
 
     def learn(self, _seen):
-        self.left = max(self.left - 1, 0)
+        self.pass_plain(1, 1)
+
+    def pass_plain(self, _requests, rounds):
+        self.left = max(self.left - rounds, 0)
 
 
 def paused_engine(target, drafter, left, *, records=None, prefix_reuse=False, max_requests=4):

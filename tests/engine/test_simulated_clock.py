@@ -241,3 +241,55 @@ def test_whole_blocks_that_are_best_for_long_are_verified_unasked(machine, unask
     blind = [found for reads, found in seen if not reads]
     assert len(blind) > len(seen) / 2 if unasked else len(blind) < len(seen) / 4
     assert all(found == [NUM_DRAFTS] for found in blind)
+
+
+def drafting_rounds(schedule, requests, *, sleeps, rounds=1200):
+    """Rounds that draft for the same requests with a drafter that is always wrong; slept ones."""
+    active = [
+        SimpleNamespace(
+            request_id=i,
+            drafts=True,
+            ready=True,
+            request=SimpleNamespace(
+                params=SamplingParams(8), mask=None, reproducible=False, learn=False
+            ),
+        )
+        for i in range(requests)
+    ]
+    company, drafted, slept = object(), [], 0
+    for number in range(rounds):
+        if sleeps and schedule.sleeps(company):
+            slept += 1
+            continue
+        limits, lengths, draft_ms = schedule.limits(active, [NUM_DRAFTS] * requests), None, 0.0
+        lengths = [0] * requests
+        if max(limits):
+            depth = schedule.depth or NUM_DRAFTS
+            logits = np.full((requests, depth), -2.0)
+            offer = Offer(requests, depth, logits if schedule.reads_confidences else None)
+            lengths = schedule.lengths(active, limits, offer)
+            draft_ms = LINEAR.draft_ms(requests, depth)
+            drafted.append(number)
+        rows = requests + sum(lengths)
+        spent = Spent(rows, draft_ms, 0.0, LINEAR.verify_ms(rows))
+        drafts = SimpleNamespace(lengths=lengths, proposed=limits)
+        schedule.learn(active, drafts, [0] * requests, spent)
+    return drafted, slept
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("name", ["auto", "lagged"])
+def test_rounds_that_are_slept_through_change_no_decision(name, requests):
+    costs = LINEAR.table() if name == "lagged" else None
+    asked, none = drafting_rounds(made(name, costs), requests, sleeps=False)
+    awake, slept = drafting_rounds(made(name, costs), requests, sleeps=True)
+    assert (none, len(awake)) == (0, len(asked))
+    assert np.abs(np.subtract(awake, asked)).max() <= 1  # sums of shares differ in their last bits
+    assert slept > 0.7 * 1200
+
+
+def test_another_company_wakes_the_scheduler():
+    schedule = made("auto")
+    drafting_rounds(schedule, 1, sleeps=True, rounds=400)
+    assert not schedule.sleeps(object())
+    assert not schedule.asleep

@@ -140,8 +140,8 @@ class Acceptance:
         self, requests: Sequence[ActiveRequest], drafts: Drafts, accepted: Sequence[int]
     ) -> None:
         """Take note of a finished round: which drafts stayed of those that were verified."""
-        if self.survival_DK is None:  # nothing was drafted
-            self._undrafted += 1
+        if self.survival_DK is None:
+            self.pass_undrafted(1)
             return
         ready = requests[: len(self.survival_DK)]
         shared_D = [
@@ -157,6 +157,10 @@ class Acceptance:
             self.logistic.update(
                 *observed(self._margins_DK[rows], accepted_D[rows], lengths_D[rows])
             )
+
+    def pass_undrafted(self, rounds: int) -> None:
+        """Take note of rounds in which nothing was drafted."""
+        self._undrafted += rounds
 
     def _tags(self, requests: Sequence[ActiveRequest]) -> list[int]:
         """Names of requests in their history, which has faded over the rounds without drafts."""

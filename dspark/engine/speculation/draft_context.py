@@ -7,26 +7,54 @@ schedule drafts nothing cost what plain decoding costs, but for keeping the feat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dspark.attention.paged_cache import BlockTable, PagedCache
-from dspark.attention.ragged_batch import RaggedBatch
+from dspark.attention.ragged_batch import RaggedBatch, Segment
 from dspark.drafters.base import Drafter
 
 _MOST_ROWS = 4096  # rows that may wait: 100 MB of features for a 4B target
 
 
-@dataclass(frozen=True)
-class _Rows:
+@dataclass(slots=True)
+class _Round:
+    """Waiting rows of a round: the first ones of each segment, in its order.
+
+    They are taken apart when they are written, which most rounds of plain decoding never are.
+    """
+
+    segments: Sequence[Segment]
+    offsets: Sequence[int]
+    lengths: list[int]
+    next_tokens: list[int]
+    features_TF: Tensor
+
+    def first(self, table: BlockTable) -> int | None:
+        """The segment with rows of this request, by its number."""
+        for i, segment in enumerate(self.segments):
+            if segment.table is table and i < len(self.lengths) and self.lengths[i]:
+                return i
+        return None
+
+    def drop(self, segment: int) -> int:
+        """Leave out a segment's rows; how many these were."""
+        count, begin = self.lengths[segment], sum(self.lengths[:segment])
+        del self.next_tokens[begin : begin + count]
+        self.lengths[segment] = 0
+        return count
+
+
+@dataclass(slots=True)
+class _Request:
     """Waiting rows of one request: `next_tokens` from position `start` on, and their features."""
 
     table: BlockTable
     start: int
-    next_tokens: Sequence[int]
-    features_LF: Tensor
+    next_tokens: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
 
 
 class DraftContext:
@@ -44,7 +72,7 @@ class DraftContext:
     def __init__(self, drafter: Drafter, cache: PagedCache) -> None:
         self.drafter = drafter
         self.cache = cache
-        self._waiting: list[_Rows] = []
+        self._waiting: list[_Round] = []
         self._count = 0
         self._last_features: Tensor | None = None  # [pages, F], of every page's last token
 
@@ -63,14 +91,11 @@ class DraftContext:
             features_TF: captured features of every row of the batch.
             next_tokens: the committed token after each row that stays, segment by segment.
         """
-        begin = 0
-        for segment, offset, count in zip(batch.segments, batch.offsets, lengths, strict=False):
-            if count:
-                features_LF = features_TF[offset : offset + count]
-                rows = next_tokens[begin : begin + count]
-                self._waiting.append(_Rows(segment.table, segment.start, rows, features_LF))
-                begin += count
-        self._count += begin
+        kept = list(next_tokens)
+        self._waiting.append(
+            _Round(batch.segments, batch.offsets, list(lengths), kept, features_TF)
+        )
+        self._count += len(kept)
         if self.drafter.reads_next_token:
             self._keep_last_features(batch, lengths, features_TF)
         if self._count > _MOST_ROWS:
@@ -88,7 +113,8 @@ class DraftContext:
             return
         page = table.pages[length // table.page_size - 1]
         features_1F = self._last_features[page : page + 1].clone()
-        self._waiting.append(_Rows(table, length - 1, [tokens[length]], features_1F))
+        row = Segment(table, length - 1, 1)
+        self._waiting.append(_Round((row,), (0, 1), [1], [tokens[length]], features_1F))
         self._count += 1
 
     def flush(self) -> None:
@@ -96,20 +122,24 @@ class DraftContext:
         if not self._waiting:
             return
         # Rounds stand one after the other here, but a drafter reads request by request.
-        order = {id(rows.table): None for rows in self._waiting}
-        by_request: dict[int, list[_Rows]] = {name: [] for name in order}
-        for rows in self._waiting:
-            by_request[id(rows.table)].append(rows)
-        waiting = [rows for mine in by_request.values() for rows in mine]
+        by_request: dict[int, _Request] = {}
+        for each in self._waiting:
+            begin = 0
+            for segment, offset, count in zip(
+                each.segments, each.offsets, each.lengths, strict=False
+            ):
+                if count:
+                    fresh = _Request(segment.table, segment.start)
+                    mine = by_request.setdefault(id(segment.table), fresh)
+                    mine.next_tokens += each.next_tokens[begin : begin + count]
+                    mine.features.append(each.features_TF[offset : offset + count])
+                    begin += count
         self._waiting, self._count = [], 0
-        parts = [
-            (mine[0].table, mine[0].start, [t for rows in mine for t in rows.next_tokens])
-            for mine in by_request.values()
-        ]
+        waiting = by_request.values()
+        parts = [(mine.table, mine.start, mine.next_tokens) for mine in waiting]
         batch = RaggedBatch.build(parts, self.cache.device)
-        features_TF = waiting[0].features_LF
-        if len(waiting) > 1:
-            features_TF = torch.cat([rows.features_LF for rows in waiting])
+        features = [rows_LF for mine in waiting for rows_LF in mine.features]
+        features_TF = features[0] if len(features) == 1 else torch.cat(features)
         self.drafter.observe(self.cache, batch, features_TF, batch.input_ids_T)
 
     def forget(self, table: BlockTable) -> int | None:
@@ -118,12 +148,17 @@ class DraftContext:
         Returns:
             How many rows of it were written: those before the first that waited; None for all.
         """
-        mine = [rows for rows in self._waiting if rows.table is table]
-        if not mine:
-            return None
-        self._waiting = [rows for rows in self._waiting if rows.table is not table]
-        self._count -= sum(len(rows.next_tokens) for rows in mine)
-        return mine[0].start
+        written: int | None = None
+        kept = list[_Round]()
+        for each in self._waiting:
+            segment = each.first(table)
+            if segment is not None:
+                written = each.segments[segment].start if written is None else written
+                self._count -= each.drop(segment)
+            if each.next_tokens:
+                kept.append(each)
+        self._waiting = kept
+        return written
 
     def hand_over(self, drafter: Drafter) -> None:
         """Belong to another drafter of the same shape; no row of the old one may be read again."""

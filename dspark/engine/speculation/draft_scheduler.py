@@ -39,6 +39,8 @@ from dspark.scheduling.step_times import StepTime
 # Rounds between two plans where whole blocks are best, and weight of a round in what is kept of
 # promises.
 EVERY, KEPT = 4, 0.03
+# Rounds between two that are asked about and learned from while nothing is drafted.
+QUIET = 8
 # After so many drafting rounds of a kind and load, one in EVERY corrects costs.
 _OFTEN = 64
 # Of so many rounds in which drafts may be learned from, one verifies all of these.
@@ -107,6 +109,10 @@ class Scheduler:
         self._whole = self._load = 0  # plans in a row that took whole blocks, and their requests
         self._promised, self._kept = 1.0, 1.0  # gain of the plan; what rounds kept of such promises
         self._rests = False  # whether drafting is off, and nothing was asked about this round
+        self._learned = 0  # the last round that was learned from
+        # Rounds to sleep, those slept so far, whose they are, and how many requests these are.
+        self._naps = self._slept = self._sleepers = 0
+        self._company: object = None
         self._looks = False  # whether this round verifies more than is best, to see what that takes
 
     def for_trees(self, nodes: int, costs: CostTable | None = None) -> Scheduler:
@@ -135,7 +141,13 @@ class Scheduler:
 
     def rest(self, num_requests: int) -> float:
         """Rounds of so many requests in which nothing is drafted for certain."""
-        return self._protection.rest(num_requests) if self.schedule.protects else 0.0
+        rounds = self._protection.rest(num_requests) if self.schedule.protects else 0.0
+        return max(rounds - self._slept, 0.0)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing will be drafted in the next round if the same requests run."""
+        return self._naps > self._slept
 
     def limits(self, requests: Sequence[ActiveRequest], most: Sequence[int]) -> list[int]:
         """Drafts of each request to ask for, decided from earlier rounds only.
@@ -292,11 +304,49 @@ class Scheduler:
             The survivals that its lengths were decided from, [D, K]; None where there were none.
         """
         # While drafting rests, one plain round is like another.
-        if not self._rests or self._round % EVERY == 0:
+        if not self._rests or self._round >= self._learned + QUIET:
+            self._learned = self._round
             self.learn_times(requests, drafts, accepted, spent)
+        self._naps = self._nap(requests, spent)
         if self.schedule.weighs_costs and not self._coasts:
             self.acceptance.learn(requests, drafts, accepted)
         return self.acceptance.survival_DK
+
+    def _nap(self, requests: Sequence[ActiveRequest], spent: Spent) -> int:
+        """Rounds to come, of the same requests, that nothing is asked about or learned of."""
+        if spent.draft_ms or self.learns or not self.schedule.protects:
+            return 0
+        self._sleepers = sum(request.ready for request in requests)
+        if self._sleepers < len(requests):
+            return 0
+        if self._rests:
+            return min(self._switch.left, QUIET - 1)
+        return QUIET - 1 if self._protection.rest(self._sleepers) >= OLD else 0
+
+    def sleeps(self, company: object) -> bool:
+        """Whether nothing is drafted in this round, and nothing need be asked or learned of it.
+
+        Args:
+            company: the same object while the same requests run.
+        """
+        if self._naps > self._slept and company is self._company:
+            self._slept += 1
+            return True
+        self._company, self._naps = company, 0
+        if self._slept:
+            self._wake()
+        return False
+
+    def _wake(self) -> None:
+        """Make up for the rounds that were slept through."""
+        slept, self._slept = self._slept, 0
+        self._round += slept
+        if self._rests:
+            self._switch.skip(slept)
+        else:
+            self._protection.pass_plain(self._sleepers, slept)
+        if self.schedule.weighs_costs:
+            self.acceptance.pass_undrafted(slept)
 
     def learn_times(
         self,
@@ -329,7 +379,7 @@ class Scheduler:
         if took.drafted and not self._drafted:
             # It built what later ones reuse: weights are packed, tables and kernels made.
             self._drafted = True
-            took = replace(took, draft_ms=min(took.draft_ms, took.verify_ms))
+            took = took._replace(draft_ms=min(took.draft_ms, took.verify_ms))
         seen = self._pace.even(took)
         gain = self._protection.learn(seen)
         if gain is not None and self._switch.probes:

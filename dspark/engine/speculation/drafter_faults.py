@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from dspark.engine.requests.sequence import ActiveRequest
 
@@ -33,17 +32,18 @@ class Shield:
         self.off = False
         self._in_a_row = 0
 
-    @contextmanager
-    def over(self, requests: Sequence[ActiveRequest]) -> Iterator[None]:
+    def over(self, requests: Sequence[ActiveRequest]) -> _Guard:
         """Let the drafter work; if it raises, these requests have no drafter any more."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, the requests can do without the drafter
-            if self._strict:
-                raise
-            self.record(error)
-            for request in requests:
-                request.decode_plainly()
+        return _Guard(self, requests)
+
+    def failed(self, error: Exception, requests: Sequence[ActiveRequest]) -> bool:
+        """Take note of what the drafter raised; whether the round may go on."""
+        if self._strict:
+            return False
+        self.record(error)
+        for request in requests:
+            request.decode_plainly()
+        return True
 
     def record(self, error: Exception) -> None:
         """Count a fault, or raise it."""
@@ -62,3 +62,19 @@ class Shield:
     def worked(self) -> None:
         """Note that the drafter has drafted."""
         self._in_a_row = 0
+
+
+class _Guard:
+    """The context manager of `Shield.over`; a generator's would cost a plain round more."""
+
+    __slots__ = ("_requests", "_shield")
+
+    def __init__(self, shield: Shield, requests: Sequence[ActiveRequest]) -> None:
+        self._shield, self._requests = shield, requests
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        # Whatever exception it is, the requests can do without the drafter.
+        return isinstance(error, Exception) and self._shield.failed(error, self._requests)

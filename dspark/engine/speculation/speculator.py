@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from dspark.drafters.base import Drafter, Proposal
+from dspark.drafters.base import Drafter, Preparing, Proposal
 from dspark.engine.requests.collector import Collector
 from dspark.engine.requests.sequence import ActiveRequest
 from dspark.engine.speculation.acceptance import Offer
@@ -50,6 +50,12 @@ class Speculator:
     trees: TreeDrafting | None = None
     collector: Collector | None = None
 
+    def prepare(self) -> None:
+        """Have the drafter lay its weights out now, and not in the first round that drafts."""
+        if isinstance(self.drafter, Preparing):
+            with self.shield.over(()):
+                self.drafter.prepare()
+
     @property
     def deciding(self) -> Scheduler:
         """The scheduler of the last round's drafts."""
@@ -92,18 +98,25 @@ class Speculator:
         watched = self.watch is not None and self.wants_confidences
         return self.scheduler.reads_confidences or watched
 
+    def sleeps(self, state: RoundState) -> bool:
+        """Whether nothing is drafted in this round, and nothing need be asked or learned of it."""
+        return self.trees is None and self.scheduler.sleeps(state.sampling)
+
     def rest(self, running: list[ActiveRequest], *, shares: bool) -> None:
         """Have requests decoded plainly that end before the drafter is tried again.
 
         Nothing is kept for the drafter then. Where prompts are shared, they are read for it all
         the same. Who drafts comes first in `running` from now on.
         """
+        if self.scheduler.asleep and all(request.ready for request in running):
+            return  # the last round found out
         rounds = self._resting(sum(request.ready for request in running))
         if not rounds:
             return
         for request in running:
-            useless = (request.ready or not shares) and not request.request.learn
-            if useless and not request.plain and request.room < rounds:
+            if request.plain or request.request.learn or request.room >= rounds:
+                continue
+            if request.ready or not shares:
                 request.decode_plainly(request.cached)
         running.sort(key=lambda request: request.plain)
 

@@ -21,7 +21,7 @@ from queue import Empty, Full, Queue
 
 from dspark.data.features.manifest import Origin, sample_key, target_fingerprint
 from dspark.data.files.atomic import only_run
-from dspark.drafters.base import Drafter
+from dspark.drafters.base import Drafter, Preparing
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.engine.engine import Engine
@@ -343,6 +343,8 @@ class Learner:
             drafter = None
             if state.generation != before[0]:
                 drafter = load_draft(self._target, place, draft_top_k=self._top_k).drafter
+                if isinstance(drafter, Preparing):  # here, where no request waits for it
+                    drafter.prepare()
             path = place / FILE_NAME
             calibration = Calibration.load(path) if path.is_file() else None
         except DSparkError as error:
