@@ -377,7 +377,7 @@ class Scheduler:
             tokens=len(ready) + sum(accepted[: len(ready)]),
         )
         if took.drafted and not self._drafted:
-            # It built what later ones reuse: weights are packed, tables and kernels made.
+            # It built what later ones reuse: tables, kernels, weights that nobody prepared.
             self._drafted = True
             took = took._replace(draft_ms=min(took.draft_ms, took.verify_ms))
         seen = self._pace.even(took)

@@ -108,7 +108,11 @@ class Speculator:
         Nothing is kept for the drafter then. Where prompts are shared, they are read for it all
         the same. Who drafts comes first in `running` from now on.
         """
-        if self.scheduler.asleep and all(request.ready for request in running):
+        if (
+            self.trees is None
+            and self.scheduler.asleep
+            and all(request.ready for request in running)
+        ):
             return  # the last round found out
         rounds = self._resting(sum(request.ready for request in running))
         if not rounds:
