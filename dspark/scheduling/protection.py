@@ -268,8 +268,8 @@ class _Account:
 
     def pass_plain(self, rounds: int) -> None:
         """Plain rounds have been played; in a pause they pay for the next try."""
-        if self.pauses:
-            self.credit += rounds * self.share
+        for _ in range(rounds if self.pauses else 0):  # to the last bit as one by one
+            self.credit += self.share
         self.since_plain, self.fresh = 0, self.since_plain > 0
 
     def learn_gain(self, gain: float) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dspark.engine.speculation.acceptance import Offer
-from dspark.engine.speculation.draft_scheduler import Scheduler
+from dspark.engine.speculation.draft_scheduler import QUIET, Scheduler
 from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.request import SamplingParams
@@ -279,12 +279,13 @@ def drafting_rounds(schedule, requests, *, sleeps, rounds=1200):
 
 @pytest.mark.parametrize("requests", [1, 8])
 @pytest.mark.parametrize("name", ["auto", "lagged"])
-def test_rounds_that_are_slept_through_change_no_decision(name, requests):
+def test_rounds_that_are_slept_through_leave_tries_where_they_are(name, requests):
     costs = LINEAR.table() if name == "lagged" else None
     asked, none = drafting_rounds(made(name, costs), requests, sleeps=False)
     awake, slept = drafting_rounds(made(name, costs), requests, sleeps=True)
     assert (none, len(awake)) == (0, len(asked))
-    assert np.abs(np.subtract(awake, asked)).max() <= 1  # sums of shares differ in their last bits
+    # What plain rounds take is learned from fewer of them, so a pause may end a little elsewhere.
+    assert np.abs(np.subtract(awake, asked)).max() <= QUIET
     assert slept > 0.7 * 1200
 
 
