@@ -156,25 +156,23 @@ def survey_depths(
     if not (draft_ms_P1 >= 0).all():
         raise UsageError(f"Drafting must take 0 ms or more, but takes {dict(draft_ms)}.")
     within_PD = ranked.positions_D < np.array(list(draft_ms))[:, None]
-    admitted_PN, gain_PN = np.zeros((2, len(draft_ms), len(ranked.survival_D) + 1))
+    shape, rows_P = (len(draft_ms), len(ranked.survival_D) + 1), np.arange(len(draft_ms))
+    admitted_PN, gain_PN = np.zeros(shape, np.int64), np.empty(shape)
     gain_PN[:, 0] = ranked.num_requests
-    gain_PN[:, 1:] = np.where(within_PD, ranked.survival_D, 0.0)
-    admitted_PN[:, 1:] = within_PD
-    admitted_PN = admitted_PN.cumsum(axis=1).astype(np.int64)
+    np.multiply(within_PD, ranked.survival_D, out=gain_PN[:, 1:])
+    within_PD.cumsum(axis=1, out=admitted_PN[:, 1:])
     step_ms_PN = verify_ms[np.minimum(admitted_PN, most)] + draft_ms_P1
-    per_ms_PN = np.where(admitted_PN <= most, gain_PN.cumsum(axis=1) / step_ms_PN, 0.0)
-    found = {}
-    for row, depth in enumerate(draft_ms):
-        best = int(per_ms_PN[row].argmax())
-        highest = float(per_ms_PN[row, best])
-        full = int(np.searchsorted(admitted_PN[row], most, side="right")) - 1
-        chosen = best if highest > (1 + margin) * per_ms_PN[row, full] else full
-        if stops:
-            each_N = per_ms_PN[row, : full + 1][np.append(True, within_PD[row, :full])]
-            falls = np.flatnonzero(each_N[1:] <= each_N[:-1])
-            highest = float(each_N[falls[0] if falls.size else -1])
-        found[depth] = int(admitted_PN[row, chosen]), highest
-    return found
+    reached_PN = admitted_PN <= most
+    per_ms_PN = np.where(reached_PN, gain_PN.cumsum(axis=1) / step_ms_PN, 0.0)
+    best_P, full_P = per_ms_PN.argmax(axis=1), reached_PN.sum(axis=1) - 1
+    highest_P = per_ms_PN[rows_P, best_P]
+    below_P = highest_P > (1 + margin) * per_ms_PN[rows_P, full_P]
+    budget_P = admitted_PN[rows_P, np.where(below_P, best_P, full_P)]
+    if stops:  # drafts that a depth leaves out repeat the entry before them, and do not stop it
+        falls_PN = np.ones(shape, bool)
+        falls_PN[:, :-1] = within_PD & (per_ms_PN[:, 1:] <= per_ms_PN[:, :-1])
+        highest_P = per_ms_PN[rows_P, falls_PN.argmax(axis=1)]
+    return dict(zip(draft_ms, zip(budget_P.tolist(), highest_P.tolist(), strict=True), strict=True))
 
 
 def fill_budget(

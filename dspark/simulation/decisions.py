@@ -26,9 +26,13 @@ from dspark.simulation.jobs import Job
 from dspark.simulation.traffic import FloatArray, IntArray
 from dspark.simulation.trees import Trees
 
-# Rounds that go by a decision: to verify whole blocks, where those before were alike, and others.
-# Before so many have been decided, none does: a scheduler begins by trying things.
-WHOLE_ROUNDS, FILLED_ROUNDS, FIRST_ROUNDS = 15, 3, 64
+# Rounds that go by a decision, by how many requests draft. To verify whole blocks: the first so
+# many where those before were alike, twice as many whenever it is found again, up to the last.
+# Others: so many. Before the first rounds have been decided, none does: a scheduler begins by
+# trying things. A decision about few requests changes steps by less, and so holds for longer.
+FIRST_ROUNDS = 64
+FIRST_WHOLE, LAST_WHOLE, LAST_WHOLE_OF_ONE = 7, 15, 120
+FILLED, FILLED_OF_ONE = 3, 15
 _ALIKE = 3
 
 
@@ -54,11 +58,20 @@ class Decision:
 
 @dataclass
 class _Held:
-    """A decision that holds: budget per request; whole blocks, in so many rounds; rounds left."""
+    """A decision that holds.
+
+    Attributes:
+        depth: drafts of each.
+        budget: of them verified per request.
+        whole: decisions in a row that took whole blocks of this depth.
+        rounds, left: that go by it, and how many of them are to come.
+        tree: whether drafts are nodes of trees.
+    """
 
     depth: int
     budget: float
     whole: int
+    rounds: int
     left: int
     tree: bool
 
@@ -128,6 +141,8 @@ class Decisions:
             opening: who draws a first token in it.
             places_R: where the drafts of each lie in the acceptance profile.
         """
+        if not ready:  # nobody drafts, and nothing of it is learned
+            return Decision((), 0, asked=False, weighed=0.0)
         held = self._held.get(len(ready).bit_length())
         if held is None or held.left <= 0:
             return self._ask(ready, opening, places_R)
@@ -170,9 +185,8 @@ class Decisions:
         self._deciding = scheduler
         self._spent = judged, _Tried([*lengths, *(0,) * len(opening)], list(limits))
         depth = (scheduler.depth or most) if drawn > 0 else 0
-        if count:
-            self._asked += 1
-            self._hold(lengths, drawn, depth, tree=tree)
+        self._asked += 1
+        self._hold(lengths, drawn, depth, tree=tree)
         return Decision(lengths, depth, asked=True, weighed=float(reads), tree=tree)
 
     def _hold(self, lengths: Sequence[int], drawn: int, depth: int, *, tree: bool) -> None:
@@ -183,21 +197,20 @@ class Decisions:
         whole = int(drawn > 0 and verified == drawn * len(lengths))
         if whole and before is not None and alike and before.depth == depth:
             whole += before.whole
-        left = 0
-        if whole >= _ALIKE:
-            left = WHOLE_ROUNDS
+        count, rounds = len(lengths), 0
+        if whole >= _ALIKE and before is not None:
+            longer = 2 * before.rounds + 1 if whole > _ALIKE else FIRST_WHOLE
+            rounds = min(longer, max(LAST_WHOLE, LAST_WHOLE_OF_ONE // count))
         elif verified and self._asked > FIRST_ROUNDS and self._schedule.reads_confidences:
             # Nor does a look at the other of trees and chains.
-            left = FILLED_ROUNDS if alike else 0
-        self._held[load] = _Held(depth, verified / len(lengths), whole, left, tree)
+            rounds = max(FILLED, FILLED_OF_ONE // count) if alike else 0
+        self._held[load] = _Held(depth, verified / count, whole, rounds, rounds, tree)
 
     def learn(self, kept: Sequence[int], spent: Spent) -> None:
         """Tell the scheduler how a round went that it decided, as `Speculator.learn` does."""
         assert self._spent is not None, "it was asked"
         judged, tried = self._spent
         accepted = [*kept, *(0,) * (len(judged) - len(kept))]
-        if not judged:
-            return
         drafts = cast("Drafts", tried)
         self._deciding.learn(judged, drafts, accepted, spent)
         if self._trees is None:

@@ -10,9 +10,9 @@ from dspark.engine.speculation.draft_scheduler import Scheduler
 from dspark.engine.speculation.schedule import Schedule
 from dspark.errors import UsageError
 from dspark.scheduling.cost_table import CostTable
-from dspark.simulation import decisions
 from dspark.simulation.acceptance import synthetic
 from dspark.simulation.arrivals import Arrivals, Lengths, drawn_arrivals
+from dspark.simulation.decisions import Decisions
 from dspark.simulation.fleet import Fleet, closed_loop, open_loop
 from dspark.simulation.jobs import Job
 from dspark.simulation.machine import Machine
@@ -203,9 +203,8 @@ def test_held_decisions_change_hardly_a_figure(costs, monkeypatch, share, name):
         return limits(*given)
 
     monkeypatch.setattr(Scheduler, "limits", counted)
-    for whole, filled in ((decisions.WHOLE_ROUNDS, decisions.FILLED_ROUNDS), (0, 0)):
-        monkeypatch.setattr(decisions, "WHOLE_ROUNDS", whole)
-        monkeypatch.setattr(decisions, "FILLED_ROUNDS", filled)
+    for hold in (Decisions._hold, lambda *_, **__: None):
+        monkeypatch.setattr(Decisions, "_hold", hold)
         decided.append(0)
         runs.append(open_loop(way, requests, Fleet(Limits(8))))
     held, asked = (run.servers[0].counts for run in runs)
