@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
-from dspark.cli.options import integer, option, pick
+from dspark.cli.options import integer, number, option, pick, positive
 from dspark.engine.speculation.schedule import ScheduleName
 from dspark.request import Verifier
 
@@ -197,6 +198,34 @@ class Batch:
     TITLE: ClassVar = "speculation"
 
     batch_size: int = option(8, "requests at once (default: {default})", metavar="R", least=1)
+
+
+def _lengths(text: str) -> tuple[float, float]:
+    mean, _, spread = text.partition(":")
+    return positive(mean), number(spread) if spread else 1.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How long requests are: (mean, standard deviation over mean) of tokens, or a trace."""
+
+    TITLE: ClassVar = "requests"
+
+    trace: Path | None = option(
+        None,
+        "JSON lines or CSV with arrival_s, prompt_tokens and answer_tokens; the columns of the "
+        "Mooncake and Azure traces are known too",
+        metavar="FILE",
+    )
+    prompt_tokens: Any = option(
+        (256.0, 1.0),
+        "mean length of prompts, and standard deviation over mean (default: 256:1)",
+        read=_lengths,
+        metavar="M[:S]",
+    )
+    answer_tokens: Any = option(
+        (256.0, 1.0), "the same of answers (default: 256:1)", read=_lengths, metavar="M[:S]"
+    )
 
 
 class _ListRecipes(argparse.Action):

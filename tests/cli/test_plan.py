@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dspark.scheduling.cost_table import CostPoint, CostTable, MachineKey, PromptCost, StepExtra
@@ -111,6 +112,48 @@ def test_whole_steps_are_measured_and_planned_with(dspark, pair, tmp_path):
     planned = dspark("plan", "--cost", path, "--acceptance", ".7,.5", "--rate", 1, "--json", *QUICK)
     assert planned.status == 0, planned.err
     assert "--whole-steps" not in planned.err
+
+
+@pytest.mark.parametrize(
+    ("words", "least", "most"),
+    [
+        (("--prompt-tokens", "30:0", "--answer-tokens", "9:0"), (30, 9), (30, 9)),
+        (("--prompt-tokens", "30:.1"), (20, 1), (45, 4096)),
+        (("--trace",), (5, 4), (7, 6)),
+        ((), (24, 24), (200, 72)),
+    ],
+)
+def test_whole_steps_are_measured_on_requests_of_the_traffic(
+    dspark, pair, tmp_path, monkeypatch, words, least, most
+):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"arrival_s": 0, "prompt_tokens": 5, "answer_tokens": 4}\n'
+        '{"arrival_s": 1, "prompt_tokens": 7, "answer_tokens": 6}\n'
+    )
+    seen = []
+
+    def measured(target, drafter, costs, *, lengths, **_):
+        seen.extend(lengths)
+        return costs
+
+    monkeypatch.setattr("dspark.engine.profile_steps.measure_steps", measured)
+    words = (*words, trace) if words == ("--trace",) else words
+    result = dspark(
+        "profile", pair.attached, "--max-requests", 1, "--repeats", 1, "--whole-steps", "--threads",
+        1, "--out", tmp_path / "costs.json", *words,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert all(
+        low <= n <= high for pair in seen for low, n, high in zip(least, pair, most, strict=True)
+    )
+    assert seen
+
+
+def test_lengths_of_requests_need_whole_steps(dspark, pair):
+    result = dspark("profile", pair.attached, "--prompt-tokens", 9)
+    assert result.status == 2
+    assert "need --whole-steps" in result.err
 
 
 def test_whole_steps_of_shorter_blocks_are_refused(dspark, pair):

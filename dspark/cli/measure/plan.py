@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dspark.cli.groups import Json
-from dspark.cli.options import Command, comma_list, integer, number, option, positive
+from dspark.cli.groups import Json, Traffic
+from dspark.cli.options import Command, comma_list, integer, option, positive
 from dspark.cli.screen import Screen, cell, table
 from dspark.errors import UsageError
 
@@ -27,7 +27,6 @@ _NO_RANKS = (
     "The acceptance profile says nothing of drafts below the first rank, so trees cannot be "
     "planned; evaluate with dspark eval --tree-nodes N."
 )
-_SPREAD = 1.0
 _MOST = 1 << 20
 
 
@@ -38,14 +37,8 @@ def _schedule(name: str) -> str:
     return name
 
 
-def _lengths(text: str) -> tuple[float, float]:
-    mean, _, spread = text.partition(":")
-    return positive(mean), number(spread) if spread else _SPREAD
-
-
 @dataclass(frozen=True)
-class _Requests:
-    TITLE: ClassVar = "requests"
+class _Requests(Traffic):
     ABOUT: ClassVar = "Random arrivals, unless a trace is given."
 
     rate: tuple[float, ...] = option(
@@ -55,22 +48,7 @@ class _Requests:
         read=comma_list(positive, "numbers like 1,2,4"),
         metavar="R,R",
     )
-    trace: Path | None = option(
-        None,
-        "JSON lines or CSV with arrival_s, prompt_tokens and answer_tokens; the columns of the "
-        "Mooncake and Azure traces are known too",
-        metavar="FILE",
-    )
     requests: int = option(1000, "how many (default: {default})", metavar="N", least=2)
-    prompt_tokens: Any = option(
-        (256.0, _SPREAD),
-        "mean length of prompts, and standard deviation over mean (default: 256:1)",
-        read=_lengths,
-        metavar="M[:S]",
-    )
-    answer_tokens: Any = option(
-        (256.0, _SPREAD), "the same of answers (default: 256:1)", read=_lengths, metavar="M[:S]"
-    )
     burstiness: float = option(
         1.0,
         "shape of the gamma law between arrivals: 1 is a Poisson process, less comes in bursts "

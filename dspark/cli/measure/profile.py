@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.groups import Pair, Speculation
+from dspark.cli.groups import Pair, Speculation, Traffic
 from dspark.cli.inputs import load_pair
 from dspark.cli.options import Command, option, pick
 from dspark.cli.screen import Screen, table
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   dspark profile bundled
   dspark profile bundled --whole-steps --max-requests 16 --out costs.json
+  dspark profile bundled --whole-steps --prompt-tokens 200:.5 --answer-tokens 300 --out costs.json
   dspark profile ./target --draft ./drafter --max-requests 32 --out costs.json"""
+
+_TOLD, _HOW = "with --whole-steps, lengths", "as in dspark plan (default: some of 24 to 200 tokens)"
+_DRAWN = 64  # lengths of requests that are measured in turn
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Options(Pair):
     whole_steps: bool = option(
         False, "measure prompts and whole steps too, for dspark plan (a few seconds more)"
     )
+    prompt_tokens: Any = pick(Traffic, "prompt_tokens", None, help=f"{_TOLD} of prompts {_HOW}")
+    answer_tokens: Any = pick(Traffic, "answer_tokens", None, help=f"{_TOLD} of answers {_HOW}")
+    trace: Path | None = pick(Traffic, "trace", help=f"{_TOLD} of both: a trace, {_HOW}")
     out: Path | None = option(
         None,
         "file for the table (default: in the user's cache, where other commands look)",
@@ -52,6 +59,9 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError("--tree-nodes needs --out: the user's cache keeps tables of chains alone.")
     if options.whole_steps and options.block_size is not None:
         raise UsageError("--whole-steps measures the drafter's own blocks; leave --block-size out.")
+    lengths = _traffic(options)
+    if lengths is not None and not options.whole_steps:
+        raise UsageError("--prompt-tokens, --answer-tokens and --trace need --whole-steps.")
     model = load_pair(options, screen)
     with screen.progress("rounds") as tell:
         if options.tree_nodes is None:
@@ -65,11 +75,13 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
             costs = _tree_costs(options, model, tell)
     if options.whole_steps:
         assert model.drafter is not None, "profile() refuses a model without one"
-        from dspark.engine.profile_steps import measure_steps
+        from dspark.engine.profile_steps import LENGTHS, measure_steps
 
         with screen.log.status("Measuring prompts and whole steps ..."):
             nodes = options.tree_nodes
-            costs = measure_steps(model.target, model.drafter, costs, tree_nodes=nodes)
+            costs = measure_steps(
+                model.target, model.drafter, costs, tree_nodes=nodes, lengths=lengths or LENGTHS
+            )
     path = costs.save(options.out)
     shown = table("requests", "tokens", "verify ms", "draft ms")
     for point in costs.points:
@@ -87,6 +99,22 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "warnings": costs.warnings(),
         "out": str(path),
     }
+
+
+def _traffic(options: Options) -> list[tuple[int, int]] | None:
+    """(prompt, answer) tokens of requests, where the options say anything of them."""
+    from dspark.simulation.arrivals import Lengths, drawn_arrivals, read_trace
+
+    if options.trace is not None:
+        found = read_trace(options.trace)
+    elif options.prompt_tokens or options.answer_tokens:
+        usual = (Traffic.prompt_tokens, Traffic.answer_tokens)
+        given = (options.prompt_tokens, options.answer_tokens)
+        prompts, answers = (Lengths(*(a or b)) for a, b in zip(given, usual, strict=True))
+        found = drawn_arrivals(_DRAWN, prompts, answers)
+    else:
+        return None
+    return [*zip(found.prompt_N.tolist(), found.answer_N.tolist(), strict=True)]
 
 
 def _tree_costs(options: Options, model: Model, tell: Progress) -> CostTable:
