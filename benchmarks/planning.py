@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,20 @@ from benchmarks.common import (
     settings_of,
 )
 from benchmarks.prompts import DOMAINS, domain_requests
-from benchmarks.recorded_traffic import Streams
 from benchmarks.simulated_tables import tables
 from dspark.attention.paged_cache import PAGE_SIZE
 from dspark.engine.model import Model
 from dspark.engine.profile_steps import measure_steps
+from dspark.engine.speculation.round_record import RoundRecord
 from dspark.engine.speculation.schedule import Schedule
+from dspark.evaluation.evaluate import RoundLog
 from dspark.evaluation.load.closed_loop import WARM_UP_TOKENS, LoadRun, closed_loop, warm_up
-from dspark.evaluation.load.sweep import Workload, contenders, rotated
+from dspark.evaluation.load.sweep import Contender, Workload, contenders
+from dspark.evaluation.records import Turn
 from dspark.request import Request, SamplingParams
-from dspark.scheduling.calibration import TemperatureScaling
 from dspark.scheduling.cost_table import CostTable
-from dspark.simulation.acceptance import Acceptance, Stream, synthetic
+from dspark.simulation.acceptance import Acceptance, synthetic
+from dspark.simulation.acceptance_source import of_turns, rounds_of
 from dspark.simulation.arrivals import Arrivals, Lengths, drawn_arrivals
 from dspark.simulation.fleet import Fleet, open_loop
 from dspark.simulation.fleet import closed_loop as simulated_loop
@@ -53,31 +56,34 @@ SHARES = (0.05, 0.2, 0.5, 0.9)
 GOAL, GOAL_S = 0.1, 10.0
 
 
-def recorded(model: Model, requests: list[Request]) -> tuple[Acceptance, np.ndarray, np.ndarray]:
-    """The profile of these requests, which of them it has, and the lengths of their answers."""
+def recorded(model: Model, requests: list[Request], tree_nodes: int | None = None) -> list[Turn]:
+    """The answers to these requests, with rounds of whole blocks or trees."""
+    logs: dict[int, RoundLog] = defaultdict(RoundLog)
     assert model.drafter is not None
     num_drafts = model.drafter.block_size
-    streams = Streams(num_drafts)
-    engine = model.engine(requests, batch_size=8, schedule="fixed", watch=streams)
+
+    def watch(record: RoundRecord) -> None:
+        for row, number in enumerate(record.request_ids):
+            logs[number].add(record, row, num_drafts)
+
+    engine = model.engine(
+        requests, batch_size=8, schedule="fixed", tree_nodes=tree_nodes, watch=watch
+    )
     outputs = engine.run(requests)
+    room = max(request.params.max_new_tokens for request in requests)
+    return [logs[i].turn(output, room, plain=False) for i, output in enumerate(outputs)]
+
+
+def profile_of(model: Model, turns: list[Turn]) -> Acceptance:
+    """The acceptance profile of answers, one stream each."""
+    assert model.drafter is not None
+    num_drafts = model.drafter.block_size
     entry = next(
         e
         for e in (model.calibration.entries if model.calibration else ())
         if (e.block_size, e.verifier, e.temperature_class) == (num_drafts, "block", "greedy")
     )
-    numbers = sorted(streams.accepted)
-    kept = np.array([n for i in numbers for n in streams.accepted[i]])
-    survival = np.array([(kept >= k).mean() for k in range(1, num_drafts + 1)])
-    found = [_stream(streams, i, entry.scaling) for i in numbers]
-    lengths = np.array([len(output.token_ids) for output in outputs])
-    return Acceptance.of(found, survival, "recorded"), np.array(numbers), lengths
-
-
-def _stream(streams: Streams, number: int, scaling: TemperatureScaling) -> Stream:
-    confidence = np.clip(scaling.apply(np.array(streams.logits[number])), 1e-12, 1 - 1e-12)
-    kept = np.array(streams.accepted[number])
-    logits = np.log(confidence) - np.log1p(-confidence)
-    return Stream(kept, np.full(len(kept), streams.num_drafts), logits)
+    return of_turns(turns, num_drafts, entry.scaling, "recorded")
 
 
 def shared_rows(requests: list[Request]) -> int:
@@ -91,7 +97,12 @@ def shared_rows(requests: list[Request]) -> int:
 
 
 def measured(
-    model: Model, workload: Workload, users: int, turn: int, now: Callable[[], float]
+    model: Model,
+    workload: Workload,
+    users: int,
+    turn: int,
+    now: Callable[[], float],
+    tree_nodes: int | None = None,
 ) -> dict[str, LoadRun]:
     """A closed loop of each way, users in step as the simulated ones are, on this clock.
 
@@ -99,11 +110,15 @@ def measured(
     processor's caches.
     """
     runs: dict[str, LoadRun] = {}
-    for way in rotated(contenders(model, NAMES), turn):
-        engine = way.engine(workload.pool, users, "block")
+    ways: dict[str, Contender] = {way.name: way for way in contenders(model, NAMES)}
+    if tree_nodes is not None:
+        ways["trees"] = contenders(model, ("lagged",), tree_nodes=tree_nodes)[0]
+    names = [*ways]
+    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        engine = ways[name].engine(workload.pool, users, "block")
         warm_up(engine, [workload.request(-1 - i) for i in range(users)], WARM_UP_TOKENS)
         count = workload.answers(users)
-        runs[way.name] = closed_loop(engine, workload.request, users=users, count=count, now=now)
+        runs[name] = closed_loop(engine, workload.request, users=users, count=count, now=now)
     return runs
 
 
@@ -116,26 +131,41 @@ def compared(
     """
     assert model.drafter is not None
     now = time.process_time if args.threads == 1 else time.perf_counter
-    profile, numbers, lengths = recorded(model, requests)
+    nodes = args.tree_nodes
+    chains, trees = recorded(model, requests), recorded(model, requests, nodes) if nodes else None
+    numbers = [
+        i
+        for i, turn in enumerate(chains)
+        if rounds_of(turn) and (trees is None or (trees[i].trees and rounds_of(trees[i])))
+    ]
+    profile = profile_of(model, [chains[i] for i in numbers])
+    tree_profile = profile_of(model, [trees[i] for i in numbers]) if trees is not None else None
     kept = [requests[i] for i in numbers]
+    lengths = np.array([chains[i].tokens for i in numbers])
     prompts = np.array([len(request.prompt_ids) for request in kept]) - shared_rows(kept)
-    arrivals = Arrivals(np.zeros(len(kept)), prompts, lengths[numbers], np.arange(len(kept)))
+    arrivals = Arrivals(np.zeros(len(kept)), prompts, lengths, np.arange(len(kept)))
     workload = Workload(tuple(kept), count=args.answers)
     rows: dict[str, list[tuple[float, float]]] = {}
     for turn in range(args.repeats):
         costs = model.profile(max_requests=max(users), repeats=3)
         pairs = [*zip(prompts.tolist(), arrivals.answer_N.tolist(), strict=True)]
-        costs = measure_steps(
-            model.target, model.drafter, costs, rounds=args.rounds, lengths=pairs, now=now
-        )
+        how = {"rounds": args.rounds, "lengths": pairs, "now": now}
+        costs = measure_steps(model.target, model.drafter, costs, **how)
         say(f"turn {turn}: {costs.extras}, {costs.prompts}")
         ways = {
             "off": Way("off", costs),
             "fixed": Way("fixed", costs, profile),
             "lagged": Way("lagged", costs, profile, Schedule("lagged")),
         }
+        if nodes:
+            tree_costs = model.profile_trees(max(users), nodes)
+            tree_costs = measure_steps(
+                model.target, model.drafter, tree_costs, tree_nodes=nodes, **how
+            )
+            schedule = Schedule("lagged")
+            ways["trees"] = Way("trees", costs, tree_profile, schedule, tree_costs=tree_costs)
         for count in users:
-            theirs = measured(model, workload, count, turn, now)
+            theirs = measured(model, workload, count, turn, now, nodes)
             for name, way in ways.items():
                 run = simulated_loop(
                     way,
@@ -201,6 +231,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=20, help="counted in a loop, at least")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30, help="of each kind in a table")
+    parser.add_argument("--tree-nodes", type=int, help="compare draft trees of so many nodes too")
     parser.add_argument("--no-time", action="store_true", help="leave the 10,000 requests out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

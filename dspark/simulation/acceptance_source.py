@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dspark.errors import DataError, UsageError
 from dspark.evaluation.metrics import RoundCounts
-from dspark.evaluation.records import SUFFIX, RunRecords, Turn, load_runs
+from dspark.evaluation.records import SUFFIX, Record, RunRecords, Turn, load_runs
 from dspark.scheduling.calibration import TemperatureScaling
 from dspark.simulation.acceptance import Acceptance, Stream, synthetic
 from dspark.simulation.traffic import FloatArray, Traffic
@@ -29,33 +30,52 @@ def of_records(run: RunRecords, seed: int = 0) -> Acceptance:
             f"{run.path} was evaluated with the schedule {settings.schedule!r}, which hides what "
             "would have become of other drafts; evaluate a drafter with --schedule fixed."
         )
-    records = list(run.records.values())
-    turns = [turn for record in records for turn in record.turns if _rounds_of(turn)]
+    turns = [turn for record in run.records.values() for turn in record.turns]
+    turns = [turn for turn in turns if rounds_of(turn)]
     if any(turn.trees for turn in turns):  # an answer without room for a draft has none
         turns = [turn for turn in turns if turn.trees is not None]
     if not turns:
         raise UsageError(f"{run.path} has no rounds yet; run dspark eval again.")
-    survival_K = RoundCounts.of(records, num_drafts).survival()
-    before_K = np.concatenate(([1.0], survival_K[:-1]))
-    mean_K = np.clip(survival_K / np.maximum(before_K, 1e-9), 1e-6, 1 - 1e-6)
-    unknown_K = np.log(mean_K) - np.log1p(-mean_K)
     scaling = None
     if drafter.temperatures is not None:
         scaling = TemperatureScaling(drafter.temperatures, drafter.shifts)
+    return of_turns(turns, num_drafts, scaling, f"{settings.drafter}, {len(turns)} answers", seed)
+
+
+def of_turns(
+    turns: Sequence[Turn],
+    num_drafts: int,
+    scaling: TemperatureScaling | None,
+    source: str,
+    seed: int = 0,
+) -> Acceptance:
+    """The profile of some answers, one stream each.
+
+    Args:
+        turns: of whole blocks, or of whole trees, that have rounds (`rounds_of`).
+        num_drafts: K.
+        scaling: calibrates their confidences; None takes them as they are.
+        source: names them.
+        seed: as `Acceptance.of`.
+    """
+    survival_K = RoundCounts.of([Record("", "", tuple(turns))], num_drafts).survival()
+    before_K = np.concatenate(([1.0], survival_K[:-1]))
+    mean_K = np.clip(survival_K / np.maximum(before_K, 1e-9), 1e-6, 1 - 1e-6)
+    unknown_K = np.log(mean_K) - np.log1p(-mean_K)
     streams = [
         _stream(turn, unknown_K, scaling) if turn.trees is None else _tree_stream(turn, unknown_K)
         for turn in turns
     ]
-    return Acceptance.of(streams, survival_K, f"{settings.drafter}, {len(turns)} answers", seed)
+    return Acceptance.of(streams, survival_K, source, seed)
 
 
-def _rounds_of(turn: Turn) -> int:
+def rounds_of(turn: Turn) -> int:
     """Rounds whose outcome is known: the last one's is not where the answer ended within it."""
     return len(turn.kept) - turn.cut
 
 
 def _stream(turn: Turn, unknown_K: FloatArray, scaling: TemperatureScaling | None) -> Stream:
-    count = _rounds_of(turn)
+    count = rounds_of(turn)
     logits_NK = np.tile(unknown_K, (count, 1))
     for row, logits in zip(logits_NK, turn.logits or (), strict=False):
         known = np.array(logits[: len(row)], dtype=np.float64)
@@ -72,7 +92,7 @@ def _tree_stream(turn: Turn, unknown_K: FloatArray) -> Stream:
     Their confidences are the survivals that trees grow by, as far down as the trees have them.
     """
     assert turn.trees is not None
-    count = _rounds_of(turn)
+    count = rounds_of(turn)
     rounds = turn.trees[:count]
     logits_NK = np.tile(unknown_K, (count, 1))
     for row, found in zip(logits_NK, rounds, strict=True):
