@@ -162,6 +162,7 @@ def compared(
             tree_costs = measure_steps(
                 model.target, model.drafter, tree_costs, tree_nodes=nodes, **how
             )
+            say(f"turn {turn}, trees: {tree_costs.extras}")
             schedule = Schedule("lagged")
             ways["trees"] = Way("trees", costs, tree_profile, schedule, tree_costs=tree_costs)
         for count in users:

@@ -273,7 +273,8 @@ class Server:
         if decision.asked:
             rows = requests + verified + prompt_rows
             decisions.learn(kept, Spent(rows, draft_ms, schedule_ms, whole_ms))
-        rest_ms = self._machine.rest_ms(requests) if requests else 0.0
+        rests = machine if machine.costs.extras else self._machine
+        rest_ms = rests.rest_ms(requests) if requests else 0.0
         return kept, draft_ms + whole_ms + rest_ms + schedule_ms
 
     def _commit(self, jobs: Sequence[Job], kept: Sequence[int], end_s: float) -> None:
