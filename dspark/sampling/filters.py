@@ -1,25 +1,26 @@
 """Top-k, top-p and min-p filters: the likeliest tokens of a row, which are all it can draw.
 
 Each filter keeps a beginning of the row's tokens in order of falling score, equal ones by rising
-id. So the likeliest 64 are selected first, and more of the rows that keep them all. Of a flat row
-thousands may stay: on a CPU a histogram of its probabilities finds the least of them, unsorted.
+id. So the likeliest 64 are selected first, and more of the rows that keep them all. On a CPU a
+histogram of a row's probabilities finds the least one that stays, of any number and unsorted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 _WIDTHS = (64, 512, 4096)
 _GROUP_TOKENS = 16
-# From so many tokens on a histogram costs less than a selection.
-_FLAT_TOKENS = 512
 # Of a probability in fp32: what is left has the exponent and 7 bits of the fraction.
 _BIN_SHIFT = 16
+# Of most rows, tokens likelier than this hold the mass that top-p asks for.
+_LIKELY = 1e-4
 # More than a sum of a row's probabilities is off 1.
 _ROUNDING = 1e-4
 
@@ -57,6 +58,86 @@ def likeliest(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
     """
     count, everything = scores_NC.shape
     limit_N = torch.where(tails.top_k_N > 0, tails.top_k_N, everything).clamp(max=everything)
+    binned_N = torch.zeros_like(limit_N, dtype=torch.bool)
+    if scores_NC.dtype == torch.float32 and scores_NC.device.type == "cpu":
+        binned_N = limit_N == everything
+    if bool(binned_N.all()):
+        return _binned(scores_NC, tails)
+    if not bool(binned_N.any()):
+        return _selected(scores_NC, tails, limit_N)
+    few_M, all_M = (~binned_N).nonzero().flatten(), binned_N.nonzero().flatten()
+    selected = _selected(scores_NC[few_M], tails.rows(few_M), limit_N[few_M])
+    binned = _binned(scores_NC[all_M], tails.rows(all_M))
+    return _joined([(few_M, *selected), (all_M, *binned)], count, everything)
+
+
+def _joined(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: int, everything: int
+) -> tuple[Tensor, Tensor]:
+    """Columns and probabilities of all rows, padded, from those of the rows named in each part."""
+    most = max(columns.shape[1] for _, columns, _ in parts)
+    columns_NM = parts[0][1].new_full((count, most), everything)
+    probs_NM = parts[0][2].new_zeros(count, most)
+    for rows, columns, probs in parts:
+        columns_NM[rows, : columns.shape[1]] = columns
+        probs_NM[rows, : columns.shape[1]] = probs
+    return columns_NM, probs_NM
+
+
+def _binned(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
+    """As `likeliest`, for rows without top-k in fp32 on a CPU: row by row, in the cache."""
+    rows = [
+        _binned_row(scores_C, top_p, min_p)
+        for scores_C, top_p, min_p in zip(
+            scores_NC, tails.top_p_N.tolist(), tails.min_p_N.tolist(), strict=True
+        )
+    ]
+    shape = (len(rows), max(len(columns_M) for columns_M, _ in rows))
+    columns_NM = np.full(shape, scores_NC.shape[1])
+    probs_NM = np.zeros(shape, np.float32)
+    for place, (columns_M, probs_M) in enumerate(rows):
+        columns_NM[place, : len(columns_M)], probs_NM[place, : len(probs_M)] = columns_M, probs_M
+    return torch.from_numpy(columns_NM), torch.from_numpy(probs_NM)
+
+
+def _binned_row(
+    scores_C: Tensor, top_p: float, min_p: float
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """What top-p and min-p leave of one row: columns [M] and probabilities [M].
+
+    Probabilities fall into bins by their leading bits, so that one pass gives the mass above each;
+    only the bin in which the mass reaches p is sorted.
+    """
+    probs_C = torch.softmax(scores_C, dim=0).numpy()
+    # Tokens far below the even share of what top-p leaves out do not hold that together.
+    least = (1 - top_p) / (2 * len(probs_C)) if 1 - top_p > _ROUNDING else 0.0
+    columns_M = np.flatnonzero(probs_C > np.float32(max(least, _LIKELY)))
+    probs_M = probs_C[columns_M]
+    if least < _LIKELY and (top_p >= 1 or probs_M.sum(dtype=np.float64) < top_p + _ROUNDING):
+        columns_M = np.flatnonzero(probs_C > np.float32(least))
+        probs_M = probs_C[columns_M]
+    if top_p < 1:
+        bins_M = probs_M.view(np.int32) >> _BIN_SHIFT
+        bins_M -= bins_M.min()
+        above_B = np.append(np.bincount(bins_M, weights=probs_M)[::-1].cumsum()[::-1], 0.0)
+        last = int(np.count_nonzero(above_B[1:] >= top_p))
+        inside = np.flatnonzero(bins_M == last)
+        scores = scores_C.numpy()[columns_M[inside]]
+        inside = inside[np.argsort(-scores, kind="stable")]
+        mass = np.append(0.0, probs_M[inside].cumsum(dtype=np.float64)) + above_B[last + 1]
+        stays_M = bins_M > last
+        stays_M[inside[mass[:-1] < top_p]] = True
+        columns_M, probs_M = columns_M[stays_M], probs_M[stays_M]
+    if min_p > 0:
+        stays_M = probs_M >= np.float32(min_p) * probs_M.max()
+        columns_M, probs_M = columns_M[stays_M], probs_M[stays_M]
+    probs_M /= np.float32(probs_M.sum(dtype=np.float64))
+    return columns_M, probs_M
+
+
+def _selected(scores_NC: Tensor, tails: Tails, limit_N: Tensor) -> tuple[Tensor, Tensor]:
+    """As `likeliest`: the likeliest 64 of each row, and more of the rows that keep them all."""
+    count, everything = scores_NC.shape
     whole_NC = None if bool((limit_N < everything).all()) else torch.softmax(scores_NC, dim=1)
     peak_N = scores_NC.amax(dim=1)
     parts = list[tuple[Tensor, Tensor, Tensor]]()
@@ -64,27 +145,14 @@ def likeliest(scores_NC: Tensor, tails: Tails) -> tuple[Tensor, Tensor]:
     for width in _widths(everything, limit_N):
         begin = _Beginning.of(scores_NC, whole_NC, peak_N, limit_N, rows_M, width)
         kept_M, probs_MW = begin.cut(tails.rows(rows_M), limit_N[rows_M])
-        known_M, flat_M = begin.reaches(kept_M, width), torch.zeros_like(rows_M, dtype=torch.bool)
-        if width >= _FLAT_TOKENS and whole_NC is not None and _has_bins(whole_NC):
-            # By the row's own tokens, however many a neighbour's top-k has selected.
-            flat_M = (limit_N[rows_M] == everything) & ~begin.reaches(kept_M, _FLAT_TOKENS)
-            parts += [_flat_row(scores_NC, whole_NC, tails, row) for row in rows_M[flat_M].tolist()]
-        known_M &= ~flat_M
+        known_M = begin.reaches(kept_M, width)
         if bool(known_M.any()):
             found = (begin.columns_MW[known_M], probs_MW[known_M], kept_M[known_M])
             parts.append((rows_M[known_M], *_ascending(*found, everything)))
-        rows_M = rows_M[~(known_M | flat_M)]
+        rows_M = rows_M[~known_M]
         if not rows_M.numel():
             break
-    if len(parts) == 1:
-        return parts[0][1:]
-    most = max(part[1].shape[1] for part in parts)
-    columns_NM = rows_M.new_full((count, most), everything)
-    probs_NM = scores_NC.new_zeros(count, most)
-    for rows, columns, probs in parts:
-        columns_NM[rows, : columns.shape[1]] = columns
-        probs_NM[rows, : columns.shape[1]] = probs
-    return columns_NM, probs_NM
+    return parts[0][1:] if len(parts) == 1 else _joined(parts, count, everything)
 
 
 def _widths(everything: int, limit_N: Tensor) -> Iterator[int]:
@@ -93,43 +161,6 @@ def _widths(everything: int, limit_N: Tensor) -> Iterator[int]:
     needed = 1 + int(cut_N.max()) if cut_N.numel() else 0
     yield from (w for w in (*_WIDTHS, everything) if needed <= w < everything)
     yield everything
-
-
-def _has_bins(probs_NC: Tensor) -> bool:
-    return probs_NC.dtype == torch.float32 and probs_NC.device.type == "cpu"
-
-
-def _flat_row(
-    scores_NC: Tensor, whole_NC: Tensor, tails: Tails, row: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What top-p and min-p leave of one row: its number, columns [1, M] and probabilities [1, M].
-
-    Probabilities fall into bins by their leading bits, so that one pass gives the mass above each;
-    only the bin in which the mass reaches p is sorted.
-    """
-    probs_C = whole_NC[row].numpy()
-    top_p, least = float(tails.top_p_N[row]), tails.min_p_N[row].float() * whole_NC[row].max()
-    # Tokens far below the even share of what top-p leaves out do not hold that together.
-    cut = 1 - top_p if 1 - top_p > _ROUNDING else 0.0
-    columns_M = np.flatnonzero(probs_C > cut / (2 * len(probs_C)))
-    probs_M = probs_C[columns_M]
-    if top_p < 1:
-        bins_M = probs_M.view(np.int32) >> _BIN_SHIFT
-        bins_M -= bins_M.min()
-        above_B = np.append(np.bincount(bins_M, weights=probs_M)[::-1].cumsum()[::-1], 0.0)
-        last = int(np.count_nonzero(above_B[1:] >= top_p))
-        inside = np.flatnonzero(bins_M == last)
-        scores = scores_NC[row].numpy()[columns_M[inside]]
-        inside = inside[np.argsort(-scores, kind="stable")]
-        mass = np.append(0.0, probs_M[inside].cumsum(dtype=np.float64)) + above_B[last + 1]
-        stays_M = bins_M > last
-        stays_M[inside[mass[:-1] < top_p]] = True
-    else:
-        stays_M = probs_M > 0
-    stays_M &= probs_M >= least.numpy()
-    columns_M, probs_M = columns_M[stays_M], probs_M[stays_M]
-    probs_M /= np.float32(probs_M.sum(dtype=np.float64))
-    return torch.tensor([row]), torch.from_numpy(columns_M)[None], torch.from_numpy(probs_M)[None]
 
 
 @dataclass(frozen=True)
