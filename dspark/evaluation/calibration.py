@@ -11,6 +11,7 @@ import numpy as np
 
 from dspark.engine.model import Model
 from dspark.engine.speculation.round_record import FloatArray, RoundRecord
+from dspark.engine.speculation.trees.growth import ChildRates, Tree
 from dspark.errors import CompatibilityError, DataError
 from dspark.evaluation.records import Drafted, Record
 from dspark.request import Request, Verifier
@@ -110,6 +111,59 @@ def record_rounds(
             "Not one full block was verified; give more prompts, or a larger --max-new-tokens."
         )
     return recorder.rounds()
+
+
+def record_child_rates(
+    model: Model,
+    requests: Sequence[Request],
+    nodes: int,
+    *,
+    verifier: Verifier = "block",
+    block_size: int | None = None,
+    batch_size: int = 16,
+    most: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[float, ...]:
+    """How often second, third, ... children of draft trees stay where those before them do not.
+
+    Args:
+        model: with a drafter.
+        requests: to decode with trees, sampled ones.
+        nodes: of a tree.
+        verifier: of the engine, not `coupled`.
+        block_size: depth of a tree, the drafter's own by default.
+        batch_size: requests at once.
+        most: stop after this many trees; None decodes everything.
+        progress: called after every step.
+
+    Raises:
+        UsageError, CompatibilityError: the drafter cannot draft trees.
+    """
+    rates, seen = ChildRates(), list[int]()
+
+    def watch(record: RoundRecord) -> None:
+        trees = zip(record.drafts, record.parents or (), record.paths or (), strict=False)
+        for drafts, parents, path in trees:
+            rates.learn(Tree(drafts, parents), path)
+            seen.append(len(drafts))
+
+    engine = model.engine(
+        requests,
+        batch_size=batch_size,
+        verifier=verifier,
+        schedule="fixed",
+        block_size=block_size,
+        tree_nodes=nodes,
+        watch=watch,
+        strict=True,
+    )
+    for request in requests:
+        engine.add(request)
+    while engine.has_work and (most is None or len(seen) < most):
+        engine.step()
+        if progress is not None:
+            progress(len(seen))
+    return tuple(rates.values)
 
 
 def confidence_rounds(

@@ -38,6 +38,8 @@ class CalibrationEntry:
         before: reliability of the uncalibrated survivals per position, on rounds held out from
             the fit where there were any.
         after: the same, calibrated.
+        child_rates: of draft trees, how often the second, third, ... child of a node stays where
+            those before it do not, the last of all further ones; empty where none were recorded.
 
     Raises:
         DataError: a field does not fit the others.
@@ -50,6 +52,7 @@ class CalibrationEntry:
     rounds: int
     before: tuple[Reliability, ...]
     after: tuple[Reliability, ...]
+    child_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.scaling.temperatures), len(self.before), len(self.after)}
@@ -58,6 +61,11 @@ class CalibrationEntry:
                 f"A calibration of block size {self.block_size} on {self.rounds} rounds has "
                 f"{len(self.scaling.temperatures)} temperatures and reliabilities of "
                 f"{len(self.before)} and {len(self.after)} positions; {FALLBACK}."
+            )
+        if not all(0 <= rate <= 1 for rate in self.child_rates):
+            raise DataError(
+                f"A calibration has child rates {list(self.child_rates)}, which must lie in "
+                f"[0, 1]; {FALLBACK}."
             )
         if self.verifier not in VERIFIERS:
             raise DataError(f"A calibration is for the verifier {self.verifier!r}; {FALLBACK}.")
@@ -173,6 +181,8 @@ class Calibration:
         records = []
         for entry in self.entries:
             record = asdict(entry)
+            if not entry.child_rates:  # as in files that are older than trees
+                del record["child_rates"]
             records.append(record.pop("scaling") | record)
         write_json(path, {"version": VERSION, "entries": records})
 
@@ -202,6 +212,7 @@ def _entry(record: Mapping[str, Any]) -> CalibrationEntry:
         tuple(_number(t) for t in values.pop("temperatures")),
         tuple(_number(s) for s in values.pop("shifts", ())),
     )
+    values["child_rates"] = tuple(_number(r) for r in values.pop("child_rates", ()))
     for name in ("before", "after"):
         values[name] = tuple(_reliability(row) for row in values[name])
     if not isinstance(values["block_size"], int) or not isinstance(values["rounds"], int):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dspark.engine.loading import load
+from dspark.engine.speculation.trees.growth import ChildRates
+from dspark.request import Request, SamplingParams
 from dspark.scheduling.calibration_file import Calibration
 from dspark.scheduling.cost_table import CostTable
 
@@ -48,6 +51,25 @@ def test_calibration_stands_beside_the_drafter_one_entry_for_each_use(
     assert list(known.entry(4, "block", "greedy").scaling.temperatures) == pytest.approx(
         greedy.json["temperatures"]
     )
+
+
+def test_rates_of_further_children_are_fitted_where_trees_are_asked_for(
+    dspark, pair, drafter, prompts
+):
+    words = ("--temperature", 1, "--tree-nodes", 12)
+    report = calibrate(dspark, pair, drafter, prompts, *words).json
+    [entry] = Calibration.load(drafter / "calibration.json").entries
+    assert list(entry.child_rates) == report["child_rates"]
+    assert len(entry.child_rates) > 1
+    assert list(entry.child_rates) != ChildRates().values
+    model = load(pair.target, drafter, offline=True)
+    request = Request((1, 2), SamplingParams(4, temperature=1.0))
+    for nodes, verifier, rates in ((9, "block", entry.child_rates), (9, "token", None)):
+        trees = model.engine([request], tree_nodes=nodes, verifier=verifier)._speculator.trees
+        assert trees.rates.values == pytest.approx(rates or ChildRates().values)
+    assert "--temperature" in calibrate(dspark, pair, drafter, prompts, "--tree-nodes", 12).err
+    coupled = (*words, "--verifier", "coupled")
+    assert "coupled" in calibrate(dspark, pair, drafter, prompts, *coupled).err
 
 
 def test_errors_are_measured_on_held_out_prompts_where_some_are_given(

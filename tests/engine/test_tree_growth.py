@@ -90,6 +90,10 @@ def test_rates_count_the_children_that_were_tested():
         rates.learn(tree, [1, 3])  # the second child stayed; the third was never tested
     assert rates.values[0] > 0.85 > before[0]
     assert rates.values[1:] == before[1:]
+    calibrated = ChildRates((0.4, 0.1, 0.3))
+    assert calibrated.values == pytest.approx([0.4, 0.1, 0.3])
+    calibrated.learn(tree, [1, 3])
+    assert calibrated.values[0] == pytest.approx(0.4 * 40 / 41 + 1 / 41, rel=1e-3)
     assert tree.reach([1, 3]) == 2
     assert tree.reach([1]) == 2
     assert tree.reach([]) == 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,15 @@ def test_save_and_load(tmp_path, entry):
     assert len(replaced.entries) == 2
 
 
+def test_rates_of_children_are_stored_where_there_are_some(tmp_path, entry):
+    path = tmp_path / "calibration.json"
+    Calibration((entry,)).save(path)
+    assert "child_rates" not in path.read_text()  # older versions read it, too
+    rated = replace(entry, child_rates=(0.3, 0.1))
+    Calibration((rated,)).save(path)
+    assert Calibration.load(path).entries == (rated,)
+
+
 def test_another_block_size_verifier_or_temperature_is_said(entry):
     calibration = Calibration((entry,))
     for key in ((5, "token", "sampled"), (4, "block", "sampled"), (4, "token", "greedy")):
@@ -235,6 +245,8 @@ def test_files_that_are_no_calibrations_are_refused_with_the_fallback(tmp_path, 
         json.dumps({**good, "entries": [3]}),
         json.dumps({**good, "entries": [row, row]}),
         with_row(block_size=5),
+        with_row(child_rates=[0.2, 1.5]),
+        with_row(child_rates=["0.2"]),
         with_row(block_size="4"),
         with_row(temperatures=[1.0, 1.0]),
         with_row(temperatures=[1.0, 1.0, 1.0, float("nan")]),

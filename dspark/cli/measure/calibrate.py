@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,12 @@ class _Rounds:
     temperature: float = pick(Sampling, "temperature")
     verifier: Verifier = pick(Speculation, "verifier")
     block_size: int | None = pick(Speculation, "block_size")
+    tree_nodes: int | None = pick(
+        Speculation,
+        "tree_nodes",
+        help="decode the prompts again with draft trees of so many nodes, and fit how often second "
+        "and further children of a node stay (default: chains alone)",
+    )
     max_new_tokens: int = pick(
         Sampling, "max_new_tokens", 128, help="per prompt (default: {default})", least=1
     )
@@ -71,6 +77,13 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     params = SamplingParams(
         options.max_new_tokens, temperature=options.temperature, seed=options.seed or 0
     )
+    if options.tree_nodes is not None and not options.temperature:
+        raise UsageError(
+            "--tree-nodes fits how often further children stay, which only sampled requests look "
+            "at; give a --temperature as well."
+        )
+    if options.tree_nodes is not None and options.verifier == "coupled":
+        raise UsageError("--tree-nodes fits nothing for the verifier 'coupled'; leave it out.")
     prompts = named_prompts(options)
     model = load_pair(options, screen)
     from dspark.scheduling.calibration import temperature_class
@@ -91,6 +104,10 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         held_out,
         shifts=not options.temperatures_only,
     )
+    if options.tree_nodes is not None:
+        rates = _child_rates(options, options.tree_nodes, model, prompts, params, screen)
+        entry = replace(entry, child_rates=rates)
+        screen.say(f"Children after the first stay: {', '.join(f'{rate:.1%}' for rate in rates)}.")
     known.with_entry(entry).save(path)
     _show(entry, screen)
     screen.say(f"Written to {path}.")
@@ -103,6 +120,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "auc": [r.auc for r in entry.after],
         "brier_before": [r.brier for r in entry.before],
         "brier_after": [r.brier for r in entry.after],
+        "child_rates": list(entry.child_rates),
         "rounds": len(rounds.accepted_N),
         "held_out_rounds": len(held_out.accepted_N),
         "block_size": entry.block_size,
@@ -121,10 +139,7 @@ def _record(
 ) -> Rounds:
     from dspark.evaluation.calibration import record_rounds
 
-    requests = [
-        Request(encode(prompt, model, raw=options.raw), params.with_seed(params.seed + i))
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = _requests(options, model, prompts, params)
     with screen.log.status("Recording rounds ...") as status:
         return record_rounds(
             model,
@@ -135,6 +150,38 @@ def _record(
             most=options.rounds,
             progress=lambda n: status.update(f"Recording rounds ... {n}"),
         )
+
+
+def _child_rates(
+    options: Options,
+    nodes: int,
+    model: Model,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    screen: Screen,
+) -> tuple[float, ...]:
+    from dspark.evaluation.calibration import record_child_rates
+
+    with screen.log.status("Recording trees ...") as status:
+        return record_child_rates(
+            model,
+            _requests(options, model, prompts, params),
+            nodes,
+            verifier=options.verifier,
+            block_size=options.block_size,
+            batch_size=options.batch_size,
+            most=options.rounds,
+            progress=lambda n: status.update(f"Recording trees ... {n}"),
+        )
+
+
+def _requests(
+    options: Options, model: Model, prompts: Sequence[Prompt], params: SamplingParams
+) -> list[Request]:
+    return [
+        Request(encode(prompt, model, raw=options.raw), params.with_seed(params.seed + i))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _out(options: Options, model: Model) -> Path:

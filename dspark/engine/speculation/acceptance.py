@@ -52,6 +52,8 @@ class Acceptance:
         tree_depth: of trees; None for chains.
 
     Attributes:
+        child_rates: of second and further children of trees, as calibrated; empty where they are
+            not.
         survival_DK: of this round's drafts, before factors of requests; None where unknown.
         history: of requests.
         logistic: makes chances of margins.
@@ -78,6 +80,9 @@ class Acceptance:
     def recalibrate(self, calibration: Calibration | None) -> None:
         """Take the temperatures of a calibration from now on."""
         self._scalings = _scalings(calibration, self._depth)
+        key = self._depth, self._verifier, "sampled"
+        entries = calibration.entries if calibration else ()
+        self.child_rates = next((own.child_rates for own in entries if own.key == key), ())
 
     def begin(self) -> None:
         """A round begins, of which nothing is known."""

@@ -90,7 +90,9 @@ class TreeDrafting:
         """
         able = check_trees(nodes, drafter, target, chains.schedule.name)
         both = chains.schedule.protects and not chains.of_trees
-        return cls(nodes, able, chains.for_trees(nodes, costs), TreeChoice() if both else None)
+        scheduler = chains.for_trees(nodes, costs)
+        rates = ChildRates(scheduler.acceptance.child_rates)
+        return cls(nodes, able, scheduler, TreeChoice() if both else None, rates=rates)
 
     def decide(self, requests: Sequence[ActiveRequest]) -> bool:
         """Whether this round's drafts are trees."""

@@ -24,8 +24,9 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-# Kept of those tested, of second and later children, and how many tests that is worth.
-_PRIOR_RATES, _PRIOR_TESTS = (0.35, 0.25, 0.2, 0.15), 40.0
+# Kept of those tested, of second and later children, where no calibration says so (docs/LOG.md),
+# and how many tests that is worth.
+_PRIOR_RATES, _PRIOR_TESTS = (0.25, 0.15, 0.1, 0.05), 40.0
 _HALF_LIFE = 4000.0
 
 
@@ -261,10 +262,13 @@ class ChildRates:
     """How often second, third, ... children stay, if the ones before them did not.
 
     Learned from finished rounds.
+
+    Args:
+        calibrated: what they are before any round; none for what is usual.
     """
 
-    def __init__(self) -> None:
-        prior_B = np.array(_PRIOR_RATES)
+    def __init__(self, calibrated: Sequence[float] = ()) -> None:
+        prior_B = np.array(calibrated or _PRIOR_RATES)
         self._tests_B = np.full(len(prior_B), _PRIOR_TESTS)
         self._kept_B = prior_B * _PRIOR_TESTS
 
