@@ -47,6 +47,27 @@ def test_control_trees_in_every_round(monkeypatch):
     assert play(1.0, 1.1, 8)[0] < 0.93
 
 
+def test_dear_trees_are_tried_the_more_rarely_the_more_is_known_of_them():
+    found, tries = TreeChoice(), []
+    for number in range(600):
+        if found.decide("greedy", 8):
+            tries.append(number)
+        found.learn("greedy", 8, 24, 3.0 if found.tree else 1.0)
+    gaps = np.diff(tries).tolist()
+    assert len(tries) == 5
+    assert gaps == sorted(gaps)
+    assert gaps[0] < 32
+    assert gaps[-1] > 256
+
+
+def test_rounds_without_drafts_bring_no_tree_nearer():
+    found = TreeChoice()
+    for _ in range(12):
+        tree = found.decide("greedy", 8)
+        found.learn("greedy", 8, 24, 2.0 if tree else 1.0)
+    assert not any(found.decide("greedy", 8) for _ in range(500))  # nothing was learned between
+
+
 def test_loads_and_temperatures_are_told_apart():
     found = TreeChoice()
     for kind, requests, cost in (("greedy", 1, 0.5), ("greedy", 8, 2.0), ("sampled", 1, 2.0)):
@@ -62,7 +83,8 @@ def test_loads_and_temperatures_are_told_apart():
     assert not found.decide("greedy", 0)
 
 
-def test_output_is_plain_decodings_own_whichever_drafts(tiny, target):
+def decoded(tiny, target, change=lambda _: None):
+    """(whether outputs are plain decoding's, whether each round that drafted had trees)."""
     drafter = tiny.make_drafter(target, block_size=5)
     requests = tiny.make_requests(tiny.make_prompts(4, 64), max_new_tokens=18, ignore_eos=True)
     plain, records = tiny.token_ids(tiny.decode(target, None, requests)), []
@@ -76,6 +98,24 @@ def test_output_is_plain_decodings_own_whichever_drafts(tiny, target):
         watch=records.append,
         strict=True,
     )
-    assert tiny.token_ids(engine.run(requests)) == plain
-    drafted = [record for record in records if any(record.drafts)]
-    assert {record.parents is None for record in drafted} == {True, False}
+    change(engine._speculator.trees)
+    same = tiny.token_ids(engine.run(requests)) == plain
+    return same, [record.parents is not None for record in records if any(record.drafts)]
+
+
+def test_output_is_plain_decodings_own_whichever_drafts(tiny, target):
+    same, trees = decoded(tiny, target)
+    assert same
+    assert set(trees) == {True, False}
+
+
+def test_chains_draft_where_trees_pause(tiny, target, monkeypatch):
+    monkeypatch.setattr(choice._Load, "decide", lambda _: True)
+
+    def pause(trees):
+        monkeypatch.setattr(trees.scheduler, "limits", lambda _, most: [0] * len(most))
+
+    same, trees = decoded(tiny, target, pause)
+    assert same
+    assert set(trees) == {False}
+    assert set(decoded(tiny, target)[1]) >= {True}

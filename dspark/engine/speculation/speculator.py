@@ -140,8 +140,11 @@ def draft(
         times: get what drafting and scheduling took.
     """
     trees = speculator.trees
-    way = _chains if trees is None or not trees.decide(requests) else _trees
-    return way(requests, state, speculator, times)
+    if trees is not None and trees.decide(requests):
+        drafts = _trees(requests, state, speculator, times)
+        if drafts is not None or not trees.gives_way():
+            return drafts
+    return _chains(requests, state, speculator, times)
 
 
 def _chains(
@@ -155,7 +158,7 @@ def _chains(
     scheduler = speculator.scheduler
     limits = scheduler.limits(requests, draft_limits(requests, state.num_drafts))
     most = max(limits)
-    times.schedule_ms = (time.perf_counter() - started) * 1e3
+    times.schedule_ms += (time.perf_counter() - started) * 1e3
     if most <= 0:
         return None
     started = time.perf_counter()

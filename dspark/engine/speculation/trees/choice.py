@@ -2,9 +2,10 @@
 
 A tree keeps more tokens of a round than a chain of as many drafts, and its lattice takes longer to
 draft; under load, and where tokens are sampled, the second may outweigh the first. Each of the two
-has its scheduler, which weighs, shortens and pauses drafts as ever, and the round goes to whichever
-has made more tokens per millisecond of the rounds that it decided, pauses included. The other one
-is tried again now and then, the more rarely the surer it is that it is slower.
+has its scheduler, which weighs, shortens and pauses drafts as ever. A round goes to whichever has
+made more tokens per millisecond of the rounds that it drafted, and to chains where trees pause. The
+other one is tried again now and then, the more rarely the surer it is that it is slower; rounds in
+which nothing is drafted bring no try nearer, so where chains pause trees cost nothing.
 
 Only finished rounds count, so no output changes its distribution.
 """
@@ -17,15 +18,18 @@ from dataclasses import dataclass, field
 
 from dspark.scheduling.calibration import TemperatureClass
 
-# Decided rounds of each before anything is compared, and after how many a round weighs half.
+# Rounds of chains before a tree is tried, and after how many a round weighs half.
 _FIRST, _HALF_LIFE = 3, 1024.0
 # The logarithm of how many times a chain's tokens a tree keeps, before any is seen: a little less
 # than was measured (docs/trees.md), so that trees have to show it; and its standard deviation.
 _PRIOR, _PRIOR_DEVIATION = 0.03, 0.1
-# Rounds between two of the one that seems slower, by standard deviations of the difference.
+# Rounds between two of the one that seems slower, by standard deviations of the difference, and
+# by rounds that it was seen in: the first are slow, since nothing is in the processor's caches.
 _PAUSES = (8, 16, 64, 256)
 # Rounds whose times count, and what a slow one is taken for, in medians of these.
 _TIMES, _OUTLIER = 128, 2.0
+# Rounds of a load after which each one is weighed, and between two weighings from then on.
+_OFTEN, _EVERY = 32, 8
 
 
 @dataclass
@@ -33,24 +37,27 @@ class _Rounds:
     """What the rounds of one of the two have given of late, sums that fade.
 
     Attributes:
-        mean_ms: of a round, slow moments of the machine left out.
+        times: of the last of them, milliseconds.
     """
 
     count: float = 0.0
     tokens: float = 0.0
     squares: float = 0.0
-    mean_ms: float = 0.0
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES))
 
     def learn(self, tokens: float, ms: float) -> None:
         """A round gave so many tokens per request."""
         self.times.append(ms)
-        most = _OUTLIER * sorted(self.times)[len(self.times) // 2]
-        self.mean_ms = sum(min(each, most) for each in self.times) / len(self.times)
         fade = 0.5 ** (1 / _HALF_LIFE)
         self.count = fade * self.count + 1
         self.tokens = fade * self.tokens + tokens
         self.squares = fade * self.squares + tokens**2
+
+    @property
+    def mean_ms(self) -> float:
+        """Of a round, slow moments of the machine left out."""
+        most = _OUTLIER * sorted(self.times)[len(self.times) // 2]
+        return sum(min(each, most) for each in self.times) / len(self.times)
 
     @property
     def variance(self) -> float:
@@ -67,25 +74,34 @@ class _Load:
 
     Attributes:
         ways: of chains and of trees.
-        since: rounds since each of them was last decided for.
+        rounds: of both.
+        since: rounds since one of each.
+        latest: the edge as it was weighed last.
     """
 
     ways: tuple[_Rounds, _Rounds] = field(default_factory=lambda: (_Rounds(), _Rounds()))
+    rounds: int = 0
     since: list[int] = field(default_factory=lambda: [0, 0])
+    latest: float = 0.0
 
     def decide(self) -> bool:
         """Whether the next round is a tree's."""
         chain, tree = self.ways
-        if min(chain.count, tree.count) < _FIRST:
-            found = tree.count < chain.count
-        else:
-            edge = self.edge()
-            found = edge > 0
-            pause = _PAUSES[min(int(abs(edge)), len(_PAUSES) - 1)]
-            if self.since[not found] >= pause:
-                found = not found
-        self.since[found], self.since[not found] = 0, self.since[not found] + 1
-        return found
+        if chain.count < _FIRST or not tree.count:
+            return chain.count >= _FIRST
+        found, seen = self.latest > 0, min(chain.count, tree.count)
+        pause = _PAUSES[int(min(abs(self.latest), seen, len(_PAUSES) - 1))]
+        return found if self.since[not found] < pause else not found
+
+    def learn(self, tree: bool, tokens: float, ms: float) -> None:
+        """A round of a tree or a chain gave so many tokens per request."""
+        self.ways[tree].learn(tokens, ms)
+        self.since[tree], self.since[not tree] = 0, self.since[not tree] + 1
+        self.rounds += 1
+        if all(way.count for way in self.ways) and (
+            self.rounds < _OFTEN or self.rounds % _EVERY == 0
+        ):
+            self.latest = self.edge()
 
     def edge(self) -> float:
         """How much faster trees are, in standard deviations of what is known of it."""
@@ -103,7 +119,7 @@ class TreeChoice:
     What is known is kept for 1, 2-3, 4-7, ... requests, greedy and sampled ones apart.
 
     Attributes:
-        tree: what was decided last.
+        tree: what was decided last; False as well where the scheduler of trees then paused.
     """
 
     def __init__(self) -> None:
@@ -116,7 +132,7 @@ class TreeChoice:
         return self.tree
 
     def learn(self, kind: TemperatureClass, requests: int, tokens: int, ms: float) -> None:
-        """Take note of a finished round, which had no prompt rows.
+        """Take note of a finished round that drafted and had no prompt rows.
 
         Args:
             kind: as it was decided for.
@@ -125,7 +141,7 @@ class TreeChoice:
             ms: that it took.
         """
         if requests and tokens and ms > 0:
-            self._load(kind, requests).ways[self.tree].learn(tokens / requests, ms)
+            self._load(kind, requests).learn(self.tree, tokens / requests, ms)
 
     def _load(self, kind: TemperatureClass, requests: int) -> _Load:
         return self._loads.setdefault((kind, requests.bit_length()), _Load())

@@ -101,6 +101,13 @@ class TreeDrafting:
         ready = [request for request in requests if request.drafts]
         return self.choice.decide(_temperature_class(ready), len(ready))
 
+    def gives_way(self) -> bool:
+        """Whether chains may draft a round in which the scheduler of trees pauses."""
+        if self.choice is None:
+            return False
+        self.choice.tree = False
+        return True
+
     def rows_ahead(self, depth: int) -> int:
         """Rows of the drafter's cache behind the anchor's that trees of this depth may take."""
         return (depth - 1) * level_rows(self.nodes) if isinstance(self.drafter, LevelDrafter) else 0
@@ -114,7 +121,7 @@ class TreeDrafting:
         self, requests: Sequence[ActiveRequest], drafts: Drafts, verdict: Verdict, spent: Spent
     ) -> None:
         """Take note of a finished round: what it gave, and which children of drawn trees stayed."""
-        if self.choice is not None:
+        if self.choice is not None and spent.draft_ms:
             ready = [request for request in requests if request.drafts]
             if len(ready) == len(requests) == spent.rows - sum(drafts.lengths):
                 tokens = len(requests) + sum(verdict.accepted)
