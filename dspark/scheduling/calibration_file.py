@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -168,8 +168,14 @@ class Calibration:
         return found
 
     def with_entry(self, entry: CalibrationEntry) -> Calibration:
-        """The same with an entry added, in the place of an older one for the same."""
+        """The same with an entry added, in the place of an older one for the same.
+
+        Child rates are kept where the new one has none: those of chains are fitted more often.
+        """
         others = [other for other in self.entries if other.key != entry.key]
+        older = [other for other in self.entries if other.key == entry.key]
+        if older and not entry.child_rates:
+            entry = replace(entry, child_rates=older[0].child_rates)
         return Calibration(tuple(sorted([*others, entry], key=lambda e: e.key)))
 
     def save(self, path: str | Path) -> None:

@@ -64,9 +64,12 @@ def test_rates_of_further_children_are_fitted_where_trees_are_asked_for(
     assert list(entry.child_rates) != ChildRates().values
     model = load(pair.target, drafter, offline=True)
     request = Request((1, 2), SamplingParams(4, temperature=1.0))
-    for nodes, verifier, rates in ((9, "block", entry.child_rates), (9, "token", None)):
-        trees = model.engine([request], tree_nodes=nodes, verifier=verifier)._speculator.trees
-        assert trees.rates.values == pytest.approx(rates or ChildRates().values)
+    for block_size, rates in ((None, entry.child_rates), (3, ChildRates().values)):
+        trees = model.engine([request], tree_nodes=9, block_size=block_size)._speculator.trees
+        assert trees.rates.values == pytest.approx(rates)
+    calibrate(dspark, pair, drafter, prompts, "--temperature", 1)
+    [again] = Calibration.load(drafter / "calibration.json").entries
+    assert again.child_rates == entry.child_rates
     assert "--temperature" in calibrate(dspark, pair, drafter, prompts, "--tree-nodes", 12).err
     coupled = (*words, "--verifier", "coupled")
     assert "coupled" in calibrate(dspark, pair, drafter, prompts, *coupled).err

@@ -67,7 +67,7 @@ class Acceptance:
         tree_depth: int | None,
     ) -> None:
         self._verifier = verifier
-        self._depth = tree_depth or num_drafts
+        self._of_trees, self._depth = tree_depth is not None, tree_depth or num_drafts
         self.recalibrate(calibration)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self.history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
@@ -80,9 +80,11 @@ class Acceptance:
     def recalibrate(self, calibration: Calibration | None) -> None:
         """Take the temperatures of a calibration from now on."""
         self._scalings = _scalings(calibration, self._depth)
-        key = self._depth, self._verifier, "sampled"
-        entries = calibration.entries if calibration else ()
-        self.child_rates = next((own.child_rates for own in entries if own.key == key), ())
+        if self._of_trees and self._verifier == "block":  # trees are judged by the token rule
+            for (verifier, kind), scaling in list(self._scalings.items()):
+                if verifier == "token":
+                    self._scalings["block", kind] = scaling
+        self.child_rates = _child_rates(calibration, self._depth)
 
     def begin(self) -> None:
         """A round begins, of which nothing is known."""
@@ -196,6 +198,13 @@ def _scalings(
         for entry in (calibration.entries if calibration else ())
         if entry.block_size == num_drafts
     }
+
+
+def _child_rates(calibration: Calibration | None, num_drafts: int) -> tuple[float, ...]:
+    """Those that some entry has: the verifiers that look at them judge trees alike."""
+    entries = calibration.entries if calibration else ()
+    found = (entry.child_rates for entry in entries if entry.block_size == num_drafts)
+    return next(filter(None, found), ())
 
 
 def _typical(
