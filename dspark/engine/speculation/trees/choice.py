@@ -5,7 +5,7 @@ draft; under load, and where tokens are sampled, the second may outweigh the fir
 has its scheduler, which weighs, shortens and pauses drafts as ever. A round goes to whichever has
 made more tokens per millisecond of the rounds that it drafted, and to chains where trees pause. The
 other one is tried again now and then, the more rarely the surer it is that it is slower; rounds in
-which nothing is drafted bring no try nearer, so where chains pause trees cost nothing.
+which nothing is drafted bring no try nearer, so a pause of chains sees one try of trees at most.
 
 Only finished rounds count, so no output changes its distribution.
 """
