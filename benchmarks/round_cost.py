@@ -74,12 +74,13 @@ class Spread(DSparkDrafter):
 def random_drafter(target: Target, known: int | None) -> DSparkDrafter:
     """Two layers as wide as the target's."""
     width, taps = target.hidden_size, evenly_spaced_taps(target.num_layers, 3)
+    heads = max(1, width // 64)
     backbone = BackboneConfig(
         hidden_size=width,
         intermediate_size=3 * width,
         num_layers=2,
-        num_heads=max(1, width // 64),
-        num_kv_heads=max(1, width // 192),
+        num_heads=heads,
+        num_kv_heads=next((heads // n for n in (3, 2) if heads % n == 0), heads),
         head_dim=64,
         num_taps=len(taps),
     )
