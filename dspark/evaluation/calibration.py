@@ -144,8 +144,9 @@ def record_child_rates(
     def watch(record: RoundRecord) -> None:
         trees = zip(record.drafts, record.parents or (), record.paths or (), strict=False)
         for drafts, parents, path in trees:
-            rates.learn(Tree(drafts, parents), path)
-            seen.append(len(drafts))
+            if drafts:
+                rates.learn(Tree(drafts, parents), path)
+                seen.append(len(drafts))
 
     engine = model.engine(
         requests,

@@ -127,13 +127,19 @@ def make_plan(
         UsageError: the budget is too small (the message names the smallest sufficient one), or
             there are too few prompts.
     """
-    least = smallest_budget(spent_s, speeds, answer_tokens, writes_prompts=writes_prompts)
+    least = smallest_budget(
+        spent_s,
+        speeds,
+        answer_tokens,
+        writes_prompts=writes_prompts,
+        block_size=shape.block_size,
+    )
     if budget_s < least:
         raise UsageError(
             f"A budget of {budget_text(budget_s)} is too small for one training step and what "
             f"belongs to it on this machine; give --budget {budget_text(least)} or more."
         )
-    work = Work(speeds, answer_tokens, writes_prompts)
+    work = Work(speeds, answer_tokens, writes_prompts, shape.block_size)
     evaluation = max(EVALUATION_SHARE * budget_s, work.evaluation_s(FEWEST_HELD_OUT))
     costs = max(COSTS_SHARE * budget_s, LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s)
     calibration = CALIBRATION_SHARE * budget_s
@@ -183,13 +189,18 @@ def make_plan(
 
 
 def smallest_budget(
-    spent_s: float, speeds: Speeds, answer_tokens: int, *, writes_prompts: bool
+    spent_s: float,
+    speeds: Speeds,
+    answer_tokens: int,
+    *,
+    writes_prompts: bool,
+    block_size: int = BLOCK_SIZE,
 ) -> float:
     """Least seconds of a fit: one training step and the minimum of every other stage.
 
-    Args: as `make_plan`.
+    Args: as `make_plan`; `block_size` is the shape's.
     """
-    work = Work(speeds, answer_tokens, writes_prompts)
+    work = Work(speeds, answer_tokens, writes_prompts, block_size)
     prompts = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
     needed = (
         spent_s
@@ -211,7 +222,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     layers = f"{shape.layers} layer{'s' if shape.layers > 1 else ''}"
     what = {
         "plan": f"measured: {speeds.batch_tokens_per_s:,.0f} tokens/s of {speeds.batch_size} "
-        f"requests, {speeds.single_tokens_per_s:,.0f} of one, "
+        f"requests, {speeds.single_tokens_per_s:,.0f} of one; about "
         f"{plan.step_s:.3g} s a training step",
         "prompts": f"{plan.answers:,} to train, {plan.calibration} to calibrate, {plan.heldout} "
         "held out",

@@ -28,7 +28,7 @@ from dspark.fitting.recipe import (
     choose_shape,
     training_dtype,
 )
-from dspark.fitting.workload import PROMPT_TOKENS
+from dspark.fitting.workload import PROMPT_TOKENS, anchors_per_s
 
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
 SMALL_BUDGET_S, SMALL_BATCH = 120.0, 4
@@ -87,7 +87,7 @@ def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], 
         row_tokens=min(PROMPT_TOKENS + tokens, target.max_context),
         seed=options.seed,
     )
-    anchors = TRAINING_SHARE * options.budget_s / speeds.anchor_s
+    anchors = TRAINING_SHARE * options.budget_s * anchors_per_s(speeds)
     shape = replace(shape, block_size=choose_block_size(anchors))
     speeds = replace(speeds, anchor_s=speeds.anchor_s * shape.block_size / BLOCK_SIZE)
     folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())

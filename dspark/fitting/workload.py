@@ -23,6 +23,8 @@ FEWEST_HELD_OUT, MOST_HELD_OUT, MOST_CALIBRATED = 3, 150, 64
 FEWEST_STEPS = 300
 """With fewer steps, rows get fewer anchors to allow more steps."""
 FEWEST_ANCHORS, MOST_ANCHORS = 8, 128
+CACHE_GAIN = 1.1
+"""Times as many anchors that a feature cache must allow."""
 PROFILE_ROWS, LITTLE_PROFILE_ROWS = 600, 80
 """Approximate rows per repeat of a cost table for up to 8 requests, and for 1."""
 EVALUATION_TOKENS = (24, 64)
@@ -35,6 +37,7 @@ class Work:
     speeds: Speeds
     answer_tokens: int
     writes_prompts: bool
+    block_size: int = BLOCK_SIZE
 
     @property
     def prompt_s(self) -> float:
@@ -67,7 +70,7 @@ class Work:
     @property
     def measured_s(self) -> float:
         """Seconds per evaluated prompt: in a batch with whole blocks, at both temperatures."""
-        return 2 * self.evaluation_tokens / 2 * self.speeds.round_s(BLOCK_SIZE)
+        return 2 * self.evaluation_tokens / 2 * self.speeds.round_s(self.block_size)
 
     def evaluation_s(self, prompts: int) -> float:
         """Seconds of an evaluation in which all prompts are raced."""
@@ -78,15 +81,24 @@ class Work:
         return int(max(0.5 * seconds / self.measured_s, seconds / (self.raced_s + self.measured_s)))
 
 
+def anchors_per_s(speeds: Speeds) -> float:
+    """Anchors per second of a training that sees each row a few times, its features computed once.
+
+    Args:
+        speeds: of this machine.
+    """
+    row_s = speeds.row_s - (1 - 1 / PASSES) * speeds.feature_s
+    return MOST_ANCHORS / (row_s + MOST_ANCHORS * speeds.anchor_s)
+
+
 def generation_share(speeds: Speeds) -> float:
     """The share of generation in the time of generation and training together.
 
     Each answer token is to be an anchor `PASSES` times: a T = PASSES g G, where training takes T at
     a anchors per second and generation G at g tokens per second. Features are computed once.
     """
-    row_s = speeds.row_s - (1 - 1 / PASSES) * speeds.feature_s
-    anchors_per_s = MOST_ANCHORS / (row_s + MOST_ANCHORS * speeds.anchor_s)
-    share = anchors_per_s / (anchors_per_s + PASSES * speeds.batch_tokens_per_s)
+    anchors = anchors_per_s(speeds)
+    share = anchors / (anchors + PASSES * speeds.batch_tokens_per_s)
     return min(max(share, GENERATION_SHARE[0]), GENERATION_SHARE[1])
 
 
@@ -120,14 +132,16 @@ def training_steps(
 ) -> tuple[float, int, int]:
     """Seconds for features that are computed once, and anchors and steps of what is left.
 
-    0 seconds where computing them in every step allows as many anchors, or the disk is too small.
+    0 seconds where computing them in every step allows nearly as many anchors, or the disk is too
+    small: coding, writing and reading them take time that was not measured.
     """
     features_s = answers * speeds.feature_s
     online = _steps(seconds, rows, speeds, answer_tokens)
     if features_s >= seconds or answers * speeds.feature_bytes > disk_bytes:
         return 0.0, *online
     cached = _steps(seconds - features_s, rows, speeds.from_cache, answer_tokens)
-    return (features_s, *cached) if math.prod(cached) > math.prod(online) else (0.0, *online)
+    gains = math.prod(cached) > CACHE_GAIN * math.prod(online)
+    return (features_s, *cached) if gains else (0.0, *online)
 
 
 def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:

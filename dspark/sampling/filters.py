@@ -111,9 +111,9 @@ def _binned_row(
     probs_C = torch.softmax(scores_C, dim=0).numpy()
     # Tokens far below the even share of what top-p leaves out do not hold that together.
     least = (1 - top_p) / (2 * len(probs_C)) if 1 - top_p > _ROUNDING else 0.0
-    columns_M = np.flatnonzero(probs_C > np.float32(max(least, _LIKELY)))
+    columns_M = np.flatnonzero(probs_C > np.float32(max(least, _LIKELY) if top_p < 1 else 0))
     probs_M = probs_C[columns_M]
-    if least < _LIKELY and (top_p >= 1 or probs_M.sum(dtype=np.float64) < top_p + _ROUNDING):
+    if top_p < 1 and least < _LIKELY and probs_M.sum(dtype=np.float64) < top_p + _ROUNDING:
         columns_M = np.flatnonzero(probs_C > np.float32(least))
         probs_M = probs_C[columns_M]
     if top_p < 1:

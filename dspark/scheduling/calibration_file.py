@@ -170,11 +170,15 @@ class Calibration:
     def with_entry(self, entry: CalibrationEntry) -> Calibration:
         """The same with an entry added, in the place of an older one for the same.
 
-        Child rates are kept where the new one has none: those of chains are fitted more often.
+        Child rates are kept where the new one has none: those of chains are fitted more often. New
+        ones take the place of all others of this block size, since they hold for every verifier.
         """
         others = [other for other in self.entries if other.key != entry.key]
         older = [other for other in self.entries if other.key == entry.key]
-        if older and not entry.child_rates:
+        if entry.child_rates:
+            size = entry.block_size
+            others = [replace(o, child_rates=()) if o.block_size == size else o for o in others]
+        elif older:
             entry = replace(entry, child_rates=older[0].child_rates)
         return Calibration(tuple(sorted([*others, entry], key=lambda e: e.key)))
 

@@ -222,7 +222,6 @@ class Scales:
     Args:
         count: of parts.
         prior_rounds: what the costs as given are worth.
-
     """
 
     def __init__(self, count: int, prior_rounds: float = PRIOR_ROUNDS) -> None:

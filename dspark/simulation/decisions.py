@@ -162,15 +162,17 @@ class Decisions:
     def _ask(self, ready: Sequence[Job], opening: Sequence[Job], places_R: IntArray) -> Decision:
         scheduler, count, most = self._scheduler, len(ready), self._num_drafts
         judged = cast("list[ActiveRequest]", [*ready, *opening])
-        tree = self._trees is not None
-        if tree and self._choice is not None:
-            tree = self._choice.decide("greedy", count)
-        if tree and self._trees is not None:
-            scheduler, most = self._trees[0], self._trees[1].nodes
-        useful = draft_limits(judged, self._num_drafts)
-        limits = scheduler.limits(
-            judged, [most if n > 0 else 0 for n in useful] if tree else useful
-        )
+        useful, limits, tree = draft_limits(judged, self._num_drafts), list[int](), False
+        if self._trees is not None and (
+            self._choice is None or self._choice.decide("greedy", count)
+        ):
+            scheduler, most, tree = self._trees[0], self._trees[1].nodes, True
+            limits = scheduler.limits(judged, [most if n > 0 else 0 for n in useful])
+            if self._choice is not None and not any(limits):  # chains draft where trees pause
+                scheduler, most, tree = self._scheduler, self._num_drafts, False
+                self._choice.tree = False
+        if not tree:
+            limits = scheduler.limits(judged, useful)
         drawn, lengths, reads = max(limits, default=0), [0] * count, False
         if drawn > 0:
             reads = scheduler.reads_confidences
@@ -218,8 +220,9 @@ class Decisions:
         other = self._scheduler if self._deciding is self._trees[0] else self._trees[0]
         if not spent.draft_ms:
             other.learn_times(judged, drafts, accepted, spent)
-        if self._choice is not None and len(kept) == len(judged) == spent.rows - sum(tried.lengths):
-            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms
+        if self._choice is not None and spent.draft_ms:
+            alone = len(kept) == len(judged) == spent.rows - sum(tried.lengths)
+            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms if alone else None
             self._choice.learn("greedy", len(kept), len(kept) + sum(kept), ms)
 
     def forget(self, request_id: int) -> None:

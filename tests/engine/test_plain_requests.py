@@ -148,3 +148,55 @@ def test_a_shared_prompt_is_read_for_the_drafter_and_a_plain_answer_is_not_share
     found = pool.match([*tokens, 0])
     assert len(found) == pages
     pool.release(found)
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 112])
+@pytest.mark.parametrize("kind", ["make_drafter", "make_eagle3"])
+def test_rounds_that_are_slept_through_keep_the_same_rows(tiny, target, kind, cache_tokens):
+    """Requests join, end and give way meanwhile; each row is observed once, in its place."""
+
+    def play(sleeps):
+        drafter, seen, slept = getattr(tiny, kind)(target), {}, []
+        schedule = Scheduler(Schedule("auto"), num_drafts=drafter.block_size)
+        schedule._protection = Pause(26)
+        asleep = schedule.sleeps
+        schedule.sleeps = lambda company: sleeps and (slept.append(asleep(company)) or slept[-1])
+        engine = Engine(
+            target,
+            drafter,
+            max_requests=4,
+            max_length=96,
+            cache_tokens=cache_tokens,
+            schedule=schedule,
+            strict=True,
+        )
+        observe = drafter.observe
+
+        def spy(cache, batch, features_TF, next_T):
+            tables = {id(r.table): r.request_id for r in engine.roster.running}
+            for segment, begin in zip(batch.segments, batch.offsets, strict=False):
+                for i in range(segment.length):
+                    row = (int(next_T[begin + i]), features_TF[begin + i].sum().item())
+                    place = (tables[id(segment.table)], segment.start + i)
+                    seen.setdefault(place, []).append(row)
+            return observe(cache, batch, features_TF, next_T)
+
+        drafter.observe = spy
+        engine.add(request(3, 6, 60))
+        outputs, joins = {}, {3: request(20, 5, 50), 9: request(9, 40, 40)}
+        for number in range(400):
+            if number in joins:
+                engine.add(joins[number])
+            if not engine.has_work:
+                break
+            outputs |= {e.request_id: e.output.token_ids for e in engine.step() if e.output}
+        return seen, outputs, sum(slept)
+
+    (seen, outputs, slept), (wanted, others, none) = play(True), play(False)
+    assert slept > 0 == none
+    assert outputs == others
+    assert len(outputs) == 3
+    assert seen.keys() == wanted.keys()
+    for place, rows in seen.items():
+        assert [token for token, _ in rows] == [token for token, _ in wanted[place]]
+        assert [x for _, x in rows] == pytest.approx([x for _, x in wanted[place]], abs=1e-3)

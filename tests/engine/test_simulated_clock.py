@@ -291,6 +291,8 @@ def test_rounds_that_are_slept_through_leave_tries_where_they_are(name, requests
 
 def test_another_company_wakes_the_scheduler():
     schedule = made("auto")
-    drafting_rounds(schedule, 1, sleeps=True, rounds=400)
+    number = 400
+    drafting_rounds(schedule, 1, sleeps=True, rounds=number)
+    assert schedule.asleep
     assert not schedule.sleeps(object())
     assert not schedule.asleep

@@ -68,6 +68,18 @@ def test_rounds_without_drafts_bring_no_tree_nearer():
     assert not any(found.decide("greedy", 8) for _ in range(500))  # nothing was learned between
 
 
+def test_tries_beside_prompts_count_as_tries():
+    """Nothing is known of their times, but a load of prompts alone is not all trees either."""
+    found, tries = TreeChoice(), 0
+    for _ in range(3):
+        assert not found.decide("greedy", 8)
+        found.learn("greedy", 8, 24, 1.0)
+    for _ in range(200):
+        tries += found.decide("greedy", 8)
+        found.learn("greedy", 8, 24, None)
+    assert 10 < tries <= 200 / 8
+
+
 def test_loads_and_temperatures_are_told_apart():
     found = TreeChoice()
     for kind, requests, cost in (("greedy", 1, 0.5), ("greedy", 8, 2.0), ("sampled", 1, 2.0)):

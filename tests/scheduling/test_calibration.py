@@ -213,6 +213,12 @@ def test_rates_of_children_are_stored_where_there_are_some(tmp_path, entry):
     rated = replace(entry, child_rates=(0.3, 0.1))
     Calibration((rated,)).save(path)
     assert Calibration.load(path).entries == (rated,)
+    # They hold for every verifier, so the latest are the only ones; of chains alone none are.
+    other = replace(entry, verifier="block", child_rates=(0.2, 0.05))
+    both = Calibration((rated,)).with_entry(other)
+    assert [e.child_rates for e in both.entries] == [(0.2, 0.05), ()]
+    again = both.with_entry(replace(other, child_rates=()))
+    assert [e.child_rates for e in again.entries] == [(0.2, 0.05), ()]
 
 
 def test_another_block_size_verifier_or_temperature_is_said(entry):

@@ -7,6 +7,7 @@ import pytest
 
 import dspark
 from dspark.data.conversations import Prompt
+from dspark.engine.speculation.round_record import Spent
 from dspark.engine.speculation.schedule import Schedule
 from dspark.evaluation.evaluate import evaluate, settings_of
 from dspark.evaluation.records import RunRecords, TreeRound
@@ -14,7 +15,9 @@ from dspark.evaluation.tasks import Question, Task
 from dspark.scheduling.cost_table import CostPoint, CostTable
 from dspark.simulation.acceptance_source import of_records
 from dspark.simulation.arrivals import Arrivals
+from dspark.simulation.decisions import Decisions
 from dspark.simulation.fleet import Fleet, closed_loop
+from dspark.simulation.jobs import Job
 from dspark.simulation.server import Limits, Way
 from dspark.simulation.trees import Trees, first_children, trees_behind
 
@@ -128,3 +131,27 @@ def test_trees_are_chosen_where_they_are_faster(recorded, costs):
 
     assert speed(0.01, 2.0, trees=True) > 1.03 * speed(0.01, 2.0, trees=False)
     assert speed(0.01, 30.0, trees=True) > 0.97 * speed(0.01, 2.0, trees=False)
+
+
+def test_chains_draft_where_trees_pause(recorded, costs, monkeypatch):
+    profile = of_records(recorded)
+    dear = tuple(CostPoint(r + n, r, 10.0 + r + n, 3.0) for r in (1, 2) for n in (0, r, 6 * r))
+    decisions = Decisions(Schedule("auto"), costs, profile, CostTable(dear, costs.machine))
+    monkeypatch.setattr(decisions._choice, "decide", lambda *_: True)
+    jobs = [Job(i, 8, 40, 0.0, i) for i in range(2)]
+    for job in jobs:
+        job.ready = job.drafts = True
+
+    def play(rounds):
+        seen = set()
+        for _ in range(rounds):
+            decisions._held.clear()
+            made = decisions.decide(jobs, [], np.zeros(2, np.int64))
+            drafted = sum(made.lengths)
+            decisions.learn([0, 0], Spent(2 + drafted, float(drafted > 0), 0.0, 10.0))
+            seen |= {made.tree} if drafted else set()
+        return seen
+
+    assert True in play(12)
+    monkeypatch.setattr(decisions._trees[0], "limits", lambda _, most: [0] * len(most))
+    assert play(12) == {False}

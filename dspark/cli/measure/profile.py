@@ -59,9 +59,12 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         raise UsageError("--tree-nodes needs --out: the user's cache keeps tables of chains alone.")
     if options.whole_steps and options.block_size is not None:
         raise UsageError("--whole-steps measures the drafter's own blocks; leave --block-size out.")
-    lengths = _traffic(options)
-    if lengths is not None and not options.whole_steps:
+    told = options.prompt_tokens or options.answer_tokens
+    if (told or options.trace is not None) and not options.whole_steps:
         raise UsageError("--prompt-tokens, --answer-tokens and --trace need --whole-steps.")
+    if told and options.trace is not None:
+        raise UsageError("A trace has its own lengths; leave --prompt-tokens and the like out.")
+    lengths = _traffic(options)
     model = load_pair(options, screen)
     with screen.progress("rounds") as tell:
         if options.tree_nodes is None:

@@ -69,6 +69,7 @@ class Acceptance:
         self._verifier = verifier
         self._of_trees, self._depth = tree_depth is not None, tree_depth or num_drafts
         self.recalibrate(calibration)
+        self.child_rates = _child_rates(calibration, self._depth)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
         self.history = RequestHistory(max(num_drafts, 1), typical_K=typical_K)
         self.logistic = OnlineLogistic()
@@ -84,7 +85,6 @@ class Acceptance:
             for (verifier, kind), scaling in list(self._scalings.items()):
                 if verifier == "token":
                     self._scalings["block", kind] = scaling
-        self.child_rates = _child_rates(calibration, self._depth)
 
     def begin(self) -> None:
         """A round begins, of which nothing is known."""

@@ -92,6 +92,8 @@ class DraftContext:
             next_tokens: the committed token after each row that stays, segment by segment.
         """
         kept = list(next_tokens)
+        if not kept:
+            return
         self._waiting.append(
             _Round(batch.segments, batch.offsets, list(lengths), kept, features_TF)
         )

@@ -81,22 +81,24 @@ class _Load:
 
     ways: tuple[_Rounds, _Rounds] = field(default_factory=lambda: (_Rounds(), _Rounds()))
     rounds: int = 0
-    since: list[int] = field(default_factory=lambda: [0, 0])
+    since: list[int] = field(default_factory=lambda: [0, _PAUSES[0]])
     latest: float = 0.0
 
     def decide(self) -> bool:
         """Whether the next round is a tree's."""
         chain, tree = self.ways
-        if chain.count < _FIRST or not tree.count:
-            return chain.count >= _FIRST
+        if len(chain.times) < _FIRST:
+            return False
         found, seen = self.latest > 0, min(chain.count, tree.count)
         pause = _PAUSES[int(min(abs(self.latest), seen, len(_PAUSES) - 1))]
         return found if self.since[not found] < pause else not found
 
-    def learn(self, tree: bool, tokens: float, ms: float) -> None:
-        """A round of a tree or a chain gave so many tokens per request."""
-        self.ways[tree].learn(tokens, ms)
+    def learn(self, tree: bool, tokens: float, ms: float | None) -> None:
+        """A round of a tree or a chain gave so many tokens per request; None: nobody knows when."""
         self.since[tree], self.since[not tree] = 0, self.since[not tree] + 1
+        if not ms:
+            return
+        self.ways[tree].learn(tokens, ms)
         self.rounds += 1
         if all(way.count for way in self.ways) and (
             self.rounds < _OFTEN or self.rounds % _EVERY == 0
@@ -131,16 +133,16 @@ class TreeChoice:
         self.tree = requests > 0 and self._load(kind, requests).decide()
         return self.tree
 
-    def learn(self, kind: TemperatureClass, requests: int, tokens: int, ms: float) -> None:
-        """Take note of a finished round that drafted and had no prompt rows.
+    def learn(self, kind: TemperatureClass, requests: int, tokens: int, ms: float | None) -> None:
+        """Take note of a finished round that drafted.
 
         Args:
             kind: as it was decided for.
             requests: likewise.
             tokens: committed to all of them.
-            ms: that it took.
+            ms: that it took; None where prompts rode along.
         """
-        if requests and tokens and ms > 0:
+        if requests and tokens:
             self._load(kind, requests).learn(self.tree, tokens / requests, ms)
 
     def _load(self, kind: TemperatureClass, requests: int) -> _Load:

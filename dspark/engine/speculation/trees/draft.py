@@ -123,10 +123,10 @@ class TreeDrafting:
         """Take note of a finished round: what it gave, and which children of drawn trees stayed."""
         if self.choice is not None and spent.draft_ms:
             ready = [request for request in requests if request.drafts]
-            if len(ready) == len(requests) == spent.rows - sum(drafts.lengths):
-                tokens = len(requests) + sum(verdict.accepted)
-                ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms
-                self.choice.learn(_temperature_class(ready), len(ready), tokens, ms)
+            alone = len(ready) == len(requests) == spent.rows - sum(drafts.lengths)
+            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms if alone else None
+            tokens = len(requests) + sum(verdict.accepted)
+            self.choice.learn(_temperature_class(ready), len(ready), tokens, ms)
         forest = drafts.forest
         if forest is None or forest.law_DKPC is None:
             return
