@@ -40,9 +40,9 @@ class Speeds:
         batch_size: requests at once in batched generation.
         batch_tokens_per_s: of such a batch, all requests together.
         single_tokens_per_s: of a single request.
-        row_s: seconds of a training step per sample, without its anchors.
+        step_s: seconds of a training step whatever its samples: the optimiser's.
+        row_s: seconds of the target's forward over a sample.
         anchor_s: seconds of a training step per anchor.
-        feature_s: seconds of the target's forward over a sample, which is part of `row_s`.
         feature_bytes: of a sample's features in a cache, about.
         memory_bytes: peak of this process in a training step, optimiser included.
         checkpoint_bytes: disk space of a training.
@@ -52,22 +52,22 @@ class Speeds:
     batch_size: int
     batch_tokens_per_s: float
     single_tokens_per_s: float
+    step_s: float
     row_s: float
     anchor_s: float
+    feature_bytes: int
     memory_bytes: int
     checkpoint_bytes: int
     parameters: int
-    feature_s: float = 0.0
-    feature_bytes: int = 0
 
     @property
     def from_cache(self) -> Speeds:
         """The speeds of training steps that read features from a cache."""
-        return replace(self, row_s=self.row_s - self.feature_s, feature_s=0.0)
+        return replace(self, row_s=0.0)
 
-    def step_s(self, rows: int, anchors: int) -> float:
+    def whole_step_s(self, rows: int, anchors: int) -> float:
         """Seconds of a training step of `rows` samples with `anchors` anchors each."""
-        return rows * (self.row_s + anchors * self.anchor_s)
+        return self.step_s + rows * (self.row_s + anchors * self.anchor_s)
 
     def round_s(self, drafts: int) -> float:
         """Approximate seconds of a round of `drafts` drafts of a request in a batch."""
@@ -90,20 +90,20 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
         (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
     )
-    per_row = max(few["seconds"] / TRIAL_ROWS - TRIAL_ANCHORS[0] * per_anchor, 0.0)
-    forward_s = _forward_s(model, shape, tokens, generator)
+    beside = max(few["seconds"] - TRIAL_ROWS * TRIAL_ANCHORS[0] * per_anchor, 0.0)
+    per_row = min(_forward_s(model, shape, tokens, generator), beside / TRIAL_ROWS)
     width = (len(shape.taps) + 1) * model.target.hidden_size
     return Speeds(
         batch_size=batch_size,
         batch_tokens_per_s=_tokens_per_s(model, batch_size, generator),
         single_tokens_per_s=_tokens_per_s(model, 1, generator),
+        step_s=beside - TRIAL_ROWS * per_row,
         row_s=per_row * row_tokens / tokens,
         anchor_s=per_anchor,
+        feature_bytes=int(CODED_BYTES * width * row_tokens),
         memory_bytes=int(many["memory"]),
         checkpoint_bytes=int(many["disk"]),
         parameters=int(many["parameters"]),
-        feature_s=min(forward_s, per_row) * row_tokens / tokens,
-        feature_bytes=int(CODED_BYTES * width * row_tokens),
     )
 
 

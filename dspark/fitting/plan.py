@@ -17,6 +17,7 @@ from dspark.fitting.workload import (
     FEWEST_ROWS,
     LITTLE_PROFILE_ROWS,
     PROMPT_TOKENS,
+    ROWS,
     Work,
     generation_share,
     profile_size,
@@ -25,7 +26,6 @@ from dspark.fitting.workload import (
 )
 
 CALIBRATION_SHARE, COSTS_SHARE, EVALUATION_SHARE, SLACK_SHARE = 0.06, 0.02, 0.10, 0.02
-ROWS = 8
 BYTES_PER_TOKEN = 8
 
 
@@ -74,7 +74,7 @@ class Plan:
     @property
     def step_s(self) -> float:
         """Seconds of a training step of a full batch."""
-        return self.training_speeds.step_s(self.rows, self.anchors)
+        return self.training_speeds.whole_step_s(self.rows, self.anchors)
 
     @property
     def training_speeds(self) -> Speeds:
@@ -206,7 +206,7 @@ def smallest_budget(
         spent_s
         + prompts * work.prompt_s
         + FEWEST_ROWS * work.answer_s
-        + speeds.step_s(FEWEST_ROWS, FEWEST_ANCHORS)
+        + speeds.whole_step_s(FEWEST_ROWS, FEWEST_ANCHORS)
         + LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s
         + work.evaluation_s(FEWEST_HELD_OUT)
     )

@@ -45,7 +45,7 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
         )
     rows = _rows(fit, answers)
     seconds = max(fit.left_s() - plan.after_training_s, 0.0)
-    steps = max(int(seconds / plan.training_speeds.step_s(rows, plan.anchors)), 1)
+    steps = max(int(seconds / plan.training_speeds.whole_step_s(rows, plan.anchors)), 1)
     if saved_steps(output):  # a resumed run keeps its last number of steps
         steps = int(read_position(output).fixed["run.steps"])
     result = run_recipe(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dspark.errors import UsageError
 from dspark.fitting.measure import Speeds
@@ -18,7 +18,7 @@ KEPT_SHARE, ANSWER_SHARE = 0.8, 0.7
 PROMPT_TOKENS = 48
 ROUNDS = 500
 """Calibration rounds per temperature class."""
-FEWEST_ROWS = 4
+FEWEST_ROWS, ROWS = 4, 8
 FEWEST_HELD_OUT, MOST_HELD_OUT, MOST_CALIBRATED = 3, 150, 64
 FEWEST_STEPS = 300
 """With fewer steps, rows get fewer anchors to allow more steps."""
@@ -87,8 +87,8 @@ def anchors_per_s(speeds: Speeds) -> float:
     Args:
         speeds: of this machine.
     """
-    row_s = speeds.row_s - (1 - 1 / PASSES) * speeds.feature_s
-    return MOST_ANCHORS / (row_s + MOST_ANCHORS * speeds.anchor_s)
+    seen = replace(speeds, row_s=speeds.row_s / PASSES)
+    return ROWS * MOST_ANCHORS / seen.whole_step_s(ROWS, MOST_ANCHORS)
 
 
 def generation_share(speeds: Speeds) -> float:
@@ -135,7 +135,7 @@ def training_steps(
     0 seconds where computing them in every step allows nearly as many anchors, or the disk is too
     small: coding, writing and reading them take time that was not measured.
     """
-    features_s = answers * speeds.feature_s
+    features_s = answers * speeds.row_s
     online = _steps(seconds, rows, speeds, answer_tokens)
     if features_s >= seconds or answers * speeds.feature_bytes > disk_bytes:
         return 0.0, *online
@@ -147,14 +147,15 @@ def training_steps(
 def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:
     """Anchors per row and steps: as many anchors as answers have, if enough steps remain.
 
-    Fewer anchors allow more steps as long as anchors, not rows, dominate the time.
+    Fewer anchors allow more steps as long as anchors dominate the time.
     """
     most = _clamp(int(ANSWER_SHARE * answer_tokens), FEWEST_ANCHORS, MOST_ANCHORS)
-    least = _clamp(int(speeds.row_s / speeds.anchor_s), FEWEST_ANCHORS, most)
+    beside = speeds.whole_step_s(rows, 0) / rows
+    least = _clamp(int(beside / speeds.anchor_s), FEWEST_ANCHORS, most)
     anchors = most
-    while anchors > least and seconds / speeds.step_s(rows, anchors) < FEWEST_STEPS:
+    while anchors > least and seconds / speeds.whole_step_s(rows, anchors) < FEWEST_STEPS:
         anchors = max(anchors // 2, least)
-    return anchors, max(int(seconds / speeds.step_s(rows, anchors)), 1)
+    return anchors, max(int(seconds / speeds.whole_step_s(rows, anchors)), 1)
 
 
 def profile_size(seconds: float, speeds: Speeds) -> tuple[int, int]:

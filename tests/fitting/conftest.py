@@ -40,12 +40,12 @@ def speeds():
         batch_size=16,
         batch_tokens_per_s=4000.0,
         single_tokens_per_s=800.0,
-        row_s=0.001,
+        step_s=0.002,
+        row_s=0.0005,
         anchor_s=0.0005,
         memory_bytes=1 << 20,
         checkpoint_bytes=1 << 20,
         parameters=1000,
-        feature_s=0.0005,
         feature_bytes=1000,
     )
 

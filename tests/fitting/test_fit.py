@@ -74,7 +74,7 @@ def target(model_files, tmp_path):
 @pytest.fixture
 def fast(monkeypatch, speeds):
     """No measuring; a forward that is worth keeping."""
-    slow = replace(speeds, row_s=0.02, feature_s=0.018)
+    slow = replace(speeds, row_s=0.018)
     monkeypatch.setattr(fitting, "measure", lambda *_, **__: slow)
 
 
