@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.engine.speculation.round_record import FloatArray, RoundRecord
 from dspark.engine.speculation.trees.growth import ChildRates, Tree
@@ -97,15 +98,7 @@ def record_rounds(
         watch=recorder,
         strict=True,
     )
-    for request in requests:
-        engine.add(request)
-    started = time.perf_counter()
-    while engine.has_work and (most is None or len(recorder.accepted) < most):
-        engine.step()
-        if seconds is not None and time.perf_counter() - started > seconds:
-            break
-        if progress is not None:
-            progress(len(recorder.accepted))
+    _play(engine, requests, recorder.accepted, most, seconds, progress)
     if not recorder.accepted:
         raise DataError(
             "Not one full block was verified; give more prompts, or a larger --max-new-tokens."
@@ -158,13 +151,28 @@ def record_child_rates(
         watch=watch,
         strict=True,
     )
+    _play(engine, requests, seen, most, None, progress)
+    return tuple(rates.values)
+
+
+def _play(
+    engine: Engine,
+    requests: Sequence[Request],
+    seen: Sized,
+    most: int | None,
+    seconds: float | None,
+    progress: Progress | None,
+) -> None:
+    """Decode requests until all end, or enough was seen, or the time is over."""
     for request in requests:
         engine.add(request)
+    started = time.perf_counter()
     while engine.has_work and (most is None or len(seen) < most):
         engine.step()
+        if seconds is not None and time.perf_counter() - started > seconds:
+            break
         if progress is not None:
             progress(len(seen))
-    return tuple(rates.values)
 
 
 def confidence_rounds(

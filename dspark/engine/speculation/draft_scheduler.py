@@ -326,6 +326,8 @@ class Scheduler:
     def sleeps(self, company: object) -> bool:
         """Whether nothing is drafted in this round, and nothing need be asked or learned of it.
 
+        Called once a round: a round that is slept through is counted, and made up for later.
+
         Args:
             company: the same object while the same requests run.
         """

@@ -94,7 +94,10 @@ class _Load:
         return found if self.since[not found] < pause else not found
 
     def learn(self, tree: bool, tokens: float, ms: float | None) -> None:
-        """A round of a tree or a chain gave so many tokens per request; None: nobody knows when."""
+        """A round of a tree or a chain gave so many tokens per request.
+
+        Without a time it counts as a try, and nothing else is learned from it.
+        """
         self.since[tree], self.since[not tree] = 0, self.since[not tree] + 1
         if not ms:
             return
