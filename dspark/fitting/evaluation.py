@@ -1,8 +1,8 @@
 """Evaluation of a fit: races against plain decoding, figures by domain, limits, commands.
 
-A race decodes held-out prompts one request at a time, end to end, plainly and as served. The two
-runs of a prompt follow each other directly and alternate in order, so that a slow moment of the
-machine affects both.
+A race decodes held-out prompts one request at a time, end to end, plainly and as served: by two
+engines that live as long as the race, as a server's does. The two runs of a prompt follow each
+other directly and alternate in order, so that a slow moment of the machine affects both.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from dspark.data.conversations import Prompt
 from dspark.data.files.atomic import Journal
+from dspark.engine.engine import Engine
 from dspark.engine.model import Model
 from dspark.errors import RequestError
 from dspark.evaluation.check.live import render
@@ -82,7 +83,13 @@ def race(
         laps = [Lap(**entry) for _, entry in journal.entries()]
         done = {(lap.prompt, lap.temperature) for lap in laps}
         encoded = render(model, [held.prompt for held in prompts])
-        _warm_up(model, encoded[0])
+        longest = max(map(len, encoded)) + max_new_tokens
+        engines = [
+            each.open_engine(max_requests=1, max_length=longest, prefix_reuse=False)
+            for each in (Model(model.target), model)
+        ]
+        for engine in engines:
+            engine.run([Request(tuple(encoded[0]), SamplingParams(WARM_UP_TOKENS))])
         for number, (held, ids) in enumerate(zip(prompts, encoded, strict=True)):
             if number >= least and is_over():
                 break
@@ -90,29 +97,21 @@ def race(
                 if (number, temperature) in done:
                     continue
                 params = SamplingParams(max_new_tokens, temperature=temperature, seed=number)
-                lap = _lap(model, Request(ids, params), number, held.domain)
+                lap = _lap(engines, Request(ids, params), number, held.domain)
                 journal.append(asdict(lap))
                 laps.append(lap)
             progress(number + 1, len(prompts))
     return laps
 
 
-def _warm_up(model: Model, ids: Sequence[int]) -> None:
-    request = Request(tuple(ids), SamplingParams(WARM_UP_TOKENS))
-    for each in (Model(model.target), model):
-        each.engine([request], batch_size=1).run([request])
-
-
-def _lap(model: Model, request: Request, number: int, domain: str) -> Lap:
-    order = [Model(model.target), model]
-    found: dict[bool, tuple[int, float]] = {}
-    for each in order if number % 2 == 0 else order[::-1]:
-        engine = each.engine([request], batch_size=1)
+def _lap(engines: Sequence[Engine], request: Request, number: int, domain: str) -> Lap:
+    """A prompt decoded by the plain engine and by the pair's."""
+    found: dict[Engine, tuple[int, float]] = {}
+    for engine in engines if number % 2 == 0 else engines[::-1]:
         started = time.perf_counter()
         (output,) = engine.run([request])
-        seconds = time.perf_counter() - started
-        found[each is model] = (len(output.checked().token_ids), seconds)
-    (plain_tokens, plain_s), (tokens, seconds) = found[False], found[True]
+        found[engine] = len(output.token_ids), time.perf_counter() - started
+    (plain_tokens, plain_s), (tokens, seconds) = (found[engine] for engine in engines)
     temperature = request.params.temperature
     return Lap(number, domain, temperature, plain_tokens, plain_s, tokens, seconds)
 

@@ -24,7 +24,7 @@ from dspark.request import Request
 from dspark.training.run import plan_recipe
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
-TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 32)
+TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 64)
 """Samples of a timed training step, their token limit, and anchors per sample."""
 CODED_BYTES = 0.4
 """Bytes per number of a coded feature cache (docs/feature_cache.md)."""
@@ -74,13 +74,28 @@ class Speeds:
         return ROUND_COST * (drafts + 1) / self.batch_tokens_per_s
 
 
-def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, seed: int) -> Speeds:
-    """Time a batch of generation, a request alone, and training steps of two sizes.
+def generation_speeds(model: Model, *, batch_size: int, seed: int) -> dict[str, Any]:
+    """Fields of `Speeds`: of a batch of generation and of a request alone.
+
+    Args:
+        model: the target, without a drafter.
+        batch_size: requests at once.
+        seed: of the random tokens.
+    """
+    generator = random.Random(seed)
+    return {
+        "batch_size": batch_size,
+        "batch_tokens_per_s": _tokens_per_s(model, batch_size, generator),
+        "single_tokens_per_s": _tokens_per_s(model, 1, generator),
+    }
+
+
+def training_speeds(model: Model, shape: Shape, *, row_tokens: int, seed: int) -> dict[str, Any]:
+    """Fields of `Speeds`: of training steps of two sizes.
 
     Args:
         model: the target, without a drafter.
         shape: of the drafter to train.
-        batch_size: requests at once.
         row_tokens: tokens of a training sample.
         seed: of the random tokens.
     """
@@ -93,18 +108,15 @@ def measure(model: Model, shape: Shape, *, batch_size: int, row_tokens: int, see
     beside = max(few["seconds"] - TRIAL_ROWS * TRIAL_ANCHORS[0] * per_anchor, 0.0)
     per_row = min(_forward_s(model, shape, tokens, generator), beside / TRIAL_ROWS)
     width = (len(shape.taps) + 1) * model.target.hidden_size
-    return Speeds(
-        batch_size=batch_size,
-        batch_tokens_per_s=_tokens_per_s(model, batch_size, generator),
-        single_tokens_per_s=_tokens_per_s(model, 1, generator),
-        step_s=beside - TRIAL_ROWS * per_row,
-        row_s=per_row * row_tokens / tokens,
-        anchor_s=per_anchor,
-        feature_bytes=int(CODED_BYTES * width * row_tokens),
-        memory_bytes=int(many["memory"]),
-        checkpoint_bytes=int(many["disk"]),
-        parameters=int(many["parameters"]),
-    )
+    return {
+        "step_s": beside - TRIAL_ROWS * per_row,
+        "row_s": per_row * row_tokens / tokens,
+        "anchor_s": per_anchor,
+        "feature_bytes": int(CODED_BYTES * width * row_tokens),
+        "memory_bytes": int(many["memory"]),
+        "checkpoint_bytes": int(many["disk"]),
+        "parameters": int(many["parameters"]),
+    }
 
 
 def _forward_s(model: Model, shape: Shape, row_tokens: int, generator: random.Random) -> float:

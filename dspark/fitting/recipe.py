@@ -17,8 +17,8 @@ from dspark.training.drafters.warm_start import has_copyable_layers
 from dspark.training.optim import usual_learning_rate
 
 BLOCK_SIZE = 7
-SHORT_BLOCKS = ((3, 3e5), (5, 3e6))
-"""Block sizes, and the anchors from which a longer block is chosen."""
+SHORT_BLOCKS = ((1, 1.5e6), (3, 6e6), (5, 2e7))
+"""Block sizes, and the anchors, of blocks of one draft, from which a longer block is chosen."""
 FEWEST_SUPERVISED = 8
 COVERAGE = 0.995
 SMALL_VOCABULARY = 8192
@@ -57,13 +57,13 @@ class Shape:
 
 
 def choose_shape(target: Target, training_s: float) -> Shape:
-    """A drafter's shape for a target and a training time.
+    """A drafter's shape for a target and a training time, of one draft per round for now.
 
     The sequential head's rank grows with the vocabulary, the number of layers with the training
     time; both cost time in every round.
     """
     hours = training_s / 3600
-    layers = 1 if hours < 0.1 else 2 if hours < 4 else 3 if hours < 24 else 5
+    layers = 1 if hours < 1 else 2 if hours < 4 else 3 if hours < 24 else 5
     rank = 32 if target.vocab_size <= 1024 else 64 if target.vocab_size <= SMALL_VOCABULARY else 128
     return Shape(
         layers=min(layers, target.num_layers),
@@ -71,13 +71,15 @@ def choose_shape(target: Target, training_s: float) -> Shape:
         taps=choose_taps(target.num_layers),
         draft_vocabulary=expected_vocabulary(target.vocab_size),
         learning_rate=usual_learning_rate(target.hidden_size),
+        block_size=1,
     )
 
 
 def choose_block_size(anchors: float) -> int:
-    """Drafts per round of a drafter that is trained on so many anchors.
+    """Drafts per round of a drafter that could be trained on so many anchors of one draft.
 
-    The last drafts of a young drafter hardly ever stay, but cost as much training as the first.
+    The last drafts of a young drafter hardly ever stay, but cost as much training as the first
+    (docs/LOG.md, "Blocks of one draft").
     """
     return next((size for size, most in SHORT_BLOCKS if anchors < most), BLOCK_SIZE)
 

@@ -18,16 +18,11 @@ from dspark.errors import TrainingError, UsageError
 from dspark.fitting import answers, stages, training
 from dspark.fitting.answers import FitOptions
 from dspark.fitting.evaluation import OVERALL, serving_commands
-from dspark.fitting.measure import measure
+from dspark.fitting.measure import Speeds, generation_speeds, training_speeds
 from dspark.fitting.plan import Plan, answer_limit, make_plan
 from dspark.fitting.progress import STAGES, State, Watcher
 from dspark.fitting.prompts import collect
-from dspark.fitting.recipe import (
-    BLOCK_SIZE,
-    choose_block_size,
-    choose_shape,
-    training_dtype,
-)
+from dspark.fitting.recipe import choose_block_size, choose_shape, training_dtype
 from dspark.fitting.workload import PROMPT_TOKENS, anchors_per_s
 
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -80,16 +75,17 @@ def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], 
     tokens = answer_limit(options.budget_s, target.max_context)
     say("Measuring how fast this machine generates and trains ...")
     batch = BATCH_SIZES.get(target.device.type, BATCH_SIZES["cpu"])
-    speeds = measure(
-        model,
-        shape,
-        batch_size=SMALL_BATCH if options.budget_s <= SMALL_BUDGET_S else batch,
-        row_tokens=min(PROMPT_TOKENS + tokens, target.max_context),
-        seed=options.seed,
+    if options.budget_s <= SMALL_BUDGET_S:
+        batch = SMALL_BATCH
+    trial = {"row_tokens": min(PROMPT_TOKENS + tokens, target.max_context), "seed": options.seed}
+    speeds = Speeds(
+        **generation_speeds(model, batch_size=batch, seed=options.seed),
+        **training_speeds(model, shape, **trial),
     )
-    anchors = TRAINING_SHARE * options.budget_s * anchors_per_s(speeds)
-    shape = replace(shape, block_size=choose_block_size(anchors))
-    speeds = replace(speeds, anchor_s=speeds.anchor_s * shape.block_size / BLOCK_SIZE)
+    block_size = choose_block_size(TRAINING_SHARE * options.budget_s * anchors_per_s(speeds))
+    if block_size != shape.block_size:
+        shape = replace(shape, block_size=block_size)
+        speeds = replace(speeds, **training_speeds(model, shape, **trial))
     folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     plan = make_plan(

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bundled, identity, inflate, inflated, protection, sequential_head, study
+from benchmarks import (
+    bundled,
+    identity,
+    inflate,
+    inflated,
+    protection,
+    sequential_head,
+    speedup,
+    study,
+)
 from benchmarks.common import Tally, load_pair, rounded, side_by_side
 from benchmarks.prompts import DOMAINS, domain_requests
 from dspark.errors import DataError
@@ -37,6 +46,20 @@ def test_protection_compares_bad_drafters_with_plain_decoding(run):
     rows = [row for row in line.values() if isinstance(row, dict) and "later" in row]
     assert len(rows) == len(protection.DRAFTERS) * len(protection.QUICK["load"])
     assert line["worst"] == min(row["later"] for row in rows)
+
+
+def test_a_stopped_race_goes_on(run, tmp_path):
+    options = ("--max-new-tokens", "5", "--tasks", "gsm8k", "--out", str(tmp_path / "laps.jsonl"))
+    run(speedup, *options, "--limit", "2")
+    before = (tmp_path / "laps.jsonl").read_text()
+    line = run(speedup, *options, "--limit", "3")
+    after = (tmp_path / "laps.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 2
+    for temperature in ("t0", "t1"):
+        assert line[temperature]["all"]["prompts"] == 3
+        low, high = line[temperature]["all"]["ci95"]
+        assert low <= line[temperature]["gsm8k"]["speedup"] <= high
 
 
 def test_identity_passes_on_an_honest_engine(run):
