@@ -12,8 +12,9 @@ within a request, so prefixes stay whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -150,11 +151,16 @@ def survey_depths(
         NumericsError, UsageError: as there.
     """
     _check_margin(margin)
-    ranked, verify_ms = _ranked(survival_RK, limits_R), _checked_costs(verify_ms_N)
-    most = len(verify_ms) - 1
-    draft_ms_P1 = np.array(list(draft_ms.values()), np.float64)[:, None]
-    if not (draft_ms_P1 >= 0).all():
+    verify_ms = _checked_costs(verify_ms_N)
+    if not all(ms >= 0 for ms in draft_ms.values()):
         raise UsageError(f"Drafting must take 0 ms or more, but takes {dict(draft_ms)}.")
+    if len(survival_RK := np.asarray(survival_RK, np.float64)) == 1:
+        survival_K = _checked_row(survival_RK)
+        if limits_R is not None:
+            survival_K = survival_K[: int(np.asarray(limits_R)[0])]
+        return _survey_row(survival_K, verify_ms.tolist(), draft_ms, margin, stops=stops)
+    ranked, most = _ranked(survival_RK, limits_R), len(verify_ms) - 1
+    draft_ms_P1 = np.array(list(draft_ms.values()), np.float64)[:, None]
     within_PD = ranked.positions_D < np.array(list(draft_ms))[:, None]
     shape, rows_P = (len(draft_ms), len(ranked.survival_D) + 1), np.arange(len(draft_ms))
     admitted_PN, gain_PN = np.zeros(shape, np.int64), np.empty(shape)
@@ -173,6 +179,38 @@ def survey_depths(
         falls_PN[:, :-1] = within_PD & (per_ms_PN[:, 1:] <= per_ms_PN[:, :-1])
         highest_P = per_ms_PN[rows_P, falls_PN.argmax(axis=1)]
     return dict(zip(draft_ms, zip(budget_P.tolist(), highest_P.tolist(), strict=True), strict=True))
+
+
+def _survey_row(
+    survival_K: Sequence[float],
+    verify_ms_N: Sequence[float],
+    draft_ms: Mapping[int, float],
+    margin: float,
+    *,
+    stops: bool,
+) -> dict[int, tuple[int, float]]:
+    """`survey_depths` of one request, whose drafts are in order as they are.
+
+    In plain numbers, which for one short row take a sixth of the time of arrays.
+    """
+    gains, found = list(accumulate(survival_K, initial=1.0)), dict[int, tuple[int, float]]()
+    for depth, draft in draft_ms.items():
+        steps = zip(gains[: depth + 1], verify_ms_N, strict=False)
+        per_ms = [gain / (verify + draft) for gain, verify in steps]
+        highest, full = max(per_ms), len(per_ms) - 1
+        budget = per_ms.index(highest) if highest > (1 + margin) * per_ms[full] else full
+        if stops:
+            highest = next((a for a, b in pairwise(per_ms) if b <= a), per_ms[full])
+        found[depth] = budget, highest
+    return found
+
+
+def _checked_row(survival_1K: FloatArray) -> list[float]:
+    """The survivals of one request."""
+    row: list[float] = survival_1K[0].tolist()
+    if row and not (row[0] == row[0] and all(b <= a for a, b in pairwise(row))):
+        _refuse(survival_1K)
+    return row
 
 
 def fill_budget(

@@ -6,9 +6,9 @@ import math
 
 from dspark.errors import NumericsError, UsageError
 
-# What probes may lose of all time; rounds after drafting stops in which what it promises is looked
-# at still, and rounds between two looks from then on.
-PROBE_SHARE, LOOKS, EVERY = 0.005, 4, 32
+# What probes may lose of all time; rounds after drafting stops in which what it promises is asked
+# (it changes little without drafts), and rounds between two looks from then on.
+PROBE_SHARE, LOOKS, EVERY = 0.005, 1, 32
 # The share of new requests from which on a round is asked about in any case.
 RENEWED = 0.25
 
@@ -88,8 +88,13 @@ class DraftSwitch:
             return 0
         return min(self._pause - self._idle, -self._idle % EVERY)
 
+    @property
+    def pause(self) -> int:
+        """How many rounds more there are until the next probe; 0 while drafting is on."""
+        return max(self._pause - self._idle, 0) if self._idle >= LOOKS else 0
+
     def skip(self, rounds: int) -> None:
-        """So many rounds have rested unasked, at most `left`."""
+        """So many rounds have rested unasked, at most `pause`."""
         self._idle += rounds
 
     def lost(self, rounds: float) -> None:

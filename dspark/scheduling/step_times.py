@@ -71,6 +71,7 @@ class StepTimes:
         self._verify = Scales(3)
         self._shapes: dict[int, _Shape] = {}
         self._curves: dict[int, FloatArray] = {}  # corrected, by requests, until the next round
+        self._table: dict[tuple[int, int], float] = {}  # of drafting, by requests and depth
         self._draft: dict[int, _Scale] = {}
         self._any_draft = _Scale()
 
@@ -149,8 +150,11 @@ class StepTimes:
         return self._draft.get(depth, self._any_draft).value
 
     def _table_draft_ms(self, requests: int, depth: int) -> float:
-        way = (depth - 1) / (self._num_drafts - 1) if self._num_drafts > 1 else 1.0
-        return self.costs.draft_ms(requests, way)
+        found = self._table.get((requests, depth))
+        if found is None:
+            way = (depth - 1) / (self._num_drafts - 1) if self._num_drafts > 1 else 1.0
+            found = self._table[requests, depth] = self.costs.draft_ms(requests, way)
+        return found
 
 
 class _Scale:

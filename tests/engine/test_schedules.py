@@ -131,6 +131,44 @@ def test_drafting_stops_where_it_does_not_pay_and_is_tried_again(tiny, target):
     assert max(np.diff(drafted)) >= 32  # a probe after a pause
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_answer_alone_that_ends_before_the_next_probe_is_plain_once_asked(tiny, target, at_once):
+    schedule = scheduler("lagged", table(flat, draft_ms=100.0))
+    requests = [
+        Request((1, 2, 3 + i), SamplingParams(60, seed=i, temperature=1.0, ignore_eos=True))
+        for i in range(16)
+    ]
+    records, plain, asked = [], set(), set()
+    engine = Engine(
+        target,
+        tiny.make_drafter(target),
+        max_requests=at_once,
+        max_length=96,
+        schedule=schedule,
+        watch=records.append,
+    )
+    decide = schedule._switch.decide
+    schedule._switch.decide = lambda gain: (
+        asked.update(r.request_id for r in engine.roster.running) or decide(gain)
+    )
+    waiting, outputs = list(requests), []
+    while waiting or engine.has_work:
+        while waiting and len(engine.roster.running) < at_once:
+            engine.add(waiting.pop(0))
+            outputs += [e.output for e in engine.step() if e.output]
+        outputs += [e.output for e in engine.step() if e.output]
+        plain |= {r.request_id for r in engine.roster.running if r.plain}
+    drafted = [i for i, record in enumerate(records) if any(record.drafts)]
+    assert len(asked) >= 15  # one that ends where the next begins may share its turn
+    if at_once == 1:
+        assert len(plain) >= 10
+        assert plain <= asked
+        assert len(drafted) >= 5
+        assert drafted[-1] > 400  # probes go on
+    else:  # company may change what pays
+        assert not plain
+
+
 def test_context_after_a_pause_is_whole(tiny, target):
     """A probe drafts what a drafter proposes that has just read the same tokens as a prompt."""
     drafter = tiny.make_drafter(target)

@@ -40,7 +40,7 @@ from dspark.scheduling.step_times import StepTime
 # promises.
 EVERY, KEPT = 4, 0.03
 # Rounds between two that are asked about and learned from while nothing is drafted.
-QUIET = 8
+QUIET = 16
 # After so many drafting rounds of a kind and load, one in EVERY corrects costs.
 _OFTEN = 64
 # Of so many rounds in which drafts may be learned from, one verifies all of these.
@@ -139,9 +139,17 @@ class Scheduler:
         lagged = self.schedule.name == "lagged" and self.verifier != "coupled"
         return self._budget if lagged else None
 
-    def rest(self, num_requests: int) -> float:
-        """Rounds of so many requests in which nothing is drafted for certain."""
-        rounds = self._protection.rest(num_requests) if self.schedule.protects else 0.0
+    def rest(self, running: Sequence[ActiveRequest]) -> float:
+        """Rounds of these requests in which nothing is drafted for certain.
+
+        Of a request alone this includes a pause of what drafting promises, once it was asked about:
+        without drafts its promises stay as they are.
+        """
+        if not self.schedule.protects:
+            return 0.0
+        rounds = self._protection.rest(sum(request.ready for request in running))
+        if len(running) == 1 and running[0].request_id in self._known:
+            rounds = max(rounds, float(self._switch.pause))
         return max(rounds - self._slept, 0.0)
 
     @property
@@ -164,9 +172,11 @@ class Scheduler:
         self._learnable += learnable
         shows = learnable and self._learnable % _WHOLE_EVERY == 0
         self._shows = shows and not self.of_trees
-        if not ready or not self.schedule.protects:
-            return list(most)
         playing = sum(request.ready for request in requests)
+        if not ready or not self.schedule.protects:
+            self._rests = self.schedule.protects and self._pauses(playing)
+            self._switch.skip(int(self._rests))
+            return list(most)
         if not self._protection.allows(playing, tries=len(ready) == playing):
             return self._none(most)
         foresight = self._weighs(len(ready))
@@ -188,6 +198,10 @@ class Scheduler:
         self._budget = max(plan.budget, 1)
         self.depth = plan.depth if plan.depth < self.num_drafts else None
         return [min(limit, plan.depth) for limit in most]
+
+    def _pauses(self, requests: int) -> bool:
+        """Whether it is what drafting promises that keeps it off."""
+        return self._switch.pause > 0 and not self._protection.rest(requests)
 
     def _coasts_on(self, requests: int) -> bool:
         """Whether whole blocks were best so steadily that this round verifies them unasked."""

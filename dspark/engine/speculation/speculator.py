@@ -62,12 +62,10 @@ class Speculator:
         trees = self.trees
         return self.scheduler if trees is None or not trees.decided else trees.scheduler
 
-    def _resting(self, num_requests: int) -> float:
-        """Rounds of so many requests in which nothing is drafted for certain."""
-        rounds = self.scheduler.rest(num_requests)
-        if self.trees is None:
-            return rounds
-        return min(rounds, self.trees.scheduler.rest(num_requests))
+    def _resting(self, running: Sequence[ActiveRequest]) -> float:
+        """Rounds of these requests in which nothing is drafted for certain."""
+        rounds = self.scheduler.rest(running)
+        return rounds if self.trees is None else min(rounds, self.trees.scheduler.rest(running))
 
     def learn(
         self,
@@ -114,7 +112,7 @@ class Speculator:
             and all(request.ready for request in running)
         ):
             return  # the last round found out
-        rounds = self._resting(sum(request.ready for request in running))
+        rounds = self._resting(running)
         if not rounds:
             return
         for request in running:
