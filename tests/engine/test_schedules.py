@@ -276,10 +276,8 @@ def test_calibration_is_applied_to_its_own_temperature_class_only():
     assert sampled < 0.75 < greedy
 
 
-@pytest.mark.parametrize(
-    ("verifiers", "taken"), [(("block", "token"), "token"), (("block",), "block")]
-)
-def test_trees_take_the_calibration_of_the_rule_that_judges_them(verifiers, taken):
+def test_trees_take_the_calibration_of_the_engines_rule():
+    """Though the token rule judges them: its own entry kept no more (docs/LOG.md)."""
     generator = np.random.default_rng(1)
     logits_NK = generator.normal(1.0, 1.0, (2000, 5))
     entries = {}
@@ -288,15 +286,14 @@ def test_trees_take_the_calibration_of_the_rule_that_judges_them(verifiers, take
         accepted_N = np.logical_and.accumulate(stays, axis=1).sum(axis=1)
         rounds = Rounds.of(logits_NK, accepted_N, np.full(2000, 5))
         entries[verifier] = calibrate(rounds, verifier, "sampled")
-    calibration = Calibration(tuple(entries[verifier] for verifier in verifiers))
-    chains = scheduler("lagged", table(flat), calibration=calibration)
+    chains = scheduler("lagged", table(flat), calibration=Calibration(tuple(entries.values())))
     params = SamplingParams(8, temperature=1.0)
     request = SimpleNamespace(request=SimpleNamespace(params=params, reproducible=False))
     logits_1K = np.full((1, 5), 2.0)
-    for which, verifier in ((chains, "block"), (chains.for_trees(9), taken)):
-        expected = entries[verifier].scaling.apply(logits_1K)
+    expected = entries["block"].scaling.apply(logits_1K)
+    for which in (chains, chains.for_trees(9)):
         assert (which.acceptance.confidences([request], logits_1K) == expected).all()
-    assert not np.allclose(*(entry.scaling.apply(logits_1K) for entry in entries.values()))
+    assert not np.allclose(expected, entries["token"].scaling.apply(logits_1K))
 
 
 def test_margins_become_chances_as_rounds_teach_them(tiny, target):

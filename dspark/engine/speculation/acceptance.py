@@ -67,7 +67,7 @@ class Acceptance:
         tree_depth: int | None,
     ) -> None:
         self._verifier = verifier
-        self._of_trees, self._depth = tree_depth is not None, tree_depth or num_drafts
+        self._depth = tree_depth or num_drafts
         self.recalibrate(calibration)
         self.child_rates = _child_rates(calibration, self._depth)
         typical_K = None if tree_depth else _typical(calibration, num_drafts, verifier)
@@ -81,10 +81,6 @@ class Acceptance:
     def recalibrate(self, calibration: Calibration | None) -> None:
         """Take the temperatures of a calibration from now on."""
         self._scalings = _scalings(calibration, self._depth)
-        if self._of_trees and self._verifier == "block":  # trees are judged by the token rule
-            for (verifier, kind), scaling in list(self._scalings.items()):
-                if verifier == "token":
-                    self._scalings["block", kind] = scaling
 
     def begin(self) -> None:
         """A round begins, of which nothing is known."""
