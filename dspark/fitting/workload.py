@@ -11,10 +11,13 @@ from dspark.fitting.recipe import BLOCK_SIZE
 
 PASSES = 3
 """Target number of times that each answer token is an anchor; more passes add little."""
-GENERATION_SHARE = (0.15, 0.45)
+GENERATION_SHARE = (0.15, 0.6)
 """Bounds of the share of prompts and answers in the time for prompts, answers and training."""
 KEPT_SHARE, ANSWER_SHARE = 0.8, 0.7
 """Expected share of self-written prompts kept, and of an answer's token limit used."""
+ANSWER_COST = 1.4
+"""An answer's time over that of as many tokens in the trial, whose contexts are short and whose
+batch stays full."""
 PROMPT_TOKENS = 48
 ROUNDS = 500
 """Calibration rounds per temperature class."""
@@ -50,7 +53,7 @@ class Work:
     def answer_s(self) -> float:
         """Seconds per answer, prefill included."""
         tokens = ANSWER_SHARE * self.answer_tokens + PROMPT_TOKENS / 4
-        return tokens / self.speeds.batch_tokens_per_s
+        return ANSWER_COST * tokens / self.speeds.batch_tokens_per_s
 
     @property
     def pair_s(self) -> float:
