@@ -19,6 +19,7 @@ from dspark.data.conversations import Prompt
 from dspark.data.files.atomic import Journal
 from dspark.engine.engine import Engine
 from dspark.engine.model import Model
+from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError
 from dspark.evaluation.check.live import render
 from dspark.evaluation.metrics import RESAMPLES, interval
@@ -68,25 +69,41 @@ def race(
     least: int,
     is_over: Callable[[], bool],
     progress: Callable[[int, int], None],
+    schedule: ScheduleName | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Lap]:
     """Decode prompts both ways until the time is over, but at least `least` of them.
 
-    A journal holds the laps, so that an interrupted race resumes.
+    A journal holds the laps, so that an interrupted race resumes. Prompts are not shared between
+    temperatures, which would spare the second one its reading.
+
+    Args:
+        model: the pair.
+        prompts: at least one; a lap names its prompt by the place in this list.
+        journal_path: of the laps.
+        temperatures: of each prompt's laps.
+        max_new_tokens: of an answer.
+        least: prompts that are decoded in any case.
+        is_over: whether the time is over.
+        progress: called with prompts done, and all of them.
+        schedule: of the pair; None as `Model.open_engine`.
+        settings: what else a resumed race must have in common with this one.
 
     Raises:
         DataError: the journal cannot be written.
         RequestError, NumericsError: decoding failed.
     """
-    with Journal(
-        journal_path, {"max_new_tokens": max_new_tokens, "drafter": model.name}
-    ) as journal:
+    own = {"max_new_tokens": max_new_tokens, "drafter": model.name, **(settings or {})}
+    with Journal(journal_path, own) as journal:
         laps = [Lap(**entry) for _, entry in journal.entries()]
         done = {(lap.prompt, lap.temperature) for lap in laps}
         encoded = render(model, [held.prompt for held in prompts])
         longest = max(map(len, encoded)) + max_new_tokens
         engines = [
-            each.open_engine(max_requests=1, max_length=longest, prefix_reuse=False)
-            for each in (Model(model.target), model)
+            each.open_engine(
+                max_requests=1, max_length=longest, schedule=chosen, prefix_reuse=False
+            )
+            for each, chosen in ((Model(model.target), None), (model, schedule))
         ]
         for engine in engines:
             engine.run([Request(tuple(encoded[0]), SamplingParams(WARM_UP_TOKENS))])

@@ -25,7 +25,8 @@ from dspark.training.run import plan_recipe
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 64)
-"""Samples of a timed training step, their token limit, and anchors per sample."""
+"""Samples of a timed training step, their token limit, and anchors per sample (at most half of its
+tokens)."""
 CODED_BYTES = 0.4
 """Bytes per number of a coded feature cache (docs/feature_cache.md)."""
 ROUND_COST = 1.5
@@ -44,7 +45,7 @@ class Speeds:
         row_s: seconds of the target's forward over a sample.
         anchor_s: seconds of a training step per anchor.
         feature_bytes: of a sample's features in a cache, about.
-        memory_bytes: peak of this process in a training step, optimiser included.
+        memory_bytes: peak of this process up to a training step, optimiser included.
         checkpoint_bytes: disk space of a training.
         parameters: of the drafter.
     """
@@ -101,11 +102,13 @@ def training_speeds(model: Model, shape: Shape, *, row_tokens: int, seed: int) -
     """
     generator = random.Random(seed)
     tokens = min(row_tokens, TRIAL_TOKENS)
-    few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in TRIAL_ANCHORS)
+    least, most = TRIAL_ANCHORS
+    most = max(min(most, tokens // 2), least + 1)
+    few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in (least, most))
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
-        (TRIAL_ANCHORS[1] - TRIAL_ANCHORS[0]) * TRIAL_ROWS
+        (most - least) * TRIAL_ROWS
     )
-    beside = max(few["seconds"] - TRIAL_ROWS * TRIAL_ANCHORS[0] * per_anchor, 0.0)
+    beside = max(few["seconds"] - TRIAL_ROWS * least * per_anchor, 0.0)
     per_row = min(_forward_s(model, shape, tokens, generator), beside / TRIAL_ROWS)
     width = (len(shape.taps) + 1) * model.target.hidden_size
     return {

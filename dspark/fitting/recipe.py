@@ -18,7 +18,7 @@ from dspark.training.optim import usual_learning_rate
 
 BLOCK_SIZE = 7
 SHORT_BLOCKS = ((1, 1.5e6), (3, 6e6), (5, 2e7))
-"""Block sizes, and the anchors, of blocks of one draft, from which a longer block is chosen."""
+"""Block sizes, each below so many anchors, which are counted as if blocks had one draft."""
 FEWEST_SUPERVISED = 8
 COVERAGE = 0.995
 SMALL_VOCABULARY = 8192

@@ -30,7 +30,7 @@ from dspark.fitting.evaluation import (
 )
 from dspark.fitting.prompts import CALIBRATION, HELD_OUT
 from dspark.fitting.training import TRAINING
-from dspark.fitting.workload import FEWEST_HELD_OUT
+from dspark.fitting.workload import FEWEST_HELD_OUT, expected_length
 from dspark.request import Request, SamplingParams, Verifier
 from dspark.scheduling.calibration import temperature_class
 from dspark.scheduling.calibration_file import FILE_NAME, Calibration, calibrate
@@ -166,7 +166,8 @@ def _measurable(fit: Fit, costs: CostTable, available: int) -> int:
     at_once = fit.plan.profile_requests
     rows = min(at_once * (fit.plan.shape.block_size + 1), costs.most_tokens(at_once))
     round_s = (costs.verify_ms(rows, at_once) + costs.draft_ms(at_once)) / 1000 / at_once
-    prompt_s = len(TEMPERATURES) * fit.plan.evaluation_tokens / 1.5 * round_s
+    rounds = fit.plan.evaluation_tokens / expected_length(fit.plan.shape.block_size)
+    prompt_s = len(TEMPERATURES) * rounds * round_s
     wanted = int(0.5 * max(fit.left_s(), 0.0) / prompt_s)
     return min(max(wanted, FEWEST_HELD_OUT), available)
 

@@ -73,7 +73,8 @@ class Work:
     @property
     def measured_s(self) -> float:
         """Seconds per evaluated prompt: in a batch with whole blocks, at both temperatures."""
-        return 2 * self.evaluation_tokens / 2 * self.speeds.round_s(self.block_size)
+        rounds = self.evaluation_tokens / expected_length(self.block_size)
+        return 2 * rounds * self.speeds.round_s(self.block_size)
 
     def evaluation_s(self, prompts: int) -> float:
         """Seconds of an evaluation in which all prompts are raced."""
@@ -82,6 +83,11 @@ class Work:
     def held_out_in(self, seconds: float) -> int:
         """Prompts that fit into an evaluation, half of its time spent on races."""
         return int(max(0.5 * seconds / self.measured_s, seconds / (self.raced_s + self.measured_s)))
+
+
+def expected_length(block_size: int) -> float:
+    """Tokens per round that a young drafter of such blocks may keep, for estimates of time."""
+    return min(1 + 0.3 * block_size, 2.0)
 
 
 def anchors_per_s(speeds: Speeds) -> float:
@@ -101,7 +107,7 @@ def generation_share(speeds: Speeds) -> float:
     a anchors per second and generation G at g tokens per second. Features are computed once.
     """
     anchors = anchors_per_s(speeds)
-    share = anchors / (anchors + PASSES * speeds.batch_tokens_per_s)
+    share = anchors / (anchors + PASSES * speeds.batch_tokens_per_s / ANSWER_COST)
     return min(max(share, GENERATION_SHARE[0]), GENERATION_SHARE[1])
 
 

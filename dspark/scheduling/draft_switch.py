@@ -9,7 +9,7 @@ from dspark.errors import NumericsError, UsageError
 # What probes may lose of all time; rounds after drafting stops in which what it promises is asked
 # (it changes little without drafts), and rounds between two looks from then on.
 PROBE_SHARE, LOOKS, EVERY = 0.005, 1, 32
-# The share of new requests from which on a round is asked about in any case.
+# The share of requests that came or left from which on a round is asked about in any case.
 RENEWED = 0.25
 
 
@@ -18,7 +18,7 @@ class DraftSwitch:
 
     Ask it once a round with what earlier rounds promise. The mean of late promises counts: one
     unlucky round of a single request is no reason to stop. It is the mean of these requests alone:
-    as others come in their place, it gives way to what is promised now. While drafting does not
+    as others come, or some leave, it gives way to what is promised now. While drafting does not
     gain, a probe round drafts all the same, to see whether that has changed: at once, after
     `first_pause` rounds, then after twice as many each time, up to `longest_pause`, and never
     before what the last one lost (`lost`) is half a percent of the rounds since. The spacing knows
@@ -61,20 +61,21 @@ class DraftSwitch:
         self._first, self._longest = first_pause, longest_pause
         self._gain: float | None = None
         self._pause = self._idle = self._load = 0
-        self._renewed = 0.0  # share of the requests that are new since the last decision
+        self._renewed = 0.0  # share of the requests that came or left since the last decision
         self.probes = False
 
     def rests(self, load: int, newcomers: int = 0) -> bool:
         """Whether a round of so many requests drafts nothing in any case, so that none need ask.
 
-        While drafting is off, what it promises changes slowly: it is looked at every few rounds,
-        or when the load changes or a quarter of the requests have not been asked about.
+        While drafting is off, what it promises changes slowly: it is looked at now and then, or
+        when the load changes or a quarter of the requests have not been asked about.
 
         Args:
             load: requests of the round.
             newcomers: how many of them were not here at the last call.
         """
-        self._renewed = min(self._renewed + newcomers / max(load, 1), 1.0)
+        changed = max(newcomers, self._load + newcomers - load)  # came or left
+        self._renewed = min(self._renewed + changed / max(load, self._load, 1), 1.0)
         known = load == self._load and self._renewed < RENEWED
         off = LOOKS <= self._idle < self._pause and self._idle % EVERY and known
         self._load = load
@@ -90,7 +91,7 @@ class DraftSwitch:
 
     @property
     def pause(self) -> int:
-        """How many rounds more there are until the next probe; 0 while drafting is on."""
+        """How many rounds more there are until the next probe; 0 where that is not known yet."""
         return max(self._pause - self._idle, 0) if self._idle >= LOOKS else 0
 
     def skip(self, rounds: int) -> None:

@@ -1,5 +1,6 @@
 """The measurements run from end to end on a tiny pair, and see what they are there to see."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -49,13 +50,20 @@ def test_protection_compares_bad_drafters_with_plain_decoding(run):
 
 
 def test_a_stopped_race_goes_on(run, tmp_path):
-    options = ("--max-new-tokens", "5", "--tasks", "gsm8k", "--out", str(tmp_path / "laps.jsonl"))
-    run(speedup, *options, "--limit", "2")
-    before = (tmp_path / "laps.jsonl").read_text()
+    laps = tmp_path / "laps.jsonl"
+    options = ("--max-new-tokens", "5", "--tasks", "gsm8k", "--schedule", "auto")
+    options = (*options, "--out", str(laps))
+    whole = run(speedup, *options, "--limit", "3")
+    settings, *written = laps.read_text().splitlines()
+    laps.write_text("\n".join([settings, *written[:3]]) + "\n")
     line = run(speedup, *options, "--limit", "3")
-    after = (tmp_path / "laps.jsonl").read_text()
-    assert after.startswith(before)
-    assert len(after.splitlines()) == len(before.splitlines()) + 2
+    resumed = laps.read_text().splitlines()
+    assert resumed[:4] == [settings, *written[:3]]
+    places = [[json.loads(x)[name] for name in ("prompt", "temperature")] for x in resumed[1:]]
+    assert sorted(places) == [[i, t] for i in range(3) for t in (0.0, 1.0)]
+    assert whole["t0"].keys() == line["t0"].keys() == {"gsm8k", "all"}
+    with pytest.raises(DataError, match="other settings"):
+        run(speedup, *options, "--limit", "2")
     for temperature in ("t0", "t1"):
         assert line[temperature]["all"]["prompts"] == 3
         low, high = line[temperature]["all"]["ci95"]

@@ -169,6 +169,28 @@ def test_an_answer_alone_that_ends_before_the_next_probe_is_plain_once_asked(tin
         assert not plain
 
 
+def test_the_last_of_a_group_is_asked_again(tiny, target):
+    """Two requests do not pay and one does; the pause of two is longer than the last answer."""
+    points = [
+        CostPoint(tokens, count, 10.0, 10.0 if count == 1 else 1000.0)
+        for count in (1, 2)
+        for tokens in range(count, 33)
+    ]
+    records = []
+    schedule = scheduler("lagged", CostTable(tuple(points), MACHINE))
+    requests = [
+        Request((1, 2, 3 + i), SamplingParams(tokens, ignore_eos=True))
+        for i, tokens in enumerate((62, 85))
+    ]
+    drafter = tiny.TargetDrafter(target, spoil=4)
+    decode(target, drafter, requests, schedule, records=records)
+    drafted = {1: [], 2: []}
+    for record in records:
+        drafted[len(record.request_ids)].append(any(record.drafts))
+    assert np.mean(drafted[2]) < 0.2
+    assert np.mean(drafted[1]) > 0.6
+
+
 def test_context_after_a_pause_is_whole(tiny, target):
     """A probe drafts what a drafter proposes that has just read the same tokens as a prompt."""
     drafter = tiny.make_drafter(target)

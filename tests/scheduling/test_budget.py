@@ -89,9 +89,10 @@ def test_budget_and_filling_are_the_best_of_all_length_vectors(seed):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("most_requests", [1, 4])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_depths_are_surveyed_as_blocks_of_each_alone(seed, margin):
-    survival, verify_ms, limits = a_case(seed)
+def test_depths_are_surveyed_as_blocks_of_each_alone(seed, most_requests, margin):
+    survival, verify_ms, limits = a_case(seed, most_requests)
     draft_ms = {depth: 0.7 + 0.2 * depth for depth in range(1, survival.shape[1] + 1)}
     found = survey_depths(survival, verify_ms, draft_ms, limits, margin)
     for depth, spent_ms in draft_ms.items():

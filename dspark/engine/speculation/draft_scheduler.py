@@ -41,6 +41,9 @@ from dspark.scheduling.step_times import StepTime
 EVERY, KEPT = 4, 0.03
 # Rounds between two that are asked about and learned from while nothing is drafted.
 QUIET = 16
+# Rounds before its end from which on a request alone may be decoded plainly for what drafting
+# promises: others may join it, and beside a plain request no pause of protection ends.
+LAST = 128
 # After so many drafting rounds of a kind and load, one in EVERY corrects costs.
 _OFTEN = 64
 # Of so many rounds in which drafts may be learned from, one verifies all of these.
@@ -98,7 +101,8 @@ class Scheduler:
         self._switch = DraftSwitch(MARGIN)
         self._drafted = False  # whether anything ever was
         self._ordinary = dict[tuple[TemperatureClass, int], int]()  # rounds, by kind and load
-        self._known = set[int]()  # requests that were asked about
+        self._known = set[int]()  # requests that were asked about, or rested
+        self._lone: int | None = None  # the request that was asked about alone since it came
         self.depth: int | None = None
         self.of_trees = tree_depth is not None
         self._of_trees: Scheduler | None = None  # beside this one
@@ -142,14 +146,14 @@ class Scheduler:
     def rest(self, running: Sequence[ActiveRequest]) -> float:
         """Rounds of these requests in which nothing is drafted for certain.
 
-        Of a request alone this includes a pause of what drafting promises, once it was asked about:
-        without drafts its promises stay as they are.
+        Of a request that was asked about alone this includes a pause of what drafting promises:
+        without drafts its promises change little.
         """
         if not self.schedule.protects:
             return 0.0
         rounds = self._protection.rest(sum(request.ready for request in running))
-        if len(running) == 1 and running[0].request_id in self._known:
-            rounds = max(rounds, float(self._switch.pause))
+        if len(running) == 1 and running[0].request_id == self._lone:
+            rounds = max(rounds, float(min(self._switch.pause, LAST)))
         return max(rounds - self._slept, 0.0)
 
     @property
@@ -174,7 +178,7 @@ class Scheduler:
         self._shows = shows and not self.of_trees
         playing = sum(request.ready for request in requests)
         if not ready or not self.schedule.protects:
-            self._rests = self.schedule.protects and self._pauses(playing)
+            self._rests = playing == len(requests) and self._pauses(playing)
             self._switch.skip(int(self._rests))
             return list(most)
         if not self._protection.allows(playing, tries=len(ready) == playing):
@@ -219,7 +223,12 @@ class Scheduler:
     ) -> Plan | None:
         """What the round is to do; None where drafting promises less than plain decoding."""
         requests = len(ready)
-        self._rests = self._switch.rests(playing, self._newcomers(ready))
+        newcomers = self._newcomers(ready)
+        self._rests = self._switch.rests(playing, newcomers)
+        if playing > 1:
+            self._lone = None
+        elif newcomers:
+            self._lone = ready[0].request_id
         if self._rests:
             return None
         foresight.kind = _kind(ready)
@@ -335,7 +344,8 @@ class Scheduler:
             return 0
         if self._rests:
             return min(self._switch.left, QUIET - 1)
-        return QUIET - 1 if self._protection.rest(self._sleepers) >= OLD else 0
+        # Plain rounds shortly before a try are learned from.
+        return min(max(int(self._protection.rest(self._sleepers)) - OLD + 1, 0), QUIET - 1)
 
     def sleeps(self, company: object) -> bool:
         """Whether nothing is drafted in this round, and nothing need be asked or learned of it.
