@@ -62,7 +62,7 @@ def test_a_stopped_race_goes_on(run, tmp_path):
     places = [[json.loads(x)[name] for name in ("prompt", "temperature")] for x in resumed[1:]]
     assert sorted(places) == [[i, t] for i in range(3) for t in (0.0, 1.0)]
     assert whole["t0"].keys() == line["t0"].keys() == {"gsm8k", "all"}
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="belongs to a run with limit"):
         run(speedup, *options, "--limit", "2")
     for temperature in ("t0", "t1"):
         assert line[temperature]["all"]["prompts"] == 3
