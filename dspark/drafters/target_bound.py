@@ -167,6 +167,7 @@ class TargetBound(nn.Module, Generic[ConfigT]):
         self.own_head_VH: Tensor | None = None
         self._borrowed: Borrowed | None = None
         self._target: Borrowed | None = None
+        self._taught: Borrowed | None = None
         known, vocab = config.draft_vocab_size, config.vocab_size
         self.register_buffer("d2t", None if known is None else torch.zeros(known, dtype=torch.long))
         self.register_buffer("t2d", None if known is None else torch.zeros(vocab, dtype=torch.bool))
@@ -267,6 +268,7 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
             self._borrowed = self._borrowed.reduced(self._draft_tokens)
             self.own_head_VH = self._borrowed.head_VH
+            self._taught = self._borrowed if head is None else target.reduced(self._draft_tokens)
         self._drop_plan()
 
     def _check_fit(self, parts: BorrowedParts, num_target_layers: int | None) -> None:
@@ -331,6 +333,16 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             CompatibilityError: the drafter is not bound.
         """
         return (self._target or self.borrowed).logits_by_rows(hidden_NH)
+
+    def target_draft_logits(self, hidden_NH: Tensor) -> Tensor:
+        """Of `target_logits` those of the tokens that it knows, [.., Vd].
+
+        Raises:
+            CompatibilityError: the drafter is not bound.
+        """
+        if self._taught is None:
+            return self.target_logits(hidden_NH)
+        return self._taught.logits_by_rows(hidden_NH)
 
     def prepare(self) -> None:
         """Fuse, and pack, the weights for decoding, unless they are."""

@@ -4,9 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark.data.samples import Sample
 from dspark.drafters.checkpoints.checkpoint import load_drafter, save_attached
 from dspark.errors import CheckpointError, CompatibilityError
 from dspark.training.losses.blocks import LossWeights, block_loss
+from dspark.training.losses.totals import LogTotals
 from tests.helpers.checkpoints import save_published
 
 TOKENS = torch.tensor([0, 2, 3, 7, 11, 20, 30, 36])
@@ -100,6 +102,43 @@ def test_the_loss_equals_the_loss_over_all_tokens(make_reduced, run_training):
     wanted = torch.autograd.grad(expected, drafter.fc.weight, retain_graph=True)[0]
     found = torch.autograd.grad(report.loss, drafter.fc.weight)[0]
     torch.testing.assert_close(found, wanted, check_dtype=False, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_by_kept_normalisers_is_the_same(
+    make_reduced, make_parts, run_training, monkeypatch
+):
+    parts = make_parts(logit_softcap=3.0, head_bias_V=torch.linspace(-1, 1, 37))
+    drafter = make_reduced(parts).double()
+    random = torch.Generator().manual_seed(4)
+    ids = TOKENS[torch.randint(8, (16,), generator=random)].tolist()
+    features = torch.randn(16, 48, generator=random, dtype=torch.float64)
+    teacher = torch.randn(16, 16, generator=random, dtype=torch.float64)
+    samples = [
+        Sample(tuple(ids[:7]), (False,) * 3 + (True,) * 4),
+        Sample(tuple(ids[7:]), (True,) * 9),
+    ]
+    kept, rows, whole = LogTotals(drafter, 2.0), [], drafter.target_logits
+    monkeypatch.setattr(
+        drafter, "target_logits", lambda states: rows.append(len(states)) or whole(states)
+    )
+    assert LogTotals(drafter, 1.9).of(samples, teacher) is None
+    totals = kept.of(samples, teacher)
+    assert sum(rows) == 5 + 9
+    assert not totals[:2].any()
+    torch.testing.assert_close(totals[2:], whole(teacher).logsumexp(-1)[2:], check_dtype=False)
+    assert torch.equal(kept.of(samples[::-1], teacher.roll(9, 0)), totals.roll(9, 0))
+    assert sum(rows) == 5 + 9
+    for weights in (LossWeights(), LossWeights(tv=0.0, kl=1.0, lk_hybrid=0.5)):
+        found = []
+        for given in (None, whole(teacher).logsumexp(-1)):
+            hidden, blocks = run_training(drafter, features, ids)
+            report = block_loss(drafter, hidden, teacher, blocks, weights, log_total_T=given)
+            found.append((report.loss, *torch.autograd.grad(report.loss, drafter.fc.weight)))
+        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    assert sum(rows) > 14
+    seen = sum(rows)
+    block_loss(drafter, hidden, teacher, blocks, weights, log_total_T=given)
+    assert sum(rows) == seen  # the known tokens' rows of the head are all that is read
 
 
 def test_it_travels_attached_and_not_published(make_reduced, make_parts, draft, tmp_path):

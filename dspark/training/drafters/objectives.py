@@ -29,6 +29,7 @@ from dspark.training.drafters.samples import OnlineSamples
 from dspark.training.drafters.warm_start import start_from_last_layers
 from dspark.training.losses.blocks import AnchorBlocks, block_loss, position_weights, sample_anchors
 from dspark.training.losses.eagle3 import ChainRows, ttt_loss, ttt_passes
+from dspark.training.losses.totals import LogTotals
 from dspark.training.parallel import sum_numbers
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 from dspark.training.settings import DTYPES, EvaluationSettings
@@ -51,6 +52,7 @@ class DrafterObjective:
         self.drafter = self._new_drafter(target) if drafter is None else drafter
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
+        self._log_totals = LogTotals(self.drafter, self.samples.epoch(recipe.run.steps))
         self._total_weight = (-1, 0.0)
 
     def _new_drafter(self, target: Target) -> DSparkDrafter:
@@ -89,7 +91,13 @@ class DrafterObjective:
         )
         share = None if parts == 1 else self._step_weight(step, weights.decay) / parts
         report = block_loss(
-            self.drafter, hidden_MKH, hidden_TH, blocks, weights, total_weight=share
+            self.drafter,
+            hidden_MKH,
+            hidden_TH,
+            blocks,
+            weights,
+            total_weight=share,
+            log_total_T=self._log_totals.of(samples, hidden_TH),
         )
         names = ["accepted_length", "ce", "tv", "confidence"]
         names += ["kl"] if weights.kl or weights.lk_hybrid else []
@@ -142,6 +150,7 @@ class Eagle3Objective:
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
+        self._log_totals = LogTotals(self.drafter, self.samples.epoch(recipe.run.steps))
         self._counts = (-1, torch.zeros(0))
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
@@ -165,6 +174,7 @@ class Eagle3Objective:
             decay=config.step_loss_decay,
             weights=self.recipe.loss.weights(),
             total_counts_P=share_P,
+            log_total_T=self._log_totals.of(samples, hidden_TH),
         )
         metrics = {
             "accepted_length": float(report.accepted_length),

@@ -198,6 +198,7 @@ def block_loss(
     weights: LossWeights,
     *,
     total_weight: Tensor | float | None = None,
+    log_total_T: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> LossReport:
     """Loss of a batch of blocks.
@@ -210,6 +211,7 @@ def block_loss(
         weights: of the losses.
         total_weight: divisor; None for the sum of this batch's position weights. Give the sum over
             all parts if several share a step.
+        log_total_T: of the target's rows, as `totals.LogTotals` keeps them.
         chunk_rows: supervised slots per vocabulary chunk; None for a number that suits the device.
     """
     slots_N, head = blocks.rows.slots_N, drafter.markov_head
@@ -229,6 +231,7 @@ def block_loss(
         teacher_UH=teacher_TH[blocks.rows.teacher_U],
         labels_N=_known(drafter, blocks.labels_MK.flatten()[slots_N]),
         weight_N=weight_N / normalizer,
+        log_total_U=None if log_total_T is None else log_total_T[blocks.rows.teacher_U],
     )
     vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
     rows_at_once = chunk_rows or suitable_rows(hidden_MKH.device, vocab)

@@ -110,6 +110,7 @@ class LossInputs:
         labels_N: the true tokens as draft-vocabulary ids, -1 for unknown tokens; None if no term
             needs them.
         weight_N: the rows' weights.
+        log_total_U: as in `teacher_probs`.
     """
 
     head: TargetBound[Any]
@@ -119,6 +120,7 @@ class LossInputs:
     teacher_UH: Tensor
     labels_N: Tensor | None
     weight_N: Tensor
+    log_total_U: Tensor | None = None
 
 
 def chunked_loss(
@@ -180,7 +182,13 @@ class _ChunkedLoss(torch.autograd.Function):
         if inputs.head.t2d is not None:
             at_once = max(slots, _TEACHER_ROWS_AT_LEAST)
         for teacher, parts in chunked.rows.chunks(slots, at_once):
-            taught = teacher_probs(inputs.head, inputs.teacher_UH[teacher], weights)
+            totals = inputs.log_total_U
+            taught = teacher_probs(
+                inputs.head,
+                inputs.teacher_UH[teacher],
+                weights,
+                None if totals is None else totals[teacher],
+            )
             for part in parts:
                 owner_n = chunked.rows.owner_N[part] - teacher.start
                 # In its own function, so that its tensors are freed before the next are allocated.

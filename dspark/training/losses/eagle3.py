@@ -148,6 +148,7 @@ def ttt_loss(
     decay: float = 0.8,
     weights: TermWeights = SOFT_CE,
     total_counts_P: Tensor | None = None,
+    log_total_T: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> TTTReport:
     """Loss of the passes over a batch.
@@ -161,6 +162,7 @@ def ttt_loss(
         weights: of the terms; none may need the true token.
         total_counts_P: divisor of each pass's sum; None for the batch's own counts. Give the sum
             over all parts if several share a step.
+        log_total_T: of the target's rows, as `totals.LogTotals` keeps them.
         chunk_rows: rows per vocabulary chunk; None for a number that suits the device.
     """
     passes, length, _ = hidden_PTH.shape
@@ -180,6 +182,7 @@ def ttt_loss(
         teacher_UH=teacher_TH[chains.rows.teacher_U],
         labels_N=None,
         weight_N=(decays_P / counts_P.clamp(min=1))[pass_N],
+        log_total_U=None if log_total_T is None else log_total_T[chains.rows.teacher_U],
     )
     vocab = drafter.config.draft_vocab_size or drafter.config.vocab_size
     chunk_rows = chunk_rows or suitable_rows(device, vocab)

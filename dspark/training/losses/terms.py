@@ -82,19 +82,30 @@ class Teacher:
         )
 
 
-def teacher_probs(head: TargetBound[Any], states_uH: Tensor, weights: TermWeights) -> Teacher:
+def teacher_probs(
+    head: TargetBound[Any],
+    states_uH: Tensor,
+    weights: TermWeights,
+    log_total_u: Tensor | None = None,
+) -> Teacher:
     """The target's distributions of distinct rows.
 
     Args:
         head: the target's drafter.
         states_uH: the target's states after its final norm.
         weights: determine whether entropies are needed.
+        log_total_u: of each row the logarithm of its softmax's sum over all tokens, with a reduced
+            vocabulary; None computes it.
     """
-    probs_uV = head.target_logits(states_uH.detach())
-    _softmax_(probs_uV)
     known_u = entropy_u = None
-    if head.t2d is not None:
+    if log_total_u is None:
+        probs_uV = head.target_logits(states_uH.detach())
+        _softmax_(probs_uV)
         probs_uV = head.over_drafts(probs_uV)
+    else:
+        probs_uV = head.target_draft_logits(states_uH.detach())
+        probs_uV.sub_(log_total_u.unsqueeze(-1)).clamp_(min=_LOWEST).exp_()
+    if head.t2d is not None:
         known_u = probs_uV.sum(-1)
     if weights.kl or weights.lk_hybrid:
         entropy_u = _total(torch.special.entr, probs_uV)
