@@ -9,6 +9,8 @@ from dspark.errors import NumericsError, UsageError
 # What probes may lose of all time; rounds after drafting stops in which what it promises is asked
 # (it changes little without drafts), and rounds between two looks from then on.
 PROBE_SHARE, LOOKS, EVERY = 0.005, 1, 32
+# The weight of earlier probes in what probes of late lost, and after how many this is known.
+PROBES, KNOWN = 0.75, 4
 # The share of requests that came or left from which on a round is asked about in any case.
 RENEWED = 0.25
 
@@ -20,9 +22,10 @@ class DraftSwitch:
     unlucky round of a single request is no reason to stop. It is the mean of these requests alone:
     as others come, or some leave, it gives way to what is promised now. While drafting does not
     gain, a probe round drafts all the same, to see whether that has changed: at once, after
-    `first_pause` rounds, then after twice as many each time, up to `longest_pause`, and never
-    before what the last one lost (`lost`) is half a percent of the rounds since. The spacing knows
-    nothing of this round's tokens or of randomness, so every output stays exact.
+    `first_pause` rounds, then after twice as many each time, up to `longest_pause`, and, once a few
+    have told what they lost, to where what is promised to be lost is half a percent of the rounds
+    since; never before what those of late lost (`lost`) is that. The spacing knows nothing of this
+    round's tokens or of randomness, so every output stays exact.
 
     Attributes:
         probes: whether the round decided on last drafts as a probe.
@@ -60,6 +63,7 @@ class DraftSwitch:
         self._margin, self._memory = margin, memory
         self._first, self._longest = first_pause, longest_pause
         self._gain: float | None = None
+        self._probes, self._loss = 0, 0.0  # how many told what they lost; of those of late
         self._pause = self._idle = self._load = 0
         self._renewed = 0.0  # share of the requests that came or left since the last decision
         self.probes = False
@@ -99,8 +103,14 @@ class DraftSwitch:
         self._idle += rounds
 
     def lost(self, rounds: float) -> None:
-        """What the last probe lost, in plain rounds; below 0 where it gained."""
-        self._pause = int(min(max(self._pause, rounds / PROBE_SHARE), self._longest))
+        """What the last probe lost, in plain rounds; below 0 where it gained.
+
+        Whether a probe's draft stays is luck, so the mean of late ones counts.
+        """
+        self._probes += 1
+        weight = max(1 - PROBES, 1 / self._probes)
+        self._loss += weight * (rounds - self._loss)
+        self._pause = int(min(max(self._pause, self._loss / PROBE_SHARE), self._longest))
 
     def decide(self, gain: float) -> bool:
         """Whether this round drafts.
@@ -124,6 +134,9 @@ class DraftSwitch:
         if self._idle < self._pause:
             self._idle += 1
             return False
-        self._pause, self._idle = max(self._first, min(2 * self._pause, self._longest)), 0
+        most = float(self._longest)
+        if self._probes >= KNOWN:
+            most = min(most, (1 / max(self._gain, PROBE_SHARE) - 1) / PROBE_SHARE)
+        self._pause, self._idle = int(max(self._first, min(2 * self._pause, most))), 0
         self.probes = True
         return True

@@ -122,3 +122,18 @@ def test_a_few_of_many_newcomers_end_no_rest():
     while not switch.rests(32):
         switch.decide(0.5)
     assert [switch.rests(32, newcomers) for newcomers in (3, 3, 1, 3)] == [True, True, True, False]
+
+
+def test_a_drafter_that_nearly_pays_is_probed_often_and_one_that_loses_rarely():
+    def drafted(gain, loss):
+        switch, found = DraftSwitch(), []
+        for number in range(4000):
+            if switch.decide(gain):
+                found.append(number)
+                switch.lost(loss(len(found)))
+        return len(found)
+
+    lucky = [0.25, 0.25, -0.65, 0.25]  # what single rounds of such a drafter lose: -.02 on average
+    assert drafted(0.98, lambda n: lucky[n % 4]) > 100
+    assert drafted(0.98, lambda n: 0.25) <= 4000 * PROBE_SHARE / 0.25 + 5
+    assert drafted(0.5, lambda n: -0.02) <= 4000 / 200 + 6
