@@ -52,7 +52,7 @@ class DrafterObjective:
         self.drafter = self._new_drafter(target) if drafter is None else drafter
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
-        self._log_totals = LogTotals(self.drafter, self.samples.epoch(recipe.run.steps))
+        self._log_totals = LogTotals(self.drafter, self.samples.passes)
         self._total_weight = (-1, 0.0)
 
     def _new_drafter(self, target: Target) -> DSparkDrafter:
@@ -150,7 +150,7 @@ class Eagle3Objective:
         self.drafter.to(dtype=DTYPES[recipe.run.dtype])
         self.module: nn.Module = self.drafter
         self.tokens_seen = 0
-        self._log_totals = LogTotals(self.drafter, self.samples.epoch(recipe.run.steps))
+        self._log_totals = LogTotals(self.drafter, self.samples.passes)
         self._counts = (-1, torch.zeros(0))
 
     def loss(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:

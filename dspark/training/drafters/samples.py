@@ -31,6 +31,7 @@ class OnlineSamples:
     Attributes:
         draft_tokens: token ids [Vd] of the recipe's reduced vocabulary, ascending; None for all.
         held_out: samples excluded from training, for `evaluation.heldout`.
+        passes: over the samples, in the whole run.
     """
 
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
@@ -42,6 +43,8 @@ class OnlineSamples:
         self.source = open_features(recipe, target, loaded, store)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
         self.draft_tokens = reduced_vocabulary(recipe, samples)
+        run = recipe.run
+        self.passes = run.epochs or self.epoch(run.steps or 0)
 
     def batch(self, step: int) -> list[Sample]:
         """All samples of a step, including those of other parts and ranks."""

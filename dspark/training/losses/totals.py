@@ -44,7 +44,7 @@ class LogTotals:
         """
         if self._head is None:
             return None
-        parts = states_TH.split([len(sample.input_ids) for sample in samples])
+        parts = torch.split(states_TH, [len(sample.input_ids) for sample in samples])
         return torch.cat([self._of(self._head, *one) for one in zip(samples, parts, strict=True)])
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class LogTotals:
         found = self._known.get(sample)
         if found is None:
             first = max(sample.loss_mask.index(True) - 1, 0) if any(sample.loss_mask) else 0
-            rows = states_LH[first:].split(_ROWS)
+            rows = torch.split(states_LH[first:], _ROWS)
             sums = torch.cat([head.target_logits(some).logsumexp(-1) for some in rows])
             found = self._known[sample] = torch.cat((sums.new_zeros(first), sums))
         return found
