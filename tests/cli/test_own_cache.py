@@ -11,7 +11,8 @@ def test_it_is_said_and_speculation_changes_nothing(dspark, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     result = dspark(
         "generate", tmp_path, "--draft", "ngram", "--prompt", "two two two two", "--compare",
-        "--max-new-tokens", 24, "--dtype", "float32", "--threads", 1, "--json",
+        "--max-new-tokens", 24, "--dtype", "float32", "--threads", 1, "--schedule", "fixed",
+        "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
     assert "through its own cache" in " ".join(result.err.split())
