@@ -255,7 +255,7 @@ class TargetBound(nn.Module, Generic[ConfigT]):
         target = Borrowed.of(parts)
         embedding = own_table(self.own_embedding_VH, target.embedding_VH, "embed_tokens.weight")
         head = own_table(self.own_head_VH, target.head_VH, "lm_head.weight")
-        self._target = target
+        self._target, self._taught = target, None
         self._borrowed = replace(
             target,
             embedding_VH=target.embedding_VH if embedding is None else embedding,
@@ -268,7 +268,6 @@ class TargetBound(nn.Module, Generic[ConfigT]):
             self._draft_tokens = offsets + torch.arange(offsets.numel(), device=offsets.device)
             self._borrowed = self._borrowed.reduced(self._draft_tokens)
             self.own_head_VH = self._borrowed.head_VH
-            self._taught = self._borrowed if head is None else target.reduced(self._draft_tokens)
         self._drop_plan()
 
     def _check_fit(self, parts: BorrowedParts, num_target_layers: int | None) -> None:
@@ -340,9 +339,22 @@ class TargetBound(nn.Module, Generic[ConfigT]):
         Raises:
             CompatibilityError: the drafter is not bound.
         """
-        if self._taught is None:
+        if self._draft_tokens is None:
             return self.target_logits(hidden_NH)
+        if self._taught is None:  # at the first call, since training alone asks
+            self._taught = (self._target or self.borrowed).reduced(self._draft_tokens)
         return self._taught.logits_by_rows(hidden_NH)
+
+    def target_log_totals(self, hidden_NH: Tensor) -> Tensor:
+        """What turns `target_draft_logits` into logarithms of probabilities, [..].
+
+        The logarithm of each row's sum over all tokens, by the same plain head.
+
+        Raises:
+            CompatibilityError: the drafter is not bound.
+        """
+        plain = replace(self._target or self.borrowed, head=None)
+        return plain.logits_by_rows(hidden_NH).logsumexp(-1)
 
     def prepare(self) -> None:
         """Fuse, and pack, the weights for decoding, unless they are."""

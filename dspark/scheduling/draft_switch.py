@@ -22,10 +22,10 @@ class DraftSwitch:
     unlucky round of a single request is no reason to stop. It is the mean of these requests alone:
     as others come, or some leave, it gives way to what is promised now. While drafting does not
     gain, a probe round drafts all the same, to see whether that has changed: at once, after
-    `first_pause` rounds, then after twice as many each time, up to `longest_pause`, and, once a few
-    have told what they lost, to where what is promised to be lost is half a percent of the rounds
-    since; never before what those of late lost (`lost`) is that. The spacing knows nothing of this
-    round's tokens or of randomness, so every output stays exact.
+    `first_pause` rounds, then after twice as many each time, up to `longest_pause`. Once a few
+    probes have told what they lost, a pause is no longer than the promised loss takes to be half a
+    percent of it. It is never shorter than what probes of late lost (`lost`) takes to be that. The
+    spacing knows nothing of this round's tokens or of randomness, so every output stays exact.
 
     Attributes:
         probes: whether the round decided on last drafts as a probe.

@@ -61,6 +61,11 @@ def is_parallel() -> bool:
 
 
 @torch.no_grad()
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """All-reduce tensors in fp32, in few messages."""
     if not is_parallel():

@@ -171,6 +171,7 @@ class Scheduler:
         self.acceptance.begin()
         self.depth = self._budget = None
         self._round, self._looks, self._rests, self._coasts = self._round + 1, False, False, False
+        self._switch.probes = False
         ready = [request for request in requests if request.drafts]
         learnable = self.learns and any(request.request.learn for request in ready)
         self._learnable += learnable

@@ -16,7 +16,7 @@ from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.target import Target
 from dspark.training.drafters.features import open_features, open_store, recipe_taps, sample_recipe
-from dspark.training.parallel import pick_device
+from dspark.training.parallel import pick_device, world_size
 from dspark.training.recipe import BlockRecipe, ChainRecipe, DrafterRecipe
 from dspark.training.settings import EvaluationSettings
 
@@ -31,7 +31,8 @@ class OnlineSamples:
     Attributes:
         draft_tokens: token ids [Vd] of the recipe's reduced vocabulary, ascending; None for all.
         held_out: samples excluded from training, for `evaluation.heldout`.
-        passes: over the samples, in the whole run.
+        passes: of this process over the rows that teach, in the whole run; 0 where features are
+            computed each time, which gives other last bits in other company.
     """
 
     def __init__(self, recipe: BlockRecipe | ChainRecipe, target: Target) -> None:
@@ -43,8 +44,18 @@ class OnlineSamples:
         self.source = open_features(recipe, target, loaded, store)
         self.stream = SampleStream(samples, self.rows, recipe.run.seed)
         self.draft_tokens = reduced_vocabulary(recipe, samples)
-        run = recipe.run
-        self.passes = run.epochs or self.epoch(run.steps or 0)
+        self.passes = self._passes(recipe)
+
+    def _passes(self, recipe: BlockRecipe | ChainRecipe) -> float:
+        if recipe.features.source == "online":
+            return 0.0
+        run, samples = recipe.run, self.stream.samples
+        passes = run.epochs or self.epoch(run.steps or 0)
+        if isinstance(recipe, BlockRecipe):
+            tokens = sum(sample.num_supervised for sample in samples) / len(samples)
+            taught = recipe.samples.num_anchors * recipe.drafter.block_size
+            passes *= min(taught / max(tokens, 1.0), 1.0)
+        return passes / world_size()
 
     def batch(self, step: int) -> list[Sample]:
         """All samples of a step, including those of other parts and ranks."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark.data.samples import Sample
 from dspark.drafters.target_bound import TargetBound
 
-# From so many passes over the samples on, rows that teach are usually seen again.
+# From so many passes over the rows that teach on, most of them are seen again.
 _PASSES = 2.0
 _ROWS = 128
 
@@ -25,7 +25,7 @@ class LogTotals:
 
     Args:
         head: the target's drafter.
-        passes: over the samples, expected of the training; with few, nothing is kept.
+        passes: over the rows that teach, expected of the training; with few, nothing is kept.
     """
 
     def __init__(self, head: TargetBound[Any], passes: float) -> None:
@@ -53,6 +53,6 @@ class LogTotals:
         if found is None:
             first = max(sample.loss_mask.index(True) - 1, 0) if any(sample.loss_mask) else 0
             rows = torch.split(states_LH[first:], _ROWS)
-            sums = torch.cat([head.target_logits(some).logsumexp(-1) for some in rows])
+            sums = torch.cat([head.target_log_totals(some) for some in rows])
             found = self._known[sample] = torch.cat((sums.new_zeros(first), sums))
         return found
