@@ -191,7 +191,7 @@ def _survey_row(
 ) -> dict[int, tuple[int, float]]:
     """`survey_depths` of one request, whose drafts are in order as they are.
 
-    In plain numbers, which for one short row take a sixth of the time of arrays.
+    In plain numbers, which for one short row take a quarter of the time of arrays.
     """
     gains, found = list(accumulate(survival_K, initial=1.0)), dict[int, tuple[int, float]]()
     for depth, draft in draft_ms.items():

@@ -1,5 +1,6 @@
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from dspark.data.features.cache import FeatureCache
 from dspark.data.features.encoder import target_features
 from dspark.data.features.manifest import sample_key
 from dspark.data.features.shards import num_context_rows, teacher_rows
+from dspark.data.samples import Sample, SampleStream
 from dspark.drafters.checkpoints.checkpoint import load_drafter
 from dspark.errors import DataError, RecipeError
 from dspark.targets.layerless import LayerlessTarget
 from dspark.targets.target import Target
 from dspark.training.drafters.new_drafter import load_frozen_target
 from dspark.training.drafters.objectives import DrafterObjective, Eagle3Objective
-from dspark.training.drafters.samples import build_features, mend_features
+from dspark.training.drafters.samples import OnlineSamples, build_features, mend_features
 from dspark.training.recipe import load_recipe
 from dspark.training.run import run_recipe
 from tests.helpers.samples import write_samples
@@ -380,3 +382,18 @@ def test_without_files_the_caches_own_samples_are_trained_on(settings, tmp_path)
     assert len({sample_key(s) for s in own}) == SAMPLES
     with pytest.raises(RecipeError, match="only a cache can make up for"):
         losses(settings("online", "dspark", "samples.paths=[]")[1])
+
+
+@pytest.mark.parametrize(
+    ("source", "run", "passes"),
+    [
+        ("online", {"steps": 20, "epochs": None}, 0.0),
+        ("hybrid", {"steps": 20, "epochs": None}, 5.0),
+        ("cache", {"steps": None, "epochs": 3.0}, 3.0),
+    ],
+)
+def test_rows_that_teach_are_seen_again_where_features_are_kept(source, run, passes):
+    samples = OnlineSamples.__new__(OnlineSamples)
+    samples.stream = SampleStream([Sample((1, 2, i), (False, True, True)) for i in range(8)], 2, 0)
+    recipe = SimpleNamespace(features=SimpleNamespace(source=source), run=SimpleNamespace(**run))
+    assert samples._passes(recipe) == passes
