@@ -22,8 +22,10 @@ from dspark.attention.ragged_batch import RaggedBatch, Segment, tree_mask
 
 # Segments up to this long count as short; where there are trees, up to the second.
 SHORT_ROWS, SHORT_TREES = 16, 64
-# Of the padded keys and rows at least this share must be real.
+# Of the padded keys and rows at least this share must be real; of keys less, where so many bytes
+# of keys and values per request and layer are padding: a call of its own would cost as much.
 MIN_FILL = 0.5
+_WASTE_BYTES = 256 * 1024
 # Keys and values of a request's span, per layer, up to which gathering them beats a call each on a
 # CPU (docs/LOG.md); elsewhere it always does.
 _GATHER_BYTES = 256 * 1024
@@ -157,8 +159,10 @@ def _find_keys(
     begins = [first if window is None else max(first, s.start + 1 - window) for s in segments]
     begin, end = min(begins), max(s.end for s in segments)
     real = sum(s.end - low for s, low in zip(segments, begins, strict=True))
+    waste = len(segments) * (_WASTE_BYTES // key_bytes(cache, shape))
     most_spans = min(
-        int(real / (MIN_FILL * (end - begin))), int(sum(lengths) / (MIN_FILL * max(lengths)))
+        int(max(real / MIN_FILL, real + waste) / (end - begin)),
+        int(sum(lengths) / (MIN_FILL * max(lengths))),
     )
     if len(segments) > most_spans:
         return None
@@ -173,8 +177,12 @@ def _find_keys(
 
 def pays_to_gather(cache: PagedCache, shape: CacheShape, keys: int) -> bool:
     """Whether requests of so many keys are better gathered than attended to one by one."""
-    numbers = keys * shape.kv_heads * (shape.key_dim + shape.value_dim)
-    return cache.device.type != "cpu" or numbers * cache.dtype.itemsize <= _GATHER_BYTES
+    return cache.device.type != "cpu" or keys * key_bytes(cache, shape) <= _GATHER_BYTES
+
+
+def key_bytes(cache: PagedCache, shape: CacheShape) -> int:
+    """Bytes of a position's key and value in a layer."""
+    return shape.kv_heads * (shape.key_dim + shape.value_dim) * cache.dtype.itemsize
 
 
 def gathered_rows(

@@ -234,6 +234,12 @@ class PagedCache:
         for memory in self._memory:
             memory.index_copy_(2, to_N, memory.index_select(2, rows_N))
 
+    def copy_pages(self, pages: Sequence[int], to: Sequence[int]) -> None:
+        """Copy pages to other pages; all are read before any is written."""
+        tables = (BlockTable(each, self.page_size) for each in (pages, to))
+        rows, theirs = (torch.tensor(t.rows(0, t.capacity), device=self.device) for t in tables)
+        self.move(rows, theirs)
+
     def read(self, layer: int, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         """The rows stored there: keys [T, G, key_dim] and values [T, G, value_dim], copied."""
         key_GTD, value_GTD = self._keys[layer][0, :, rows_T], self._values[layer][0, :, rows_T]

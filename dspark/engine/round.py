@@ -201,7 +201,7 @@ def _learn(
     """Tell the scheduler, unless it sleeps, and who watches, how the round went."""
     survival_RK = None
     if not sleeps:
-        spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms)
+        spent = Spent(rows, times.draft_ms, times.schedule_ms, times.verify_ms, times.catch_up_ms)
         survival_RK = speculator.learn(requests, drafts, verdict, spent)
     if speculator.watch is None:
         return

@@ -12,6 +12,9 @@ from dspark.errors import UsageError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 LEAST_FACTOR = 0.05
+# Weight of a request's last round, beside its mean of late, in what is expected of the next one: a
+# round says little of the next (docs/LOG.md, "What a round says of the next").
+LAST = 0.35
 # Requests times rounds that a typical survival remembers, and that a given one counts for.
 TYPICAL_ROUNDS, PRIOR_ROUNDS = 200.0, 8.0
 
@@ -35,7 +38,8 @@ class RequestHistory:
 
         Args:
             num_drafts: K.
-            memory: weight of what was known, per round, in realised and predicted acceptance.
+            memory: weight of what was known, per round, in realised and predicted acceptance and
+                in a request's mean survivals.
             doubt: standard deviations that realised acceptance may lie below the predicted one
                 before a request is thought to fail.
             typical_K: what `typical` says before the first round, for example
@@ -60,7 +64,8 @@ class RequestHistory:
         self._typical_weight = PRIOR_ROUNDS if typical_K is not None else 0.0
         self._rows: dict[Hashable, int] = {}
         self._free: list[int] = []
-        self._survival_MK = np.ones((0, num_drafts))
+        self._memory = memory
+        self._last_MK, self._mean_MK = np.ones((2, 0, num_drafts))
         # Realised and predicted acceptance, and the variance of the latter.
         self._evidence_M3 = np.zeros((0, 3))
         self._fading_3 = np.array([memory, memory, memory**2])
@@ -71,7 +76,11 @@ class RequestHistory:
         return len(self._rows)
 
     def earlier(self, tags: Sequence[Hashable], unknown_K: npt.ArrayLike = 1.0) -> FloatArray:
-        """Survivals that the last finished round of each request showed, [R, K].
+        """Survivals that finished rounds let each request expect, [R, K].
+
+        Of one request the mean of its rounds of late, which begins with the typical one, and its
+        last round. Several share a budget by the survivals of the round that it is spent in, and
+        how far these lie apart the last round shows, not means: of each its last round alone.
 
         Args:
             tags: name the requests.
@@ -81,7 +90,9 @@ class RequestHistory:
         found = np.empty((len(tags), len(self._typical_K)))
         found[:] = unknown_K
         known_R = rows_R >= 0
-        found[known_R] = self._survival_MK[rows_R[known_R]]
+        rows_R = rows_R[known_R]
+        last = LAST if len(tags) == 1 else 1.0
+        found[known_R] = (1 - last) * self._mean_MK[rows_R] + last * self._last_MK[rows_R]
         return found
 
     @property
@@ -146,8 +157,9 @@ class RequestHistory:
                     f"Request {request} of a round has {accepted} accepted of {verified} verified "
                     f"of {num_drafts} drafts, which cannot be; give finished rounds."
                 )
-        rows_R = self._find_or_make(tags)
-        self._survival_MK[rows_R] = survivals_RK
+        rows_R = self._find_or_make(tags, survivals_RK)
+        self._last_MK[rows_R] = survivals_RK
+        self._mean_MK[rows_R] += (1 - self._memory) * (survivals_RK - self._mean_MK[rows_R])
         tried_RK = survivals_RK * (self._places_K < verified_R[:, None])
         # Of each: survivals, and E[accepted^2] = sum (2j - 1) a_j, because P(accepted >= j) = a_j.
         evidence_R3 = np.empty((num_requests, 3))
@@ -178,19 +190,22 @@ class RequestHistory:
     def _find(self, tags: Sequence[Hashable]) -> IntArray:
         return np.array([self._rows.get(tag, -1) for tag in tags], dtype=np.int64)
 
-    def _find_or_make(self, tags: Sequence[Hashable]) -> IntArray:
-        for tag in tags:
+    def _find_or_make(self, tags: Sequence[Hashable], survivals_RK: FloatArray) -> IntArray:
+        for tag, survival_K in zip(tags, survivals_RK, strict=True):
             if tag not in self._rows:
                 if not self._free:
                     self._grow()
                 row = self._rows[tag] = self._free.pop()
                 self._evidence_M3[row] = 0.0
+                self._mean_MK[row] = self._typical_K if self._typical_weight else survival_K
         return self._find(tags)
 
     def _grow(self) -> None:
-        size, num_drafts = self._survival_MK.shape
+        size, num_drafts = self._last_MK.shape
         more = max(size, 16)
-        self._survival_MK = np.concatenate([self._survival_MK, np.ones((more, num_drafts))])
+        fresh_MK = np.ones((more, num_drafts))
+        self._last_MK = np.concatenate([self._last_MK, fresh_MK])
+        self._mean_MK = np.concatenate([self._mean_MK, fresh_MK])
         self._evidence_M3 = np.concatenate([self._evidence_M3, np.zeros((more, 3))])
         self._free.extend(range(size, size + more))
 

@@ -80,7 +80,11 @@ class Pace:
                 # Geometric means, both: an arithmetic one would rise against the other for ever.
                 usual_ms *= (ratio / drift) ** (1 / min(steps + 1, USUAL))
             self._usual[shape] = steps + 1, usual_ms
-        return seen._replace(draft_ms=seen.draft_ms / self.value, verify_ms=verify_ms)
+        return seen._replace(
+            draft_ms=seen.draft_ms / self.value,
+            verify_ms=verify_ms,
+            catch_up_ms=seen.catch_up_ms / self.value,
+        )
 
 
 class Protection:
@@ -161,7 +165,8 @@ class Protection:
         """Take note of a finished round.
 
         Returns:
-            What a drafting round gained, in plain rounds; None where that is not known.
+            What a drafting round gained, in plain rounds, but for catching up; None where that is
+            not known.
         """
         if not seen.requests:
             return None
@@ -181,7 +186,7 @@ class Protection:
         account.learn_cost((seen.total_ms - plain_ms - prompts_ms) / plain_ms, seen)
         account.gain = MEMORY * account.gain + (1 - MEMORY) * gain
         account.learn_gain(gain)
-        account.credit = min(account.credit + gain, MOST)
+        account.credit = min(account.credit + gain - seen.catch_up_ms / plain_ms, MOST)
         if account.credit >= MOST / 2:
             account.failures = 0
         return gain

@@ -127,11 +127,22 @@ def test_rows_after_the_end_have_no_influence():
      ("one request twice", "equal distances", "gathered"),
      ("mixed long", "equal distances", None), ("very uneven", "equal distances", None)],
 )  # fmt: skip
-def test_padding_is_used_where_it_pays(step, tables, keys):
+def test_padding_is_used_where_it_pays(step, tables, keys, monkeypatch):
+    monkeypatch.setattr(padding, "_WASTE_BYTES", 0)
     batch = batch_of(STEPS[step], tables_of(tables))
     plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), filled(), 0)
     found = plan and ("a view" if plan.rows_RS is None else "gathered")
     assert found == keys
+
+
+@pytest.mark.parametrize(("wasted", "used"), [(15, False), (16, True)])
+def test_a_few_padded_keys_cost_less_than_a_call_each(monkeypatch, wasted, used):
+    """Requests of 26, 2 and 1 keys are padded to 26: 49 in vain, 16.3 of each."""
+    key = 2 * 2 * DIM * 4
+    monkeypatch.setattr(padding, "_WASTE_BYTES", (wasted + 1) * key)
+    batch = batch_of(STEPS["very uneven"], tables_of())
+    plan = plan_padding(batch, None, 0, torch.zeros(1, HEADS, 1, DIM), filled(), 0)
+    assert (plan is not None) == used
 
 
 @pytest.mark.parametrize("tables", ["equal distances", "scattered"])

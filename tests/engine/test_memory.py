@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dspark.attention.paged_cache import PAGE_SIZE
+from dspark.attention.paged_cache import PAGE_SIZE, PagedCache
 from dspark.engine.engine import Engine
 from dspark.engine.kv import memory
 from dspark.engine.speculation.schedule import Schedule
@@ -78,13 +79,22 @@ def test_giving_way_changes_nothing(exact, tiny, kind, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_shared_prefix_is_read_once_and_drafts_stay_as_good(exact, tiny, kind, temperature):
+@pytest.mark.parametrize("roomy", [True, False])
+def test_a_shared_prefix_is_read_once_and_drafts_stay_as_good(
+    exact, tiny, kind, temperature, roomy
+):
     system = tiny.make_prompts(1, 64, seed=5, longest=1)[0] * 50
     tails = tiny.make_prompts(6, 64, seed=6, longest=9)
     requests = requests_of(tiny, [[*system, *tail] for tail in tails], temperature=temperature)
     drafter = drafter_of(kind, exact, tiny)
     apart = tiny.decode(exact, drafter, requests, max_requests=3, prefix_reuse=False)
-    engine = Engine(exact, drafter, max_requests=3, max_length=tiny.max_context)
+    engine = Engine(
+        exact,
+        drafter,
+        max_requests=3,
+        max_length=tiny.max_context,
+        cache_tokens=None if roomy else 2 * tiny.max_context,
+    )
     rows, forward = [], exact.forward
 
     def counting(batch, *args, **options):
@@ -102,6 +112,30 @@ def test_a_shared_prefix_is_read_once_and_drafts_stay_as_good(exact, tiny, kind,
     if kind == "plain":
         generated = sum(len(o.token_ids) for o in together)
         assert sum(rows) == prompts - engine.memory.pool.hit_tokens + generated - len(requests)
+
+
+@pytest.mark.parametrize("why_not", [None, "a small cache", "rows token by token, as on a GPU"])
+def test_a_prefix_is_copied_into_one_piece_where_that_pays(exact, tiny, monkeypatch, why_not):
+    system = list(range(3, 3 + 2 * PAGE_SIZE))
+    if why_not and "token" in why_not:
+        by_token = partial(PagedCache, exact.cache_shapes, dtype=exact.dtype, by_token=True)
+        monkeypatch.setattr(exact, "new_cache", by_token, raising=False)
+    tokens = 2 * tiny.max_context if why_not == "a small cache" else None
+    engine = Engine(exact, None, max_requests=3, max_length=tiny.max_context, cache_tokens=tokens)
+    for request in requests_of(tiny, [[*system, 40], [*system, 41], [*system, 42]]):
+        engine.add(request)
+        engine.step()
+    assert engine.memory.pool.hit_tokens == 2 * len(system)
+    tables = [request.table for request in engine.roster.running]
+    pieces = [len(table.runs(0, len(system) + 1)) for table in tables]
+    assert pieces == ([1, 2, 2] if why_not else [1, 1, 1])
+    pages = [page for table in tables for page in table.pages]
+    assert (len(set(pages)) == len(pages)) == (why_not is None)
+    engine.memory.check(engine.roster.running)
+    first, *others = (engine.memory.cache.heads(0, table, 0, len(system)) for table in tables)
+    for keys, values in others:
+        assert torch.equal(keys, first[0])
+        assert torch.equal(values, first[1])
 
 
 @pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])

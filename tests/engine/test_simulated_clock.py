@@ -55,15 +55,27 @@ FLAT = Machine(20.0, 0.05, 0.05)  # a step is nearly all dispatch, or the readin
 LINEAR = Machine(8.0, 3.0, 0.4)  # arithmetic alone
 
 
-def decode(schedule, machine, requests, *, rounds=240, useful=True, noise=0.1, seed=0):
+def decode(
+    schedule,
+    machine,
+    requests,
+    *,
+    rounds=240,
+    useful=True,
+    noise=0.1,
+    seed=0,
+    left_ms=0.0,
+    told=True,
+):
     """Tokens per millisecond of so many requests that live 24 rounds each.
 
     A draft stays with the chance that its confidence says, or never where the drafter is useless;
-    confidences differ between requests and wander.
+    confidences differ between requests and wander. A round without drafts leaves so much for the
+    next draft to catch up with, of which the scheduler is told, or not.
     """
     people, generator, clock = (np.random.default_rng((seed, i)) for i in range(3))
     ids = list(range(requests))
-    means, spent_ms, tokens = people.normal(1.2, 1.0, requests), 0.0, 0
+    means, spent_ms, tokens, left = people.normal(1.2, 1.0, requests), 0.0, 0, 0.0
     for number in range(rounds):
         pause = max(1, 24 // requests)
         slot, prompt_rows = number // pause % requests, 0
@@ -90,14 +102,15 @@ def decode(schedule, machine, requests, *, rounds=240, useful=True, noise=0.1, s
                 requests, depth, logits[:, :depth] if schedule.reads_confidences else None
             )
             lengths = schedule.lengths(active, limits, offer)
-            draft_ms = machine.draft_ms(requests, depth) * clock.lognormal(0, noise)
+            draft_ms = machine.draft_ms(requests, depth) * clock.lognormal(0, noise) + left
+        catch_up_ms, left = (left, 0.0) if draft_ms else (0.0, left + left_ms)
         stays = generator.random(logits.shape) < useful / (1 + np.exp(-logits))
         runs = np.logical_and.accumulate(stays, axis=1).sum(axis=1)
         accepted = [int(min(run, length)) for run, length in zip(runs, lengths, strict=True)]
         rows = requests + sum(lengths)
         verify_ms = machine.verify_ms(rows + prompt_rows) * clock.lognormal(0, noise)
         drafts = SimpleNamespace(lengths=lengths, proposed=limits)
-        spent = Spent(rows + prompt_rows, draft_ms, 0.0, verify_ms)
+        spent = Spent(rows + prompt_rows, draft_ms, 0.0, verify_ms, catch_up_ms * told)
         schedule.learn(active, drafts, accepted, spent)
         spent_ms += draft_ms + verify_ms
         tokens += requests + sum(accepted)
@@ -159,6 +172,18 @@ def test_what_the_first_draft_builds_is_not_held_against_drafting(name):
     warm = decode(made(name, costs), FLAT, 1)
     assert cold.drafts > 100
     assert ours > 0.93 * warm  # 300 ms of some 5,300
+
+
+def test_what_a_rest_leaves_to_catch_up_with_does_not_make_drafts_seem_dear():
+    """With a useless drafter, which rests for long; the control is a scheduler that is not told."""
+    scales = []
+    for told in (True, False):
+        schedule = made("lagged", LINEAR.table())
+        decode(schedule, LINEAR, 1, rounds=1500, useful=False, left_ms=0.5, told=told)
+        times = schedule._foresight.times("greedy")
+        scales.append(times.draft_ms(1, 1) / LINEAR.draft_ms(1, 1))
+    assert scales[0] == pytest.approx(1.0, abs=0.1)
+    assert scales[1] > 1.2
 
 
 @pytest.mark.parametrize("name", ["auto", "lagged"])

@@ -232,3 +232,17 @@ def test_prompts_beside_a_few_rounds_pay_for_no_useless_drafter():
         protection.learn(StepTime(1, 7 * now, prompt_rows, 7 * now, 2.0 * now, step_ms, 1))
         drafted.append(now)
     assert sum(drafted[200:]) < 0.15 * 400
+
+
+def test_catching_up_is_paid_for_but_says_nothing_of_drafting():
+    """What was left for the drafter is read once, whatever the draft is worth."""
+    gains, credits_ = [], []
+    for catch_up_ms in (0.0, 33.0):
+        protection = Protection()
+        for _ in range(3):
+            protection.learn(StepTime(1, 0, 0, 0, 0.0, plain_ms(1), 1))
+        seen = StepTime(1, 1, 0, 1, 3.0, plain_ms(1), 2, catch_up_ms)
+        gains.append(protection.learn(Pace().even(seen)))
+        credits_.append(protection._account(1).credit)
+    assert gains[0] == gains[1] == pytest.approx(1 - 3 / plain_ms(1))
+    assert credits_[0] - credits_[1] == pytest.approx(33 / plain_ms(1))

@@ -63,6 +63,9 @@ class Memory:
             pages = pages_of(cache_tokens)
         self.pool = PagePool(pages, PAGE_SIZE, extent=min(extent, pages), reuse=reuse)
         self.cache = target.new_cache(pages)
+        # Where attention reads a request's keys in place, they should be one piece; and a pool that
+        # holds every request whole has room for prefixes of their own.
+        self._copies = not self.cache.by_token and pages >= max_requests * extent
         self.context: DraftContext | None = None
         if drafter is not None:
             shapes = drafter.context_shapes
@@ -98,18 +101,31 @@ class Memory:
             Whether there were enough; if not, nothing has changed.
         """
         tokens = _sharable(request)
-        missing = pages_of(len(request.tokens) + self._rows_ahead) - self.pool.peek(tokens)
+        pages = pages_of(len(request.tokens) + self._rows_ahead)
+        missing = pages - self.pool.peek(tokens)
         if not self.pool.can_allocate(missing + spare_pages, beside=tokens):
             return False
-        shared = self.pool.match(tokens)
+        found = self.pool.match(tokens)
+        copies = self._copies and bool(found) and self.pool.can_allocate(pages + spare_pages)
+        shared = [] if copies else found
         room = pages_of(request.longest + self._rows_ahead) - len(shared)
-        own = self.pool.allocate(missing, room=room)
+        own = self.pool.allocate(pages - len(shared), room=room)
         assert own is not None, "can_allocate has just said so"
         request.table = BlockTable([*shared, *own])
-        request.cached = request.shared = len(shared) * PAGE_SIZE
-        if self.context is not None and shared:
+        request.cached, request.shared = len(found) * PAGE_SIZE, len(shared) * PAGE_SIZE
+        if copies:
+            self._copy(found, own)
+        if self.context is not None and found:
             self.context.join(request.table, request.tokens, request.cached)
         return True
+
+    def _copy(self, found: Sequence[int], own: Sequence[int]) -> None:
+        """Copy the pages of a prefix to a request's own, and give them up."""
+        to = own[: len(found)]
+        self.cache.copy_pages(found, to)
+        if self.context is not None:
+            self.context.copy_pages(found, to)
+        self.pool.release(found)
 
     def grow(self, request: ActiveRequest) -> bool:
         """Make room for one more round of a running request; False if there is none."""

@@ -119,10 +119,16 @@ class DraftContext:
         self._waiting.append(_Round((row,), (0, 1), [1], [tokens[length]], features_1F))
         self._count += 1
 
-    def flush(self) -> None:
-        """Write what is waiting."""
+    def copy_pages(self, pages: Sequence[int], to: Sequence[int]) -> None:
+        """Copy pages that nothing is waiting for, and what is kept beside them."""
+        self.cache.copy_pages(pages, to)
+        if self._last_features is not None:
+            self._last_features[list(to)] = self._last_features[list(pages)]
+
+    def flush(self) -> int:
+        """Write what is waiting; how many rows these are."""
         if not self._waiting:
-            return
+            return 0
         # Rounds stand one after the other here, but a drafter reads request by request.
         by_request: dict[int, _Request] = {}
         for each in self._waiting:
@@ -136,13 +142,14 @@ class DraftContext:
                     mine.next_tokens += each.next_tokens[begin : begin + count]
                     mine.features.append(each.features_TF[offset : offset + count])
                     begin += count
-        self._waiting, self._count = [], 0
+        rows, self._waiting, self._count = self._count, [], 0
         waiting = by_request.values()
         parts = [(mine.table, mine.start, mine.next_tokens) for mine in waiting]
         batch = RaggedBatch.build(parts, self.cache.device)
         features = [rows_LF for mine in waiting for rows_LF in mine.features]
         features_TF = features[0] if len(features) == 1 else torch.cat(features)
         self.drafter.observe(self.cache, batch, features_TF, batch.input_ids_T)
+        return rows
 
     def forget(self, table: BlockTable) -> int | None:
         """Drop what is waiting for a request that gives its pages back.

@@ -399,9 +399,10 @@ class Scheduler:
             drafts=verified,
             prompt_rows=spent.rows - len(ready) - verified,
             drafted=(self.depth or self.num_drafts) if spent.draft_ms > 0 else 0,
-            draft_ms=spent.draft_ms + spent.schedule_ms,
+            draft_ms=spent.draft_ms - spent.catch_up_ms + spent.schedule_ms,
             verify_ms=spent.verify_ms,
             tokens=len(ready) + sum(accepted[: len(ready)]),
+            catch_up_ms=spent.catch_up_ms,
         )
         if took.drafted and not self._drafted:
             # It built what later ones reuse: tables, kernels, weights that nobody prepared.

@@ -68,9 +68,13 @@ Watch = Callable[[RoundRecord], None]
 
 @dataclass
 class RoundTimes:
-    """Milliseconds of one round: drafting, scheduling, and target forward with verification."""
+    """Milliseconds of one round: drafting, scheduling, and target forward with verification.
+
+    `catch_up_ms` is the part of drafting that read what earlier rounds without drafts had left.
+    """
 
     draft_ms: float = 0.0
+    catch_up_ms: float = 0.0
     schedule_ms: float = 0.0
     verify_ms: float = 0.0
 
@@ -84,9 +88,11 @@ class Spent:
         draft_ms: milliseconds of drafting.
         schedule_ms: of deciding about drafts.
         verify_ms: of the target's forward and verification.
+        catch_up_ms: of drafting, the part that read what rounds without drafts had left.
     """
 
     rows: int
     draft_ms: float
     schedule_ms: float
     verify_ms: float
+    catch_up_ms: float = 0.0
