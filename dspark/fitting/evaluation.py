@@ -23,6 +23,7 @@ from dspark.engine.speculation.schedule import ScheduleName
 from dspark.errors import RequestError
 from dspark.evaluation.check.live import render
 from dspark.evaluation.metrics import RESAMPLES, interval
+from dspark.fitting.recipe import Shape
 from dspark.params import SamplingParams
 from dspark.request import Request
 from dspark.scheduling.cost_table import CostTable
@@ -257,33 +258,44 @@ def calibration_error(reports: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def serving_commands(
-    target: str, folder: str, drafts: int, *, attached: bool, reduced: bool
+    target: str, folder: str, shape: Shape, *, attached: bool, reduced: bool
 ) -> dict[str, str]:
     """The commands that serve the drafter, by engine.
 
     Args:
         target: its name or directory.
         folder: where the drafter lies.
-        drafts: of a round.
+        shape: of the drafter.
         attached: whether the target finds it by itself.
-        reduced: whether its vocabulary is reduced, for which SGLang's layout has no place.
+        reduced: whether its vocabulary is reduced, for which SGLang's layout of DSpark's drafters
+            has no place.
     """
     name = "TARGET.gguf" if not target.endswith(".gguf") else target
     convert = f"dspark convert {folder} {folder}"
     here = f"dspark serve {target}" + ("" if attached else f" --draft {folder}")
+    method, drafts = shape.algorithm, shape.block_size
     vllm = (
-        f'vllm serve {target} --speculative-config \'{{"method": "dspark", '
+        f'vllm serve {target} --speculative-config \'{{"method": "{method}", '
         f'"model": "{folder}/vllm", "num_speculative_tokens": {drafts}}}\''
     )
     sglang = (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK "
-        f"--speculative-draft-model-path {folder}/sglang"
+        f"python -m sglang.launch_server --model-path {target} "
+        f"--speculative-algorithm {method.upper()} --speculative-draft-model-path {folder}/sglang"
     )
+    layout = "deepspec"
+    if method == "eagle3":
+        layout = "sglang"
+        sglang += (
+            f" --speculative-num-steps {drafts} --speculative-eagle-topk 1"
+            f" --speculative-num-draft-tokens {drafts + 1}"
+        )
     llama = (
-        f"llama-server -m {name} -md {folder}/drafter.gguf --spec-type draft-dspark "
+        f"llama-server -m {name} -md {folder}/drafter.gguf --spec-type draft-{method} "
         f"--spec-draft-n-max {drafts}"
     )
-    published = {} if reduced else {"SGLang": f"{convert}/sglang --to deepspec && {sglang}"}
+    published = {"SGLang": f"{convert}/sglang --to {layout} --target {target} && {sglang}"}
+    if reduced and layout == "deepspec":
+        published = {}
     return {
         "dspark": here,
         "vLLM": f"{convert}/vllm --to speculators --target {target} && {vllm}",

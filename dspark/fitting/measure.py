@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,21 +104,64 @@ def training_speeds(model: Model, shape: Shape, *, row_tokens: int, seed: int) -
     tokens = min(row_tokens, TRIAL_TOKENS)
     least, most = TRIAL_ANCHORS
     most = max(min(most, tokens // 2), least + 1)
+    if shape.whole_answers:
+        return _whole_rows(model, shape, row_tokens, (tokens // 4, tokens), generator, seed)
     few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in (least, most))
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
         (most - least) * TRIAL_ROWS
     )
     beside = max(few["seconds"] - TRIAL_ROWS * least * per_anchor, 0.0)
     per_row = min(_forward_s(model, shape, tokens, generator), beside / TRIAL_ROWS)
-    width = (len(shape.taps) + 1) * model.target.hidden_size
     return {
         "step_s": beside - TRIAL_ROWS * per_row,
         "row_s": per_row * row_tokens / tokens,
         "anchor_s": per_anchor,
+        **_sizes(model, shape, row_tokens, many),
+    }
+
+
+def _whole_rows(
+    model: Model,
+    shape: Shape,
+    row_tokens: int,
+    trials: tuple[int, int],
+    generator: random.Random,
+    seed: int,
+) -> dict[str, Any]:
+    """`training_speeds` where every token is an anchor: of steps on short and on longer rows.
+
+    Args:
+        model: as there.
+        shape: as there.
+        row_tokens: as there.
+        trials: tokens of either's rows.
+        generator: of the tokens.
+        seed: as there.
+    """
+    short, long = trials
+    few, many = (_step(model, shape, tokens, tokens, generator, seed) for tokens in trials)
+    per_token = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
+        (long - short) * TRIAL_ROWS
+    )
+    forward_s = min(_forward_s(model, shape, long, generator) / long, 0.95 * per_token)
+    return {
+        "step_s": max(few["seconds"] - TRIAL_ROWS * short * per_token, 0.0),
+        "row_s": forward_s * row_tokens,
+        "anchor_s": per_token - forward_s,
+        **_sizes(model, shape, row_tokens, many),
+    }
+
+
+def _sizes(
+    model: Model, shape: Shape, row_tokens: int, trial: Mapping[str, float]
+) -> dict[str, int]:
+    """What a training needs of memory and disk."""
+    width = (len(shape.taps) + 1) * model.target.hidden_size
+    return {
         "feature_bytes": int(CODED_BYTES * width * row_tokens),
-        "memory_bytes": int(many["memory"]),
-        "checkpoint_bytes": int(many["disk"]),
-        "parameters": int(many["parameters"]),
+        "memory_bytes": int(trial["memory"]),
+        "checkpoint_bytes": int(trial["disk"]),
+        "parameters": int(trial["parameters"]),
     }
 
 
@@ -163,7 +206,9 @@ def _step(
     with tempfile.TemporaryDirectory(prefix="dspark-fit-") as folder:
         rows = [_random_ids(model, row_tokens, generator) for _ in range(TRIAL_ROWS)]
         path = Path(folder) / "samples.jsonl"
-        _write_samples(path, rows)
+        _write_samples(
+            path, rows, 1 if shape.whole_answers else min(PROMPT_TOKENS, row_tokens // 4)
+        )
         recipe = recipe_of(
             target,
             shape,
@@ -191,10 +236,10 @@ def _step(
     }
 
 
-def _write_samples(path: Path, rows: Sequence[Sequence[int]]) -> None:
+def _write_samples(path: Path, rows: Sequence[Sequence[int]], prompt_len: int) -> None:
     with write_json_lines(path) as write:
         for row in rows:
-            write({"input_ids": list(row), "prompt_len": min(PROMPT_TOKENS, len(row) // 4)})
+            write({"input_ids": list(row), "prompt_len": prompt_len})
 
 
 def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:

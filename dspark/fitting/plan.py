@@ -139,20 +139,20 @@ def make_plan(
             f"A budget of {budget_text(budget_s)} is too small for one training step and what "
             f"belongs to it on this machine; give --budget {budget_text(least)} or more."
         )
-    work = Work(speeds, answer_tokens, writes_prompts, shape.block_size)
+    work = Work(
+        speeds, answer_tokens, writes_prompts, shape.block_size, whole_answers=shape.whole_answers
+    )
     evaluation = max(EVALUATION_SHARE * budget_s, work.evaluation_s(FEWEST_HELD_OUT))
     costs = max(COSTS_SHARE * budget_s, LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s)
-    calibration = CALIBRATION_SHARE * budget_s
+    calibration = 0.0 if shape.whole_answers else CALIBRATION_SHARE * budget_s
     rest = budget_s * (1 - SLACK_SHARE) - spent_s - evaluation - costs - calibration
-    generation = rest * generation_share(speeds)
+    generation = rest * generation_share(work)
     answers, heldout, calibrated = prompt_counts(work, generation, evaluation, available)
     prompts_s = (answers + heldout + calibrated) * work.prompt_s
     answers_s = answers * work.answer_s
     training = rest - prompts_s - answers_s
     rows = min(ROWS, answers)
-    features_s, anchors, steps = training_steps(
-        training, rows, speeds, answer_tokens, answers, disk_bytes
-    )
+    features_s, anchors, steps = training_steps(work, training, rows, answers, disk_bytes)
     requests, repeats = profile_size(costs, speeds)
     return Plan(
         budget_s=budget_s,
@@ -220,6 +220,10 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if shape.draft_vocabulary is not None:
         knows = f"about {shape.draft_vocabulary:,} tokens, chosen by the answers"
     layers = f"{shape.layers} layer{'s' if shape.layers > 1 else ''}"
+    kind = f"DSpark, {layers}, blocks of {shape.block_size}, rank {shape.rank}"
+    anchors = f"up to {plan.anchors} anchors"
+    if shape.whole_answers:
+        kind, anchors = "Eagle3, one draft a round", f"about {plan.anchors} anchors"
     what = {
         "plan": f"measured: {speeds.batch_tokens_per_s:,.0f} tokens/s of {speeds.batch_size} "
         f"requests, {speeds.single_tokens_per_s:,.0f} of one; about "
@@ -228,9 +232,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
         "held out",
         "answers": f"{plan.answers:,} of up to {plan.answer_tokens} tokens",
         "features": "the target's states of the answers, kept on disk",
-        "training": f"{layers}, blocks of {shape.block_size}, rank {shape.rank}, taps "
-        f"{', '.join(map(str, shape.taps))}, {knows}; {plan.steps:,} steps of {plan.rows} rows "
-        f"with up to {plan.anchors} anchors, rate {shape.learning_rate:g}",
+        "training": f"{kind}, taps {', '.join(map(str, shape.taps))}, {knows}; {plan.steps:,} "
+        f"steps of {plan.rows} rows with {anchors}, rate {shape.learning_rate:g}",
         "calibration": "of the confidences, at temperature 0 and above",
         "costs": f"of steps with up to {plan.profile_requests} requests, "
         f"{plan.profile_repeats} rounds a point",
@@ -239,4 +242,6 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     }
     if not plan.cached:
         del what["features"]
+    if not plan.calibration:
+        del what["calibration"]
     return [(name, text, duration(plan.seconds[name])) for name, text in what.items()]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dspark.drafters.config import evenly_spaced_taps
 from dspark.errors import CompatibilityError, UsageError
@@ -19,6 +19,8 @@ from dspark.training.optim import usual_learning_rate
 BLOCK_SIZE = 7
 SHORT_BLOCKS = ((1, 1.5e6), (3, 6e6), (5, 2e7))
 """Block sizes, each below so many anchors, which are counted as if blocks had one draft."""
+EAGLE3_TAPS, BLOCK_TAPS = 3, 5
+"""Captured layers, as many as published drafters of either kind read."""
 FEWEST_SUPERVISED = 8
 COVERAGE = 0.995
 SMALL_VOCABULARY = 8192
@@ -34,9 +36,13 @@ DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
 class Shape:
     """A drafter's shape.
 
+    A drafter of one draft per round is an Eagle3: its layer begins from the target's last state
+    beside the token, and learns from few answers what a block drafter must find by attention
+    (docs/LOG.md, "One draft per round: Eagle3 or DSpark").
+
     Attributes:
-        layers: draft layers.
-        rank: of the Markov head.
+        layers: draft layers; of an Eagle3 one.
+        rank: of the Markov head, which an Eagle3 lacks.
         taps: captured target layers.
         draft_vocabulary: size of a reduced vocabulary; None for all tokens.
         learning_rate: peak rate.
@@ -50,18 +56,37 @@ class Shape:
     learning_rate: float
     block_size: int = BLOCK_SIZE
 
+    @property
+    def algorithm(self) -> Literal["dspark", "eagle3"]:
+        """What is trained."""
+        return "eagle3" if self.block_size == 1 else "dspark"
+
+    @property
+    def whole_answers(self) -> bool:
+        """Whether every token of an answer is an anchor, as an Eagle3 trains."""
+        return self.algorithm == "eagle3"
+
     @classmethod
     def of(cls, record: dict[str, Any]) -> Shape:
         """The shape from `asdict`."""
         return cls(**{**record, "taps": tuple(record["taps"])})
 
 
-def choose_shape(target: Target, training_s: float) -> Shape:
-    """A drafter's shape for a target and a training time, of one draft per round for now.
+def choose_shape(target: Target, training_s: float, block_size: int = 1) -> Shape:
+    """A drafter's shape for a target, a training time and drafts per round.
 
     The sequential head's rank grows with the vocabulary, the number of layers with the training
     time; both cost time in every round.
     """
+    if block_size == 1:
+        return Shape(
+            layers=1,
+            rank=0,
+            taps=choose_taps(target.num_layers, EAGLE3_TAPS),
+            draft_vocabulary=expected_vocabulary(target.vocab_size),
+            learning_rate=usual_learning_rate(target.hidden_size),
+            block_size=1,
+        )
     hours = training_s / 3600
     layers = 1 if hours < 1 else 2 if hours < 4 else 3 if hours < 24 else 5
     rank = 32 if target.vocab_size <= 1024 else 64 if target.vocab_size <= SMALL_VOCABULARY else 128
@@ -71,7 +96,7 @@ def choose_shape(target: Target, training_s: float) -> Shape:
         taps=choose_taps(target.num_layers),
         draft_vocabulary=expected_vocabulary(target.vocab_size),
         learning_rate=usual_learning_rate(target.hidden_size),
-        block_size=1,
+        block_size=block_size,
     )
 
 
@@ -84,12 +109,12 @@ def choose_block_size(anchors: float) -> int:
     return next((size for size, most in SHORT_BLOCKS if anchors < most), BLOCK_SIZE)
 
 
-def choose_taps(num_layers: int) -> tuple[int, ...]:
-    """Five layers, spaced as in published drafters; fewer for a shallow target."""
+def choose_taps(num_layers: int, count: int = BLOCK_TAPS) -> tuple[int, ...]:
+    """So many layers, spaced as in published drafters; fewer for a shallow target."""
     try:
-        return evenly_spaced_taps(num_layers, 5)
+        return evenly_spaced_taps(num_layers, count)
     except CompatibilityError:
-        count = min(num_layers, 5)
+        count = min(num_layers, count)
         if count == 1:
             return (0,)
         return tuple(round(i * (num_layers - 1) / (count - 1)) for i in range(count))
@@ -181,33 +206,39 @@ def recipe_of(
         output: folder of the training.
         steps: of the training.
         rows: samples per step.
-        anchors: per row at most.
+        anchors: per row at most; an Eagle3 takes all.
         max_length: tokens of a sample at most.
         save_every: steps between checkpoints.
         seed: of the training.
         features: settings of the feature source; None computes features online.
     """
-    drafter: dict[str, Any] = {
-        "num_layers": shape.layers,
-        "block_size": shape.block_size,
-        "markov_rank": shape.rank,
-        "target_layer_ids": list(shape.taps),
-        "initial_layers": "target" if has_copyable_layers(target) else "random",
+    drafter: dict[str, Any] = {"target_layer_ids": list(shape.taps)}
+    samples: dict[str, Any] = {
+        "paths": list(paths),
+        "max_length": max_length,
+        "min_supervised": FEWEST_SUPERVISED,
     }
+    loss: dict[str, Any] = {}
+    if shape.algorithm == "eagle3":
+        drafter |= {"layers": "llama", "ttt_length": shape.block_size}
+    else:
+        drafter |= {
+            "num_layers": shape.layers,
+            "block_size": shape.block_size,
+            "markov_rank": shape.rank,
+            "initial_layers": "target" if has_copyable_layers(target) else "random",
+        }
+        samples["num_anchors"] = anchors
+        loss["ce_first_steps"] = int(CE_FIRST_SHARE * steps)
     if shape.draft_vocabulary is not None:
         drafter["draft_vocab_size"] = shape.draft_vocabulary
     return {
         "kind": "drafter",
-        "algorithm": "dspark",
+        "algorithm": shape.algorithm,
         "target": target.name,
         "drafter": drafter,
-        "loss": {"ce_first_steps": int(CE_FIRST_SHARE * steps)},
-        "samples": {
-            "paths": list(paths),
-            "max_length": max_length,
-            "min_supervised": FEWEST_SUPERVISED,
-            "num_anchors": anchors,
-        },
+        "loss": loss,
+        "samples": samples,
         "optimiser": {
             "name": "muon",
             "learning_rate": shape.learning_rate,

@@ -84,7 +84,7 @@ def _plan(options: FitOptions, model: Model, state: State, say: Callable[[str], 
     )
     block_size = choose_block_size(TRAINING_SHARE * options.budget_s * anchors_per_s(speeds))
     if block_size != shape.block_size:
-        shape = replace(shape, block_size=block_size)
+        shape = choose_shape(target, TRAINING_SHARE * options.budget_s, block_size)
         speeds = replace(speeds, **training_speeds(model, shape, **trial))
     folder = next(p for p in (options.folder, *options.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
@@ -222,7 +222,7 @@ class _Run:
             "commands": serving_commands(
                 self.options.target,
                 str(self.options.folder),
-                plan.shape.block_size,
+                plan.shape,
                 attached=attach_to is not None,
                 reduced=results["answers"]["draft_vocabulary"] is not None,
             ),

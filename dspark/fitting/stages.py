@@ -70,8 +70,13 @@ def pair(fit: Fit, costs: CostTable | None = None) -> Model:
 
 
 def calibrate_pair(fit: Fit) -> dict[str, Any]:
-    """Stage `calibration`: at temperatures 0 and 1, each for half of the time."""
+    """Stage `calibration`: at temperatures 0 and 1, each for half of the time.
+
+    A drafter without confidences is calibrated while it serves.
+    """
     place_drafter(fit)
+    if not fit.plan.calibration:
+        return {"calibration": {}}
     model = pair(fit)
     prompts = [as_prompt(r, where) for where, r in read_json_lines(fit.path(PROMPTS, CALIBRATION))]
     calibration, errors = Calibration(), dict[str, Any]()

@@ -60,7 +60,9 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": result.steps,
         "loss": result.loss,
-        "anchors": _anchors(stream, result.steps, plan.anchors),
+        "anchors": _anchors(
+            stream, result.steps, None if plan.shape.whole_answers else plan.anchors
+        ),
         "accepted_length_train": result.metrics.get("accepted_length"),
     }
 
@@ -96,10 +98,11 @@ def _written_recipe(fit: Fit, answers: dict[str, Any], steps: int) -> str:
     return str(write_recipe(recipe, fit.options.folder))
 
 
-def _anchors(stream: SampleStream, steps: int, most: int) -> int:
-    """Total number of anchors in the steps."""
+def _anchors(stream: SampleStream, steps: int, most: int | None) -> int:
+    """Total number of anchors in the steps, at most so many of a sample."""
     candidates = [
         sum(a and b for a, b in zip(s.loss_mask, s.loss_mask[1:], strict=False))
         for s in stream.samples
     ]
-    return sum(min(candidates[i], most) for step in range(steps) for i in stream.indices(step))
+    counted = [count if most is None else min(count, most) for count in candidates]
+    return sum(counted[i] for step in range(steps) for i in stream.indices(step))

@@ -35,12 +35,22 @@ EVALUATION_TOKENS = (24, 64)
 
 @dataclass(frozen=True)
 class Work:
-    """Times of units of work."""
+    """Times of units of work.
+
+    Where `whole_answers`, every token of an answer is an anchor, and nothing is calibrated.
+    """
 
     speeds: Speeds
     answer_tokens: int
     writes_prompts: bool
     block_size: int = BLOCK_SIZE
+    whole_answers: bool = False
+
+    @property
+    def anchors(self) -> int:
+        """Anchors of an answer, at most."""
+        most = self.answer_tokens if self.whole_answers else MOST_ANCHORS
+        return _clamp(int(ANSWER_SHARE * self.answer_tokens), FEWEST_ANCHORS, most)
 
     @property
     def prompt_s(self) -> float:
@@ -90,24 +100,25 @@ def expected_length(block_size: int) -> float:
     return min(1 + 0.3 * block_size, 2.0)
 
 
-def anchors_per_s(speeds: Speeds) -> float:
+def anchors_per_s(speeds: Speeds, anchors: int = MOST_ANCHORS) -> float:
     """Anchors per second of a training that sees each row a few times, its features computed once.
 
     Args:
         speeds: of this machine.
+        anchors: of a row.
     """
     seen = replace(speeds, row_s=speeds.row_s / PASSES)
-    return ROWS * MOST_ANCHORS / seen.whole_step_s(ROWS, MOST_ANCHORS)
+    return ROWS * anchors / seen.whole_step_s(ROWS, anchors)
 
 
-def generation_share(speeds: Speeds) -> float:
+def generation_share(work: Work) -> float:
     """The share of generation in the time of generation and training together.
 
     Each answer token is to be an anchor `PASSES` times: a T = PASSES g G, where training takes T at
     a anchors per second and generation G at g tokens per second. Features are computed once.
     """
-    anchors = anchors_per_s(speeds)
-    share = anchors / (anchors + PASSES * speeds.batch_tokens_per_s / ANSWER_COST)
+    anchors = anchors_per_s(work.speeds, work.anchors)
+    share = anchors / (anchors + PASSES * work.speeds.batch_tokens_per_s / ANSWER_COST)
     return min(max(share, GENERATION_SHARE[0]), GENERATION_SHARE[1])
 
 
@@ -120,7 +131,7 @@ def prompt_counts(
     """
     heldout = _clamp(work.held_out_in(evaluation_s), FEWEST_HELD_OUT, MOST_HELD_OUT)
     rounds = max(heldout, ROUNDS * 2 // work.answer_tokens)
-    calibrated = _clamp(rounds, FEWEST_HELD_OUT, MOST_CALIBRATED)
+    calibrated = 0 if work.whole_answers else _clamp(rounds, FEWEST_HELD_OUT, MOST_CALIBRATED)
     pairs = (generation_s - (heldout + calibrated) * work.prompt_s) / work.pair_s
     answers = max(int(pairs), FEWEST_ROWS)
     if available is None:
@@ -137,31 +148,33 @@ def prompt_counts(
 
 
 def training_steps(
-    seconds: float, rows: int, speeds: Speeds, answer_tokens: int, answers: int, disk_bytes: float
+    work: Work, seconds: float, rows: int, answers: int, disk_bytes: float
 ) -> tuple[float, int, int]:
     """Seconds for features that are computed once, and anchors and steps of what is left.
 
     0 seconds where computing them in every step allows nearly as many anchors, or the disk is too
     small: coding, writing and reading them take time that was not measured.
     """
+    speeds = work.speeds
     features_s = answers * speeds.row_s
-    online = _steps(seconds, rows, speeds, answer_tokens)
+    online = _steps(work, seconds, rows, speeds)
     if features_s >= seconds or answers * speeds.feature_bytes > disk_bytes:
         return 0.0, *online
-    cached = _steps(seconds - features_s, rows, speeds.from_cache, answer_tokens)
+    cached = _steps(work, seconds - features_s, rows, speeds.from_cache)
     gains = math.prod(cached) > CACHE_GAIN * math.prod(online)
     return (features_s, *cached) if gains else (0.0, *online)
 
 
-def _steps(seconds: float, rows: int, speeds: Speeds, answer_tokens: int) -> tuple[int, int]:
+def _steps(work: Work, seconds: float, rows: int, speeds: Speeds) -> tuple[int, int]:
     """Anchors per row and steps: as many anchors as answers have, if enough steps remain.
 
     Fewer anchors allow more steps as long as anchors dominate the time.
     """
-    most = _clamp(int(ANSWER_SHARE * answer_tokens), FEWEST_ANCHORS, MOST_ANCHORS)
+    anchors = most = work.anchors
     beside = speeds.whole_step_s(rows, 0) / rows
-    least = _clamp(int(beside / speeds.anchor_s), FEWEST_ANCHORS, most)
-    anchors = most
+    least = (
+        most if work.whole_answers else _clamp(int(beside / speeds.anchor_s), FEWEST_ANCHORS, most)
+    )
     while anchors > least and seconds / speeds.whole_step_s(rows, anchors) < FEWEST_STEPS:
         anchors = max(anchors // 2, least)
     return anchors, max(int(seconds / speeds.whole_step_s(rows, anchors)), 1)

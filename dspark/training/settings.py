@@ -17,7 +17,7 @@ from dspark.training.losses.terms import TermWeights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-LayerFamily = Literal["qwen3", "gemma4", "deepseek_v4"]
+LayerFamily = Literal["qwen3", "llama", "gemma4", "deepseek_v4"]
 
 
 class Settings(BaseModel):
@@ -31,7 +31,8 @@ class NewDrafterSettings(Settings):
 
     layers: LayerFamily = Field(
         "qwen3",
-        description="Qwen3's layers serve any target; Gemma4 or DeepSeek-V4 may have its own",
+        description="Qwen3's layers serve any target; Gemma4 or DeepSeek-V4 may have its own; "
+        "Eagle3 may have Llama's, without norms of queries and keys, which every engine runs",
     )
     intermediate_size: int | None = Field(None, description="width of the gated MLP")
     copy_final_norm: bool = Field(True, description="start from the target's final norm")

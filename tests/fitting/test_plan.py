@@ -140,14 +140,29 @@ def test_a_drafter_gets_deeper_with_time_and_slower_rates_with_width():
     def target(vocab_size=49152, hidden_size=576, num_layers=30):
         return SimpleNamespace(**locals())
 
-    shapes = [choose_shape(target(), hours * 3600) for hours in (0.3, 2, 5, 100)]
+    shapes = [choose_shape(target(), hours * 3600, 5) for hours in (0.3, 2, 5, 100)]
     assert [shape.layers for shape in shapes] == [1, 2, 3, 5]
-    assert choose_shape(target(num_layers=1), 1e6).layers == 1
+    assert choose_shape(target(num_layers=1), 1e6, 5).layers == 1
+    small, large = (choose_shape(target(vocab_size=size), 900, 5).rank for size in (512, 49152))
+    assert small < large
     assert choose_shape(target(hidden_size=2048), 900).learning_rate == 6e-4
     assert choose_shape(target(), 900).learning_rate == pytest.approx(1.1e-3)
-    assert choose_shape(target(), 900).rank > choose_shape(target(vocab_size=512), 900).rank
     assert choose_shape(target(vocab_size=512), 900).draft_vocabulary is None
     assert Shape.of(asdict(shapes[0])) == shapes[0]
+    assert {shape.algorithm for shape in shapes} == {"dspark"}
+
+
+def test_one_draft_per_round_is_an_eagle3_whose_answers_train_whole(speeds):
+    """It has no confidences of its own, so nothing is calibrated."""
+    target = SimpleNamespace(vocab_size=49152, hidden_size=576, num_layers=30)
+    shape = choose_shape(target, 9000)
+    assert (shape.algorithm, shape.layers, len(shape.taps)) == ("eagle3", 1, 3)
+    given = {"answer_tokens": 256, "writes_prompts": True}
+    block, chain = (make_plan(1800, 2.0, each, speeds, **given) for each in (SHAPE, shape))
+    assert (block.anchors, chain.anchors) == (128, 179)
+    assert chain.seconds["calibration"] == chain.calibration == 0 < block.calibration
+    assert "calibration" not in {name for name, *_ in plan_rows(chain)}
+    assert 0.9 * 1800 <= sum(chain.seconds.values()) <= 1800
 
 
 def test_the_draft_vocabulary_covers_the_answers():

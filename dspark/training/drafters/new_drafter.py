@@ -143,6 +143,7 @@ def backbone_shapes(
         num_taps=num_taps,
         rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
+        query_key_norms=layers != "llama",
         **(gemma4_parts(target, rope) if layers == "gemma4" else {}),
     )
 
