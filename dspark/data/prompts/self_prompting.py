@@ -212,7 +212,7 @@ class SelfPrompts:
 
     @property
     def chunk(self) -> int:
-        """Tries between two counts of the prompts."""
+        """Tries between two counts of the prompts, at least."""
         return BATCHES_PER_CHUNK * self.batch_size
 
     def requests(self, numbers: Sequence[int]) -> list[Request]:
@@ -298,7 +298,8 @@ def write_self_prompts(
         out: file of prompts, as `turns`, or as `prompt` without a chat template; `.gz` compresses.
         count: number of prompts.
         seconds: start no new tries after this time; None for no limit.
-        progress: called with (prompts kept, count) after every chunk of tries.
+        progress: called with (prompts so far, count): of a running chunk those that have ended,
+            of which some may be left out.
 
     Raises:
         DataError: nothing was kept; or a file cannot be written.
@@ -315,10 +316,15 @@ def write_self_prompts(
         while report.records < count and len(written) < TRIES_PER_PROMPT * count + writer.chunk:
             if written and seconds is not None and time.perf_counter() - started > seconds:
                 break
-            numbers = range(len(written), len(written) + writer.chunk)
+            # At a chunk's end few slots are busy, so half of what is missing is tried at once.
+            chunk = max(writer.chunk, (count - report.records) // 2)
+            numbers, ended = range(len(written), len(written) + chunk), report.records
             for number, each in writer.write([n for n in numbers if n not in noted]):
                 journal.append({"try": number, "ids": each.ids, "ended": each.ended})
                 noted[number] = each
+                ended += each.ended
+                if progress is not None:
+                    progress(min(ended, count), count)
             written += [noted[number] for number in numbers]
             kept, report = writer.select(written)
             if progress is not None:

@@ -74,9 +74,9 @@ class RoundTimes:
     """
 
     draft_ms: float = 0.0
-    catch_up_ms: float = 0.0
     schedule_ms: float = 0.0
     verify_ms: float = 0.0
+    catch_up_ms: float = 0.0
 
 
 @dataclass(frozen=True)
