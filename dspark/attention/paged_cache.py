@@ -235,10 +235,11 @@ class PagedCache:
             memory.index_copy_(2, to_N, memory.index_select(2, rows_N))
 
     def copy_pages(self, pages: Sequence[int], to: Sequence[int]) -> None:
-        """Copy pages to other pages; all are read before any is written."""
+        """Copy pages to other pages, layer by layer."""
         tables = (BlockTable(each, self.page_size) for each in (pages, to))
         rows, theirs = (torch.tensor(t.rows(0, t.capacity), device=self.device) for t in tables)
-        self.move(rows, theirs)
+        for layer_GND in (layer for memory in self._memory for layer in memory):
+            layer_GND.index_copy_(1, theirs, layer_GND.index_select(1, rows))
 
     def read(self, layer: int, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         """The rows stored there: keys [T, G, key_dim] and values [T, G, value_dim], copied."""

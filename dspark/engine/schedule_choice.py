@@ -171,15 +171,15 @@ def reason(model: Pair, engine: Engine, kinds: Set[TemperatureClass]) -> str:
         return f"Schedule: {name} ({how}){_of_trees(engine)}."
     if name != "auto":
         return f"Schedule: {name} (as asked){_of_trees(engine)}."
+    auto = "Schedule: auto, whole blocks while they are faster than plain decoding"
+    if getattr(model.drafter, "confidence_head", None) is None:
+        return f"{auto} (the drafter has no confidences to schedule by){_of_trees(engine)}."
     lacks = _lacks(model, kinds, engine.verifier, engine.num_drafts)
     missing = "the drafter is not calibrated for this (dspark calibrate)"
     if not lacks:
         most = engine.max_requests
         missing = f"no cost table for {most} requests (dspark profile --max-requests {most})"
-    return (
-        f"Schedule: auto, whole blocks while they are faster than plain decoding ({missing}; "
-        f"with both, lagged would serve){_of_trees(engine)}."
-    )
+    return f"{auto} ({missing}; with both, lagged would serve){_of_trees(engine)}."
 
 
 def _of_trees(engine: Engine) -> str:

@@ -27,6 +27,8 @@ PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 24, 16, 2
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_ANCHORS = 2, 128, (8, 64)
 """Samples of a timed training step, their token limit, and anchors per sample (at most half of its
 tokens)."""
+LEAST_TOKENS = 16
+"""Of a sample all of whose tokens are anchors."""
 CODED_BYTES = 0.4
 """Bytes per number of a coded feature cache (docs/feature_cache.md)."""
 ROUND_COST = 1.5
@@ -102,10 +104,11 @@ def training_speeds(model: Model, shape: Shape, *, row_tokens: int, seed: int) -
     """
     generator = random.Random(seed)
     tokens = min(row_tokens, TRIAL_TOKENS)
+    if shape.whole_answers:
+        trials = min(max(tokens // 4, LEAST_TOKENS), tokens // 2), tokens
+        return _whole_rows(model, shape, row_tokens, trials, generator, seed)
     least, most = TRIAL_ANCHORS
     most = max(min(most, tokens // 2), least + 1)
-    if shape.whole_answers:
-        return _whole_rows(model, shape, row_tokens, (tokens // 4, tokens), generator, seed)
     few, many = (_step(model, shape, anchors, tokens, generator, seed) for anchors in (least, most))
     per_anchor = max(many["seconds"] - few["seconds"], 0.05 * many["seconds"]) / (
         (most - least) * TRIAL_ROWS

@@ -12,7 +12,6 @@ from dspark.fitting.measure import Speeds
 from dspark.fitting.progress import budget_text, duration
 from dspark.fitting.recipe import BLOCK_SIZE, Shape
 from dspark.fitting.workload import (
-    FEWEST_ANCHORS,
     FEWEST_HELD_OUT,
     FEWEST_ROWS,
     LITTLE_PROFILE_ROWS,
@@ -127,24 +126,18 @@ def make_plan(
         UsageError: the budget is too small (the message names the smallest sufficient one), or
             there are too few prompts.
     """
-    least = smallest_budget(
-        spent_s,
-        speeds,
-        answer_tokens,
-        writes_prompts=writes_prompts,
-        block_size=shape.block_size,
+    work = Work(
+        speeds, answer_tokens, writes_prompts, shape.block_size, whole_answers=shape.whole_answers
     )
+    least = smallest_budget(spent_s, work)
     if budget_s < least:
         raise UsageError(
             f"A budget of {budget_text(budget_s)} is too small for one training step and what "
             f"belongs to it on this machine; give --budget {budget_text(least)} or more."
         )
-    work = Work(
-        speeds, answer_tokens, writes_prompts, shape.block_size, whole_answers=shape.whole_answers
-    )
     evaluation = max(EVALUATION_SHARE * budget_s, work.evaluation_s(FEWEST_HELD_OUT))
     costs = max(COSTS_SHARE * budget_s, LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s)
-    calibration = 0.0 if shape.whole_answers else CALIBRATION_SHARE * budget_s
+    calibration = _calibration_share(work) * budget_s
     rest = budget_s * (1 - SLACK_SHARE) - spent_s - evaluation - costs - calibration
     generation = rest * generation_share(work)
     answers, heldout, calibrated = prompt_counts(work, generation, evaluation, available)
@@ -188,29 +181,27 @@ def make_plan(
     )
 
 
-def smallest_budget(
-    spent_s: float,
-    speeds: Speeds,
-    answer_tokens: int,
-    *,
-    writes_prompts: bool,
-    block_size: int = BLOCK_SIZE,
-) -> float:
+def smallest_budget(spent_s: float, work: Work) -> float:
     """Least seconds of a fit: one training step and the minimum of every other stage.
 
-    Args: as `make_plan`; `block_size` is the shape's.
+    Args:
+        spent_s: as `make_plan`.
+        work: what the units of it take.
     """
-    work = Work(speeds, answer_tokens, writes_prompts, block_size)
     prompts = FEWEST_ROWS + 2 * FEWEST_HELD_OUT
     needed = (
         spent_s
         + prompts * work.prompt_s
         + FEWEST_ROWS * work.answer_s
-        + speeds.whole_step_s(FEWEST_ROWS, FEWEST_ANCHORS)
-        + LITTLE_PROFILE_ROWS * 2 / speeds.batch_tokens_per_s
+        + work.speeds.whole_step_s(FEWEST_ROWS, work.fewest_anchors)
+        + LITTLE_PROFILE_ROWS * 2 / work.speeds.batch_tokens_per_s
         + work.evaluation_s(FEWEST_HELD_OUT)
     )
-    return needed / (1 - SLACK_SHARE - CALIBRATION_SHARE)
+    return needed / (1 - SLACK_SHARE - _calibration_share(work))
+
+
+def _calibration_share(work: Work) -> float:
+    return 0.0 if work.whole_answers else CALIBRATION_SHARE
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -224,12 +215,12 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     anchors = f"up to {plan.anchors} anchors"
     if shape.whole_answers:
         kind, anchors = "Eagle3, one draft a round", f"about {plan.anchors} anchors"
+    calibrate = f"{plan.calibration} to calibrate, " if plan.calibration else ""
     what = {
         "plan": f"measured: {speeds.batch_tokens_per_s:,.0f} tokens/s of {speeds.batch_size} "
         f"requests, {speeds.single_tokens_per_s:,.0f} of one; about "
         f"{plan.step_s:.3g} s a training step",
-        "prompts": f"{plan.answers:,} to train, {plan.calibration} to calibrate, {plan.heldout} "
-        "held out",
+        "prompts": f"{plan.answers:,} to train, {calibrate}{plan.heldout} held out",
         "answers": f"{plan.answers:,} of up to {plan.answer_tokens} tokens",
         "features": "the target's states of the answers, kept on disk",
         "training": f"{kind}, taps {', '.join(map(str, shape.taps))}, {knows}; {plan.steps:,} "

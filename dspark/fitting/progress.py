@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-FILE, VERSION = "fit.json", 2
+FILE, VERSION = "fit.json", 3
 HEARTBEAT_S = 5.0
 STAGES = (
     "plan", "prompts", "answers", "features", "training", "calibration", "costs", "evaluation",

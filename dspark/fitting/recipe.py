@@ -114,10 +114,9 @@ def choose_taps(num_layers: int, count: int = BLOCK_TAPS) -> tuple[int, ...]:
     try:
         return evenly_spaced_taps(num_layers, count)
     except CompatibilityError:
+        last = num_layers - 1 - (num_layers > count)  # the last layer's state engines cannot tap
         count = min(num_layers, count)
-        if count == 1:
-            return (0,)
-        return tuple(round(i * (num_layers - 1) / (count - 1)) for i in range(count))
+        return tuple(round(i * last / max(count - 1, 1)) for i in range(count))
 
 
 def expected_vocabulary(vocab_size: int) -> int | None:

@@ -72,7 +72,7 @@ def pair(fit: Fit, costs: CostTable | None = None) -> Model:
 def calibrate_pair(fit: Fit) -> dict[str, Any]:
     """Stage `calibration`: at temperatures 0 and 1, each for half of the time.
 
-    A drafter without confidences is calibrated while it serves.
+    A drafter without confidences has nothing to calibrate, and serves under `auto`.
     """
     place_drafter(fit)
     if not fit.plan.calibration:

@@ -57,12 +57,11 @@ def train(fit: Fit, answers: dict[str, Any]) -> dict[str, Any]:
         pace=Pace(seconds, tell=fit.progress),
     )
     stream = SampleStream(samples_of(fit), rows, fit.options.seed)
+    most = None if plan.shape.whole_answers else plan.anchors
     return {
         "steps": result.steps,
         "loss": result.loss,
-        "anchors": _anchors(
-            stream, result.steps, None if plan.shape.whole_answers else plan.anchors
-        ),
+        "anchors": _anchors(stream, result.steps, most),
         "accepted_length_train": result.metrics.get("accepted_length"),
     }
 

@@ -53,6 +53,11 @@ class Work:
         return _clamp(int(ANSWER_SHARE * self.answer_tokens), FEWEST_ANCHORS, most)
 
     @property
+    def fewest_anchors(self) -> int:
+        """Anchors of an answer, at least."""
+        return self.anchors if self.whole_answers else FEWEST_ANCHORS
+
+    @property
     def prompt_s(self) -> float:
         """Seconds per kept prompt."""
         if not self.writes_prompts:
@@ -170,11 +175,10 @@ def _steps(work: Work, seconds: float, rows: int, speeds: Speeds) -> tuple[int, 
 
     Fewer anchors allow more steps as long as anchors dominate the time.
     """
-    anchors = most = work.anchors
-    beside = speeds.whole_step_s(rows, 0) / rows
-    least = (
-        most if work.whole_answers else _clamp(int(beside / speeds.anchor_s), FEWEST_ANCHORS, most)
-    )
+    anchors = least = work.anchors
+    if not work.whole_answers:
+        beside = speeds.whole_step_s(rows, 0) / rows
+        least = _clamp(int(beside / speeds.anchor_s), FEWEST_ANCHORS, anchors)
     while anchors > least and seconds / speeds.whole_step_s(rows, anchors) < FEWEST_STEPS:
         anchors = max(anchors // 2, least)
     return anchors, max(int(seconds / speeds.whole_step_s(rows, anchors)), 1)

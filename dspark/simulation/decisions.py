@@ -222,7 +222,7 @@ class Decisions:
             other.learn_times(judged, drafts, accepted, spent)
         if self._choice is not None and spent.draft_ms:
             alone = len(kept) == len(judged) == spent.rows - sum(tried.lengths)
-            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms if alone else None
+            ms = spent.steady_ms if alone else None
             self._choice.learn("greedy", len(kept), len(kept) + sum(kept), ms)
 
     def forget(self, request_id: int) -> None:

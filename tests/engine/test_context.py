@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dspark.attention.paged_cache import BlockTable, PagedCache
@@ -75,6 +76,28 @@ def test_pages_given_back_leave_nothing_for_its_next_owner(tiny, target):
     late.flush()
     assert not any(x.any() for x in contents(late, 2, 4) if x.numel())
     assert all(x.any() for x in contents(late, 0, 4) if x.numel())
+
+
+def test_rows_beyond_those_of_a_round_are_caught_up_with(tiny, target, monkeypatch):
+    """What a flush takes beyond the usual, on a clock that counts rows."""
+    drafter = tiny.make_drafter(target)
+    context, now = new_context(drafter, target), [0.0]
+    monkeypatch.setattr(context_module.time, "perf_counter", lambda: now[0])
+    observe = drafter.observe
+
+    def timed(cache, batch, *rest):
+        now[0] += (5 + len(batch.input_ids_T)) / 1e3  # 5 ms, and 1 of each row
+        observe(cache, batch, *rest)
+
+    monkeypatch.setattr(drafter, "observe", timed)
+    first, second, third = rounds(drafter, target)  # of 3, 3 and 2 rows
+    caught_up = []
+    for held in ((first, second), (third,), (first, second), ()):
+        for part in held:
+            context.hold(*part)
+        caught_up.append(context.catch_up(usual=3))
+    # At first by the share of rows; later against what a usual flush took.
+    assert caught_up == pytest.approx([(5 + 6) * (1 - 3 / 6), 0.0, (5 + 6) - (5 + 2), 0.0])
 
 
 def test_waiting_rows_are_bounded(tiny, target, monkeypatch):

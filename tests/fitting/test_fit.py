@@ -138,7 +138,10 @@ def test_a_run_that_is_killed_in_every_stage_goes_on_to_the_same_end(
     assert result["anchors"] > 0
     assert result["accepted_length"]["t0"] >= 1
     assert result["speedup"]["t1"] > 0
-    assert isinstance(load(target, out).drafter, DSparkDrafter) == (algorithm == "dspark")
+    drafter = load(target, out).drafter
+    assert isinstance(drafter, DSparkDrafter) == (algorithm == "dspark")
+    assert drafter.config.backbone.query_key_norms == (algorithm == "dspark"), "Llama's layer"
+    assert drafter.block_size == {"eagle3": 1, "dspark": 3}[algorithm]
     again = fit(wanted, loader(target), Silent())
     assert all(stage["skipped"] for stage in again["stages"])
     assert again["domains"] == result["domains"]

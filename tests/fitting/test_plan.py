@@ -19,7 +19,7 @@ from dspark.fitting.recipe import (
     choose_taps,
     choose_vocabulary,
 )
-from dspark.fitting.workload import FEWEST_HELD_OUT, FEWEST_ROWS
+from dspark.fitting.workload import FEWEST_HELD_OUT, FEWEST_ROWS, Work
 
 SHAPE = Shape(2, 128, (1, 5, 9), None, 1e-3)
 
@@ -86,7 +86,7 @@ def test_a_budget_too_small_names_the_smallest_that_does(speeds):
     (given,) = re.findall(r"--budget (\S+) or more", str(refused.value))
     plan = planned(slow, parse_budget(given))
     assert plan.steps >= 1
-    least = smallest_budget(2.0, slow, 128, writes_prompts=True)
+    least = smallest_budget(2.0, Work(slow, 128, writes_prompts=True, block_size=SHAPE.block_size))
     assert least <= parse_budget(given) <= least + 60
     with pytest.raises(UsageError):
         planned(slow, 0.98 * least)
@@ -134,6 +134,10 @@ def test_taps_are_layers_of_the_target_ascending(layers):
     assert taps[0] >= 0
     assert taps[-1] < layers
     assert len(taps) == min(layers, 5)
+    few = choose_taps(layers, 3)
+    assert list(few) == sorted(set(few))
+    assert len(few) == min(layers, 3)
+    assert (few[-1] < layers - 1) == (layers > 3), "engines cannot tap the last layer"
 
 
 def test_a_drafter_gets_deeper_with_time_and_slower_rates_with_width():
@@ -163,6 +167,9 @@ def test_one_draft_per_round_is_an_eagle3_whose_answers_train_whole(speeds):
     assert chain.seconds["calibration"] == chain.calibration == 0 < block.calibration
     assert "calibration" not in {name for name, *_ in plan_rows(chain)}
     assert 0.9 * 1800 <= sum(chain.seconds.values()) <= 1800
+    slow = replace(speeds, batch_tokens_per_s=20.0, single_tokens_per_s=5.0)
+    least = smallest_budget(2.0, Work(slow, 256, True, 1, whole_answers=True))
+    assert make_plan(least, 2.0, shape, slow, **given).steps >= 1
 
 
 def test_the_draft_vocabulary_covers_the_answers():

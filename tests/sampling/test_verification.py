@@ -146,6 +146,17 @@ def test_float32_rounding_never_leaves_a_broken_law(rule):
         assert torch.allclose(following.sum(1), torch.ones(200), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_single_drafts_both_rules_say_the_same(dtype):
+    """So the engine may take the cheaper one; of two drafts they do not."""
+    for drafts in (1, 2):
+        p, q, x, lengths = random_round(64, drafts, 9, seed=3, dtype=dtype)
+        keeps = [keep_probabilities(rule, p, q, x, lengths) for rule in RULES]
+        accepted = torch.minimum(torch.arange(64) % (drafts + 1), lengths)
+        laws = [next_distribution(rule, p, q, x, lengths, accepted) for rule in RULES]
+        assert torch.equal(*keeps) == torch.equal(*laws) == (drafts == 1)
+
+
 def test_no_drafts_at_all_draw_from_the_target():
     p = random_round(3, 0, 5)[0]
     q, x, lengths = (

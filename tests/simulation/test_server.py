@@ -211,7 +211,8 @@ def test_held_decisions_change_hardly_a_figure(costs, monkeypatch, share, name):
     assert decided[0] < 0.5 * decided[1]
     for figure in ("tokens", "steps", "busy_s"):
         assert getattr(held, figure) == pytest.approx(getattr(asked, figure), rel=0.02)
-    # A held round verifies whole blocks where the asked scheduler now and then cuts one.
+    # A held round verifies whole blocks where the asked scheduler now and then cuts one: up to a
+    # tenth more drafts, in hardly any more time.
     assert held.verified == pytest.approx(asked.verified, rel=0.1)
     spent = [np.mean([job.end_s - job.sent_s for job in run.jobs]) for run in runs]
     assert spent[0] == pytest.approx(spent[1], rel=0.05)  # queues make more of a hundredth

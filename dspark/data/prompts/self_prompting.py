@@ -316,8 +316,13 @@ def write_self_prompts(
         while report.records < count and len(written) < TRIES_PER_PROMPT * count + writer.chunk:
             if written and seconds is not None and time.perf_counter() - started > seconds:
                 break
-            # At a chunk's end few slots are busy, so half of what is missing is tried at once.
-            chunk = max(writer.chunk, (count - report.records) // 2)
+            # At a chunk's end few slots are busy, so half of what is missing is tried at once, as
+            # far as the time allows.
+            chunk = (count - report.records) // 2
+            if seconds is not None:
+                spent = time.perf_counter() - started
+                chunk = min(chunk, int(len(written) * (seconds / max(spent, 1e-9) - 1)))
+            chunk = max(chunk, writer.chunk)
             numbers, ended = range(len(written), len(written) + chunk), report.records
             for number, each in writer.write([n for n in numbers if n not in noted]):
                 journal.append({"try": number, "ids": each.ids, "ended": each.ended})

@@ -1,7 +1,8 @@
 """The engine's memory: one set of pages for the target's rows and the drafter's.
 
 A page of the target's cache and the same page of the drafter's context belong to the same tokens
-of the same request, so one block table serves both and a shared prefix is shared in both.
+of the same request, so one block table serves both and a shared prefix is shared, or copied, in
+both.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Memory:
         return self.pool.peek(_sharable(request)) * PAGE_SIZE
 
     def admit(self, request: ActiveRequest, spare_pages: int = 0) -> bool:
-        """Give a request pages for all its tokens and one round, shared ones first.
+        """Give a request pages for all its tokens and one round; a prefix is shared or copied.
 
         Args:
             request: it holds no pages.

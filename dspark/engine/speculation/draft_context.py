@@ -6,6 +6,7 @@ schedule drafts nothing cost what plain decoding costs, but for keeping the feat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from dspark.attention.ragged_batch import RaggedBatch, Segment
 from dspark.drafters.base import Drafter
 
 _MOST_ROWS = 4096  # rows that may wait: 100 MB of features for a 4B target
+_NEWEST = 0.1  # weight of the last flush in what one usually takes
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class DraftContext:
         self._waiting: list[_Round] = []
         self._count = 0
         self._last_features: Tensor | None = None  # [pages, F], of every page's last token
+        self._usual_ms = dict[int, float]()  # of a flush after rounds with drafts, by their rows
 
     def hold(
         self,
@@ -124,6 +127,26 @@ class DraftContext:
         self.cache.copy_pages(pages, to)
         if self._last_features is not None:
             self._last_features[list(to)] = self._last_features[list(pages)]
+
+    def catch_up(self, usual: int) -> float:
+        """Write what is waiting, before a draft.
+
+        Args:
+            usual: the most rows that a round with drafts leaves.
+
+        Returns:
+            Milliseconds that further rows took: what rounds without drafts had left. On an
+            accelerator, which works beside, those of launching it.
+        """
+        started = time.perf_counter()
+        rows = self.flush()
+        took_ms = (time.perf_counter() - started) * 1e3
+        usual_ms = self._usual_ms.get(usual)
+        if rows <= usual:
+            known = took_ms if usual_ms is None else usual_ms
+            self._usual_ms[usual] = known + _NEWEST * (took_ms - known)
+            return 0.0
+        return max(took_ms - (took_ms * usual / rows if usual_ms is None else usual_ms), 0.0)
 
     def flush(self) -> int:
         """Write what is waiting; how many rows these are."""

@@ -96,3 +96,8 @@ class Spent:
     schedule_ms: float
     verify_ms: float
     catch_up_ms: float = 0.0
+
+    @property
+    def steady_ms(self) -> float:
+        """Milliseconds of the round, but for catching up."""
+        return self.draft_ms - self.catch_up_ms + self.schedule_ms + self.verify_ms

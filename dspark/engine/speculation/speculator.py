@@ -161,7 +161,7 @@ def _chains(
         return None
     started = time.perf_counter()
     ready = [request for request in requests if request.drafts]
-    times.catch_up_ms = _catch_up(speculator.context, len(ready) * (state.num_drafts + 1))
+    catch_up_ms = speculator.context.catch_up(len(ready) * (state.num_drafts + 1))
     drawing, proposal = propose(
         speculator.drafter,
         speculator.context.cache,
@@ -176,7 +176,7 @@ def _chains(
     offer = Offer(len(ready), len(drawing.tokens), logits_DK, proposal.are_margins)
     wanted = scheduler.lengths(requests, limits, offer)
     drafts = choose(drawing, proposal, limits, wanted, logits_DK)
-    times.draft_ms = (decided - started) * 1e3
+    times.draft_ms, times.catch_up_ms = (decided - started) * 1e3, catch_up_ms
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
     _note_numbers(speculator, ready, drawing)
     return drafts
@@ -199,7 +199,7 @@ def _trees(
         return None
     started = time.perf_counter()
     ready = [request for request in requests if request.drafts]
-    times.catch_up_ms = _catch_up(speculator.context, len(ready) * (state.num_drafts + 1))
+    catch_up_ms = speculator.context.catch_up(len(ready) * (state.num_drafts + 1))
     proposed = propose_trees(
         drafting,
         speculator.context.cache,
@@ -217,19 +217,11 @@ def _trees(
     forest = replace(proposed.forest, trees=(*pruned, *(Tree(),) * joining))
     grown = [*proposed.trees, *(Tree(),) * joining]
     drafts = Drafts.of_trees(forest, grown, proposed.forest.tokens_DKTC.device)
-    times.draft_ms = (decided - started) * 1e3
+    times.draft_ms, times.catch_up_ms = (decided - started) * 1e3, catch_up_ms
     times.schedule_ms += (time.perf_counter() - decided) * 1e3
     nothing = len(proposed.broken) == len(ready)
     _note_broken(speculator, ready, proposed.broken, nothing=nothing, drawn=True)
     return drafts
-
-
-def _catch_up(context: DraftContext, usual: int) -> float:
-    """Hand waiting rows to the drafter; milliseconds that those beyond the usual number took."""
-    started = time.perf_counter()
-    rows = context.flush()
-    share = 1 - usual / rows if rows > usual else 0.0
-    return share * (time.perf_counter() - started) * 1e3
 
 
 def _confidences(proposal: Proposal, drawing: Drawing) -> FloatArray | None:

@@ -266,6 +266,8 @@ def _by_rejection(
     if table.longest == 0 or drafted is None:
         tokens_R = found_N.draw(state.next_uniform(lengths_R))
         return Verdict([[token] for token in tokens_R.tolist()], [0] * len(tokens_R))
+    if table.longest == 1:  # of single drafts both rules say the same, to the bit
+        rule = "token"
     drafts_RK = drafts.tokens_RK[:, : table.longest]
     p = Blocks(found_N, table.row_RL)
     q = Blocks(drafted, _drafted_rows(drafts, len(drafted), table.longest))

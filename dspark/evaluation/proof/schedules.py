@@ -115,7 +115,8 @@ class _Finished:
     def after(cls, view: View, accepted_R: IntArray, verified_R: IntArray) -> _Finished:
         """After one round; little doubt, so that one failure lowers a factor already."""
         requests, drafts = view.logits_RK.shape
-        history = RequestHistory(drafts, doubt=0.25)
+        typical_K = 0.5 ** np.arange(1, drafts + 1)
+        history = RequestHistory(drafts, doubt=0.25, typical_K=typical_K)
         history.update(range(requests), survivals(view), accepted_R, verified_R)
         return cls.of(history, requests)
 

@@ -25,6 +25,10 @@ def drafter_config(target: Target, settings: BlockSettings) -> DSparkConfig:
     Raises:
         CompatibilityError: the settings do not fit the target.
     """
+    if settings.layers == "llama":
+        raise CompatibilityError(
+            "drafter.layers is llama, which an Eagle3 may have; set it to qwen3."
+        )
     taps = settings.taps(target.num_layers)
     mask = settings.mask_token_id
     shapes: dict[str, Any] = {

@@ -124,7 +124,7 @@ class TreeDrafting:
         if self.choice is not None and spent.draft_ms:
             ready = [request for request in requests if request.drafts]
             alone = len(ready) == len(requests) == spent.rows - sum(drafts.lengths)
-            ms = spent.draft_ms + spent.schedule_ms + spent.verify_ms if alone else None
+            ms = spent.steady_ms if alone else None
             tokens = len(requests) + sum(verdict.accepted)
             self.choice.learn(_temperature_class(ready), len(ready), tokens, ms)
         forest = drafts.forest
