@@ -159,7 +159,7 @@ def _find_keys(
     begins = [first if window is None else max(first, s.start + 1 - window) for s in segments]
     begin, end = min(begins), max(s.end for s in segments)
     real = sum(s.end - low for s, low in zip(segments, begins, strict=True))
-    waste = len(segments) * (_WASTE_BYTES // key_bytes(cache, shape))
+    waste = len(segments) * (_WASTE_BYTES // _key_bytes(cache, shape))
     most_spans = min(
         int(max(real / MIN_FILL, real + waste) / (end - begin)),
         int(sum(lengths) / (MIN_FILL * max(lengths))),
@@ -177,10 +177,10 @@ def _find_keys(
 
 def pays_to_gather(cache: PagedCache, shape: CacheShape, keys: int) -> bool:
     """Whether requests of so many keys are better gathered than attended to one by one."""
-    return cache.device.type != "cpu" or keys * key_bytes(cache, shape) <= _GATHER_BYTES
+    return cache.device.type != "cpu" or keys * _key_bytes(cache, shape) <= _GATHER_BYTES
 
 
-def key_bytes(cache: PagedCache, shape: CacheShape) -> int:
+def _key_bytes(cache: PagedCache, shape: CacheShape) -> int:
     """Bytes of a position's key and value in a layer."""
     return shape.kv_heads * (shape.key_dim + shape.value_dim) * cache.dtype.itemsize
 

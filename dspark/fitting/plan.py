@@ -173,10 +173,7 @@ def make_plan(
         profile_requests=requests,
         profile_repeats=repeats,
         memory_bytes=speeds.memory_bytes,
-        disk_bytes=speeds.checkpoint_bytes
-        + 2 * speeds.parameters
-        + (features_s > 0) * answers * speeds.feature_bytes
-        + BYTES_PER_TOKEN * answers * (answer_tokens + 2 * PROMPT_TOKENS),
+        disk_bytes=_disk_bytes(work, answers, cached=features_s > 0),
         speeds=speeds,
     )
 
@@ -198,6 +195,13 @@ def smallest_budget(spent_s: float, work: Work) -> float:
         + work.evaluation_s(FEWEST_HELD_OUT)
     )
     return needed / (1 - SLACK_SHARE - _calibration_share(work))
+
+
+def _disk_bytes(work: Work, answers: int, *, cached: bool) -> int:
+    speeds = work.speeds
+    features = answers * speeds.feature_bytes if cached else 0
+    texts = BYTES_PER_TOKEN * answers * (work.answer_tokens + 2 * PROMPT_TOKENS)
+    return speeds.checkpoint_bytes + 2 * speeds.parameters + features + texts
 
 
 def _calibration_share(work: Work) -> float:

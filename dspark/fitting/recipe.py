@@ -211,33 +211,19 @@ def recipe_of(
         seed: of the training.
         features: settings of the feature source; None computes features online.
     """
-    drafter: dict[str, Any] = {"target_layer_ids": list(shape.taps)}
-    samples: dict[str, Any] = {
+    samples = {
         "paths": list(paths),
         "max_length": max_length,
         "min_supervised": FEWEST_SUPERVISED,
     }
-    loss: dict[str, Any] = {}
-    if shape.algorithm == "eagle3":
-        drafter |= {"layers": "llama", "ttt_length": shape.block_size}
-    else:
-        drafter |= {
-            "num_layers": shape.layers,
-            "block_size": shape.block_size,
-            "markov_rank": shape.rank,
-            "initial_layers": "target" if has_copyable_layers(target) else "random",
-        }
-        samples["num_anchors"] = anchors
-        loss["ce_first_steps"] = int(CE_FIRST_SHARE * steps)
-    if shape.draft_vocabulary is not None:
-        drafter["draft_vocab_size"] = shape.draft_vocabulary
+    blocks = shape.algorithm == "dspark"
     return {
         "kind": "drafter",
         "algorithm": shape.algorithm,
         "target": target.name,
-        "drafter": drafter,
-        "loss": loss,
-        "samples": samples,
+        "drafter": _drafter_of(target, shape),
+        "loss": {"ce_first_steps": int(CE_FIRST_SHARE * steps)} if blocks else {},
+        "samples": samples | ({"num_anchors": anchors} if blocks else {}),
         "optimiser": {
             "name": "muon",
             "learning_rate": shape.learning_rate,
@@ -253,3 +239,18 @@ def recipe_of(
             "save_every": save_every,
         },
     } | ({} if features is None else {"features": features})
+
+
+def _drafter_of(target: Target, shape: Shape) -> dict[str, Any]:
+    """The recipe's drafter."""
+    found: dict[str, Any] = {"target_layer_ids": list(shape.taps)}
+    if shape.draft_vocabulary is not None:
+        found["draft_vocab_size"] = shape.draft_vocabulary
+    if shape.algorithm == "eagle3":
+        return found | {"layers": "llama", "ttt_length": shape.block_size}
+    return found | {
+        "num_layers": shape.layers,
+        "block_size": shape.block_size,
+        "markov_rank": shape.rank,
+        "initial_layers": "target" if has_copyable_layers(target) else "random",
+    }

@@ -209,8 +209,8 @@ def test_held_decisions_change_hardly_a_figure(costs, monkeypatch, share, name):
         runs.append(open_loop(way, requests, Fleet(Limits(8))))
     held, asked = (run.servers[0].counts for run in runs)
     assert decided[0] < 0.5 * decided[1]
-    for figure in ("tokens", "steps", "busy_s"):
-        assert getattr(held, figure) == pytest.approx(getattr(asked, figure), rel=0.02)
+    for figure, within in (("tokens", 0.02), ("steps", 0.02), ("busy_s", 0.01)):
+        assert getattr(held, figure) == pytest.approx(getattr(asked, figure), rel=within)
     # A held round verifies whole blocks where the asked scheduler now and then cuts one: up to a
     # tenth more drafts, in hardly any more time.
     assert held.verified == pytest.approx(asked.verified, rel=0.1)
